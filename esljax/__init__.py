@@ -1,0 +1,1 @@
+"""Differentiable simulation of learning as irreversible transport."""

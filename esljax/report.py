@@ -1,0 +1,158 @@
+r"""The result of holding a run against the epistemic speed limit: the numbers, their errors, and what they are worth.
+
+    Σ - W2² = housekeeping + temporal + geometric                                             every term ≥ 0
+      housekeeping = Σ - ∫ℓ² ds       the part of the velocity that moves no mass
+      temporal     = ∫ℓ² ds - L²      uneven timing: the variance of the metric speed ℓ
+      geometric    = L² - W2²         the path through the space of laws is bent
+
+Both the exact theory (`gaussian`) and the particle estimate (`speed_limit`) answer with the classes of this file, so that a number and its
+oracle are compared field by field. Source: Okanohara, arXiv 2601.17607; the split as in Ikeda et al., PRX 15, 031031 (2025), Eq. 68.
+"""
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from esljax._types import Array, Float, Scalar
+
+
+class Split(eqx.Module):
+    """One number for each part of a `SpeedLimit`: here the standard errors. All have the units of θ², shape () each."""
+
+    entropy_production: Scalar
+    length_squared: Scalar
+    w2_squared: Scalar
+    gap: Scalar
+    temporal: Scalar
+    geometric: Scalar
+    dissipation: Scalar
+
+
+class SpeedLimit(eqx.Module):
+    """Σ, L² and W2² of one run, their split, errors and verdict. `print` shows a table; every number differentiates.
+
+    Numbers are shape (), in units of θ² where nothing else is said. Nothing is clipped: a negative gap or part stays negative.
+    """
+
+    entropy_production: Scalar
+    """Σ = ∫E‖v‖² ds over unit training time."""
+    length_squared: Scalar
+    """L², the square of the Wasserstein length L = ∫ℓ ds."""
+    w2_squared: Scalar
+    """W2²(q₀, q₁)."""
+    housekeeping: Scalar
+    """∫E‖v - ∇ψ‖² ds. A chain of laws cannot see it and leaves it out of Σ as well; it is 0 there."""
+    dissipation: Scalar
+    """D = ∫E‖v‖²/η ds, in units of the potential."""
+    learning_time: Scalar
+    """U = ∫η ds = Σ_k η_k, in units of θ² per unit of the potential. U·D ≥ L² ≥ W2²."""
+    times: Float[Array, " J"]
+    """The training times at which `speed` is given."""
+    speed: Float[Array, " J"]
+    """ℓ(s), the metric speed, in units of θ per unit of training time."""
+    converged: Array
+    """Whether every transport problem in these numbers was solved (a boolean, shape ())."""
+    entropy_production_coarse: Scalar | None = None
+    """Σ from every second snapshot, if their number allows it."""
+    noise_floor: Scalar | None = None
+    """What injected noise adds to a chain whose assignments are the identity, Σ_j 2d Σ_{k∈j} T_k η_k/Δs_j; None where it is not known."""
+    identity_fraction: Scalar | None = None
+    """The share of links for which pairing each member with itself was optimal."""
+    standard_error: Split | None = None
+    """Standard errors under the same names; None if they were not asked for."""
+    source: str = eqx.field(static=True, default="")
+    """What made these numbers, in words."""
+    errors: str = eqx.field(static=True, default="none")
+    """What the standard errors are taken over, in words."""
+    is_bound: bool = eqx.field(static=True, default=True)
+    """Whether Σ ≥ L² ≥ W2² holds for these numbers by construction (a true metric) rather than approximately."""
+
+    @property
+    def gap(self) -> Scalar:
+        """Σ - W2², the distance from the speed limit."""
+        return self.entropy_production - self.w2_squared
+
+    @property
+    def temporal(self) -> Scalar:
+        """∫ℓ² ds - L²: what a better timing along the same path would save."""
+        return self.entropy_production - self.housekeeping - self.length_squared
+
+    @property
+    def geometric(self) -> Scalar:
+        """L² - W2²: what only another path could save."""
+        return self.length_squared - self.w2_squared
+
+    @property
+    def efficiency(self) -> Scalar:
+        """W2²/Σ, 1 at the limit."""
+        return self.w2_squared / self.entropy_production
+
+    def verdict(self) -> str:
+        """In words: whether the limit holds and by how much, what is a bound, and what casts doubt on the numbers."""
+        if not _is_one_run(self):
+            return "Several runs in one report: index or average them before asking for a verdict."
+        return " ".join(_sentences(self))
+
+    def __str__(self) -> str:
+        if not _is_one_run(self):
+            return repr(self)
+        rows = [
+            ("entropy production Σ", "entropy_production"),
+            ("Wasserstein length L²", "length_squared"),
+            ("Wasserstein distance W2²", "w2_squared"),
+            ("gap Σ - W2²", "gap"),
+            ("  housekeeping", "housekeeping"),
+            ("  temporal", "temporal"),
+            ("  geometric", "geometric"),
+            ("dissipation D", "dissipation"),
+            ("learning time U", "learning_time"),
+        ]
+        lines = [f"speed limit by {self.source}; standard errors: {self.errors}"]
+        for label, name in rows:
+            error = getattr(self.standard_error, name, None)
+            lines.append(f"{label:<26}{float(getattr(self, name)):>14.6g}" + ("" if error is None else f" ± {float(error):.2g}"))
+        if self.noise_floor is not None:
+            lines.append(f"{'noise floor of Σ':<26}{float(self.noise_floor):>14.6g}")
+        if self.entropy_production_coarse is not None:
+            lines.append(f"{'Σ, every 2nd snapshot':<26}{float(self.entropy_production_coarse):>14.6g}")
+        return "\n".join([*lines, self.verdict()])
+
+
+def _is_one_run(report: SpeedLimit) -> bool:
+    value = report.entropy_production
+    return not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0
+
+
+def _sentences(report: SpeedLimit) -> list[str]:
+    sigma, gap = float(report.entropy_production), float(report.gap)
+    if not np.isfinite(sigma + gap):
+        return ["No verdict: the numbers are not finite."]
+    error = None if report.standard_error is None else float(report.standard_error.gap)
+    size = "" if not error else f", {abs(gap) / error:.1f} standard errors"
+    # Rounding of Σ and W2² alone makes a gap of this size.
+    rounding = 8 * float(np.finfo(np.asarray(report.entropy_production).dtype).eps) * abs(sigma)
+    if gap >= -rounding:
+        said = [f"The speed limit holds: Σ is {sigma / max(float(report.w2_squared), 1e-300):.3g} times W2² (gap {gap:.4g}{size})."]
+    else:
+        said = [f"The speed limit is violated by {-gap:.4g}{size}: Σ and W2² do not come from one geometry, or an estimate is off."]
+    if not report.is_bound:
+        said.append("This transport is not a metric, so the inequality holds only approximately.")
+    if not bool(report.converged):
+        said.append("A transport problem did not converge: do not trust these numbers.")
+    if report.entropy_production_coarse is not None:
+        # The chain's spacing error falls as 1/J², so a third of the last change is what one more halving and all further ones would add.
+        left = (sigma - float(report.entropy_production_coarse)) / 3
+        said.append(f"Halving the number of snapshots changes Σ by {3 * left:.3g}, so spacing still hides about {max(left, 0):.2g}.")
+    if report.source.startswith("a chain"):
+        said.append(
+            "A chain bounds the entropy production of its laws from below (coarse snapshots and housekeeping are invisible); "
+            "sampling noise pushes it up."
+        )
+    if report.noise_floor is not None and float(report.noise_floor) > 0.05 * sigma:
+        said.append(f"The chain is noise-dominated: injected noise alone contributes up to {float(report.noise_floor):.3g} to Σ.")
+    if report.identity_fraction is not None and float(report.identity_fraction) > 0.5:
+        said.append(
+            f"In {100 * float(report.identity_fraction):.0f} % of the links each member is its own best partner: "
+            "the numbers describe the members' paths, not a resolved density."
+        )
+    return said
