@@ -28,8 +28,9 @@ def as_float(x: Any) -> Array:
 
     Python floats become arrays so that `jit` traces them: a float left in a static field recompiles for every value.
     """
-    x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
+    inexact = isinstance(x, jax.Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.inexact)
+    # The explicit type also strips jax's weak type, which an optimizer step would strip later at the price of a recompilation.
+    return jnp.asarray(x, jnp.asarray(x).dtype if inexact else jnp.result_type(float))
 
 
 def known(*arrays: Any) -> bool:
