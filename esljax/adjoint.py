@@ -1,0 +1,136 @@
+r"""How to differentiate through a run: the values of `simulate(..., gradient=...)`.
+
+The cost of a run is its forces. The reverse sweep needs, at every step, the product of the force's Jacobian with a cotangent. For a force
+that is a gradient the Jacobian is the Hessian, which is symmetric, so the product is a directional derivative,
+
+    J(θ)ᵀ w = H(θ) w = d/dε ∇Φ(θ + ε w),
+
+and needs neither the intermediate results of the model nor a second reverse sweep through it.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.flatten_util import ravel_pytree
+
+from esljax._checks import refuse
+from esljax._types import Array, Float, Key
+from esljax.potentials import AbstractPotential
+
+
+class AbstractGradient(eqx.Module):
+    """A way to differentiate a run."""
+
+    checkpoint: eqx.AbstractVar[bool]
+    """Whether to keep about 2√K states and recompute the others, instead of keeping all K."""
+
+    @abc.abstractmethod
+    def slope(self, potential: AbstractPotential, positions: Float[Array, "n d"], key: Key) -> tuple[Array, Array]:
+        """Energies (n,) and gradients (n, d) on the batches that `key` addresses."""
+
+    @abc.abstractmethod
+    def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """`run`, a function of one pytree of floating arrays, with this way of differentiating the whole of it."""
+
+
+class HessianAdjoint(AbstractGradient):
+    """Reverse mode by Hessian-vector products: the cheapest gradient in many numbers.
+
+    Keeps the positions of every step, or with `checkpoint=True` about 2√K of them at the price of running forward twice.
+    Supports `jax.grad` and `jax.vjp`; forward mode is refused by JAX (use `ForwardMode`).
+    """
+
+    checkpoint: bool = eqx.field(static=True, default=False)
+
+    def slope(self, potential: AbstractPotential, positions: Float[Array, "n d"], key: Key) -> tuple[Array, Array]:
+        return _adjoint_slope((potential, positions), key)
+
+    def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return run
+
+
+class Autodiff(AbstractGradient):
+    """JAX's own differentiation of every operation. Forward and reverse, any order; reverse mode keeps what the model computed at every
+    step, or with `checkpoint=True` about 2√K times as much."""
+
+    checkpoint: bool = eqx.field(static=True, default=False)
+
+    def slope(self, potential: AbstractPotential, positions: Float[Array, "n d"], key: Key) -> tuple[Array, Array]:
+        return _slope(potential, positions, key)
+
+    def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return run
+
+
+class ForwardMode(AbstractGradient):
+    """Tangents pushed along the run, one for each number that it is differentiated in: memory does not grow with the number of steps.
+
+    `jax.jvp`, `jax.jacfwd` and `jax.grad` all work, and all compute the Jacobian of the snapshots in the perturbed numbers forward, so
+    this is for few controls. More than `most` of them raise `InputError` (an initial ensemble of n·d numbers, say).
+    """
+
+    most: int = eqx.field(static=True, default=256)
+    checkpoint: bool = eqx.field(static=True, default=False, init=False)
+
+    def slope(self, potential: AbstractPotential, positions: Float[Array, "n d"], key: Key) -> tuple[Array, Array]:
+        return _slope(potential, positions, key)
+
+    def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @jax.custom_jvp
+        def forward(inputs):
+            return run(inputs)
+
+        def jvp(primals, tangents):
+            ((inputs,), (tangents,)) = primals, tangents
+            leaves, structure = jax.tree.flatten(inputs)
+            directions = structure.flatten_up_to(tangents)
+            moved = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
+            controls, unravel = ravel_pytree([leaves[i] for i in moved])
+            direction, _ = ravel_pytree([directions[i] for i in moved])
+            if controls.size > self.most:
+                raise refuse("gradient", "not be ForwardMode for so many numbers", f"would push {controls.size} tangents, over {self.most}")
+
+            def of_controls(values):
+                replaced = dict(zip(moved, unravel(values), strict=True))
+                return run(structure.unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)]))
+
+            outputs = of_controls(controls)
+            jacobian = jax.jacfwd(of_controls)(controls)
+            return outputs, jax.tree.map(lambda block: jnp.dot(block, direction.astype(block.dtype), precision="highest"), jacobian)
+
+        forward.defjvp(jvp, symbolic_zeros=True)
+        return forward
+
+
+def _slope(potential: AbstractPotential, positions: Float[Array, "n d"], key: Key) -> tuple[Array, Array]:
+    return jax.vmap(potential.energy_and_gradient)(positions, potential.draw(key, positions.shape[0]))
+
+
+@eqx.filter_custom_vjp
+def _adjoint_slope(arguments, key):
+    potential, positions = arguments
+    return _slope(potential, positions, key)
+
+
+@_adjoint_slope.def_fwd
+def _adjoint_slope_forward(perturbed, arguments, key):
+    return _adjoint_slope(arguments, key), None
+
+
+@_adjoint_slope.def_bwd
+def _adjoint_slope_backward(residuals, cotangents, perturbed, arguments, key):
+    potential, positions = arguments
+    energy_bar, gradient_bar = cotangents
+    energy_bar = jnp.zeros(positions.shape[0], positions.dtype) if energy_bar is None else energy_bar
+    gradient_bar = jnp.zeros_like(positions) if gradient_bar is None else gradient_bar
+    if potential.conservative and not any(jax.tree.leaves(perturbed[0])):
+        (_, gradients), (_, product) = jax.jvp(lambda x: _slope(potential, x, key), (positions,), (gradient_bar,))
+        return jax.tree.map(lambda _: None, potential), energy_bar[:, None] * gradients + product
+    # A transposed Jacobian, or parameters of the potential itself: let JAX transpose.
+    _, transpose = eqx.filter_vjp(lambda arguments: _slope(*arguments, key), arguments)
+    return transpose((energy_bar, gradient_bar))[0]

@@ -1,0 +1,74 @@
+"""Data sets that need no download: real digits from scikit-learn's wheel, and generated ones for controlled studies.
+
+Each is a `Dataset` of a training and a test split; a split is `(inputs (m, p), labels (m,))`.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import sklearn.datasets
+
+from esljax._checks import check_nonnegative, check_positive_int, refuse
+from esljax._types import Array, Float, Shaped
+
+
+class Examples(NamedTuple):
+    """m examples: `inputs` (m, p) and `labels` (m,)."""
+
+    inputs: Float[Array, "m p"]
+    labels: Shaped[Array, " m"]
+
+
+class Dataset(NamedTuple):
+    """A training and a test split."""
+
+    train: Examples
+    test: Examples
+
+
+def digits(test_fraction: float = 0.2, seed: int = 0) -> Dataset:
+    """The 1797 handwritten digits of 8 × 8 pixels that come with scikit-learn, as 64 numbers in [0, 1] and a label 0-9.
+
+    **Args:** `test_fraction`: share of the examples held out, in (0, 1). `seed`: of the shuffle before the split.
+    **Reference:** Alpaydin and Kaynak, UCI Optical Recognition of Handwritten Digits (1998).
+    """
+    bunch = sklearn.datasets.load_digits()
+    return _split(bunch.data / 16, bunch.target, test_fraction, np.random.default_rng(seed))
+
+
+def two_moons(samples: int = 1000, noise: float = 0.1, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
+    """Two interleaved half circles in the plane, label 0 or 1.
+
+    **Args:** `samples`: examples in both splits together. `noise`: standard deviation of the Gaussian scatter. The rest as in `digits`.
+    """
+    check_positive_int("samples", samples, 2)
+    check_nonnegative("noise", noise)
+    inputs, labels = sklearn.datasets.make_moons(samples, noise=noise, random_state=seed)
+    return _split(inputs, labels, test_fraction, np.random.default_rng(seed))
+
+
+def teacher(
+    samples: int = 2000, features: int = 20, classes: int = 3, hidden: int = 8, test_fraction: float = 0.2, seed: int = 0
+) -> Dataset:
+    """Teacher-student: standard normal inputs, labelled by the largest output of a random tanh network with `hidden` units.
+
+    **Args:** `samples`: examples in both splits together. `features`: p. `classes`: number of labels. The rest as in `digits`.
+    **Reference:** Gardner and Derrida, J. Phys. A 22, 1983 (1989), for the teacher-student setting.
+    """
+    for name, value, least in [("samples", samples, 2), ("features", features, 1), ("classes", classes, 2), ("hidden", hidden, 1)]:
+        check_positive_int(name, value, least)
+    generator = np.random.default_rng(seed)
+    inputs = generator.standard_normal((samples, features))
+    first = generator.standard_normal((features, hidden)) / np.sqrt(features)
+    second = generator.standard_normal((hidden, classes))
+    return _split(inputs, np.argmax(np.tanh(inputs @ first) @ second, axis=1), test_fraction, generator)
+
+
+def _split(inputs, labels, test_fraction: float, generator: np.random.Generator) -> Dataset:
+    tests = round(test_fraction * len(inputs))
+    if not 0 < tests < len(inputs):
+        raise refuse("test_fraction", f"leave both splits of {len(inputs)} examples non-empty", f"is {test_fraction!r}")
+    order = generator.permutation(len(inputs))
+    inputs, labels = jnp.asarray(inputs[order], jnp.result_type(float)), jnp.asarray(labels[order], jnp.int32)
+    return Dataset(train=Examples(inputs[tests:], labels[tests:]), test=Examples(inputs[:tests], labels[:tests]))

@@ -1,0 +1,369 @@
+r"""Potentials: the objective Φ(θ) whose gradient drives every member of the ensemble.
+
+A potential sees one member at a time, a position θ of shape (d,), and optionally a batch of what it averages over:
+
+    energy(θ, batch)              -> Φ(θ)
+    energy_and_gradient(θ, batch) -> Φ(θ), ∇Φ(θ)
+
+`draw(key, members)` addresses the batches of one step, one for every member; potentials without data draw None.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from jax.flatten_util import ravel_pytree
+
+from esljax._checks import as_float, check_choice, check_finite, check_nonnegative, check_positive, check_positive_int, refuse
+from esljax._types import Array, Float, Key, Scalar, Shaped
+
+
+class AbstractPotential(eqx.Module):
+    """Φ(θ) and the force that follows from it."""
+
+    conservative: eqx.AbstractVar[bool]
+    """Whether the force is the gradient of the energy, so that its Jacobian is symmetric."""
+
+    @abc.abstractmethod
+    def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
+        """Φ at one position; over `batch`, or over everything if that is None."""
+
+    @abc.abstractmethod
+    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+        """Φ and minus the force, shape (d,), at one position."""
+
+    @abc.abstractmethod
+    def draw(self, key: Key, members: int) -> Any:
+        """The batches of one step: a pytree with a leading axis of length `members`, or None."""
+
+    def __call__(self, positions: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
+        """Φ over everything at positions of shape (..., d), one number for each."""
+        return jnp.vectorize(self.energy, signature="(d)->()")(positions)
+
+
+class Quadratic(AbstractPotential):
+    """Φ = ½ (θ - c)ᵀ K (θ - c), with the drift -K (θ - c).
+
+    **Args:** `stiffness`: K, a scalar, (d,) for a diagonal, or (d, d). `center`: c, (d,) or a scalar.
+    A matrix K need not be symmetric: the drift is then no gradient, its circulation being -½(K - Kᵀ)(θ - c).
+    """
+
+    stiffness: Float[Array, "..."] = eqx.field(converter=as_float)
+    center: Float[Array, "..."] = eqx.field(converter=as_float, default=0.0)
+
+    def __check_init__(self):
+        if self.stiffness.ndim > 2 or (self.stiffness.ndim == 2 and self.stiffness.shape[0] != self.stiffness.shape[1]):
+            raise refuse("stiffness", "be a scalar or have shape (d,) or (d, d)", f"has shape {self.stiffness.shape}")
+        if self.center.ndim > 1:
+            raise refuse("center", "be a scalar or have shape (d,)", f"has shape {self.center.shape}")
+        if self.stiffness.ndim and self.center.ndim and self.stiffness.shape[-1] != self.center.shape[0]:
+            raise refuse("center", f"have shape ({self.stiffness.shape[-1]},) like the stiffness", f"has shape {self.center.shape}")
+        check_finite("stiffness", self.stiffness)
+        check_finite("center", self.center)
+
+    @property
+    def conservative(self) -> bool:
+        # A matrix may be anything under a transformation, so it is never taken for symmetric.
+        return self.stiffness.ndim < 2
+
+    def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
+        return self.energy_and_gradient(position)[0]
+
+    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+        displacement = position - self.center.astype(position.dtype)
+        stiffness = self.stiffness.astype(position.dtype)
+        matrix = self.stiffness.ndim == 2
+        slope = jnp.dot(stiffness, displacement, precision=jax.lax.Precision.HIGHEST) if matrix else stiffness * displacement
+        return jnp.sum(displacement * slope) / 2, slope
+
+    def draw(self, key: Key, members: int) -> None:
+        return None
+
+
+class DoubleWell(AbstractPotential):
+    """Φ = barrier ((θ₁/width)² - 1)² + ½ stiffness Σ_{i>1} θ_i²: wells at θ₁ = ± width, of depth `barrier` below the top at 0.
+
+    **Args:** `barrier`, `width`: positive scalars. `stiffness`: of the other coordinates, a positive scalar.
+    """
+
+    barrier: Scalar = eqx.field(converter=as_float, default=1.0)
+    width: Scalar = eqx.field(converter=as_float, default=1.0)
+    stiffness: Scalar = eqx.field(converter=as_float, default=1.0)
+    conservative: bool = eqx.field(static=True, default=True, init=False)
+
+    def __check_init__(self):
+        for name in ("barrier", "width", "stiffness"):
+            check_positive(name, getattr(self, name))
+
+    def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
+        well = self.barrier * ((position[0] / self.width) ** 2 - 1) ** 2
+        return (well + self.stiffness * jnp.sum(position[1:] ** 2) / 2).astype(position.dtype)
+
+    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+        return jax.value_and_grad(self.energy)(position)
+
+    def draw(self, key: Key, members: int) -> None:
+        return None
+
+
+class Mixture(AbstractPotential):
+    """Φ = -log Σ_i w_i N(θ; μ_i, σ_i² I): at temperature 1 the stationary law is the mixture of Gaussians itself.
+
+    **Args:** `means`: (c, d). `variances`: σ², a scalar or (c,), positive. `weights`: a scalar or (c,), positive, normalized here.
+    """
+
+    means: Float[Array, "c d"] = eqx.field(converter=as_float)
+    variances: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
+    weights: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
+    conservative: bool = eqx.field(static=True, default=True, init=False)
+
+    def __check_init__(self):
+        if self.means.ndim != 2:
+            raise refuse("means", "have shape (c, d), one row per component", f"has shape {self.means.shape}")
+        for name in ("variances", "weights"):
+            value = getattr(self, name)
+            if value.shape not in ((), self.means.shape[:1]):
+                raise refuse(name, f"be a scalar or have shape ({self.means.shape[0]},)", f"has shape {value.shape}")
+            check_positive(name, value)
+
+    def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
+        components, dimension = self.means.shape
+        weights = jnp.broadcast_to(self.weights, (components,))
+        distances = jnp.sum((position - self.means) ** 2, axis=1)
+        exponents = -distances / (2 * self.variances) - dimension / 2 * jnp.log(2 * jnp.pi * self.variances)
+        return -jax.nn.logsumexp(exponents + jnp.log(weights / jnp.sum(weights))).astype(position.dtype)
+
+    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+        return jax.value_and_grad(self.energy)(position)
+
+    def draw(self, key: Key, members: int) -> None:
+        return None
+
+
+class FromFunction(AbstractPotential):
+    """Φ = fn(θ), for any differentiable `fn(position (d,)) -> scalar`.
+
+    An `equinox.Module` (or any callable pytree) keeps its arrays differentiable; a plain function is static.
+    """
+
+    fn: Callable[[Array], Array]
+    conservative: bool = eqx.field(static=True)
+
+    def __init__(self, fn: Callable[[Array], Array]):
+        if not callable(fn):
+            raise refuse("fn", "be a function of one position (d,)", f"is {fn!r}")
+        self.fn = fn if isinstance(fn, eqx.Module | jax.tree_util.Partial) else jax.tree_util.Partial(fn)
+        self.conservative = True
+
+    def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
+        return self.fn(position)
+
+    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+        return jax.value_and_grad(self.fn)(position)
+
+    def draw(self, key: Key, members: int) -> None:
+        return None
+
+
+def _cross_entropy(outputs: Float[Array, "m c"], labels: Shaped[Array, " m"]) -> Float[Array, " m"]:
+    chosen = jnp.take_along_axis(outputs, labels[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(outputs, axis=1) - chosen
+
+
+def _squared_error(outputs: Array, labels: Array) -> Float[Array, " m"]:
+    difference = outputs.reshape(labels.shape[0], -1) - labels.reshape(labels.shape[0], -1)
+    return jnp.sum(difference**2, axis=1)
+
+
+_LOSSES = {"cross_entropy": _cross_entropy, "squared_error": _squared_error}
+
+
+class FlaxLoss(AbstractPotential):
+    """Φ = mean over examples of loss(model_θ(input), label) + ½ l2 ‖θ‖², for a Flax model.
+
+    **Args:**
+    - `model`: a function `rngs -> nnx.Module` (every member is then built from random numbers of its own), an `nnx.Module`, or a
+      `flax.linen.Module`. It must keep no state besides its parameters: BatchNorm and Dropout are refused.
+    - `data`: `(inputs (m, ...), labels (m, ...))`.
+    - `loss`: `"cross_entropy"` (labels are class indices), `"squared_error"`, or `fn(outputs (m, ...), labels) -> (m,)`.
+    - `l2`: weight decay, at least 0.
+    - `batch_size`: examples per step and member, drawn with replacement, or None for all of them.
+
+    **Raises:** `InputError` for state, labels out of range, NaN in the data, or a model that does not accept the inputs.
+    **Differentiation:** in the position, to any order that the model allows, and in `l2` and `inputs`.
+    """
+
+    inputs: Shaped[Array, "m ..."]
+    labels: Shaped[Array, "m ..."]
+    l2: Scalar
+    network: "_Network" = eqx.field(static=True)
+    loss: Callable[[Array, Array], Array] = eqx.field(static=True)
+    batch_size: int | None = eqx.field(static=True)
+    conservative: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        model: Any,
+        data: Any,
+        *,
+        loss: str | Callable[[Array, Array], Array] = "cross_entropy",
+        l2: float = 0.0,
+        batch_size: int | None = None,
+    ):
+        inputs, labels = (jnp.asarray(part) for part in data)
+        if inputs.ndim < 1 or labels.shape[:1] != inputs.shape[:1] or inputs.shape[0] == 0:
+            raise refuse("data", "be (inputs (m, ...), labels (m, ...))", f"has shapes {inputs.shape} and {labels.shape}")
+        check_finite("data", inputs)
+        check_nonnegative("l2", l2)
+        if batch_size is not None:
+            check_positive_int("batch_size", batch_size)
+        if not callable(loss):
+            check_choice("loss", loss, tuple(_LOSSES))
+        self.network = _network(model, inputs[:1])
+        outputs = self.network.output_shape(inputs[:1])
+        if loss == "cross_entropy":
+            _check_labels(labels, outputs)
+        self.inputs, self.labels, self.l2 = inputs, labels, as_float(l2)
+        self.loss = loss if callable(loss) else _LOSSES[loss]
+        self.batch_size = batch_size
+        self.conservative = True
+
+    def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
+        inputs, labels = (self.inputs, self.labels) if batch is None else (self.inputs[batch], self.labels[batch])
+        misfit = jnp.mean(self.loss(self.network.apply(position, inputs.astype(position.dtype)), labels))
+        return misfit + self.l2.astype(position.dtype) / 2 * jnp.sum(position**2)
+
+    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+        return jax.value_and_grad(self.energy)(position, batch)
+
+    def draw(self, key: Key, members: int) -> Shaped[Array, "n b"] | None:
+        """Indices of the examples of one step, (members, batch_size), independent and with replacement; None for all."""
+        if self.batch_size is None:
+            return None
+        return jax.random.randint(key, (members, self.batch_size), 0, self.inputs.shape[0])
+
+    def init(self, *, members: int, key: Key) -> Float[Array, "n d"]:
+        """Independent random initializations, one raveled row per member, shape (members, d).
+
+        Member i is a function of `fold_in(key, i)` alone. A function `rngs -> nnx.Module` and a linen module run their own
+        initializers. An `nnx.Module` instance no longer knows its initializers, so each of its arrays is redrawn entry by entry, with
+        replacement, from the entries it holds: for the independent entries of Flax's default initializers that is their law, and
+        constant arrays stay constant.
+        """
+        check_positive_int("members", members)
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(members))
+        return jax.vmap(self.network.initialize)(keys)
+
+    def unravel(self, position: Float[Array, " d"]) -> Any:
+        """The model with the parameters `position` (d,): an `nnx.Module`, or the variables of a linen module."""
+        return self.network.unravel_model(position)
+
+    def predict(self, positions: Float[Array, "*batch d"], inputs: Shaped[Array, "m ..."]) -> Array:
+        """The model's outputs (..., m, classes) on `inputs` at positions (..., d)."""
+        apply = lambda position: self.network.apply(position, inputs.astype(position.dtype))  # noqa: E731
+        for _ in range(positions.ndim - 1):
+            apply = jax.vmap(apply)
+        return apply(positions)
+
+    def accuracy(self, positions: Float[Array, "*batch d"], data: Any) -> Float[Array, "*batch"]:
+        """The share of examples in `data` whose largest output is the label, one number for each position (..., d)."""
+        inputs, labels = data
+        return jnp.mean(jnp.argmax(self.predict(positions, inputs), axis=-1) == labels, axis=-1, dtype=positions.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """A Flax model reduced to a function of one flat position. Equal models compare equal, so that they share compiled code."""
+
+    merge: Callable[[Any, Any], Any]
+    definition: Any
+    unravel: Callable[[Array], Any]
+    initialize: Callable[[Key], Array] = dataclasses.field(compare=False)
+
+    def unravel_model(self, position: Array) -> Any:
+        return self.merge(self.definition, self.unravel(position))
+
+    def apply(self, position: Array, inputs: Array) -> Array:
+        model = self.unravel_model(position)
+        return model(inputs) if isinstance(model, nnx.Module) else self.definition.apply(model, inputs)
+
+    def output_shape(self, inputs: Array) -> tuple[int, ...]:
+        try:
+            position = jax.eval_shape(self.initialize, jax.random.key(0))
+            return jax.eval_shape(self.apply, position, inputs).shape
+        except (TypeError, ValueError) as error:
+            raise refuse("model", f"accept inputs of shape {inputs.shape}", f"fails on them: {str(error).splitlines()[0]}") from error
+
+
+def _network(model: Any, inputs: Array) -> _Network:
+    if isinstance(model, linen.Module):
+        return _linen_network(model, inputs)
+    if isinstance(model, nnx.Module):
+        definition, parameters = _parameters(model)
+        _, unravel = ravel_pytree(parameters)
+
+        def redraw(key: Key) -> Array:
+            leaves, structure = jax.tree.flatten(parameters)
+            keys = jax.random.split(key, len(leaves))
+            return ravel_pytree(
+                structure.unflatten([jax.random.choice(k, leaf.reshape(-1), leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+            )[0]
+
+        return _Network(nnx.merge, definition, unravel, redraw)
+    if callable(model):
+        example = model(nnx.Rngs(0))
+        if not isinstance(example, nnx.Module):
+            raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"returned {type(example).__name__}")
+        definition, parameters = _parameters(example)
+        _, unravel = ravel_pytree(parameters)
+        return _Network(nnx.merge, definition, unravel, lambda key: ravel_pytree(_parameters(model(nnx.Rngs(key)))[1])[0])
+    raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"is a {type(model).__name__}")
+
+
+def _parameters(model: nnx.Module) -> tuple[Any, Any]:
+    definition, parameters, rest = nnx.split(model, nnx.Param, ...)
+    if jax.tree.leaves(rest):
+        kinds = {type(leaf).__name__ for leaf in jax.tree.leaves(rest, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))}
+        raise _stateful(", ".join(sorted(kinds)))
+    return definition, nnx.to_pure_dict(parameters)
+
+
+def _linen_network(model: linen.Module, inputs: Array) -> _Network:
+    def initialize(key: Key) -> Any:
+        return model.init(key, inputs)
+
+    variables = jax.eval_shape(initialize, jax.random.key(0))
+    if set(variables) != {"params"}:
+        raise _stateful(", ".join(sorted(set(variables) - {"params"})))
+    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables))
+    return _Network(_second, model, unravel, lambda key: ravel_pytree(initialize(key))[0])
+
+
+def _second(definition: Any, variables: Any) -> Any:
+    return variables
+
+
+def _stateful(kinds: str) -> Exception:
+    return refuse(
+        "model", "keep no state besides its parameters (replace BatchNorm by LayerNorm, leave Dropout out)", f"also holds {kinds}"
+    )
+
+
+def _check_labels(labels: Array, outputs: tuple[int, ...]) -> None:
+    if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.ndim != 1 or len(outputs) != 2:
+        raise refuse(
+            "data", "have integer labels (m,) for the outputs (m, classes) of a cross entropy", f"has labels {labels.dtype}{labels.shape}"
+        )
+    values = np.asarray(labels)
+    if values.min() < 0 or values.max() >= outputs[1]:
+        raise refuse(
+            "data",
+            f"have labels from 0 to {outputs[1] - 1}, one per output of the model",
+            f"has labels from {values.min()} to {values.max()}",
+        )

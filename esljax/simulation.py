@@ -1,0 +1,158 @@
+r"""The ensemble tracker: the package's only loop over training time.
+
+    θ_{k+1} = rule.step(θ_k; λ(k/K), fold_in(key, k)),   k = 0, ..., K-1,   snapshots at s_j = j/J
+
+The state is one array (n, d). Randomness is addressed by step, never threaded, so no number depends on snapshots, recomputation, the way
+of differentiating, or the devices that the members live on.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esljax._checks import check_ensemble, check_finite, check_nonnegative, check_positive_int, refuse
+from esljax._types import Array, Float, Key
+from esljax.adjoint import AbstractGradient, HessianAdjoint
+from esljax.dynamics import AbstractRule, Controls
+from esljax.potentials import AbstractPotential
+
+
+class Trajectory(eqx.Module):
+    """An ensemble at J+1 evenly spaced training times, with the controls that drove it."""
+
+    times: Float[Array, "*runs J+1"]
+    """Training times s_j = j/J."""
+    positions: Float[Array, "*runs J+1 n p"]
+    """The members at these times, or their features if the run was observed; p = d if not."""
+    energies: Float[Array, "*runs J+1 n"]
+    """Φ of each member at these times, on the batch that its next step would see: unbiased, and exact for potentials without batches."""
+    rates: Float[Array, "*runs K"]
+    """The learning rates η_k."""
+    temperatures: Float[Array, "*runs K"]
+    """The temperatures T_k."""
+    final: Float[Array, "*runs n d"]
+    """The positions at s = 1, also of an observed run."""
+    observed: bool = eqx.field(static=True)
+    """Whether `positions` holds features instead of positions."""
+
+    def __str__(self) -> str:
+        *runs, snapshots, members, numbers = self.positions.shape
+        kind = "features" if self.observed else "coordinates"
+        several = f"{'x'.join(map(str, runs))} runs, each " if runs else ""
+        return f"Trajectory: {several}{members} members of {numbers} {kind}, {self.rates.shape[-1]} steps, {snapshots} snapshots"
+
+
+def simulate(
+    potential: AbstractPotential,
+    rule: AbstractRule,
+    positions: Float[Array, "n d"],
+    *,
+    steps: int,
+    key: Key,
+    snapshots: int = 20,
+    observe: Callable[[Float[Array, " d"]], Float[Array, " p"]] | None = None,
+    gradient: AbstractGradient | None = None,
+) -> Trajectory:
+    """Move an ensemble through `steps` steps of `rule` in `potential` and keep evenly spaced snapshots.
+
+    **Args:**
+    - `potential`: Φ. - `rule`: what one step does, with its schedules.
+    - `positions`: the ensemble at s = 0, shape (n, d), one row per member, n ≥ 2.
+    - `steps`: K ≥ 1. - `key`: of the noise and the batches; step k uses `fold_in(key, k)`.
+    - `snapshots`: J, the number of links between snapshots; it must divide `steps`.
+    - `observe`: a function of one member (d,) to its features (p,), stored in place of positions when d is large.
+    - `gradient`: how to differentiate, `HessianAdjoint()` by default; see `esljax.adjoint`.
+
+    **Returns:** `Trajectory`, with `positions` (J+1, n, d) and `times` (J+1,).
+    **Raises:** `InputError` for bad shapes, J that does not divide K, negative rates or temperatures, members that are not finite.
+    **Differentiation:** in `rule`, `positions` and `potential`, as `gradient` documents. All values of `gradient` give the same numbers.
+
+    **Example:**
+
+        >>> import jax
+        >>> positions = jax.random.normal(jax.random.key(0), (8, 2))
+        >>> print(simulate(Quadratic(1.0), Langevin(0.1, 0.01), positions, steps=40, key=jax.random.key(1)))
+        Trajectory: 8 members of 2 coordinates, 40 steps, 21 snapshots
+    """
+    gradient = HessianAdjoint() if gradient is None else gradient
+    positions = jnp.asarray(positions)
+    _check(positions, rule, steps, snapshots, gradient)
+    return _simulate(potential, rule, positions, key, steps, snapshots, observe, gradient)
+
+
+@eqx.filter_jit
+def _simulate(potential, rule, positions, key, steps, snapshots, observe, gradient) -> Trajectory:
+    inputs, rest = eqx.partition((potential, rule, positions), eqx.is_inexact_array)
+
+    def run(inputs):
+        return _run(*eqx.combine(inputs, rest), key, steps, snapshots, observe, gradient)
+
+    return gradient.wrap(run)(inputs)
+
+
+def _run(potential, rule, positions, key, steps, snapshots, observe, gradient) -> Trajectory:
+    controls = jax.tree.map(lambda control: control.astype(positions.dtype), rule.controls(steps))
+
+    def batch_key(k):
+        return jax.random.fold_in(jax.random.fold_in(key, k), 0)
+
+    def step(positions, k_and_control):
+        k, control = k_and_control
+        slope = lambda x: gradient.slope(potential, x, batch_key(k))  # noqa: E731
+        return rule.step(positions, slope, control, jax.random.fold_in(jax.random.fold_in(key, k), 1))
+
+    def link(positions, k_and_controls):
+        """The steps between two snapshots, in groups that are recomputed one at a time."""
+        start = positions
+        length = group_length(steps, snapshots) if gradient.checkpoint else steps // snapshots
+        grouped = jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), k_and_controls)
+        group = lambda positions, xs: jax.lax.scan(step, positions, xs)  # noqa: E731
+        group = jax.checkpoint(group, prevent_cse=False) if gradient.checkpoint else group
+        positions, energies = jax.lax.scan(group, positions, grouped)
+        return positions, (features(start), energies[0, 0])
+
+    def features(positions):
+        return positions if observe is None else jax.vmap(observe)(positions)
+
+    linked = jax.tree.map(lambda x: x.reshape(snapshots, -1, *x.shape[1:]), (jnp.arange(steps), controls))
+    final, (observed, energies) = jax.lax.scan(link, positions, linked)
+    last_energies, _ = gradient.slope(potential, final, batch_key(steps))
+    return Trajectory(
+        times=jnp.arange(snapshots + 1, dtype=positions.dtype) / snapshots,
+        positions=jnp.concatenate([observed, features(final)[None]]),
+        energies=jnp.concatenate([energies, last_energies[None]]),
+        rates=controls.learning_rate,
+        temperatures=controls.temperature,
+        final=final,
+        observed=observe is not None,
+    )
+
+
+def group_length(steps: int, snapshots: int) -> int:
+    """The divisor of K/J nearest to √K on a log scale: keeping the ends of all groups and the inside of one costs about 2√K states."""
+    link = steps // snapshots
+    divisors = [c for c in range(1, link + 1) if link % c == 0]
+    return min(divisors, key=lambda c: abs(np.log(c / np.sqrt(steps))))
+
+
+def _check(positions: Any, rule: Any, steps: int, snapshots: int, gradient: Any) -> None:
+    check_ensemble("positions", positions, minimum_members=2)
+    check_positive_int("steps", steps)
+    check_positive_int("snapshots", snapshots)
+    if steps % snapshots:
+        near = sorted((j for j in range(1, steps + 1) if steps % j == 0), key=lambda j: abs(j - snapshots))[:2]
+        raise refuse("snapshots", f"divide the {steps} steps (such as {' or '.join(map(str, near))})", f"is {snapshots}")
+    if not isinstance(rule, AbstractRule):
+        raise refuse("rule", "be a rule such as Langevin(learning_rate, temperature)", f"is a {type(rule).__name__}")
+    if not isinstance(gradient, AbstractGradient):
+        raise refuse("gradient", "be HessianAdjoint(), Autodiff() or ForwardMode()", f"is {gradient!r}")
+    controls: Controls = rule.controls(steps)
+    for name, values in controls._asdict().items():
+        if values.shape != (steps,):
+            raise refuse(name, "be one number at each training time", f"has shape {values.shape[1:]}")
+        check_finite(name, values)
+        check_nonnegative(name, values)
