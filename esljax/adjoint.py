@@ -35,7 +35,7 @@ class AbstractGradient(eqx.Module):
 
     @abc.abstractmethod
     def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """`run`, a function of one pytree of floating arrays, with this way of differentiating the whole of it."""
+        """`run`, a function of one pytree of arrays, with this way of differentiating the whole of it."""
 
 
 class HessianAdjoint(AbstractGradient):
@@ -124,13 +124,22 @@ def _adjoint_slope_forward(perturbed, arguments, key):
 
 @_adjoint_slope.def_bwd
 def _adjoint_slope_backward(residuals, cotangents, perturbed, arguments, key):
-    potential, positions = arguments
     energy_bar, gradient_bar = cotangents
-    energy_bar = jnp.zeros(positions.shape[0], positions.dtype) if energy_bar is None else energy_bar
-    gradient_bar = jnp.zeros_like(positions) if gradient_bar is None else gradient_bar
-    if potential.conservative and not any(jax.tree.leaves(perturbed[0])):
-        (_, gradients), (_, product) = jax.jvp(lambda x: _slope(potential, x, key), (positions,), (gradient_bar,))
-        return jax.tree.map(lambda _: None, potential), energy_bar[:, None] * gradients + product
-    # A transposed Jacobian, or parameters of the potential itself: let JAX transpose.
-    _, transpose = eqx.filter_vjp(lambda arguments: _slope(*arguments, key), arguments)
-    return transpose((energy_bar, gradient_bar))[0]
+    potential, positions = arguments
+    batches = potential.draw(key, positions.shape[0])
+
+    def paired(arguments):
+        """Σ_i (ē_i Φ(θ_i) + w_i·∇Φ(θ_i)), whose gradient is ē ∇Φ + H w: one reverse sweep over one directional derivative."""
+        potential, positions = arguments
+        energies = lambda positions: jax.vmap(potential.energy)(positions, batches)  # noqa: E731
+        if gradient_bar is None:
+            return jnp.vdot(energy_bar, energies(positions))
+        values, slopes = jax.jvp(energies, (positions,), (gradient_bar,))
+        return jnp.sum(slopes) if energy_bar is None else jnp.sum(slopes) + jnp.vdot(energy_bar, values)
+
+    def paired_with_drift(arguments):
+        """The same for a drift that is no gradient: its own derivative, not that of the energy's."""
+        energies, gradients = _slope(*arguments, key)
+        return sum(jnp.vdot(bar, x) for bar, x in ((energy_bar, energies), (gradient_bar, gradients)) if bar is not None)
+
+    return eqx.filter_grad(paired if potential.conservative else paired_with_drift)(arguments)

@@ -86,12 +86,14 @@ def simulate(
 
 @eqx.filter_jit
 def _simulate(potential, rule, positions, key, steps, snapshots, observe, gradient) -> Trajectory:
-    inputs, rest = eqx.partition((potential, rule, positions), eqx.is_inexact_array)
+    # Everything that may be traced goes in as an argument: a derivative of the whole run must not close over tracers.
+    arrays, rest = eqx.partition((potential, rule, positions, key, observe), eqx.is_array)
 
-    def run(inputs):
-        return _run(*eqx.combine(inputs, rest), key, steps, snapshots, observe, gradient)
+    def run(arrays):
+        potential, rule, positions, key, observe = eqx.combine(arrays, rest)
+        return _run(potential, rule, positions, key, steps, snapshots, observe, gradient)
 
-    return gradient.wrap(run)(inputs)
+    return gradient.wrap(run)(arrays)
 
 
 def _run(potential, rule, positions, key, steps, snapshots, observe, gradient) -> Trajectory:
