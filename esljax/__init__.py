@@ -1,1 +1,82 @@
-"""Differentiable simulation of learning as irreversible transport."""
+"""Differentiable simulation of learning as irreversible transport.
+
+Training moves a whole ensemble of model configurations. Its entropy production Σ cannot be less than the squared Wasserstein distance
+between start and end, the epistemic speed limit (Okanohara, arXiv 2601.17607). This package simulates such ensembles, measures both
+sides, and optimizes schedules toward the limit by gradient.
+"""
+
+from esljax import datasets, gaussian, models
+from esljax._checks import InputError
+from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
+from esljax.dynamics import AbstractRule, Controls, Langevin
+from esljax.optimization import Equality, History, Iteration, Optimum, optimize
+from esljax.potentials import AbstractPotential, DoubleWell, FlaxLoss, FromFunction, Mixture, Quadratic
+from esljax.report import SpeedLimit, Split
+from esljax.schedules import (
+    AbstractSchedule,
+    Constant,
+    Cosine,
+    Exponential,
+    FromOptax,
+    Knots,
+    Linear,
+    WarmupStableDecay,
+)
+from esljax.simulation import Trajectory, simulate
+from esljax.speed_limit import speed_limit
+from esljax.transport import (
+    AbstractTransport,
+    ExactTransport,
+    GaussianTransport,
+    Mapped,
+    Projected,
+    SinkhornTransport,
+    SlicedTransport,
+    Solution,
+)
+
+__all__ = [
+    "AbstractGradient",
+    "AbstractPotential",
+    "AbstractRule",
+    "AbstractSchedule",
+    "AbstractTransport",
+    "Autodiff",
+    "Constant",
+    "Controls",
+    "Cosine",
+    "DoubleWell",
+    "Equality",
+    "ExactTransport",
+    "Exponential",
+    "FlaxLoss",
+    "ForwardMode",
+    "FromFunction",
+    "FromOptax",
+    "GaussianTransport",
+    "HessianAdjoint",
+    "History",
+    "InputError",
+    "Iteration",
+    "Knots",
+    "Langevin",
+    "Linear",
+    "Mapped",
+    "Mixture",
+    "Optimum",
+    "Projected",
+    "Quadratic",
+    "SinkhornTransport",
+    "SlicedTransport",
+    "Solution",
+    "SpeedLimit",
+    "Split",
+    "Trajectory",
+    "WarmupStableDecay",
+    "datasets",
+    "gaussian",
+    "models",
+    "optimize",
+    "simulate",
+    "speed_limit",
+]

@@ -7,6 +7,7 @@ max(0, λ + μ r) and λ + μ h, and repeat. Candidates are compared on keys tha
 Source: Hestenes (1969), Powell (1969); Nocedal and Wright, Numerical Optimization (2006), ch. 17.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -64,6 +65,10 @@ class Optimum(eqx.Module):
     history: History
     message: str = eqx.field(static=True)
     interrupted: bool = eqx.field(static=True)
+
+    def as_interrupted(self) -> "Optimum":
+        """The same optimum, marked as interrupted after it was found."""
+        return dataclasses.replace(self, interrupted=True)
 
     def __str__(self) -> str:
         worst = f", largest residual {float(np.max(self.residuals)):.3g}" if self.residuals.size else ""

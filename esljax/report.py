@@ -11,6 +11,7 @@ oracle are compared field by field. Source: Okanohara, arXiv 2601.17607; the spl
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from esljax._types import Array, Float, Scalar
@@ -116,6 +117,25 @@ class SpeedLimit(eqx.Module):
         if self.entropy_production_coarse is not None:
             lines.append(f"{'Σ, every 2nd snapshot':<26}{float(self.entropy_production_coarse):>14.6g}")
         return "\n".join([*lines, self.verdict()])
+
+
+def split(report: SpeedLimit) -> Split:
+    """The numbers of a report that standard errors are given for."""
+    return Split(**{name: getattr(report, name) for name in Split.__dataclass_fields__})
+
+
+def with_errors(report: SpeedLimit, errors: Split, words: str) -> SpeedLimit:
+    """The same report with standard errors, and what they were taken over in words."""
+    values = {name: getattr(report, name) for name in SpeedLimit.__dataclass_fields__}
+    return SpeedLimit(**{**values, "standard_error": errors, "errors": words})
+
+
+def average(reports: SpeedLimit) -> SpeedLimit:
+    """The mean of independent runs, stacked on a leading axis of length R ≥ 2, with standard errors from their spread."""
+    runs = reports.entropy_production.shape[0]
+    mean = jax.tree.map(lambda x: jnp.all(x, axis=0) if x.dtype == bool else jnp.mean(x, axis=0), reports)
+    errors = jax.tree.map(lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(runs), split(reports))
+    return with_errors(mean, errors, f"spread over {runs} independent runs")
 
 
 def _is_one_run(report: SpeedLimit) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from esljax._checks import InputError, known, refuse
 from esljax._types import Array, Float
-from esljax.report import SpeedLimit, Split
+from esljax.report import SpeedLimit, average, split, with_errors
 from esljax.simulation import Trajectory
 from esljax.transport import AbstractTransport, ExactTransport
 
@@ -61,22 +61,18 @@ def _of_one(trajectory: Trajectory, transport: AbstractTransport, jackknife: int
     kept = np.stack([np.setdiff1d(np.arange(members), group) for group in left_out])
 
     def without(kept):
-        return _split(_chain(_members(trajectory, kept), transport))
+        return split(_chain(_members(trajectory, kept), transport))
 
     replicates = jax.lax.map(without, jnp.asarray(kept))
     # Delete-m jackknife (Shao and Wu, 1989): n - m members stay, m leave, in `groups` disjoint groups.
     variance = lambda x: (members - size) / (size * groups) * jnp.sum((x - jnp.mean(x)) ** 2)  # noqa: E731
     errors = jax.tree.map(lambda x: jnp.sqrt(variance(x)), replicates)
-    return _with_errors(report, errors, f"jackknife over {groups} groups of {size} of {members} members")
+    return with_errors(report, errors, f"jackknife over {groups} groups of {size} of {members} members")
 
 
 @eqx.filter_jit
 def _of_several(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
-    runs = trajectory.positions.shape[0]
-    reports = jax.lax.map(lambda one: _chain(one, transport), trajectory)
-    mean = jax.tree.map(lambda x: jnp.all(x, axis=0) if x.dtype == bool else jnp.mean(x, axis=0), reports)
-    spread = jax.tree.map(lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(runs), jax.vmap(_split)(reports))
-    return _with_errors(mean, spread, f"spread over {runs} independent runs")
+    return average(jax.lax.map(lambda one: _chain(one, transport), trajectory))
 
 
 def _chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
@@ -112,15 +108,6 @@ def _chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
         source=f"a chain of {links} links in {type(transport).__name__}",
         is_bound=transport.is_metric,
     )
-
-
-def _split(report: SpeedLimit) -> Split:
-    return Split(**{name: getattr(report, name) for name in Split.__dataclass_fields__})
-
-
-def _with_errors(report: SpeedLimit, errors: Split, words: str) -> SpeedLimit:
-    values = {name: getattr(report, name) for name in SpeedLimit.__dataclass_fields__}
-    return SpeedLimit(**{**values, "standard_error": errors, "errors": words})
 
 
 def _members(trajectory: Trajectory, kept: Array) -> Trajectory:

@@ -1,0 +1,14 @@
+"""`python -m esljax` and the `esljax` command."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    from esljax.cli import main as run
+
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

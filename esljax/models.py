@@ -1,0 +1,30 @@
+"""The network of the command line and the examples: any Flax model does as well."""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+
+from esljax._checks import check_positive_int
+from esljax._types import Array
+
+
+class MLP(nnx.Module):
+    """A multilayer perceptron with tanh between the layers, `sizes` numbers wide, from the inputs to the outputs."""
+
+    def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
+        for size in sizes:
+            check_positive_int("sizes", size)
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        self.layers = nnx.List([nnx.Linear(inward, outward, rngs=rngs) for inward, outward in pairs])
+
+    def __call__(self, x: Array) -> Array:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = jnp.tanh(layer(x))
+        return last(x)
+
+
+def mlp(*sizes: int) -> Callable[[nnx.Rngs], MLP]:
+    """A function `rngs -> MLP`, for `FlaxLoss`: `mlp(64, 32, 10)` has one hidden layer of 32."""
+    return lambda rngs: MLP(sizes, rngs=rngs)
