@@ -49,16 +49,18 @@ def bures_of_near(x, y):
     return ((x.mean(0) - y.mean(0)) ** 2).sum() + ((p - u @ vt @ q) ** 2).sum()
 
 
-def entropic(x, y, epsilon, sweeps=20_000):
+def entropic(x, y, epsilon, sweeps=5000):
     """min_P <C, P> + epsilon KL(P | ab) from the plan itself, and <C, P>."""
     cost = squared_distances(x, y)
     n, m = cost.shape
-    g = np.zeros(m)
+    f, g = np.zeros(n), np.zeros(m)
     for _ in range(sweeps):
-        f = -epsilon * (scipy.special.logsumexp((g - cost) / epsilon, axis=1) - np.log(m))
-        new = -epsilon * (scipy.special.logsumexp((f[:, None] - cost) / epsilon, axis=0) - np.log(n))
-        done, g = np.abs(new - g).max() < 1e-13, new
-        if done:
+        # Half of a step of both at once: slower than taking turns, but it does not stall between a cloud and itself.
+        new_f = -epsilon * (scipy.special.logsumexp((g - cost) / epsilon, axis=1) - np.log(m))
+        new_g = -epsilon * (scipy.special.logsumexp((f[:, None] - cost) / epsilon, axis=0) - np.log(n))
+        change = max(np.abs(new_f - f).max(), np.abs(new_g - g).max())
+        f, g = (f + new_f) / 2, (g + new_g) / 2
+        if change < 1e-12:
             break
     exponent = (f[:, None] + g - cost) / epsilon
     plan = np.exp(exponent) / (n * m)
