@@ -55,7 +55,8 @@ class AbstractTransport(eqx.Module):
         """The squared distance between two ensembles, compiled once per shape.
 
         **Args:** `x`: shape (n, d), one row per member. `y`: shape (m, d).
-        **Returns:** shape (), in units of θ². Under `jit`, where values cannot be looked at, a NaN member gives NaN.
+        **Returns:** shape (), in units of θ². Under `jit`, where values cannot be looked at, a NaN member gives NaN. (`jax.jit` hashes what
+        it is given, so a bare method of an object that holds arrays goes to `eqx.filter_jit`.)
         **Raises:** `InputError` if a shape or type is wrong, or if a member is seen not to be finite.
         **Differentiation:** forward and reverse in `x`, `y` and every floating leaf, once; second derivatives are each class's matter.
         """

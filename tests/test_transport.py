@@ -28,7 +28,7 @@ TRANSPORTS = {
     "gaussian": lambda: GaussianTransport(),
     "sliced": lambda: SlicedTransport(2 * D, jax.random.key(3)),
     "sinkhorn": lambda: SinkhornTransport(0.5, threshold=1e-5),
-    "mapped": lambda: Mapped(ExactTransport(), jnp.tanh),
+    "mapped": lambda: Mapped(GaussianTransport(), jnp.tanh),
     "projected": lambda: Projected(GaussianTransport(), MATRIX),
 }
 METRICS = [name for name in TRANSPORTS if name != "sinkhorn"]
@@ -41,8 +41,8 @@ def clouds(n, m, d=D, dtype=np.float32, seed=0):
 
 
 def sizes(name):
-    """Unequal where the class takes them; n > d, and n < d."""
-    return [(5, 5), (2, 2)] if name in ("exact", "mapped") else [(5, 7), (2, 5)]
+    """Unequal where the class takes them, with d between them."""
+    return (5, 5) if name == "exact" else (2, 5)
 
 
 # Contracts
@@ -95,19 +95,13 @@ def test_squared_alone_compiles_once_even_for_new_parameters():
 
 
 @every
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_precision_in_is_precision_out(name, dtype, x64):
-    transport = TRANSPORTS[name]()
-    x, y = clouds(5, 5, dtype=dtype)
-    value, gradient = jax.jit(jax.value_and_grad(transport.squared))(x, y)
-    assert value.dtype == gradient.dtype == dtype
-
-
-@every
-def test_same_number_in_both_precisions(name, x64):
+def test_float32_stays_float32_and_gives_the_number_of_float64(name, x64):
+    value_and_grad = jax.jit(jax.value_and_grad(TRANSPORTS[name]().squared))
     x, y = clouds(5, 5)
-    single = TRANSPORTS[name]().squared(x, y)
-    np.testing.assert_allclose(single, TRANSPORTS[name]().squared(x.astype(np.float64), y.astype(np.float64)), rtol=1e-5)
+    single, double = value_and_grad(x, y), value_and_grad(x.astype(np.float64), y.astype(np.float64))
+    for ours, truth in zip(single, double, strict=True):
+        assert (ours.dtype, truth.dtype) == (np.float32, np.float64)
+        np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-5)
 
 
 CROSS = np.concatenate([np.eye(D), -np.eye(D)]).astype(np.float32)
@@ -119,7 +113,6 @@ DEGENERATE = {
     "two point masses": (ONES, 2 * ONES),
     "one point mass": (ONES, ONES),
     "a mass and a cloud": (ONES, clouds(6, 6)[1]),
-    "fewer members than coordinates": clouds(2, 2),
     "one member": clouds(1, 1),
 }
 
@@ -143,20 +136,18 @@ def test_first_derivatives_are_finite_where_the_distance_degenerates(name):
 
 
 @every
-@pytest.mark.parametrize("few", [False, True])
-def test_gradient_is_the_central_difference(name, few, x64):
+def test_gradient_is_the_central_difference(name, x64):
     transport = SinkhornTransport(0.5, threshold=1e-11) if name == "sinkhorn" else TRANSPORTS[name]()
-    n, m = sizes(name)[few]
-    x, y = clouds(n, m, dtype=np.float64)
-    dx, dy = clouds(n, m, dtype=np.float64, seed=10)
+    x, y = clouds(*sizes(name), dtype=np.float64)
+    dx, dy = clouds(*sizes(name), dtype=np.float64, seed=10)
 
-    @jax.jit
     def along(t):
         return transport.squared(x + t * dx, y + t * dy)
 
-    slope = jax.jit(jax.grad(along))(0.0)
-    np.testing.assert_allclose(slope, oracles.central_difference(along, 0.0, 1.0), rtol=1e-7)
-    np.testing.assert_allclose(jax.jit(jax.jacfwd(along))(0.0), slope, rtol=1e-10)
+    both = jax.jit(lambda t: (along(t), jax.grad(along)(t), jax.jacfwd(along)(t)))
+    _, reverse, forward = both(0.0)
+    np.testing.assert_allclose(reverse, oracles.central_difference(lambda t: both(t)[0], 0.0, 1.0), rtol=1e-7)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-10)
 
 
 @every
@@ -165,9 +156,9 @@ def test_second_derivatives_in_general_position(name, x64):
     x, y = clouds(5, 5, dtype=np.float64)
     dx, _ = clouds(5, 5, dtype=np.float64, seed=1)
     slope = jax.grad(lambda t: transport.squared(x + t * dx, y))
-    difference = oracles.central_difference(jax.jit(slope), 0.0, 1.0)
-    np.testing.assert_allclose(jax.jit(jax.jacfwd(slope))(0.0), difference, rtol=1e-6)
-    np.testing.assert_allclose(jax.jit(jax.grad(slope))(0.0), difference, rtol=1e-6)
+    both = jax.jit(lambda t: (slope(t), jax.jacfwd(slope)(t), jax.grad(slope)(t)))
+    difference = oracles.central_difference(lambda t: both(t)[0], 0.0, 1.0)
+    np.testing.assert_allclose(both(0.0)[1:], [difference, difference], rtol=1e-6)
 
 
 def test_leaves_have_gradients(x64):
@@ -176,8 +167,8 @@ def test_leaves_have_gradients(x64):
     def by_epsilon(epsilon):
         return SinkhornTransport(epsilon, threshold=1e-13).squared(x, y)
 
-    epsilon = jnp.asarray(0.5)
-    np.testing.assert_allclose(jax.jit(jax.grad(by_epsilon))(epsilon), oracles.central_difference(by_epsilon, 0.5, 1.0), rtol=1e-7)
+    both = jax.jit(jax.value_and_grad(by_epsilon))
+    np.testing.assert_allclose(both(0.5)[1], oracles.central_difference(lambda epsilon: both(epsilon)[0], 0.5, 1.0), rtol=1e-7)
 
     def by_matrix(matrix):
         return Projected(GaussianTransport(), matrix).squared(x, y)
@@ -219,7 +210,7 @@ def _dots(name):
 def test_lowers_for_a_tpu_with_every_product_in_full_precision(name):
     dots = _dots(name)
     assert all(line.count("HIGHEST") == 2 for line in dots)
-    assert bool(dots) == (name not in ("exact", "mapped"))
+    assert bool(dots) == (name != "exact")
 
 
 # Axioms and invariances
@@ -233,7 +224,7 @@ def _triples(n, d):
 
 
 @pytest.mark.parametrize("name", METRICS)
-@pytest.mark.parametrize("shape", [(6, 3), (2, 3), (1, 3), (6, 1)])
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3), (6, 1)])
 def test_metric_axioms(name, shape):
     transport = Projected(GaussianTransport(), MATRIX[: shape[1]]) if name == "projected" else TRANSPORTS[name]()
     assert transport.is_metric
@@ -261,8 +252,8 @@ def test_the_divergence_does_not_claim_to_be_a_metric():
 
 @every
 def test_invariance_under_permutation_and_translation(name):
-    squared = TRANSPORTS[name]().squared
-    n, m = sizes(name)[0]
+    squared = eqx.filter_jit(TRANSPORTS[name]().squared)
+    n, m = sizes(name)
     x, y = clouds(n, m)
     value = squared(x, y)
     rng = np.random.default_rng(0)
@@ -275,7 +266,7 @@ def test_invariance_under_permutation_and_translation(name):
 # Exact
 
 
-@pytest.mark.parametrize(("n", "d"), [(1, 2), (7, 2), (30, 5), (9, 20)])
+@pytest.mark.parametrize(("n", "d"), [(1, 2), (30, 5), (9, 20)])
 def test_exact_is_the_linear_program(n, d, x64):
     x, y = clouds(n, n, d, np.float64)
     value = ExactTransport().squared(x, y)
@@ -283,7 +274,7 @@ def test_exact_is_the_linear_program(n, d, x64):
     np.testing.assert_allclose(value, oracles.linear_program(x, y), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("n", "m"), [(1, 1), (4, 4), (4, 6), (7, 5), (1, 9), (100, 64)])
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (4, 6), (7, 5), (100, 64)])
 def test_exact_in_one_dimension_takes_any_sizes(n, m, x64):
     x, y = clouds(n, m, 1, np.float64)
     np.testing.assert_allclose(ExactTransport().squared(x, y), oracles.one_dimensional(x, y), rtol=1e-12)
@@ -304,7 +295,7 @@ def test_gaussian_is_bures(n, m, d, x64):
     np.testing.assert_allclose(GaussianTransport().squared(x, y), oracles.bures(x, y), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("n", "m", "d"), [(4, 4, 10), (4, 7, 10), (3, 30, 10), (30, 3, 10), (1, 5, 4)])
+@pytest.mark.parametrize(("n", "m", "d"), [(4, 7, 10), (3, 30, 10), (30, 3, 10), (1, 5, 4)])
 def test_gaussian_of_rank_deficient_clouds(n, m, d, x64):
     x, y = clouds(n, m, d, np.float64)
     np.testing.assert_allclose(GaussianTransport().squared(x, y), oracles.bures_of_singular(x, y), rtol=1e-6)
