@@ -1,0 +1,55 @@
+r"""Two functions of symmetric positive semidefinite matrices whose derivatives survive equal and vanishing eigenvalues.
+
+    sqrtm(a) = S with S S = a               dS = lyapunov(S, da)
+    lyapunov(c, b) = L with L c + c L = b   dL = lyapunov(c, db - L dc - dc L)
+
+An eigenvector is not differentiable where eigenvalues meet, but these functions of the matrix are. So the eigen-decomposition stays in
+the primal, and the derivatives are the equations themselves, differentiated: they call these functions again, hence every order exists.
+Reference: Higham, Functions of Matrices (2008), section 3.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from esljax._types import Array, Float
+
+
+@jax.custom_jvp
+def sqrtm(a: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """The symmetric square root of a symmetric positive semidefinite matrix; negative eigenvalues, which are rounding, count as 0.
+
+    **Differentiation:** forward and reverse, of every order. Along directions in which the root has no derivative (out of the null
+    space) the derivative is 0.
+    """
+    values, vectors = jnp.linalg.eigh(a)
+    return _product(vectors * jnp.sqrt(jnp.maximum(values, 0)), vectors.T)
+
+
+@sqrtm.defjvp
+def _(primals, tangents):
+    root = sqrtm(*primals)
+    return root, lyapunov(root, *tangents)
+
+
+def lyapunov(c: Float[Array, "d d"], b: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """The L with L c + c L = b, for symmetric positive semidefinite c.
+
+    Components of b between eigenvectors whose eigenvalues add to 0 (to rounding) do not enter: L is 0 there.
+
+    **Differentiation:** forward and reverse, of every order.
+    """
+
+    def solve(_, b):
+        values, vectors = jnp.linalg.eigh(c)
+        sums = jnp.maximum(values[:, None], 0) + jnp.maximum(values, 0)
+        solvable = sums > values.size * jnp.finfo(values.dtype).eps * sums.max()
+        inside = _product(_product(vectors.T, b), vectors)
+        return _product(_product(vectors, jnp.where(solvable, inside / jnp.where(solvable, sums, 1), 0)), vectors.T)
+
+    # A linear solve is a primitive that differentiates and transposes itself by its equation; a custom_jvp would be inlined, down to the
+    # eigenvectors, when the derivative of a derivative linearizes it.
+    return jax.lax.custom_linear_solve(lambda x: _product(x, c) + _product(c, x), b, solve, symmetric=True)
+
+
+def _product(a: Float[Array, "d d"], b: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    return jnp.matmul(a, b, precision="highest")
