@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import as_float, check_finite, check_nonnegative, check_positive, check_positive_int, known, refuse
-from esljax._matrix import lyapunov, sqrtm
+from esljax._matrix import exponential, lyapunov, sqrtm
 from esljax._types import Array, Float, Scalar, ScalarLike
 from esljax.report import SpeedLimit
 from esljax.schedules import AbstractSchedule, Constant, Knots, WarmupStableDecay
@@ -380,10 +380,12 @@ def _panel(run: _Run, left: Scalar, right: Scalar) -> _Panels:
     mobility = jax.vmap(lambda s: (run.steps * run.learning_rate(s)).astype(dtype))(times)
     temperature = jax.vmap(lambda s: jnp.asarray(run.temperature(s), dtype))(times)
     clock = cumulative @ mobility
-    forth = jax.scipy.linalg.expm(-clock[:, None, None] * run.stiffness)
-    back = jax.scipy.linalg.expm(clock[:-1, None, None] * run.stiffness)
+    forth = exponential(-clock[:, None, None] * run.stiffness)
+    back = exponential(clock[:-1, None, None] * run.stiffness)
     noise = 2 * jnp.einsum("ij,j,jab,jcb->iac", cumulative, mobility * temperature, back, back)
-    exponent = jnp.linalg.norm(jax.lax.stop_gradient(run.stiffness), 2) * jax.lax.stop_gradient(clock[-1])
+    # ‖K‖₂² ≤ ‖K‖₁ ‖K‖_∞, with no decomposition.
+    sizes = jnp.abs(jax.lax.stop_gradient(run.stiffness))
+    exponent = jnp.sqrt(sizes.sum(0).max() * sizes.sum(1).max()) * jax.lax.stop_gradient(clock[-1])
     return _Panels(times, cumulative[-1], mobility, temperature, cumulative, forth, noise, exponent)
 
 
@@ -401,12 +403,12 @@ def _inside(panels: _Panels, starts: Law) -> Law:
 
 def _densities(stiffness: Float[Array, "d d"], temperature: Scalar, law: Law) -> _Densities:
     identity = jnp.eye(law.mean.size, dtype=law.mean.dtype)
-    # Without heat the score does not enter, and the covariance may be singular.
-    score = temperature * jnp.linalg.inv(jnp.where(temperature > 0, law.covariance, identity))
-    spring = stiffness - score
-    inflow = stiffness @ law.covariance - temperature * identity
+    flow = stiffness @ law.covariance
+    inflow = flow - temperature * identity
     drift = jnp.sum((stiffness @ law.mean) ** 2)
-    gradient_part = lyapunov(law.covariance, inflow + inflow.T)
+    # T C⁻¹ solves the equation of M with 2T on the right; one decomposition serves both, and without heat a singular covariance is no harm.
+    pull, score = lyapunov(law.covariance, jnp.stack([flow + flow.T, 2 * temperature * identity]))
+    spring, gradient_part = stiffness - score, pull - score
     rest = spring - gradient_part
     return _Densities(
         force=drift + jnp.sum(inflow * spring),
