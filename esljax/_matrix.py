@@ -55,8 +55,8 @@ def exponential(a: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
     """e^a for matrices of norm up to 8: Taylor's series of a/16, squared four times.
 
     Matrix products only: `jax.scipy.linalg.expm` is four times as slow on stacks of small matrices, and two of its batched LU
-    factorizations in one program wait for each other forever on a machine of two cores (jax 0.10.2). The norm of a/16 is at most 1/2, so the
-    terms after the fourteenth add less than 1e-16.
+    factorizations in one program wait for each other forever on a machine of two cores (jax 0.10.2). The norm of a/16 is at most
+    1/2, so the terms after the fourteenth add less than 1e-16.
 
     **Differentiation:** forward and reverse, of every order.
     """

@@ -341,7 +341,10 @@ def _constant_speed(run: _Run, knots: int) -> tuple[Float[Array, " m"], Scalar]:
     # With a constant mobility U the time of the run is the clock: u = U s.
     panels, starts, end = _flow(run)
     heat, learning_time = panels.temperature[0, 0], panels.mobility[0, 0]
-    speed = lambda law: _root(_densities(run.stiffness, heat, law).force)
+
+    def speed(law):
+        return _root(_densities(run.stiffness, heat, law).force)
+
     inside = jax.vmap(jax.vmap(speed))(_inside(panels, starts))
     arcs = learning_time * jnp.einsum("pij,pj->pi", panels.cumulative, inside)
     offsets = jnp.cumsum(arcs[:, -1])
@@ -519,5 +522,7 @@ def _check_resolved(exponent: Scalar, panels: int) -> None:
 
 
 def _nan_unless_resolved(result: Any, exponent: Scalar) -> Any:
-    keep = lambda x: jnp.where(exponent <= _LARGEST_EXPONENT, x, jnp.nan) if eqx.is_inexact_array(x) else x
+    def keep(x):
+        return jnp.where(exponent <= _LARGEST_EXPONENT, x, jnp.nan) if eqx.is_inexact_array(x) else x
+
     return jax.tree.map(keep, result)
