@@ -145,7 +145,7 @@ def sinkhorn_divergence(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     return _entropic(start, end, epsilon) - (_entropic(start, start, epsilon) + _entropic(end, end, epsilon)) / 2
 
 
-def speed_limit(law: Law, potential: HasStiffness, rule: HasSchedules, *, steps: int, panels: int = 32) -> SpeedLimit:
+def speed_limit(law: Law, potential: HasStiffness, rule: HasSchedules, *, steps: int, panels: int = 64) -> SpeedLimit:
     r"""Σ, D, U, L, W2² and the split of the exact Gaussian law, by the equations at the top of this file.
 
     **Args:**
@@ -154,7 +154,8 @@ def speed_limit(law: Law, potential: HasStiffness, rule: HasSchedules, *, steps:
     - `rule`: has `learning_rate` (per step) and `temperature` (units of the potential), schedules on s ∈ [0, 1]. They must be smooth, apart
       from the corners of `Knots` and `WarmupStableDecay`, at which panels end.
     - `steps`: K; the mobility is K · learning_rate(s).
-    - `panels`: at least so many panels of equal length. The stiffness times the learning time of one panel must not exceed 8.
+    - `panels`: at least so many panels of equal length. The stiffness (an upper bound of its norm) times the learning time
+      of a panel must not exceed 2: by default, at a constant rate, its product with U may reach 128.
 
     **Returns:** a `SpeedLimit`; `times` and `speed` are the collocation nodes. Where values are known only under a transformation, numbers
     that the panels cannot resolve are NaN.
@@ -178,7 +179,7 @@ def speed_limit(law: Law, potential: HasStiffness, rule: HasSchedules, *, steps:
     return report
 
 
-def laws(law: Law, potential: HasStiffness, rule: HasSchedules, *, steps: int, times: Any, panels: int = 32) -> Law:
+def laws(law: Law, potential: HasStiffness, rule: HasSchedules, *, steps: int, times: Any, panels: int = 64) -> Law:
     r"""The exact law at given training times.
 
     **Args:** as for `speed_limit`; `times`: shape (J,), training times in [0, 1], in any order.
@@ -253,8 +254,8 @@ def optimal_learning_rate(
     return Knots(rates / steps)
 
 
-# Above, exponentials spread over more decades within one panel than twelve nodes and float32 follow.
-_LARGEST_EXPONENT = 8.0
+# The largest x = ‖K‖Δu of a panel: twelve nodes follow e^{2Ku} to 2 I₁₂(x) eˣ, which is 4e-8 at x = 2 and .001 already at x = 4.
+_LARGEST_EXPONENT = 2.0
 
 
 class _Rule(NamedTuple):
@@ -375,8 +376,7 @@ def _panel(run: _Run, left: Scalar, right: Scalar) -> _Panels:
 
     In the clock u of the panel, C(u) = e^{-Ku} (C + 2 ∫ η T e^{Ku'} e^{Kᵀu'} ds') e^{-Kᵀu}: the growing exponentials stay within the panel.
     """
-    # So many panels come from as many knots, between which four nodes (order eight) are plenty.
-    points, weights = _collocation(12 if run.edges.size <= 160 else 4)
+    points, weights = _collocation()
     dtype = run.edges.dtype
     times = left + (right - left) * jnp.asarray(points, dtype)
     cumulative = (right - left) * jnp.asarray(weights, dtype)
@@ -442,7 +442,7 @@ def _root(x: Array) -> Array:
 
 
 @functools.cache
-def _collocation(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+def _collocation(nodes: int = 12) -> tuple[np.ndarray, np.ndarray]:
     """Gauss-Legendre nodes of [0, 1] and the integrals of their Lagrange polynomials from 0 to each node and (last row) to 1."""
     x, w = np.polynomial.legendre.leggauss(nodes)
     ends = np.append(x, 1.0)
