@@ -258,10 +258,11 @@ def _verdict(judgments: Mapping[str, Judgment], result: _Result, missed: bool) -
         optimized, best = judgments["optimized"], usual[0]
         share, error = ratio(optimized, judgments[best])
         over = float(optimized.report.entropy_production / optimized.report.w2_squared)
+        left = float(optimized.report.temporal / optimized.report.w2_squared)
         said.append(
-            f"At the same final loss {result.target:.4g}, the optimized schedule produces {share:.3f} ± {error:.3f} times the entropy of the "
-            f"best usual shape ({best.replace('_', ' ')}) and {over:.3f} times the limit W2²; "
-            f"{float(optimized.report.temporal / optimized.report.w2_squared):.2%} of W2² is left to timing, the rest is the bend of the path."
+            f"At the same final loss {result.target:.4g}, the optimized schedule produces {share:.3f} ± {error:.3f} times the entropy of "
+            f"the best usual shape ({best.replace('_', ' ')}) and {over:.3f} times the limit W2²; "
+            f"{left:.2%} of W2² is left to timing, the rest is the bend of the path."
         )
     if missed and "optimized" in judgments:
         said.append(f"Its held-out final loss {float(judgments['optimized'].final_loss):.4g} misses the target by more than 1 %.")

@@ -1,5 +1,6 @@
 """The network of the command line and the examples: any Flax model does as well."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -15,8 +16,7 @@ class MLP(nnx.Module):
     def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
         for size in sizes:
             check_positive_int("sizes", size)
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
-        self.layers = nnx.List([nnx.Linear(inward, outward, rngs=rngs) for inward, outward in pairs])
+        self.layers = nnx.List([nnx.Linear(inward, outward, rngs=rngs) for inward, outward in itertools.pairwise(sizes)])
 
     def __call__(self, x: Array) -> Array:
         *hidden, last = self.layers
