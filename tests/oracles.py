@@ -95,3 +95,16 @@ def ornstein_uhlenbeck(k, temperature, width, shift, d, clock):
     dissipation = quad(metric_squared, 0, clock, epsabs=0, epsrel=1e-12)[0]
     length = quad(lambda t: np.sqrt(metric_squared(t)), 0, clock, epsabs=0, epsrel=1e-12)[0]
     return dissipation, length**2, (shift - shift * np.exp(-k * clock)) ** 2 + d * (np.sqrt(width) - np.sqrt(end)) ** 2
+
+
+# --- Derivatives and schedules ------------------------------------------------------------------------------------------------------------
+
+
+def central_difference(fn, x, direction, h=1e-5):
+    return (fn(x + h * direction) - fn(x - h * direction)) / (2 * h)
+
+
+def warmup_cosine(count, start, peak, warmup, steps, end):
+    """A line from `start` to `peak` over `warmup` counts, then half a cosine down to `end` at `steps`."""
+    fraction = np.clip((count - warmup) / (steps - warmup), 0, 1)
+    return np.where(count < warmup, start + (peak - start) * count / warmup, end + (peak - end) * (1 + np.cos(np.pi * fraction)) / 2)
