@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from flax.errors import InvalidRngError
 from jax.flatten_util import ravel_pytree
 
 from esljax._checks import as_float, check_choice, check_finite, check_nonnegative, check_positive, check_positive_int, refuse
@@ -216,10 +217,13 @@ class FlaxLoss(AbstractPotential):
         l2: float = 0.0,
         batch_size: int | None = None,
     ):
+        if len(data) != 2:
+            raise refuse("data", "be (inputs (m, ...), labels (m, ...))", f"is {len(data)} array" + "s" * (len(data) > 1))
         inputs, labels = (jnp.asarray(part) for part in data)
         if inputs.ndim < 1 or labels.shape[:1] != inputs.shape[:1] or inputs.shape[0] == 0:
             raise refuse("data", "be (inputs (m, ...), labels (m, ...))", f"has shapes {inputs.shape} and {labels.shape}")
         check_finite("data", inputs)
+        check_finite("data", labels)
         check_nonnegative("l2", l2)
         if batch_size is not None:
             check_positive_int("batch_size", batch_size)
@@ -229,8 +233,17 @@ class FlaxLoss(AbstractPotential):
         outputs = self.network.output_shape(inputs[:1])
         if loss == "cross_entropy":
             _check_labels(labels, outputs)
+        if loss == "squared_error" and labels[0].size != np.prod(outputs[1:]):
+            raise refuse(
+                "data",
+                f"have labels of {np.prod(outputs[1:])} numbers, one per output of the model",
+                f"has labels of shape {labels.shape}",
+            )
         self.inputs, self.labels, self.l2 = inputs, labels, as_float(l2)
         self.loss = loss if callable(loss) else _LOSSES[loss]
+        losses = jax.eval_shape(self.loss, jax.ShapeDtypeStruct((len(labels), *outputs[1:]), jnp.result_type(float)), labels)
+        if losses.shape != labels.shape[:1]:
+            raise refuse("loss", f"return one number per example, shape {labels.shape[:1]}", f"returns shape {losses.shape}")
         self.batch_size = batch_size
         self.conservative = True
 
@@ -297,6 +310,8 @@ class _Network:
         try:
             position = jax.eval_shape(self.initialize, jax.random.key(0))
             return jax.eval_shape(self.apply, position, inputs).shape
+        except InvalidRngError as error:
+            raise _stateful("a stream of random numbers") from error
         except (TypeError, ValueError) as error:
             raise refuse("model", f"accept inputs of shape {inputs.shape}", f"fails on them: {str(error).splitlines()[0]}") from error
 
