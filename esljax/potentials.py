@@ -152,7 +152,7 @@ class FromFunction(AbstractPotential):
     An `equinox.Module` (or any callable pytree) keeps its arrays differentiable; a plain function is static.
     """
 
-    fn: Callable[[Array], Array]
+    fn: Any
     conservative: bool = eqx.field(static=True)
 
     def __init__(self, fn: Callable[[Array], Array]):
@@ -317,12 +317,13 @@ def _network(model: Any, inputs: Array) -> _Network:
 
         return _Network(nnx.merge, definition, unravel, redraw)
     if callable(model):
-        example = model(nnx.Rngs(0))
+        example: Any = model(nnx.Rngs(0))
         if not isinstance(example, nnx.Module):
             raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"returned {type(example).__name__}")
         definition, parameters = _parameters(example)
         _, unravel = ravel_pytree(parameters)
-        return _Network(nnx.merge, definition, unravel, lambda key: ravel_pytree(_parameters(model(nnx.Rngs(key)))[1])[0])
+        build: Callable[[Key], Any] = lambda key: model(nnx.Rngs(key))  # noqa: E731
+        return _Network(nnx.merge, definition, unravel, lambda key: ravel_pytree(_parameters(build(key))[1])[0])
     raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"is a {type(model).__name__}")
 
 

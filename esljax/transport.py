@@ -166,7 +166,7 @@ class SlicedTransport(AbstractTransport):
 
     def __check_init__(self):
         check_positive_int("directions", self.directions)
-        if not jnp.issubdtype(getattr(self.key, "dtype", None), jax.dtypes.prng_key):
+        if not isinstance(self.key, jax.Array) or not jnp.issubdtype(self.key.dtype, jax.dtypes.prng_key):
             raise refuse("key", "be made by `jax.random.key`", f"is {self.key!r}")
 
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
