@@ -279,12 +279,15 @@ class FlaxLoss(AbstractPotential):
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """A Flax model reduced to a function of one flat position. Equal models compare equal, so that they share compiled code."""
+    """A Flax model as a function of one flat position. Equal models, equally initialized, compare equal and share compiled code."""
 
     merge: Callable[[Any, Any], Any]
     definition: Any
     unravel: Callable[[Array], Any]
-    initialize: Callable[[Key], Array] = dataclasses.field(compare=False)
+    draw: Any
+
+    def initialize(self, key: Key) -> Float[Array, " d"]:
+        return ravel_pytree(self.draw(key))[0]
 
     def unravel_model(self, position: Array) -> Any:
         return self.merge(self.definition, self.unravel(position))
@@ -301,30 +304,53 @@ class _Network:
             raise refuse("model", f"accept inputs of shape {inputs.shape}", f"fails on them: {str(error).splitlines()[0]}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class _DrawByFactory:
+    factory: Callable[[nnx.Rngs], Any]
+
+    def __call__(self, key: Key) -> Any:
+        return _parameters(self.factory(nnx.Rngs(key)))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _DrawByLinen:
+    module: linen.Module
+    inputs: tuple[tuple[int, ...], Any]
+
+    def __call__(self, key: Key) -> Any:
+        return self.module.init(key, jnp.zeros(*self.inputs))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _RedrawEntries:
+    """Each array anew from its own entries, drawn independently with replacement."""
+
+    parameters: Any
+
+    def __call__(self, key: Key) -> Any:
+        leaves, structure = jax.tree.flatten(self.parameters)
+        keys = jax.random.split(key, len(leaves))
+        return structure.unflatten([jax.random.choice(k, leaf.reshape(-1), leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+
+
 def _network(model: Any, inputs: Array) -> _Network:
     if isinstance(model, linen.Module):
-        return _linen_network(model, inputs)
+        draw = _DrawByLinen(model, (inputs.shape, inputs.dtype))
+        variables = jax.eval_shape(draw, jax.random.key(0))
+        if set(variables) != {"params"}:
+            raise _stateful(", ".join(sorted(set(variables) - {"params"})))
+        template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
+        return _Network(_second, model, ravel_pytree(template)[1], draw)
     if isinstance(model, nnx.Module):
         definition, parameters = _parameters(model)
-        _, unravel = ravel_pytree(parameters)
-
-        def redraw(key: Key) -> Array:
-            leaves, structure = jax.tree.flatten(parameters)
-            keys = jax.random.split(key, len(leaves))
-            return ravel_pytree(
-                structure.unflatten([jax.random.choice(k, leaf.reshape(-1), leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
-            )[0]
-
-        return _Network(nnx.merge, definition, unravel, redraw)
-    if callable(model):
-        example: Any = model(nnx.Rngs(0))
-        if not isinstance(example, nnx.Module):
-            raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"returned {type(example).__name__}")
-        definition, parameters = _parameters(example)
-        _, unravel = ravel_pytree(parameters)
-        build: Callable[[Key], Any] = lambda key: model(nnx.Rngs(key))  # noqa: E731
-        return _Network(nnx.merge, definition, unravel, lambda key: ravel_pytree(_parameters(build(key))[1])[0])
-    raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"is a {type(model).__name__}")
+        return _Network(nnx.merge, definition, ravel_pytree(parameters)[1], _RedrawEntries(parameters))
+    example: Any = model(nnx.Rngs(0)) if callable(model) else model
+    if not isinstance(example, nnx.Module):
+        made = "is" if example is model else "returns"
+        raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"{made} a {type(example).__name__}")
+    definition, parameters = _parameters(example)
+    factory: Any = model
+    return _Network(nnx.merge, definition, ravel_pytree(parameters)[1], _DrawByFactory(factory))
 
 
 def _parameters(model: nnx.Module) -> tuple[Any, Any]:
@@ -333,17 +359,6 @@ def _parameters(model: nnx.Module) -> tuple[Any, Any]:
         kinds = {type(leaf).__name__ for leaf in jax.tree.leaves(rest, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))}
         raise _stateful(", ".join(sorted(kinds)))
     return definition, nnx.to_pure_dict(parameters)
-
-
-def _linen_network(model: linen.Module, inputs: Array) -> _Network:
-    def initialize(key: Key) -> Any:
-        return model.init(key, inputs)
-
-    variables = jax.eval_shape(initialize, jax.random.key(0))
-    if set(variables) != {"params"}:
-        raise _stateful(", ".join(sorted(set(variables) - {"params"})))
-    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables))
-    return _Network(_second, model, unravel, lambda key: ravel_pytree(initialize(key))[0])
 
 
 def _second(definition: Any, variables: Any) -> Any:
