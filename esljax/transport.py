@@ -100,8 +100,8 @@ class ExactTransport(AbstractTransport):
             )
         # In difference form, so that coincident members cost nothing at all; row by row, because XLA may store all n²d differences.
         cost = jax.lax.stop_gradient(jax.lax.map(lambda member: jnp.sum((member - y) ** 2, axis=-1), x))
-        # The Hungarian's potentials reach n times the largest cost, and beyond the finite numbers it never returns. The sum stands in for
-        # the largest, because XLA's compiled maximum can lose a NaN.
+        # The Hungarian's potentials reach n times the largest cost, and beyond the finite numbers neither its answer nor its end can be
+        # relied on. The sum stands in for the largest, because XLA's vectorized maximum drops NaN on a CPU.
         solvable = jnp.isfinite(n * jnp.sum(cost))
         _, matching = _ott().hungarian(_ott().Geometry(cost_matrix=jnp.where(solvable, cost, 0.0)))
         i, j = matching.paired_indices
