@@ -142,7 +142,7 @@ def optimize(
     try:
         for i in range(iterations):
             moved, state, seen = search.step(moving, state, dual, jax.random.fold_in(key, i))
-            value, residuals, norm = float(seen.value), np.asarray(seen.residuals), float(optax.global_norm(seen.gradients))
+            value, residuals, norm = float(seen.value), np.asarray(seen.residuals), float(optax.tree.norm(seen.gradients))
             trouble = _trouble(i, value, residuals, norm, [row[2] for row in rows])
             if trouble and not rows:
                 raise refuse("controls", "start where the objective and its gradient are finite", f"give: {trouble}")
