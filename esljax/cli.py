@@ -23,6 +23,7 @@ from esljax.models import mlp
 from esljax.optimization import Iteration, Optimum, optimize
 from esljax.plotting import plot_schedules, plot_speed_limit
 from esljax.potentials import FlaxLoss
+from esljax.references import run_checks
 from esljax.schedules import Constant, Knots
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -275,6 +276,4 @@ def _verdict(judgments: Mapping[str, Judgment], result: _Result, missed: bool) -
 
 
 def _check(config: CheckConfig) -> int:
-    from esljax.references import run_checks
-
     return DONE if run_checks(quiet=config.quiet) else FAILED
