@@ -46,7 +46,7 @@ class OptimizeConfig:
     """Mean final training loss that all schedules must meet; by default that of the constant schedule at `rate`."""
     knots: int = 12
     """Knots of the optimized log learning rate."""
-    iterations: int = 50
+    iterations: int = 40
     """Gradient steps of the optimization."""
     transport: Literal["exact", "gaussian", "sliced", "sinkhorn"] = "exact"
     """Geometry of entropy production and distance."""

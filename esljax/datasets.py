@@ -33,6 +33,7 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> Dataset:
     **Args:** `test_fraction`: share of the examples held out, in (0, 1). `seed`: of the shuffle before the split.
     **Reference:** Alpaydin and Kaynak, UCI Optical Recognition of Handwritten Digits (1998).
     """
+    check_positive_int("seed", seed, 0)
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     return _split(pixels / 16, labels, test_fraction, np.random.default_rng(seed))
 
@@ -44,6 +45,7 @@ def two_moons(samples: int = 1000, noise: float = 0.1, test_fraction: float = 0.
     """
     check_positive_int("samples", samples, 2)
     check_nonnegative("noise", noise)
+    check_positive_int("seed", seed, 0)
     inputs, labels = sklearn.datasets.make_moons(samples, noise=noise, random_state=seed)
     return _split(inputs, labels, test_fraction, np.random.default_rng(seed))
 
@@ -56,7 +58,13 @@ def teacher(
     **Args:** `samples`: examples in both splits together. `features`: p. `classes`: number of labels. The rest as in `digits`.
     **Reference:** Gardner and Derrida, J. Phys. A 22, 1983 (1989), for the teacher-student setting.
     """
-    for name, value, least in [("samples", samples, 2), ("features", features, 1), ("classes", classes, 2), ("hidden", hidden, 1)]:
+    for name, value, least in [
+        ("samples", samples, 2),
+        ("features", features, 1),
+        ("classes", classes, 2),
+        ("hidden", hidden, 1),
+        ("seed", seed, 0),
+    ]:
         check_positive_int(name, value, least)
     generator = np.random.default_rng(seed)
     inputs = generator.standard_normal((samples, features))
@@ -66,7 +74,7 @@ def teacher(
 
 
 def _split(inputs, labels, test_fraction: float, generator: np.random.Generator) -> Dataset:
-    tests = round(test_fraction * len(inputs))
+    tests = round(test_fraction * len(inputs)) if 0 < test_fraction < 1 else 0
     if not 0 < tests < len(inputs):
         raise refuse("test_fraction", f"leave both splits of {len(inputs)} examples non-empty", f"is {test_fraction!r}")
     order = generator.permutation(len(inputs))

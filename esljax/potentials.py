@@ -11,13 +11,14 @@ A potential sees one member at a time, a position θ of shape (d,), and optional
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from flax.errors import InvalidRngError
 from jax.flatten_util import ravel_pytree
 
 from esljax._checks import as_float, check_choice, check_finite, check_nonnegative, check_positive, check_positive_int, refuse
@@ -27,8 +28,10 @@ from esljax._types import Array, Float, Key, Scalar, Shaped
 class AbstractPotential(eqx.Module):
     """Φ(θ) and the force that follows from it."""
 
-    conservative: eqx.AbstractVar[bool]
-    """Whether the force is the gradient of the energy, so that its Jacobian is symmetric."""
+    @property
+    @abc.abstractmethod
+    def conservative(self) -> bool:
+        """Whether the force is the gradient of the energy, so that its Jacobian is symmetric."""
 
     @abc.abstractmethod
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
@@ -95,7 +98,7 @@ class DoubleWell(AbstractPotential):
     barrier: Scalar = eqx.field(converter=as_float, default=1.0)
     width: Scalar = eqx.field(converter=as_float, default=1.0)
     stiffness: Scalar = eqx.field(converter=as_float, default=1.0)
-    conservative: bool = eqx.field(static=True, default=True, init=False)
+    conservative: ClassVar[bool] = True
 
     def __check_init__(self):
         for name in ("barrier", "width", "stiffness"):
@@ -121,7 +124,7 @@ class Mixture(AbstractPotential):
     means: Float[Array, "c d"] = eqx.field(converter=as_float)
     variances: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
     weights: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
-    conservative: bool = eqx.field(static=True, default=True, init=False)
+    conservative: ClassVar[bool] = True
 
     def __check_init__(self):
         if self.means.ndim != 2:
@@ -152,14 +155,13 @@ class FromFunction(AbstractPotential):
     An `equinox.Module` (or any callable pytree) keeps its arrays differentiable; a plain function is static.
     """
 
+    conservative: ClassVar[bool] = True
     fn: Any
-    conservative: bool = eqx.field(static=True)
 
     def __init__(self, fn: Callable[[Array], Array]):
         if not callable(fn):
             raise refuse("fn", "be a function of one position (d,)", f"is {fn!r}")
         self.fn = fn if isinstance(fn, eqx.Module | jax.tree_util.Partial) else jax.tree_util.Partial(fn)
-        self.conservative = True
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         return self.fn(position)
@@ -199,13 +201,13 @@ class FlaxLoss(AbstractPotential):
     **Differentiation:** in the position, to any order that the model allows, and in `l2` and `inputs`.
     """
 
+    conservative: ClassVar[bool] = True
     inputs: Shaped[Array, "m ..."]
     labels: Shaped[Array, "m ..."]
     l2: Scalar
     network: "_Network" = eqx.field(static=True)
     loss: Callable[[Array, Array], Array] = eqx.field(static=True)
     batch_size: int | None = eqx.field(static=True)
-    conservative: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -216,10 +218,13 @@ class FlaxLoss(AbstractPotential):
         l2: float = 0.0,
         batch_size: int | None = None,
     ):
+        if len(data) != 2:
+            raise refuse("data", "be (inputs (m, ...), labels (m, ...))", f"is {len(data)} array" + "s" * (len(data) > 1))
         inputs, labels = (jnp.asarray(part) for part in data)
         if inputs.ndim < 1 or labels.shape[:1] != inputs.shape[:1] or inputs.shape[0] == 0:
             raise refuse("data", "be (inputs (m, ...), labels (m, ...))", f"has shapes {inputs.shape} and {labels.shape}")
         check_finite("data", inputs)
+        check_finite("data", labels)
         check_nonnegative("l2", l2)
         if batch_size is not None:
             check_positive_int("batch_size", batch_size)
@@ -229,10 +234,18 @@ class FlaxLoss(AbstractPotential):
         outputs = self.network.output_shape(inputs[:1])
         if loss == "cross_entropy":
             _check_labels(labels, outputs)
+        if loss == "squared_error" and labels[0].size != np.prod(outputs[1:]):
+            raise refuse(
+                "data",
+                f"have labels of {np.prod(outputs[1:])} numbers, one per output of the model",
+                f"has labels of shape {labels.shape}",
+            )
         self.inputs, self.labels, self.l2 = inputs, labels, as_float(l2)
         self.loss = loss if callable(loss) else _LOSSES[loss]
+        losses = jax.eval_shape(self.loss, jax.ShapeDtypeStruct((len(labels), *outputs[1:]), jnp.result_type(float)), labels)
+        if losses.shape != labels.shape[:1]:
+            raise refuse("loss", f"return one number per example, shape {labels.shape[:1]}", f"returns shape {losses.shape}")
         self.batch_size = batch_size
-        self.conservative = True
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         inputs, labels = (self.inputs, self.labels) if batch is None else (self.inputs[batch], self.labels[batch])
@@ -300,6 +313,8 @@ class _Network:
         try:
             position = jax.eval_shape(self.initialize, jax.random.key(0))
             return jax.eval_shape(self.apply, position, inputs).shape
+        except InvalidRngError as error:
+            raise _stateful("a stream of random numbers") from error
         except (TypeError, ValueError) as error:
             raise refuse("model", f"accept inputs of shape {inputs.shape}", f"fails on them: {str(error).splitlines()[0]}") from error
 

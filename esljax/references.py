@@ -9,6 +9,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -66,7 +67,7 @@ def run_checks(*, quiet: bool = False) -> bool:
     for heading, justify in _COLUMNS.items():
         table.add_column(heading, justify=justify)
     failures = 0
-    before = jax.config.jax_enable_x64
+    before = jax.config.read("jax_enable_x64")
     enable("float64")
     try:
         for check in rich.progress.track(CHECKS, "checking", console=console, transient=True, disable=quiet):
@@ -84,7 +85,7 @@ def run_checks(*, quiet: bool = False) -> bool:
     return failures == 0
 
 
-_COLUMNS = {
+_COLUMNS: dict[str, Literal["left", "right"]] = {
     "number": "left",
     "what": "left",
     "reference": "right",

@@ -14,7 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import as_float, check_choice, check_positive, check_positive_int, refuse
+from esljax._checks import as_float, check_choice, check_positive, check_positive_int, known, refuse
 from esljax._types import Array, Float, Scalar, ScalarLike
 
 
@@ -95,7 +95,9 @@ class WarmupStableDecay(AbstractSchedule):
     def __check_init__(self):
         check_positive("warmup", self.warmup)
         check_positive("decay", self.decay)
-        check_positive("1 - warmup - decay + 1e-6", 1 - self.warmup - self.decay + 1e-6)
+        whole = self.warmup + self.decay
+        if known(whole) and not bool(jnp.all(whole <= 1 + 1e-6)):
+            raise refuse("decay", "leave warmup + decay at most 1", f"makes it {float(jnp.max(whole)):g}")
 
     def __call__(self, s: ScalarLike) -> Scalar:
         rise = jnp.clip(s / self.warmup, 0, 1)
@@ -139,7 +141,7 @@ class Knots(AbstractSchedule):
 
     def __call__(self, s: ScalarLike) -> Scalar:
         links = self.parameters.size - 1
-        position = jnp.clip(jnp.asarray(s), 0, 1) * links
+        position = _counted(jnp.clip(as_float(s), 0, 1), links)
         left = jnp.clip(jnp.floor(position).astype(int), 0, links - 1)
         weight = position - left
         between = (1 - weight) * self.parameters[left] + weight * self.parameters[left + 1]
@@ -153,12 +155,23 @@ class FromOptax(AbstractSchedule):
     steps: int = eqx.field(static=True)
 
     def __check_init__(self):
+        if not callable(self.fn):
+            raise refuse("fn", "be a function of the count", f"is {self.fn!r}")
         check_positive_int("steps", self.steps)
 
     def __call__(self, s: ScalarLike) -> Scalar:
-        return as_float(self.fn(jnp.asarray(s) * self.steps))
+        return as_float(self.fn(_counted(as_float(s), self.steps)))
 
 
 def as_schedule(value: AbstractSchedule | ScalarLike) -> AbstractSchedule:
     """A number becomes `Constant`; a schedule stays what it is."""
     return value if isinstance(value, AbstractSchedule) else Constant(value)
+
+
+def _counted(s: Scalar, count: int) -> Scalar:
+    """s · count; a whole number where s is a rounded k/count, so that a table gives back its entries and a step falls on its own side."""
+    position = s * count
+    nearest = jnp.round(position)
+    # s = k/count is off by half a unit of its last place and the product by another: together one epsilon of at most count.
+    missed = jnp.abs(position - nearest) <= count * jnp.finfo(position.dtype).eps
+    return position + jax.lax.stop_gradient(jnp.where(missed, nearest - position, 0))

@@ -44,8 +44,10 @@ class Solution(eqx.Module):
 class AbstractTransport(eqx.Module):
     """A squared distance between the laws that two ensembles sample. All are invariant under a permutation of the members."""
 
-    is_metric: eqx.AbstractVar[bool]
-    """Whether sqrt(squared) obeys the triangle inequality on samples, by construction."""
+    @property
+    @abc.abstractmethod
+    def is_metric(self) -> bool:
+        """Whether sqrt(squared) obeys the triangle inequality on samples, by construction."""
 
     @abc.abstractmethod
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.integrate import quad, solve_ivp
 from scipy.linalg import solve_continuous_lyapunov, sqrtm
+from scipy.special import softmax
+from scipy.stats import multivariate_normal
 
 # --- Reference numbers ------------------------------------------------------------------------------------------------------------------
 
@@ -95,3 +97,43 @@ def ornstein_uhlenbeck(k, temperature, width, shift, d, clock):
     dissipation = quad(metric_squared, 0, clock, epsabs=0, epsrel=1e-12)[0]
     length = quad(lambda t: np.sqrt(metric_squared(t)), 0, clock, epsabs=0, epsrel=1e-12)[0]
     return dissipation, length**2, (shift - shift * np.exp(-k * clock)) ** 2 + d * (np.sqrt(width) - np.sqrt(end)) ** 2
+
+
+# --- Derivatives and schedules ------------------------------------------------------------------------------------------------------------
+
+
+def central_difference(fn, x, direction, h=1e-5):
+    return (fn(x + h * direction) - fn(x - h * direction)) / (2 * h)
+
+
+def warmup_cosine(count, start, peak, warmup, steps, end):
+    """A line from `start` to `peak` over `warmup` counts, then half a cosine down to `end` at `steps`."""
+    fraction = np.clip((count - warmup) / (steps - warmup), 0, 1)
+    return np.where(count < warmup, start + (peak - start) * count / warmup, end + (peak - end) * (1 + np.cos(np.pi * fraction)) / 2)
+
+
+# --- Potentials ---------------------------------------------------------------------------------------------------------------------------
+
+
+def double_well(position, barrier, width, stiffness):
+    return barrier * ((position[0] / width) ** 2 - 1) ** 2 + stiffness * np.sum(position[1:] ** 2) / 2
+
+
+def mixture(position, means, variances, weights):
+    """Minus the log density of a mixture of isotropic Gaussians."""
+    parts = [
+        weight * multivariate_normal.pdf(position, mean, variance) for mean, variance, weight in zip(means, variances, weights, strict=True)
+    ]
+    return -np.log(np.sum(parts) / np.sum(weights))
+
+
+def mlp(layers, inputs):
+    """Outputs of a tanh network with layers [(kernel (in, out), bias (out,)), ...]."""
+    *hidden, (kernel, bias) = layers
+    for inward, offset in hidden:
+        inputs = np.tanh(inputs @ inward + offset)
+    return inputs @ kernel + bias
+
+
+def cross_entropies(outputs, labels):
+    return -np.log(softmax(outputs, axis=1)[np.arange(len(labels)), labels])

@@ -1,0 +1,212 @@
+"""Schedules: one contract table for every class, and NumPy formulas for each."""
+
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import esljax.schedules as schedules_module
+from esljax._checks import InputError
+from esljax.schedules import (
+    AbstractSchedule,
+    Constant,
+    Cosine,
+    Exponential,
+    FromOptax,
+    Knots,
+    Linear,
+    WarmupStableDecay,
+    as_schedule,
+)
+
+TABLE = [0.3, 0.7, 0.1, 0.2]
+OPTAX = optax.warmup_cosine_decay_schedule(0.1, 0.9, 5, 25, 0.05)
+
+# Every class with skewed numbers, beside its formula in NumPy. Functions, so that no array is made before a test chooses its precision.
+SCHEDULES = {
+    "constant": (lambda: Constant(0.3), lambda s: 0.3 + 0 * s),
+    "linear": (lambda: Linear(0.3, 0.7), lambda s: 0.3 + 0.4 * s),
+    "cosine": (lambda: Cosine(0.7, 0.1), lambda s: 0.1 + 0.3 * (1 + np.cos(np.pi * s))),
+    "exponential": (lambda: Exponential(0.7, 0.01), lambda s: 0.7 * np.exp(s * np.log(0.01 / 0.7))),
+    "wsd": (
+        lambda: WarmupStableDecay(0.7, 0.13, 0.29, 0.05, 0.02),
+        lambda s: np.interp(s, [0, 0.13, 0.71, 1], [0.05, 0.7, 0.7, 0.02]),
+    ),
+    "log-linear knots": (lambda: Knots(TABLE), lambda s: np.exp(np.interp(s, np.linspace(0, 1, 4), np.log(TABLE)))),
+    "linear knots": (lambda: Knots(TABLE, "linear"), lambda s: np.interp(s, np.linspace(0, 1, 4), TABLE)),
+    "optax": (lambda: FromOptax(OPTAX, 25), lambda s: oracles.warmup_cosine(25 * s, 0.1, 0.9, 5, 25, 0.05)),
+}
+every = pytest.mark.parametrize("name", SCHEDULES)
+# Knots and corners of the table, both ends, and times between.
+TIMES = np.array([0.0, 0.05, 0.13, 0.2, 1 / 3, 0.5, 0.71, 0.8, 0.95, 1.0])
+
+
+def test_the_table_holds_every_class():
+    final = {cls for _, cls in inspect.getmembers(schedules_module, inspect.isclass) if issubclass(cls, AbstractSchedule)}
+    assert {type(make()) for make, _ in SCHEDULES.values()} == final - {AbstractSchedule}
+
+
+@every
+def test_values_are_the_formula(name, x64):
+    make, formula = SCHEDULES[name]
+    schedule = make()
+    np.testing.assert_allclose([schedule(s) for s in TIMES], formula(TIMES), rtol=1e-12)
+
+
+@every
+def test_rates_are_read_at_the_start_of_each_step(name, x64):
+    make, formula = SCHEDULES[name]
+    rates = make().rates(25)
+    assert rates.shape == (25,)
+    np.testing.assert_allclose(rates, formula(np.arange(25) / 25), rtol=1e-12)
+    np.testing.assert_allclose(make().rates(1), formula(np.zeros(1)), rtol=1e-12)
+
+
+@every
+def test_compiled_is_uncompiled_and_vmap_is_a_loop(name):
+    schedule = SCHEDULES[name][0]()
+    loop = np.array([schedule(s) for s in TIMES])
+    compiled = jax.jit(lambda schedule, s: schedule(s))
+    np.testing.assert_allclose([compiled(schedule, s) for s in TIMES], loop, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(schedule)(jnp.asarray(TIMES)), loop, rtol=1e-6)
+    # Over schedules as well: two of them stacked leaf by leaf.
+    if not jax.tree.leaves(schedule):
+        return
+    pair = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), schedule)
+    both = jax.vmap(lambda one: one.rates(25))(pair)
+    for i in range(2):
+        np.testing.assert_allclose(both[i], jax.tree.map(lambda x, i=i: x[i], pair).rates(25), rtol=1e-6)
+
+
+@every
+def test_one_trace_for_two_calls(name):
+    schedule = SCHEDULES[name][0]()
+    chex.clear_trace_counter()
+    traced = jax.jit(chex.assert_max_traces(lambda schedule, s: schedule(s), n=1))
+    traced(schedule, jnp.asarray(0.2))
+    traced(jax.tree.map(lambda x: 1.1 * x, schedule), jnp.asarray(0.4))
+    # An optimizer's step strips weak types; the schedule must not have any, or it would be compiled anew.
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(schedule))
+
+
+@every
+def test_precision_follows_the_leaves(name, x64):
+    make, formula = SCHEDULES[name]
+    double = make()
+    assert double.rates(7).dtype == np.float64
+    single = jax.tree.map(lambda x: x.astype(jnp.float32), double)
+    value = single(jnp.asarray(0.4, jnp.float32))
+    assert value.dtype == np.float32
+    np.testing.assert_allclose(value, formula(0.4), rtol=1e-6)
+
+
+def test_float32_is_the_default():
+    for make, _ in SCHEDULES.values():
+        assert make().rates(7).dtype == np.float32
+        assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(make()))
+
+
+@every
+def test_gradient_is_the_central_difference(name, x64):
+    """In every leaf, at times clear of the corners."""
+    schedule = SCHEDULES[name][0]()
+    leaves, structure = jax.tree.flatten(schedule)
+    assert len(leaves) == {"constant": 1, "linear": 2, "cosine": 2, "exponential": 2, "wsd": 5, "optax": 0}.get(name, 1)
+    times, weights = jnp.array([0.03, 0.11, 0.4, 0.6, 0.77, 0.9]), jnp.array([1.0, -2.0, 0.5, 3.0, 1.5, -0.7])
+
+    def value(leaves):
+        return jnp.dot(weights, jax.vmap(structure.unflatten(leaves))(times))
+
+    gradient = jax.grad(value)(leaves) if leaves else []
+    for i, leaf in enumerate(leaves):
+        for entry in np.ndindex(leaf.shape):
+            direction = jnp.zeros_like(leaf).at[entry].set(1)
+            moved = lambda x, i=i: value([*leaves[:i], x, *leaves[i + 1 :]])  # noqa: E731
+            difference = oracles.central_difference(moved, leaf, direction)
+            assert abs(difference) > 1e-3  # a leaf that does nothing would agree with anything
+            np.testing.assert_allclose(gradient[i][entry], difference, rtol=1e-7)
+
+
+@every
+def test_slope_in_time_is_the_central_difference(name, x64):
+    schedule = SCHEDULES[name][0]()
+    for s in (0.07, 0.42, 0.83):
+        np.testing.assert_allclose(jax.grad(schedule)(s), oracles.central_difference(schedule, s, 1.0), rtol=1e-7, atol=1e-9)
+
+
+def test_from_optax_reads_the_function_at_the_count():
+    np.testing.assert_allclose(FromOptax(OPTAX, 25).rates(25), [OPTAX(count) for count in range(25)], rtol=1e-6)
+    np.testing.assert_allclose(FromOptax(OPTAX, 25).rates(5), [OPTAX(count) for count in range(0, 25, 5)], rtol=1e-6)
+    # Steps down at every count: a rounded count on the wrong side of one would read the value before.
+    stairs = optax.piecewise_constant_schedule(1.0, {count: 0.9 for count in range(1, 49)})
+    np.testing.assert_allclose(FromOptax(stairs, 49).rates(49), [stairs(count) for count in range(49)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 49, 200])
+def test_a_table_of_knots_is_exact_at_every_step(steps):
+    """K+1 knots at k/K give back their values in the default precision, however k/K is rounded."""
+    table = np.random.default_rng(steps).uniform(0.1, 5.0, steps + 1).astype(np.float32)
+    np.testing.assert_array_equal(Knots(table, "linear").rates(steps), table[:-1])
+    np.testing.assert_allclose(Knots(table).rates(steps), table[:-1], rtol=1e-6)
+    np.testing.assert_allclose(Knots(table).values, table, rtol=1e-6)
+
+
+@settings(max_examples=50, deadline=None, database=None)
+@given(logs=st.lists(st.floats(-30, 30), min_size=2, max_size=6), s=st.floats(0, 1))
+def test_log_linear_knots_stay_positive_and_between_their_neighbors(logs, s):
+    value = Knots(np.exp(logs))(s)
+    left = min(int(s * (len(logs) - 1)), len(logs) - 2)
+    low, high = sorted(np.exp(logs[left : left + 2]))
+    assert value > 0
+    assert low * (1 - 1e-4) <= value <= high * (1 + 1e-4)
+
+
+def test_log_linear_parameters_are_logarithms():
+    schedule = Knots(TABLE)
+    np.testing.assert_allclose(schedule.parameters, np.log(TABLE), rtol=1e-6)
+    moved = jax.tree.map(lambda x: x - 100.0, schedule)
+    assert bool(jnp.all(moved.rates(9) >= 0))
+    np.testing.assert_allclose(jax.tree.map(lambda x: x + np.log(2.0), schedule).rates(9), 2 * schedule.rates(9), rtol=1e-6)
+
+
+def test_as_schedule():
+    cosine = Cosine(1.0)
+    assert as_schedule(cosine) is cosine
+    assert as_schedule(2).rates(1).item() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: Constant(1.0).rates(0), r"Argument `steps` must be an integer of at least 1, but is 0\."),
+        (lambda: Constant(1.0).rates(2.0), r"Argument `steps` must be an integer of at least 1, but is 2\.0\."),
+        (lambda: Constant(1.0).rates(True), r"Argument `steps` must be an integer of at least 1, but is True\."),
+        (lambda: Exponential(0.0, 1.0), r"Argument `start` must be greater than 0, but is 0\."),
+        (lambda: Exponential(1.0, -1.0), r"Argument `end` must be greater than 0, but is -1\."),
+        (lambda: WarmupStableDecay(1.0, warmup=0.0), r"Argument `warmup` must be greater than 0, but is 0\."),
+        (lambda: WarmupStableDecay(1.0, decay=-0.1), r"Argument `decay` must be greater than 0, but is -0\.1\."),
+        (lambda: WarmupStableDecay(1.0, 0.6, 0.5), r"Argument `decay` must leave warmup \+ decay at most 1, but makes it 1\.1\."),
+        (lambda: Knots([1.0]), r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape \(1,\)\."),
+        (lambda: Knots([[1.0, 2.0]]), r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape \(1, 2\)\."),
+        (lambda: Knots([1.0, 0.0]), r"Argument `values` must be greater than 0, but is an array with minimum 0\."),
+        (lambda: Knots([1.0, np.nan]), r"Argument `values` must be greater than 0"),
+        (lambda: Knots([1.0, 2.0], "cubic"), r"Argument `interpolation` must be one of 'log-linear', 'linear', but is 'cubic'\."),
+        (lambda: FromOptax(OPTAX, 0), r"Argument `steps` must be an integer of at least 1, but is 0\."),
+        (lambda: FromOptax(0.1, 10), r"Argument `fn` must be a function of the count, but is 0\.1\."),
+    ],
+)
+def test_bad_input_is_one_sentence(call, sentence):
+    with pytest.raises(InputError, match=sentence) as caught:
+        call()
+    assert str(caught.value).count(". ") == 0
+
+
+def test_knots_may_touch_zero_when_linear():
+    np.testing.assert_allclose(Knots([1.0, 0.0], "linear").rates(4), [1.0, 0.75, 0.5, 0.25])
