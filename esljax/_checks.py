@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from esljax._types import Array
 
@@ -35,7 +36,7 @@ def as_float(x: Any) -> Array:
 
 def known(*arrays: Any) -> bool:
     """Whether the values are there to be looked at (no tracer among them)."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arrays))
 
 
 def check_positive_int(argument: str, value: int, minimum: int = 1) -> None:

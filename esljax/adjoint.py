@@ -139,7 +139,8 @@ def _adjoint_slope_backward(residuals, cotangents, perturbed, arguments, key):
 
     def paired_with_drift(arguments):
         """The same for a drift that is no gradient: its own derivative, not that of the energy's."""
-        energies, gradients = _slope(*arguments, key)
+        potential, positions = arguments
+        energies, gradients = _slope(potential, positions, key)
         return sum(jnp.vdot(bar, x) for bar, x in ((energy_bar, energies), (gradient_bar, gradients)) if bar is not None)
 
     return eqx.filter_grad(paired if potential.conservative else paired_with_drift)(arguments)

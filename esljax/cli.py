@@ -71,6 +71,8 @@ def _optimize(config: OptimizeConfig) -> int:
     config.check()
     enable(config.dtype)
     console = rich.console.Console(quiet=config.quiet)
+    # The table has ten columns: let a narrow terminal break its lines rather than its numbers.
+    console.width = max(console.width, 118)
     config.out.mkdir(parents=True, exist_ok=True)
     storage.write_toml(config.out / "config.toml", config.as_dict())
     with _Progress(config, console) as progress:
@@ -110,7 +112,7 @@ def _compare(config: OptimizeConfig, progress: "_Progress") -> _Result:
     target = config.target
     if target is None:
         progress.phase("target")
-        target = float(final_loss(problem, Constant(config.rate), match_keys))
+        target = final_loss(problem, Constant(config.rate), match_keys)
         if not np.isfinite(target):
             raise refuse("rate", "leave the constant schedule stable", f"is {config.rate:g}: its final loss is {target}")
 
@@ -222,32 +224,30 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
 
 def _table(judgments: Mapping[str, Judgment]) -> rich.table.Table:
     runs = next(iter(judgments.values())).entropy_productions.size
-    table = rich.table.Table(
-        title=f"Matched final loss, {runs} held-out runs, ± standard error", title_style="bold", box=None, pad_edge=False
-    )
-    table.add_column("schedule")
-    for heading in ("Σ", "L²", "W2²", "gap", "temporal", "geometric", "Σ floor", "final loss", "test accuracy"):
-        table.add_column(heading, justify="right")
+    title = f"Matched final loss, {runs} held-out runs; digits in parentheses: standard error of the last digits"
+    table = rich.table.Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+    table.add_column("schedule", no_wrap=True)
+    for heading in ("Σ", "L²", "W2²", "gap", "temporal", "geometric", "Σ floor", "final loss", "accuracy"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, judgment in judgments.items():
         report = judgment.report
-        floor = "unknown" if report.noise_floor is None else f"{float(report.noise_floor):.2g}"
         table.add_row(
             name.replace("_", " "),
-            *(_with_error(getattr(report, number), getattr(report.standard_error, number)) for number in _NUMBERS),
-            floor,
-            _with_error(judgment.final_loss, judgment.final_loss_error),
-            _with_error(judgment.test_accuracy, judgment.test_accuracy_error),
+            *(_concise(getattr(report, number), getattr(report.standard_error, number)) for number in _NUMBERS),
+            "unknown" if report.noise_floor is None else f"{float(report.noise_floor):.2g}",
+            _concise(judgment.final_loss, judgment.final_loss_error),
+            _concise(judgment.test_accuracy, judgment.test_accuracy_error),
         )
     return table
 
 
-def _with_error(value: Any, error: Any) -> str:
-    """Value ± error, to the second digit of the error."""
+def _concise(value: Any, error: Any) -> str:
+    """Concise notation: 76.717(50) is 76.717 ± 0.050."""
     value, error = float(value), float(error)
     if not np.isfinite(value) or not np.isfinite(error) or error <= 0:
         return f"{value:.4g}"
     digits = max(0, 1 - int(np.floor(np.log10(error))))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    return f"{value:.{digits}f}({error * 10**digits:.0f})"
 
 
 def _verdict(judgments: Mapping[str, Judgment], result: _Result, missed: bool) -> str:

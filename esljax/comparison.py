@@ -101,18 +101,15 @@ class Judgment(eqx.Module):
 
 
 @eqx.filter_jit
-def _final_losses(problem: Problem, table: Knots, keys: Key) -> Float[Array, " R"]:
-    return jax.lax.map(lambda key: problem.run(table, key).final_loss, keys)
+def _outcome(problem: Problem, table: Knots, key: Key) -> Outcome:
+    """One compiled program serves every schedule and key; runs are minutes together, so their loop is on the host."""
+    return problem.run(table, key)
 
 
-@eqx.filter_jit
-def _outcomes(problem: Problem, table: Knots, keys: Key) -> Outcome:
-    return jax.lax.map(lambda key: problem.run(table, key), keys)
-
-
-def final_loss(problem: Problem, schedule: AbstractSchedule, keys: Key) -> Scalar:
+def final_loss(problem: Problem, schedule: AbstractSchedule, keys: Key) -> float:
     """The mean final training loss E Φ(q₁) over `keys` (R,)."""
-    return jnp.mean(_final_losses(problem, problem.table(schedule), keys))
+    table = problem.table(schedule)
+    return float(np.mean([_outcome(problem, table, key).final_loss for key in keys]))
 
 
 def match_endpoint(
@@ -144,8 +141,7 @@ def match_endpoint(
 
     @functools.cache
     def excess(log_scale: float) -> float:
-        scaled = Knots(table.values * np.exp(log_scale), "linear")
-        loss = float(jnp.mean(_final_losses(problem, scaled, keys)))
+        loss = final_loss(problem, Knots(table.values * np.exp(log_scale), "linear"), keys)
         seen.append((log_scale, loss))
         watch(loss)
         if not np.isfinite(loss) or loss <= 0 or abs(log_scale - first) > 5:
@@ -165,7 +161,7 @@ def judge(problem: Problem, schedule: AbstractSchedule, keys: Key) -> Judgment:
     """Run a schedule on each of `keys` (R ≥ 2) and average, with standard errors over the keys."""
     check_positive_int("number of keys", keys.shape[0], 2)
     table = problem.table(schedule)
-    outcomes = _outcomes(problem, table, keys)
+    outcomes = jax.tree.map(lambda *runs: jnp.stack(runs), *(_outcome(problem, table, key) for key in keys))
     error = lambda x: jnp.std(x, ddof=1) / np.sqrt(x.size)  # noqa: E731
     return Judgment(
         schedule=table,

@@ -46,7 +46,7 @@ class OptimizeConfig:
     """Mean final training loss that all schedules must meet; by default that of the constant schedule at `rate`."""
     knots: int = 12
     """Knots of the optimized log learning rate."""
-    iterations: int = 50
+    iterations: int = 40
     """Gradient steps of the optimization."""
     transport: Literal["exact", "gaussian", "sliced", "sinkhorn"] = "exact"
     """Geometry of entropy production and distance."""
@@ -84,9 +84,8 @@ class OptimizeConfig:
             raise refuse("snapshots", f"divide the {self.steps} steps", f"is {self.snapshots}")
         for width in self.hidden:
             check_positive_int("hidden", width)
-        check_choice("data", self.data, ("digits", "moons", "teacher"))
-        check_choice("transport", self.transport, ("exact", "gaussian", "sliced", "sinkhorn"))
-        check_choice("dtype", self.dtype, ("float32", "float64"))
+        for name, choices in _CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
         if self.out.exists() and not self.out.is_dir():
             raise refuse("out", "be a folder", f"is the file {self.out}")
         return self
@@ -109,6 +108,12 @@ class OptimizeConfig:
         settings.pop("config")
         return {**settings, "out": str(self.out), "hidden": list(self.hidden)}
 
+
+_CHOICES = {
+    "data": ("digits", "moons", "teacher"),
+    "transport": ("exact", "gaussian", "sliced", "sinkhorn"),
+    "dtype": ("float32", "float64"),
+}
 
 _LEAST = {
     "members": 2,
@@ -155,6 +160,9 @@ def from_toml(path: Path) -> OptimizeConfig:
 
 
 def _convert(key: str, value: Any, default: Any, path: Path) -> Any:
+    if key in _CHOICES:
+        check_choice(key, value, _CHOICES[key])
+        return value
     kind = float if key == "target" else type(default)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -34,8 +34,8 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> Dataset:
     **Reference:** Alpaydin and Kaynak, UCI Optical Recognition of Handwritten Digits (1998).
     """
     check_positive_int("seed", seed, 0)
-    bunch = sklearn.datasets.load_digits()
-    return _split(bunch.data / 16, bunch.target, test_fraction, np.random.default_rng(seed))
+    pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
+    return _split(pixels / 16, labels, test_fraction, np.random.default_rng(seed))
 
 
 def two_moons(samples: int = 1000, noise: float = 0.1, test_fraction: float = 0.2, seed: int = 0) -> Dataset:

@@ -241,8 +241,8 @@ def optimal_learning_rate(
         >>> from types import SimpleNamespace
         >>> trap = SimpleNamespace(stiffness=1.0, center=0.0)
         >>> rate = optimal_learning_rate(Law([2.0], [[1.0]]), trap, temperature=0.1, learning_time=2.0, steps=1)
-        >>> round(float(rate(0.0)), 4), round(float(rate(1.0)), 4)
-        (0.8454, 6.7438)
+        >>> round(float(rate(0.0)), 3), round(float(rate(1.0)), 2)
+        (0.845, 6.74)
     """
     learning_time = as_float(learning_time)
     check_positive("learning_time", learning_time)

@@ -1,5 +1,6 @@
 """The network of the command line and the examples: any Flax model does as well."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -27,4 +28,14 @@ class MLP(nnx.Module):
 
 def mlp(*sizes: int) -> Callable[[nnx.Rngs], MLP]:
     """A function `rngs -> MLP`, for `FlaxLoss`: `mlp(64, 32, 10)` has one hidden layer of 32."""
-    return lambda rngs: MLP(sizes, rngs=rngs)
+    return _MakeMLP(sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _MakeMLP:
+    """Equal sizes compare equal, so that the networks made share compiled code."""
+
+    sizes: tuple[int, ...]
+
+    def __call__(self, rngs: nnx.Rngs) -> MLP:
+        return MLP(self.sizes, rngs=rngs)

@@ -11,7 +11,7 @@ A potential sees one member at a time, a position θ of shape (d,), and optional
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -28,8 +28,10 @@ from esljax._types import Array, Float, Key, Scalar, Shaped
 class AbstractPotential(eqx.Module):
     """Φ(θ) and the force that follows from it."""
 
-    conservative: eqx.AbstractVar[bool]
-    """Whether the force is the gradient of the energy, so that its Jacobian is symmetric."""
+    @property
+    @abc.abstractmethod
+    def conservative(self) -> bool:
+        """Whether the force is the gradient of the energy, so that its Jacobian is symmetric."""
 
     @abc.abstractmethod
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
@@ -96,7 +98,7 @@ class DoubleWell(AbstractPotential):
     barrier: Scalar = eqx.field(converter=as_float, default=1.0)
     width: Scalar = eqx.field(converter=as_float, default=1.0)
     stiffness: Scalar = eqx.field(converter=as_float, default=1.0)
-    conservative: bool = eqx.field(static=True, default=True, init=False)
+    conservative: ClassVar[bool] = True
 
     def __check_init__(self):
         for name in ("barrier", "width", "stiffness"):
@@ -122,7 +124,7 @@ class Mixture(AbstractPotential):
     means: Float[Array, "c d"] = eqx.field(converter=as_float)
     variances: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
     weights: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
-    conservative: bool = eqx.field(static=True, default=True, init=False)
+    conservative: ClassVar[bool] = True
 
     def __check_init__(self):
         if self.means.ndim != 2:
@@ -153,14 +155,13 @@ class FromFunction(AbstractPotential):
     An `equinox.Module` (or any callable pytree) keeps its arrays differentiable; a plain function is static.
     """
 
-    fn: Callable[[Array], Array]
-    conservative: bool = eqx.field(static=True)
+    conservative: ClassVar[bool] = True
+    fn: Any
 
     def __init__(self, fn: Callable[[Array], Array]):
         if not callable(fn):
             raise refuse("fn", "be a function of one position (d,)", f"is {fn!r}")
         self.fn = fn if isinstance(fn, eqx.Module | jax.tree_util.Partial) else jax.tree_util.Partial(fn)
-        self.conservative = True
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         return self.fn(position)
@@ -200,13 +201,13 @@ class FlaxLoss(AbstractPotential):
     **Differentiation:** in the position, to any order that the model allows, and in `l2` and `inputs`.
     """
 
+    conservative: ClassVar[bool] = True
     inputs: Shaped[Array, "m ..."]
     labels: Shaped[Array, "m ..."]
     l2: Scalar
     network: "_Network" = eqx.field(static=True)
     loss: Callable[[Array, Array], Array] = eqx.field(static=True)
     batch_size: int | None = eqx.field(static=True)
-    conservative: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -245,7 +246,6 @@ class FlaxLoss(AbstractPotential):
         if losses.shape != labels.shape[:1]:
             raise refuse("loss", f"return one number per example, shape {labels.shape[:1]}", f"returns shape {losses.shape}")
         self.batch_size = batch_size
-        self.conservative = True
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         inputs, labels = (self.inputs, self.labels) if batch is None else (self.inputs[batch], self.labels[batch])
@@ -292,12 +292,15 @@ class FlaxLoss(AbstractPotential):
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """A Flax model reduced to a function of one flat position. Equal models compare equal, so that they share compiled code."""
+    """A Flax model as a function of one flat position. Equal models, equally initialized, compare equal and share compiled code."""
 
     merge: Callable[[Any, Any], Any]
     definition: Any
     unravel: Callable[[Array], Any]
-    initialize: Callable[[Key], Array] = dataclasses.field(compare=False)
+    draw: Any
+
+    def initialize(self, key: Key) -> Float[Array, " d"]:
+        return ravel_pytree(self.draw(key))[0]
 
     def unravel_model(self, position: Array) -> Any:
         return self.merge(self.definition, self.unravel(position))
@@ -316,29 +319,53 @@ class _Network:
             raise refuse("model", f"accept inputs of shape {inputs.shape}", f"fails on them: {str(error).splitlines()[0]}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class _DrawByFactory:
+    factory: Callable[[nnx.Rngs], Any]
+
+    def __call__(self, key: Key) -> Any:
+        return _parameters(self.factory(nnx.Rngs(key)))[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _DrawByLinen:
+    module: linen.Module
+    inputs: tuple[tuple[int, ...], Any]
+
+    def __call__(self, key: Key) -> Any:
+        return self.module.init(key, jnp.zeros(*self.inputs))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _RedrawEntries:
+    """Each array anew from its own entries, drawn independently with replacement."""
+
+    parameters: Any
+
+    def __call__(self, key: Key) -> Any:
+        leaves, structure = jax.tree.flatten(self.parameters)
+        keys = jax.random.split(key, len(leaves))
+        return structure.unflatten([jax.random.choice(k, leaf.reshape(-1), leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+
+
 def _network(model: Any, inputs: Array) -> _Network:
     if isinstance(model, linen.Module):
-        return _linen_network(model, inputs)
+        draw = _DrawByLinen(model, (inputs.shape, inputs.dtype))
+        variables = jax.eval_shape(draw, jax.random.key(0))
+        if set(variables) != {"params"}:
+            raise _stateful(", ".join(sorted(set(variables) - {"params"})))
+        template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
+        return _Network(_second, model, ravel_pytree(template)[1], draw)
     if isinstance(model, nnx.Module):
         definition, parameters = _parameters(model)
-        _, unravel = ravel_pytree(parameters)
-
-        def redraw(key: Key) -> Array:
-            leaves, structure = jax.tree.flatten(parameters)
-            keys = jax.random.split(key, len(leaves))
-            return ravel_pytree(
-                structure.unflatten([jax.random.choice(k, leaf.reshape(-1), leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
-            )[0]
-
-        return _Network(nnx.merge, definition, unravel, redraw)
-    if callable(model):
-        example = model(nnx.Rngs(0))
-        if not isinstance(example, nnx.Module):
-            raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"returned {type(example).__name__}")
-        definition, parameters = _parameters(example)
-        _, unravel = ravel_pytree(parameters)
-        return _Network(nnx.merge, definition, unravel, lambda key: ravel_pytree(_parameters(model(nnx.Rngs(key)))[1])[0])
-    raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"is a {type(model).__name__}")
+        return _Network(nnx.merge, definition, ravel_pytree(parameters)[1], _RedrawEntries(parameters))
+    example: Any = model(nnx.Rngs(0)) if callable(model) else model
+    if not isinstance(example, nnx.Module):
+        made = "is" if example is model else "returns"
+        raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"{made} a {type(example).__name__}")
+    definition, parameters = _parameters(example)
+    factory: Any = model
+    return _Network(nnx.merge, definition, ravel_pytree(parameters)[1], _DrawByFactory(factory))
 
 
 def _parameters(model: nnx.Module) -> tuple[Any, Any]:
@@ -347,17 +374,6 @@ def _parameters(model: nnx.Module) -> tuple[Any, Any]:
         kinds = {type(leaf).__name__ for leaf in jax.tree.leaves(rest, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))}
         raise _stateful(", ".join(sorted(kinds)))
     return definition, nnx.to_pure_dict(parameters)
-
-
-def _linen_network(model: linen.Module, inputs: Array) -> _Network:
-    def initialize(key: Key) -> Any:
-        return model.init(key, inputs)
-
-    variables = jax.eval_shape(initialize, jax.random.key(0))
-    if set(variables) != {"params"}:
-        raise _stateful(", ".join(sorted(set(variables) - {"params"})))
-    _, unravel = ravel_pytree(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables))
-    return _Network(_second, model, unravel, lambda key: ravel_pytree(initialize(key))[0])
 
 
 def _second(definition: Any, variables: Any) -> Any:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esljax._checks import known
 from esljax._types import Array, Float, Scalar
 
 
@@ -140,7 +141,7 @@ def average(reports: SpeedLimit) -> SpeedLimit:
 
 def _is_one_run(report: SpeedLimit) -> bool:
     value = report.entropy_production
-    return not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0
+    return known(value) and np.ndim(value) == 0
 
 
 def _sentences(report: SpeedLimit) -> list[str]:

@@ -139,7 +139,7 @@ def _check(trajectory: Trajectory, jackknife: int) -> None:
     if isinstance(jackknife, bool) or not isinstance(jackknife, int) or jackknife < 0:
         raise refuse("jackknife", "be an integer of at least 0", f"is {jackknife!r}")
     if known(trajectory.positions):
-        bad = ~np.isfinite(np.asarray(trajectory.positions)).all(axis=-1)
+        bad = np.logical_not(np.isfinite(np.asarray(trajectory.positions)).all(axis=-1))
         if bad.any():
             snapshot = int(np.argwhere(bad.any(axis=-1).reshape(-1, shape[-3]))[:, 1].min())
             raise InputError(

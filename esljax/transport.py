@@ -44,8 +44,10 @@ class Solution(eqx.Module):
 class AbstractTransport(eqx.Module):
     """A squared distance between the laws that two ensembles sample. All are invariant under a permutation of the members."""
 
-    is_metric: eqx.AbstractVar[bool]
-    """Whether sqrt(squared) obeys the triangle inequality on samples, by construction."""
+    @property
+    @abc.abstractmethod
+    def is_metric(self) -> bool:
+        """Whether sqrt(squared) obeys the triangle inequality on samples, by construction."""
 
     @abc.abstractmethod
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
@@ -72,11 +74,11 @@ class ExactTransport(AbstractTransport):
 
         W2²(x, y) = min_π (1/n) Σ_i |x_i - y_π(i)|²
 
-    The assignment comes from optax's Hungarian algorithm by way of ott, O(n³), one member after the other: .5 s for n = 1000 on two cores.
+    The assignment comes from optax's Hungarian algorithm by way of ott, O(n³), one member after the other: .7 s for n = 1000 on two cores.
 
     **Raises:** `InputError` if n ≠ m and d > 1.
     **Differentiation:** forward and reverse, to every order, at the assignment found (envelope theorem): exact wherever it is unique.
-    **Reference:** Crouse, "On implementing 2D rectangular assignment algorithms", IEEE Trans. Aerosp. Electron. Syst. 52, 1679 (2016).
+    **Reference:** Kuhn, "The Hungarian method for the assignment problem", Naval Res. Logist. Q. 2, 83 (1955).
 
     **Example:**
 
@@ -100,8 +102,8 @@ class ExactTransport(AbstractTransport):
             )
         # In difference form, so that coincident members cost nothing at all; row by row, because XLA may store all n²d differences.
         cost = jax.lax.stop_gradient(jax.lax.map(lambda member: jnp.sum((member - y) ** 2, axis=-1), x))
-        # The Hungarian's potentials reach n times the largest cost, and beyond the finite numbers it never returns. The sum stands in for
-        # the largest, because XLA's compiled maximum can lose a NaN.
+        # The Hungarian's potentials reach n times the largest cost, and beyond the finite numbers neither its answer nor its end can be
+        # relied on. The sum stands in for the largest, because XLA's vectorized maximum drops NaN on a CPU.
         solvable = jnp.isfinite(n * jnp.sum(cost))
         _, matching = _ott().hungarian(_ott().Geometry(cost_matrix=jnp.where(solvable, cost, 0.0)))
         i, j = matching.paired_indices
@@ -143,8 +145,8 @@ class SlicedTransport(AbstractTransport):
 
         d · mean_k W2²(⟨u_k, x⟩, ⟨u_k, y⟩) ≤ W2²(x, y)
 
-    The directions depend on `key` and d alone and come in orthonormal blocks of d. With `directions` a multiple of d the bound is strict;
-    with fewer it holds on average over keys. It is tight for a translation.
+    The directions depend on `key` and d alone and come in orthonormal blocks of d. With `directions` a multiple of d the bound
+    always holds; otherwise on average over keys. It is tight for a translation.
 
     **Args:** `directions`: how many, at least 1. `key`: what they are drawn from.
     **Raises:** `InputError` if `directions` is not a positive integer or `key` not a key.
@@ -166,7 +168,7 @@ class SlicedTransport(AbstractTransport):
 
     def __check_init__(self):
         check_positive_int("directions", self.directions)
-        if not jnp.issubdtype(getattr(self.key, "dtype", None), jax.dtypes.prng_key):
+        if not isinstance(self.key, jax.Array) or not jnp.issubdtype(self.key.dtype, jax.dtypes.prng_key):
             raise refuse("key", "be made by `jax.random.key`", f"is {self.key!r}")
 
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:

@@ -356,6 +356,20 @@ def test_float32():
         np.testing.assert_allclose(value, getattr(wide, name), rtol=3e-5, atol=1e-5, err_msg=name)
 
 
+def test_the_law_and_the_potential_set_the_precision():
+    law, trap = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (start(1), Trap()))
+    assert speed_limit(law, trap, constant_rule(), steps=1, panels=4).entropy_production.dtype == jnp.float32
+
+
+def test_gradient_at_rest_is_zero():
+    """All of the metric speed is exactly 0 here, where a bare square root has no derivative."""
+
+    def length_squared(mean):
+        return speed_limit(Law(mean, jnp.zeros((1, 1))), Trap(), constant_rule(1.0, 0.0), steps=1, panels=4).length_squared
+
+    assert jax.jit(jax.grad(length_squared))(jnp.zeros(1)) == 0
+
+
 def test_jit_and_vmap():
     def report(rule, law):
         return speed_limit(law, Trap(NON_NORMAL[:2, :2]), rule, steps=7)

@@ -1,0 +1,34 @@
+"""The README's example runs as printed, in a small size, and its commands are the ones that exist."""
+
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    small = example.replace("members=16", "members=4").replace("steps=100", "steps=20").replace("iterations=20", "iterations=2")
+    assert small != example
+    exec(compile(small, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "entropy production Σ" in printed
+    assert "Optimum: value" in printed
+
+
+def test_example_is_short():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    statements = [line for line in example.splitlines() if line.strip()]
+    assert len(statements) <= 16
+
+
+def test_commands_and_links():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/esljax optimize" in README
+    assert "python3 -m venv .venv && .venv/bin/pip install '.[test]' && .venv/bin/pytest" in README
+    for extra in re.findall(r"'\.\[(\w+)\]'", README):
+        assert extra in project["project"]["optional-dependencies"]
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link

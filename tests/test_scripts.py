@@ -1,0 +1,35 @@
+"""Every script runs in its smallest size, and every notebook is the twin of its script form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_there_is_something_to_run():
+    assert {path.stem for path in SCRIPTS} >= {"benchmark_gradient", "benchmark_simulation", "benchmark_transport"}
+    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts(script, tmp_path):
+    command = [sys.executable, str(script), "--smoke", "--out", "numbers.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 3, "a table"
+    assert set(json.loads((tmp_path / "numbers.json").read_text())["about"]) == {"jax", "python", "device", "cores"}
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_paired_and_stripped(notebook):
+    stored = jupytext.read(notebook)
+    twin = jupytext.read(notebook.with_suffix(".py"))
+    assert [cell.source for cell in stored.cells] == [cell.source for cell in twin.cells]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in stored.cells)
