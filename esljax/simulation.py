@@ -24,11 +24,11 @@ from esljax.potentials import AbstractPotential
 class Trajectory(eqx.Module):
     """An ensemble at J+1 evenly spaced training times, with the controls that drove it."""
 
-    times: Float[Array, "*runs J+1"]
+    times: Float[Array, "*runs snapshots"]
     """Training times s_j = j/J."""
-    positions: Float[Array, "*runs J+1 n p"]
+    positions: Float[Array, "*runs snapshots n p"]
     """The members at these times, or their features if the run was observed; p = d if not."""
-    energies: Float[Array, "*runs J+1 n"]
+    energies: Float[Array, "*runs snapshots n"]
     """Φ of each member at these times, on the batch that its next step would see: unbiased, and exact for potentials without batches."""
     rates: Float[Array, "*runs K"]
     """The learning rates η_k."""

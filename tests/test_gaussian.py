@@ -304,10 +304,10 @@ def test_derivatives_of_the_distance():
 def test_matrix_functions(function):
     differentiated = [jax.jit(transform(function)) for transform in (jax.jacfwd, jax.jacrev, jax.hessian)]
     for matrix in (np.zeros((2, 2)), np.eye(2), np.diag([1.0, 0.0])):
-        root = sqrtm(matrix)
+        root = sqrtm(jnp.asarray(matrix))
         np.testing.assert_allclose(root @ root, matrix, atol=1e-15)
         b = matrix * np.array([[1.0, 0.5], [0.5, 0.3]])
-        solution = lyapunov(jnp.asarray(matrix), b)
+        solution = lyapunov(jnp.asarray(matrix), jnp.asarray(b))
         np.testing.assert_allclose(solution @ matrix + matrix @ solution, b, atol=1e-14)
         for derivative in differentiated:
             assert bool(jnp.all(jnp.isfinite(derivative(jnp.asarray(matrix)))))
@@ -408,7 +408,7 @@ def test_too_stiff_is_nan_where_it_cannot_be_refused():
         (lambda: speed_limit(start(2), Trap(), constant_rule(-1.0), steps=1), "Argument `rule.learning_rate` must be at least 0"),
         (lambda: speed_limit(start(2), Trap(), constant_rule(1.0, -1.0), steps=1), "Argument `rule.temperature` must be at least 0"),
         (
-            lambda: speed_limit(start(2), Trap(), constant_rule(np.ones(2)), steps=1),
+            lambda: speed_limit(start(2), Trap(), Rule(Mobility(jnp.ones(2)), Constant(0.1)), steps=1),
             "`rule.learning_rate` must be a schedule of one number",
         ),
         (
