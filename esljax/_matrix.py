@@ -69,5 +69,5 @@ def exponential(a: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
     return result
 
 
-def _product(a: Float[Array, "*batch d d"], b: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
+def _product(a: Float[Array, "*#batch d d"], b: Float[Array, "*#batch d d"]) -> Float[Array, "... d d"]:
     return jnp.matmul(a, b, precision="highest")

@@ -15,7 +15,7 @@ particle code. References: Okanohara, arXiv 2601.17607; Takatsu, Osaka J. Math. 
 """
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -29,6 +29,7 @@ from esljax.report import SpeedLimit
 from esljax.schedules import AbstractSchedule, Constant, Knots, WarmupStableDecay
 
 
+@runtime_checkable
 class HasStiffness(Protocol):
     """Φ = (θ - c)ᵀ K (θ - c)/2, or the linear force -K (θ - c) where K is not symmetric."""
 
@@ -43,6 +44,7 @@ class HasStiffness(Protocol):
         ...
 
 
+@runtime_checkable
 class HasSchedules(Protocol):
     """A Langevin rule: a learning rate per step and a temperature, both schedules on s ∈ [0, 1]."""
 

@@ -1,7 +1,12 @@
 """Fixtures that every test file may use."""
 
+import re
+
 import jax
+import jaxtyping
 import pytest
+
+from esljax import InputError
 
 
 @pytest.fixture
@@ -11,3 +16,23 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture
+def refused(request):
+    """A check that a call is refused by `InputError` with a sentence.
+
+    Where the run checks annotations (`--jaxtyping-packages`), a value of the wrong type does not get as far as its sentence.
+    """
+    annotations = request.config.getoption("jaxtyping_packages", None)
+
+    def check(call, sentence):
+        with pytest.raises((InputError, jaxtyping.TypeCheckError) if annotations else InputError) as caught:
+            call()
+        if isinstance(caught.value, InputError):
+            said = str(caught.value)
+            assert re.search(sentence, said)
+            assert said.count(". ") == 0
+            assert "\n" not in said
+
+    return check

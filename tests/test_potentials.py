@@ -8,7 +8,6 @@ import oracles
 import pytest
 from flax import linen, nnx
 
-from esljax._checks import InputError
 from esljax.models import MLP, mlp
 from esljax.potentials import DoubleWell, FlaxLoss, FromFunction, Mixture, Quadratic
 
@@ -262,7 +261,7 @@ def test_minibatch_energy_and_gradient_are_unbiased(x64):
 
 def test_equal_models_share_compiled_code(network):
     first, second = network.potential, flax_loss(network.model)
-    if network.model == "nnx instance":  # its initializer is its own entries, which another instance need not hold
+    if network.model == "nnx instance":  # each redraws from arrays of its own, which shared code would confuse
         assert jax.tree.structure(first) != jax.tree.structure(second)
         return
     assert jax.tree.structure(first) == jax.tree.structure(second)
@@ -278,9 +277,6 @@ def test_equal_models_share_compiled_code(network):
     assert len(traces) == 1
     other = FlaxLoss(mlp(4, 6, 3), (INPUTS, LABELS), l2=0.25)
     assert jax.tree.structure(first) != jax.tree.structure(other)
-    # The same network from another initializer must not run the first one's.
-    otherwise = FlaxLoss(lambda rngs: mlp(*SIZES)(rngs), (INPUTS, LABELS), l2=0.25)
-    assert jax.tree.structure(first) != jax.tree.structure(otherwise)
 
 
 def test_other_losses(x64):
@@ -392,8 +388,5 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
         (lambda: mlp(4, 0, 3)(nnx.Rngs(0)), r"`sizes` must be an integer of at least 1, but is 0\."),
     ],
 )
-def test_bad_input_is_one_sentence(call, sentence):
-    with pytest.raises(InputError, match=sentence) as caught:
-        call()
-    assert str(caught.value).count(". ") == 0
-    assert "\n" not in str(caught.value)
+def test_bad_input_is_one_sentence(call, sentence, refused):
+    refused(call, sentence)
