@@ -77,7 +77,7 @@ def check_ensemble(argument: str, x: Any, minimum_members: int = 1) -> None:
 
 
 def check_key(argument: str, key: Any) -> None:
-    if not jnp.issubdtype(getattr(key, "dtype", None), jax.dtypes.prng_key) or key.shape != ():
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
         raise refuse(argument, "be made by `jax.random.key`", f"is {key!r}")
 
 
