@@ -76,6 +76,11 @@ def check_ensemble(argument: str, x: Any, minimum_members: int = 1) -> None:
     check_finite(argument, x)
 
 
+def check_key(argument: str, key: Any) -> None:
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
+        raise refuse(argument, "be made by `jax.random.key`", f"is {key!r}")
+
+
 def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise refuse(argument, "be one of " + ", ".join(map(repr, choices)), f"is {value!r}")

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from esljax._checks import as_float, check_positive, check_positive_int, refuse
+from esljax._checks import as_float, check_key, check_nonnegative, check_positive, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Scalar
 
 
@@ -121,6 +121,12 @@ def optimize(
     check_positive_int("rounds", rounds)
     check_positive_int("validation", validation)
     check_positive("penalty", penalty)
+    check_nonnegative("tolerance", tolerance)
+    if not callable(objective):
+        raise refuse("objective", "be a function of (controls, key)", f"is {objective!r}")
+    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
+        raise refuse("optimizer", "be an optax optimizer", f"is {optimizer!r}")
+    check_key("key", key)
     controls = jax.tree.map(lambda leaf: as_float(leaf) if isinstance(leaf, float | np.floating) else leaf, controls)
     moving, fixed = eqx.partition(controls, eqx.is_inexact_array)
     if not jax.tree.leaves(moving):
@@ -133,11 +139,12 @@ def optimize(
     judged = search.judge(moving, held_out)
     best = _Candidate(moving, *judged)
     equalities = search.equalities(moving)
-    scale = jnp.maximum(jnp.abs(best.value), jnp.finfo(best.value.dtype).tiny)
+    # An objective that starts at 0 has no scale of its own.
+    scale = jnp.where(best.value == 0, 1, jnp.abs(best.value))
     dual = _Dual(jnp.zeros_like(best.residuals), as_float(penalty).astype(best.value.dtype), scale)
     state = search.optimizer.init(moving)
     dual = search.first_multipliers(moving, state, dual, equalities, jax.random.fold_in(key, 0))
-    rows, message, interrupted = [], "Ran all iterations.", False
+    rows, message, interrupted, last_good = [], "Ran all iterations.", False, moving
     ends = set(np.linspace(0, iterations, min(rounds, iterations) + 1).round().astype(int)[1:] - 1)
     try:
         for i in range(iterations):
@@ -148,17 +155,19 @@ def optimize(
                 raise refuse("controls", "start where the objective and its gradient are finite", f"give: {trouble}")
             if trouble:
                 message = trouble
+                best = best.or_better(_Candidate(last_good, *search.judge(last_good, held_out)), equalities, tolerance, dual)
                 break
             rows.append((value, residuals, norm))
+            last_good = moving
             moving, dual = moved, dual.moved(seen.residuals, equalities, rounds / iterations)
             if callback is not None:
                 callback(Iteration(i, eqx.combine(moving, fixed), seen.value, seen.residuals, seen.auxiliary))
             if i in ends:
-                best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance)
+                best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
     except KeyboardInterrupt:
         interrupted = True
         message = f"Interrupted after {len(rows)} of {iterations} iterations; this is the best so far."
-        best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance)
+        best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
     values, residuals, norms = zip(*rows, strict=True) if rows else ((), (), ())
     return Optimum(
         controls=eqx.combine(best.controls, fixed),
@@ -213,13 +222,20 @@ class _Candidate(NamedTuple):
         residuals = np.asarray(self.residuals)
         return np.where(equalities, np.abs(residuals), np.maximum(residuals, 0))
 
-    def or_better(self, other: "_Candidate", equalities: np.ndarray, tolerance: float) -> "_Candidate":
-        """The smaller value among those that satisfy the constraints; failing that, the smaller violation."""
-        ours, theirs = (float(np.max(c.violations(equalities), initial=tolerance)) for c in (self, other))
-        if not np.isfinite(float(other.value)) or not np.isfinite(theirs):
-            return self
-        better = theirs < ours or (theirs == ours and float(other.value) < float(self.value))
-        return other if better else self
+    def or_better(self, other: "_Candidate", equalities: np.ndarray, tolerance: float, dual: "_Dual") -> "_Candidate":
+        """The smaller value among those that satisfy the constraints; failing that, the smaller exact penalty.
+
+        An order by violation alone would keep a poor candidate for being nearer to its constraints by next to nothing.
+        """
+
+        def rank(candidate: "_Candidate") -> tuple[bool, float]:
+            violations = candidate.violations(equalities)
+            violated = bool(np.any(~(violations <= tolerance)))
+            # The penalty is exact if its slope exceeds the multipliers.
+            slopes = np.maximum(2 * np.abs(np.asarray(dual.multipliers)), float(dual.penalty))
+            return violated, float(candidate.value) + violated * float(dual.scale) * float(slopes @ violations)
+
+        return other if np.isfinite(rank(other)[1]) and rank(other) < rank(self) else self
 
 
 class _Search(eqx.Module):
@@ -279,10 +295,13 @@ class _Search(eqx.Module):
         if not sums or not np.all(np.isfinite([of_value, *sums])):
             return dual
         multipliers = np.linalg.lstsq(np.stack([x - of_value for x in sums], axis=1), -of_value)[0]
+        # A residual that is flat at the start asks for any multiplier; what the penalty makes of a residual of 10 is more than enough.
+        multipliers = np.clip(multipliers, -10 * float(dual.penalty), 10 * float(dual.penalty))
         return dual._replace(multipliers=jnp.asarray(np.where(equalities, multipliers, np.maximum(multipliers, 0)), dual.penalty.dtype))
 
 
-# A gradient this many times the usual one comes from a run that leaves the stable range of its step, not from a steep objective.
+# A gradient this many times the usual one comes from a run that leaves the stable range of its step, not from a steep objective. Near an
+# optimum the usual one is all but nothing, so it counts for no less than the first.
 _EXPLOSION = 1e6
 
 
@@ -291,7 +310,7 @@ def _trouble(iteration: int, value: float, residuals: np.ndarray, norm: float, n
         what = "the objective or a residual is not finite"
     elif not np.isfinite(norm):
         what = "the gradient is not finite"
-    elif norms and norm > _EXPLOSION * max(np.median(norms), np.finfo(np.float32).tiny):
+    elif norms and norm > _EXPLOSION * max(np.median(norms), norms[0]) > 0:
         what = f"the gradient exploded to {norm:.3g}"
     else:
         return None

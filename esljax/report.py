@@ -141,18 +141,20 @@ def average(reports: SpeedLimit) -> SpeedLimit:
 
 def _is_one_run(report: SpeedLimit) -> bool:
     value = report.entropy_production
-    return known(value) and np.ndim(value) == 0
+    return isinstance(value, jax.Array | np.ndarray | np.generic | float) and known(value) and np.ndim(value) == 0
 
 
 def _sentences(report: SpeedLimit) -> list[str]:
     sigma, gap = float(report.entropy_production), float(report.gap)
-    if not np.isfinite(sigma + gap):
+    if not np.isfinite(sigma + gap + float(report.length_squared)):
         return ["No verdict: the numbers are not finite."]
     error = None if report.standard_error is None else float(report.standard_error.gap)
     size = "" if not error else f", {abs(gap) / error:.1f} standard errors"
     # Rounding of Σ and W2² alone makes a gap of this size.
     rounding = 8 * float(np.finfo(np.asarray(report.entropy_production).dtype).eps) * abs(sigma)
-    if gap >= -rounding:
+    if sigma == 0 and gap == 0:
+        said = ["Nothing moved: Σ and W2² are both 0."]
+    elif gap >= -rounding:
         said = [f"The speed limit holds: Σ is {sigma / max(float(report.w2_squared), 1e-300):.3g} times W2² (gap {gap:.4g}{size})."]
     else:
         said = [f"The speed limit is violated by {-gap:.4g}{size}: Σ and W2² do not come from one geometry, or an estimate is off."]
@@ -170,7 +172,13 @@ def _sentences(report: SpeedLimit) -> list[str]:
             "sampling noise pushes it up."
         )
     if report.noise_floor is not None and float(report.noise_floor) > 0.05 * sigma:
-        said.append(f"The chain is noise-dominated: injected noise alone contributes up to {float(report.noise_floor):.3g} to Σ.")
+        # The floor belongs to links whose assignment is the identity; where members change partners the noise is mostly reassigned away.
+        paired = report.identity_fraction is not None and float(report.identity_fraction) > 0.5
+        said.append(
+            f"The chain is noise-dominated: injected noise alone contributes up to {float(report.noise_floor):.3g} to Σ."
+            if paired
+            else f"Injected noise would contribute {float(report.noise_floor):.3g} to Σ if no member changed partners; here most links do."
+        )
     if report.identity_fraction is not None and float(report.identity_fraction) > 0.5:
         said.append(
             f"In {100 * float(report.identity_fraction):.0f} % of the links each member is its own best partner: "

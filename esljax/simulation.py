@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_ensemble, check_finite, check_nonnegative, check_positive_int, refuse
+from esljax._checks import check_ensemble, check_finite, check_key, check_nonnegative, check_positive_int, refuse
 from esljax._types import Array, Float, Key
 from esljax.adjoint import AbstractGradient, HessianAdjoint
 from esljax.dynamics import AbstractRule, Controls
@@ -80,7 +80,7 @@ def simulate(
     """
     gradient = HessianAdjoint() if gradient is None else gradient
     positions = jnp.asarray(positions)
-    _check(positions, rule, steps, snapshots, gradient)
+    _check(potential, rule, positions, key, steps, snapshots, observe, gradient)
     return _simulate(potential, rule, positions, key, steps, snapshots, observe, gradient)
 
 
@@ -97,6 +97,7 @@ def _simulate(potential, rule, positions, key, steps, snapshots, observe, gradie
 
 
 def _run(potential, rule, positions, key, steps, snapshots, observe, gradient) -> Trajectory:
+    _check_functions(potential, positions, key, observe)
     controls = jax.tree.map(lambda control: control.astype(positions.dtype), rule.controls(steps))
 
     def batch_key(k):
@@ -141,15 +142,40 @@ def group_length(steps: int, snapshots: int) -> int:
     return min(divisors, key=lambda c: abs(np.log(c / np.sqrt(steps))))
 
 
-def _check(positions: Any, rule: Any, steps: int, snapshots: int, gradient: Any) -> None:
+def _check_functions(potential: AbstractPotential, positions: Array, key: Key, observe: Any) -> None:
+    """What a member goes through, on shapes alone and so only when a run is compiled."""
+    d = positions.shape[1]
+    member = jax.ShapeDtypeStruct((d,), positions.dtype)
+    try:
+        batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], potential.draw(key, 1)))
+        energy, slope = jax.eval_shape(potential.energy_and_gradient, member, batch)
+    except (TypeError, ValueError) as error:
+        raise refuse("potential", f"accept members of {d} coordinates", f"fails on them: {str(error).splitlines()[0]}") from error
+    if energy.shape != () or slope.shape != (d,):
+        raise refuse(
+            "potential", f"accept members of {d} coordinates", f"gives an energy of shape {energy.shape} and a slope of shape {slope.shape}"
+        )
+    if observe is not None:
+        features = jax.eval_shape(observe, member)
+        if len(getattr(features, "shape", ())) != 1:
+            raise refuse("observe", "return shape (p,) for one member", f"returns shape {getattr(features, 'shape', features)}")
+
+
+def _check(potential: Any, rule: Any, positions: Any, key: Any, steps: int, snapshots: int, observe: Any, gradient: Any) -> None:
+    if not isinstance(potential, AbstractPotential):
+        raise refuse("potential", "be a potential such as Quadratic(1.0)", f"is a {type(potential).__name__}")
     check_ensemble("positions", positions, minimum_members=2)
     check_positive_int("steps", steps)
     check_positive_int("snapshots", snapshots)
     if steps % snapshots:
-        near = sorted((j for j in range(1, steps + 1) if steps % j == 0), key=lambda j: abs(j - snapshots))[:2]
+        divisors = [j for j in range(1, steps + 1) if steps % j == 0]
+        near = [*[j for j in divisors if j < snapshots][-1:], *[j for j in divisors if j > snapshots][:1]]
         raise refuse("snapshots", f"divide the {steps} steps (such as {' or '.join(map(str, near))})", f"is {snapshots}")
     if not isinstance(rule, AbstractRule):
         raise refuse("rule", "be a rule such as Langevin(learning_rate, temperature)", f"is a {type(rule).__name__}")
+    check_key("key", key)
+    if observe is not None and not callable(observe):
+        raise refuse("observe", "be a function of one member (d,)", f"is {observe!r}")
     if not isinstance(gradient, AbstractGradient):
         raise refuse("gradient", "be HessianAdjoint(), Autodiff() or ForwardMode()", f"is {gradient!r}")
     controls: Controls = rule.controls(steps)

@@ -115,16 +115,18 @@ def _members(trajectory: Trajectory, kept: Array) -> Trajectory:
 
 
 def _safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
+    # Rounding can bring a Sinkhorn divergence below 0; only the length takes that for 0, and NaN stays NaN.
+    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
 
 
 def _stack(trajectories: Sequence[Trajectory]) -> Trajectory:
-    trajectories = list(trajectories)
+    if not isinstance(trajectories, Sequence):
+        raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a {type(trajectories).__name__}")
     if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
         raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a sequence of {len(trajectories)} items")
     shapes = {one.positions.shape for one in trajectories}
-    if len(shapes) > 1 or len({one.rates.shape for one in trajectories}) > 1:
-        raise refuse("trajectory", "hold runs of one shape", f"holds positions of shapes {sorted(shapes)}")
+    if len(shapes) > 1 or len({(one.rates.shape, one.final.shape, one.observed) for one in trajectories}) > 1:
+        raise refuse("trajectory", "hold runs of one shape", f"holds {len(trajectories)} runs with positions of shapes {sorted(shapes)}")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
 
 

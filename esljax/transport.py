@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import as_float, check_ensemble, check_positive, check_positive_int, refuse
+from esljax._checks import as_float, check_ensemble, check_key, check_positive, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Scalar
 
 # One bfloat16 pass of a TPU is off by tens of percent on the distance of matched pairs.
@@ -168,8 +168,7 @@ class SlicedTransport(AbstractTransport):
 
     def __check_init__(self):
         check_positive_int("directions", self.directions)
-        if not isinstance(self.key, jax.Array) or not jnp.issubdtype(self.key.dtype, jax.dtypes.prng_key):
-            raise refuse("key", "be made by `jax.random.key`", f"is {self.key!r}")
+        check_key("key", self.key)
 
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         x, y = _recentred(x, y)

@@ -36,3 +36,11 @@ def refused(request):
             assert "\n" not in said
 
     return check
+
+
+@pytest.fixture
+def quick_compilation():
+    """For tests that compile much and compute little."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -3,6 +3,7 @@
 Constants are the reference numbers of the theory (closed forms and quadrature), named by their label there.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,3 +138,58 @@ def mlp(layers, inputs):
 
 def cross_entropies(outputs, labels):
     return -np.log(softmax(outputs, axis=1)[np.arange(len(labels)), labels])
+
+
+# --- Discrete steps and deterministic flows -----------------------------------------------------------------------------------------------
+
+
+def discrete_moments(mean, variance, k, temperature, rates):
+    """Mean and variance of θ ← θ - ηkθ + sqrt(2Tη) ξ after all `rates`, in one dimension; `temperature`: a number or one for each step."""
+    for eta, heat in zip(rates, np.broadcast_to(temperature, np.shape(rates)), strict=True):
+        mean, variance = (1 - eta * k) * mean, (1 - eta * k) ** 2 * variance + 2 * heat * eta
+    return mean, variance
+
+
+def discrete_stationary_variance(k, temperature, eta):
+    """O13: of the same step."""
+    return temperature / (k * (1 - k * eta / 2))
+
+
+def linear_descent(positions, stiffness, center, rates):
+    """Positions (K+1, n, d) of gradient descent on linear drift."""
+    path = [np.asarray(positions)]
+    for eta in rates:
+        path.append(path[-1] - eta * (path[-1] - center) @ np.asarray(stiffness).T)
+    return np.stack(path)
+
+
+def optimal_discrete_rates(k, remaining, steps):
+    """O3, discrete: kη_j = 1/(N - j), with N such that the mean shrinks to the fraction `remaining` in equal steps."""
+    return 1 / (k * (steps / (1 - remaining) - np.arange(steps)))
+
+
+def double_well_flow(positions, barrier, width, time):
+    """dθ/dt = -Φ'(θ) for Φ = b((θ/w)² - 1)², a Bernoulli equation; `time` broadcasts against the positions."""
+    y = np.asarray(positions) / width
+    return width * y / np.sqrt(y**2 + (1 - y**2) * np.exp(-8 * barrier * time / width**2))
+
+
+def chain_of_pairs(path, times):
+    """(Σ, L², W2²) of a chain (J+1, n, d) whose best pairing is that of the members with themselves."""
+    squares = np.mean(np.sum(np.diff(path, axis=0) ** 2, axis=2), axis=1)
+    return np.sum(squares / np.diff(times)), np.sum(np.sqrt(squares)) ** 2, np.mean(np.sum((path[-1] - path[0]) ** 2, axis=1))
+
+
+def gaussian_chain(means, covariances, times):
+    """(Σ, L², W2²) of a chain of Gaussian laws in the Bures distance."""
+    pairs = list(zip(means, covariances, strict=True))
+    squares = np.array([gaussian_w2_squared(*a, *b) for a, b in itertools.pairwise(pairs)])
+    return np.sum(squares / np.diff(times)), np.sum(np.sqrt(squares)) ** 2, gaussian_w2_squared(*pairs[0], *pairs[-1])
+
+
+def ornstein_uhlenbeck_moments(k, temperature, width, shift, d, clock):
+    """Means (..., d) and covariances (..., d, d) of O1 and O3 at the clock readings u."""
+    clock = np.asarray(clock)
+    mean = shift * np.exp(-k * clock)[..., None] * np.eye(d)[0]
+    variance = temperature / k + (width - temperature / k) * np.exp(-2 * k * clock)
+    return mean, variance[..., None, None] * np.eye(d)
