@@ -12,10 +12,12 @@
 from typing import TypeAlias
 
 import jax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+import jaxtyping
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
 
 Key: TypeAlias = PRNGKeyArray
+Keys: TypeAlias = jaxtyping.Key[Array, " R"]
 Scalar: TypeAlias = Float[Array, ""]
 ScalarLike: TypeAlias = float | int | Float[Array, ""]
 
-__all__ = ["Array", "Float", "Int", "Key", "Scalar", "ScalarLike", "Shaped", "jax"]
+__all__ = ["Array", "ArrayLike", "Float", "Int", "Key", "Keys", "Scalar", "ScalarLike", "Shaped", "jax"]

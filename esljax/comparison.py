@@ -16,7 +16,7 @@ import numpy as np
 import scipy.optimize
 
 from esljax._checks import InputError, check_positive_int, refuse
-from esljax._types import Array, Float, Key, Scalar
+from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.datasets import Examples
 from esljax.dynamics import Langevin
 from esljax.potentials import FlaxLoss
@@ -106,7 +106,7 @@ def _outcome(problem: Problem, table: Knots, key: Key) -> Outcome:
     return problem.run(table, key)
 
 
-def final_loss(problem: Problem, schedule: AbstractSchedule, keys: Key) -> float:
+def final_loss(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> float:
     """The mean final training loss E Φ(q₁) over `keys` (R,)."""
     table = problem.table(schedule)
     return float(np.mean([_outcome(problem, table, key).final_loss for key in keys]))
@@ -118,7 +118,7 @@ def match_endpoint(
     *,
     target: float,
     learning_time: float,
-    keys: Key,
+    keys: Keys,
     name: str = "shape",
     tolerance: float = 1e-3,
     watch: Callable[[float], Any] = lambda loss: None,
@@ -157,7 +157,7 @@ def match_endpoint(
     return Knots(table.values * np.exp(seen[-1][0]), "linear")
 
 
-def judge(problem: Problem, schedule: AbstractSchedule, keys: Key) -> Judgment:
+def judge(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> Judgment:
     """Run a schedule on each of `keys` (R ≥ 2) and average, with standard errors over the keys."""
     check_positive_int("number of keys", keys.shape[0], 2)
     table = problem.table(schedule)

@@ -19,7 +19,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from esljax._checks import as_float, check_key, check_nonnegative, check_positive, check_positive_int, refuse
-from esljax._types import Array, Float, Key, Scalar
+from esljax._types import Array, Float, Key, Keys, Scalar
 
 
 class Equality(NamedTuple):
@@ -264,7 +264,7 @@ class _Search(eqx.Module):
         return found[0]
 
     @eqx.filter_jit
-    def judge(self, moving: Any, keys: Key) -> tuple[Array, Array, Array, Array]:
+    def judge(self, moving: Any, keys: Keys) -> tuple[Array, Array, Array, Array]:
         values, residuals = jax.lax.map(lambda key: self.evaluate(moving, key)[:2], keys)
         count = keys.shape[0]
         error = lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(count) if count > 1 else jnp.full_like(x[0], jnp.nan)  # noqa: E731

@@ -70,22 +70,22 @@ class SpeedLimit(eqx.Module):
     """Whether Σ ≥ L² ≥ W2² holds for these numbers by construction (a true metric) rather than approximately."""
 
     @property
-    def gap(self) -> Scalar:
+    def gap(self) -> Float[Array, "*runs"]:
         """Σ - W2², the distance from the speed limit."""
         return self.entropy_production - self.w2_squared
 
     @property
-    def temporal(self) -> Scalar:
+    def temporal(self) -> Float[Array, "*runs"]:
         """∫ℓ² ds - L²: what a better timing along the same path would save."""
         return self.entropy_production - self.housekeeping - self.length_squared
 
     @property
-    def geometric(self) -> Scalar:
+    def geometric(self) -> Float[Array, "*runs"]:
         """L² - W2²: what only another path could save."""
         return self.length_squared - self.w2_squared
 
     @property
-    def efficiency(self) -> Scalar:
+    def efficiency(self) -> Float[Array, "*runs"]:
         """W2²/Σ, 1 at the limit."""
         return self.w2_squared / self.entropy_production
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import check_ensemble, check_finite, check_key, check_nonnegative, check_positive_int, refuse
-from esljax._types import Array, Float, Key
+from esljax._types import Array, ArrayLike, Float, Key
 from esljax.adjoint import AbstractGradient, HessianAdjoint
 from esljax.dynamics import AbstractRule, Controls
 from esljax.potentials import AbstractPotential
@@ -49,7 +49,7 @@ class Trajectory(eqx.Module):
 def simulate(
     potential: AbstractPotential,
     rule: AbstractRule,
-    positions: Float[Array, "n d"],
+    positions: Float[ArrayLike, "n d"],
     *,
     steps: int,
     key: Key,

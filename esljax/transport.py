@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import as_float, check_ensemble, check_key, check_positive, check_positive_int, refuse
-from esljax._types import Array, Float, Key, Scalar
+from esljax._types import Array, ArrayLike, Float, Key, Scalar
 
 # One bfloat16 pass of a TPU is off by tens of percent on the distance of matched pairs.
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -53,7 +53,7 @@ class AbstractTransport(eqx.Module):
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         """The squared distance and whether it converged. Not checked and not compiled: for use inside `jit` and `vmap`."""
 
-    def squared(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar:
+    def squared(self, x: Float[ArrayLike, "n d"], y: Float[ArrayLike, "m d"]) -> Scalar:
         """The squared distance between two ensembles, compiled once per shape.
 
         **Args:** `x`: shape (n, d), one row per member. `y`: shape (m, d).

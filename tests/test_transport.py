@@ -437,10 +437,8 @@ def test_wrappers_measure_the_image():
         (lambda x: jax.jit(GaussianTransport().squared)(x, x[:, :2]), r"`y` must have 3 coordinates"),
     ],
 )
-def test_bad_input_is_one_sentence(call, sentence):
-    with pytest.raises(InputError, match=sentence) as caught:
-        call(jnp.ones((5, D)))
-    assert str(caught.value).count(". ") == 0
+def test_bad_input_is_one_sentence(call, sentence, refused):
+    refused(lambda: call(jnp.ones((5, D))), sentence)
 
 
 # Documentation and import
