@@ -190,6 +190,7 @@ def test_energies_of_minibatches_are_those_that_the_next_step_sees():
     path = simulate(potential, Langevin(0.0), start, steps=600, snapshots=600, key=KEY)
     # Nothing moves, so all that changes from row to row is the batch.
     assert np.ptp(np.asarray(path.energies), axis=0).min() > 0
+    assert not np.any(path.energies[-1] == path.energies[0])
     error = np.std(path.energies, axis=0) / np.sqrt(601)
     assert np.all(np.abs(np.mean(path.energies, axis=0) - potential(start)) < 5 * error)
 
