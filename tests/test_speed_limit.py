@@ -514,8 +514,6 @@ BAD = {
 
 
 @pytest.mark.parametrize("sentence", BAD)
-def test_bad_input(sentence):
+def test_bad_input(sentence, refused):
     path = trajectory(random_path(0, dtype=np.float32))
-    with pytest.raises(InputError, match=sentence) as caught:
-        speed_limit(**{"trajectory": path, "transport": ExactTransport(), **BAD[sentence](path)})
-    assert len(str(caught.value).splitlines()) == 1
+    refused(lambda: speed_limit(**{"trajectory": path, "transport": ExactTransport(), **BAD[sentence](path)}), sentence)
