@@ -72,7 +72,7 @@ def _optimize(config: OptimizeConfig) -> int:
     enable(config.dtype)
     console = rich.console.Console(quiet=config.quiet)
     # The table has ten columns: let a narrow terminal break its lines rather than its numbers.
-    console.width = max(console.width, 118)
+    console.width = max(console.width, 136)
     config.out.mkdir(parents=True, exist_ok=True)
     storage.write_toml(config.out / "config.toml", config.as_dict())
     with _Progress(config, console) as progress:
