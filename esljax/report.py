@@ -135,7 +135,7 @@ def average(reports: SpeedLimit) -> SpeedLimit:
     """The mean of independent runs, stacked on a leading axis of length R ≥ 2, with standard errors from their spread."""
     runs = reports.entropy_production.shape[0]
     mean = jax.tree.map(lambda x: jnp.all(x, axis=0) if x.dtype == bool else jnp.mean(x, axis=0), reports)
-    errors = jax.tree.map(lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(runs), split(reports))
+    errors = jax.tree.map(lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(runs), jax.vmap(split)(reports))
     return with_errors(mean, errors, f"spread over {runs} independent runs")
 
 
