@@ -1,6 +1,6 @@
 r"""Schedules held against the speed limit at matched endpoints: same start, same final loss, different timing.
 
-A learning-rate schedule is a change of clock of one path through the space of laws (THEORY §2), so schedules are compared fairly only where
+A learning-rate schedule is a change of clock of one path through the space of laws, so schedules are compared fairly only where
 they end at the same place: each shape is scaled until the mean final training loss is one common target, then all are judged on keys
 (initializations, batches, noise) that neither the scaling nor any optimization has seen.
 """

@@ -45,7 +45,7 @@ class Langevin(AbstractRule):
 
     **Args:** `learning_rate`: η, per step as in optax, a schedule or a number. `temperature`: T, in units of Φ, a schedule or a number.
     **Differentiation:** in both schedules. The noise amplitude has an infinite slope where Tη = 0; its derivative is taken as 0 there.
-    **Reference:** THEORY of the discrete clock: mobility per unit of training time is K η (Okanohara, arXiv 2601.17607, has K η ≡ 1).
+    **Reference:** Okanohara, arXiv 2601.17607, whose mobility per unit of training time, K η here, is 1.
     """
 
     learning_rate: AbstractSchedule = eqx.field(converter=as_schedule)

@@ -4,7 +4,7 @@ r"""The particle estimate of the epistemic speed limit: a chain of transport dis
     Σ  = Σ_j dist_j²/Δs_j  ≥  L² = (Σ_j dist_j)²  ≥  W2² = dist²(q_0, q_J)
 
 For any true metric on laws both inequalities hold exactly on samples, for every number of members and dimensions: the first is
-Cauchy-Schwarz, the second the triangle inequality. Source: Okanohara, arXiv 2601.17607, with the discrete chain of THEORY §3.
+Cauchy-Schwarz, the second the triangle inequality. Source: Okanohara, arXiv 2601.17607.
 """
 
 from collections.abc import Sequence
