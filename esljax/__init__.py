@@ -10,7 +10,7 @@ from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
 from esljax.dynamics import AbstractRule, Controls, Langevin
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
-from esljax.potentials import AbstractPotential, DoubleWell, FlaxLoss, FromFunction, Mixture, Quadratic
+from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
 from esljax.report import SpeedLimit, Split
 from esljax.schedules import (
     AbstractSchedule,
@@ -34,6 +34,7 @@ from esljax.transport import (
     SlicedTransport,
     Solution,
 )
+from esljax.velocity import AbstractVelocity, AffineVelocity, PathVelocity, TransportVelocity, Velocity
 
 __all__ = [
     "AbstractGradient",
@@ -41,11 +42,14 @@ __all__ = [
     "AbstractRule",
     "AbstractSchedule",
     "AbstractTransport",
+    "AbstractVelocity",
+    "AffineVelocity",
     "Autodiff",
     "Constant",
     "Controls",
     "Cosine",
     "DoubleWell",
+    "Driven",
     "Equality",
     "ExactTransport",
     "Exponential",
@@ -64,6 +68,7 @@ __all__ = [
     "Mapped",
     "Mixture",
     "Optimum",
+    "PathVelocity",
     "Projected",
     "Quadratic",
     "SinkhornTransport",
@@ -72,6 +77,8 @@ __all__ = [
     "SpeedLimit",
     "Split",
     "Trajectory",
+    "TransportVelocity",
+    "Velocity",
     "WarmupStableDecay",
     "datasets",
     "gaussian",

@@ -5,7 +5,8 @@ that is a gradient the Jacobian is the Hessian, which is symmetric, so the produ
 
     J(θ)ᵀ w = H(θ) w = d/dε ∇Φ(θ + ε w),
 
-and needs neither the intermediate results of the model nor a second reverse sweep through it.
+and needs neither the intermediate results of the model nor a second reverse sweep through it. The primitive is the whole kick η∇Φ(θ), not
+the gradient: its derivative in η is w·∇Φ, a number that the directional derivative has on its way, so no gradient is kept either.
 """
 
 import abc
@@ -30,8 +31,8 @@ class AbstractGradient(eqx.Module):
     """Whether to keep about 2√K states and recompute the others, instead of keeping all K."""
 
     @abc.abstractmethod
-    def slope(self, potential: AbstractPotential, positions: Float[Array, "n d"], key: Key) -> tuple[Array, Array]:
-        """Energies (n,) and gradients (n, d) on the batches that `key` addresses."""
+    def kick(self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key) -> tuple[Array, Array]:
+        """Energies (n,) and `scale` times the gradients (n, d), on the batches that `key` addresses."""
 
     @abc.abstractmethod
     def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -47,8 +48,8 @@ class HessianAdjoint(AbstractGradient):
 
     checkpoint: bool = eqx.field(static=True, default=False)
 
-    def slope(self, potential: AbstractPotential, positions: Float[Array, "n d"], key: Key) -> tuple[Array, Array]:
-        return _adjoint_slope((potential, positions), key)
+    def kick(self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key) -> tuple[Array, Array]:
+        return _adjoint_kick((potential, positions, scale), key)
 
     def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return run
@@ -60,8 +61,8 @@ class Autodiff(AbstractGradient):
 
     checkpoint: bool = eqx.field(static=True, default=False)
 
-    def slope(self, potential: AbstractPotential, positions: Float[Array, "n d"], key: Key) -> tuple[Array, Array]:
-        return _slope(potential, positions, key)
+    def kick(self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key) -> tuple[Array, Array]:
+        return _kick(potential, positions, scale, potential.draw(key, positions.shape[0]))
 
     def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return run
@@ -77,8 +78,8 @@ class ForwardMode(AbstractGradient):
     most: int = eqx.field(static=True, default=256)
     checkpoint: bool = eqx.field(static=True, default=False, init=False)
 
-    def slope(self, potential: AbstractPotential, positions: Float[Array, "n d"], key: Key) -> tuple[Array, Array]:
-        return _slope(potential, positions, key)
+    def kick(self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key) -> tuple[Array, Array]:
+        return _kick(potential, positions, scale, potential.draw(key, positions.shape[0]))
 
     def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         @jax.custom_jvp
@@ -107,40 +108,40 @@ class ForwardMode(AbstractGradient):
         return forward
 
 
-def _slope(potential: AbstractPotential, positions: Float[Array, "n d"], key: Key) -> tuple[Array, Array]:
-    return jax.vmap(potential.energy_and_gradient)(positions, potential.draw(key, positions.shape[0]))
+def _kick(potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, batches: Any) -> tuple[Array, Array]:
+    energies, gradients = jax.vmap(potential.energy_and_gradient)(positions, batches)
+    return energies, scale * gradients
 
 
 @eqx.filter_custom_vjp
-def _adjoint_slope(arguments, key):
-    potential, positions = arguments
-    return _slope(potential, positions, key)
+def _adjoint_kick(arguments, key):
+    potential, positions, scale = arguments
+    return _kick(potential, positions, scale, potential.draw(key, positions.shape[0]))
 
 
-@_adjoint_slope.def_fwd
-def _adjoint_slope_forward(perturbed, arguments, key):
-    return _adjoint_slope(arguments, key), None
-
-
-@_adjoint_slope.def_bwd
-def _adjoint_slope_backward(residuals, cotangents, perturbed, arguments, key):
-    energy_bar, gradient_bar = cotangents
-    potential, positions = arguments
+@_adjoint_kick.def_fwd
+def _adjoint_kick_forward(perturbed, arguments, key):
+    potential, positions, scale = arguments
     batches = potential.draw(key, positions.shape[0])
+    return _kick(potential, positions, scale, batches), batches
+
+
+@_adjoint_kick.def_bwd
+def _adjoint_kick_backward(batches, cotangents, perturbed, arguments, key):
+    energy_bar, kick_bar = cotangents
 
     def paired(arguments):
-        """Σ_i (ē_i Φ(θ_i) + w_i·∇Φ(θ_i)), whose gradient is ē ∇Φ + H w: one reverse sweep over one directional derivative."""
-        potential, positions = arguments
+        """Σ_i (ē_i Φ(θ_i) + η w_i·∇Φ(θ_i)), whose gradient is ē ∇Φ + η H w: one reverse sweep over one directional derivative."""
+        potential, positions, scale = arguments
         energies = lambda positions: jax.vmap(potential.energy)(positions, batches)  # noqa: E731
-        if gradient_bar is None:
+        if kick_bar is None:
             return jnp.vdot(energy_bar, energies(positions))
-        values, slopes = jax.jvp(energies, (positions,), (gradient_bar,))
-        return jnp.sum(slopes) if energy_bar is None else jnp.sum(slopes) + jnp.vdot(energy_bar, values)
+        values, slopes = jax.jvp(energies, (positions,), (kick_bar,))
+        return scale * jnp.sum(slopes) + (0 if energy_bar is None else jnp.vdot(energy_bar, values))
 
     def paired_with_drift(arguments):
         """The same for a drift that is no gradient: its own derivative, not that of the energy's."""
-        potential, positions = arguments
-        energies, gradients = _slope(potential, positions, key)
-        return sum(jnp.vdot(bar, x) for bar, x in ((energy_bar, energies), (gradient_bar, gradients)) if bar is not None)
+        outputs = _kick(*arguments, batches)
+        return sum(jnp.vdot(bar, x) for bar, x in zip(cotangents, outputs, strict=True) if bar is not None)
 
-    return eqx.filter_grad(paired if potential.conservative else paired_with_drift)(arguments)
+    return eqx.filter_grad(paired if arguments[0].conservative else paired_with_drift)(arguments)

@@ -11,11 +11,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._types import Array, Float, Key, ScalarLike
+from esljax._types import Array, Float, Key, Scalar, ScalarLike
 from esljax.schedules import AbstractSchedule, as_schedule
 
-Slope = Callable[[Float[Array, "n d"]], tuple[Float[Array, " n"], Float[Array, "n d"]]]
-"""Positions (n, d) to energies (n,) and gradients (n, d), on the batches of the present step."""
+Kick = Callable[[Float[Array, "n d"], Scalar], tuple[Float[Array, " n"], Float[Array, "n d"]]]
+"""Positions (n, d) and a learning rate η to energies (n,) and η∇Φ (n, d), on the batches of the present step."""
 
 
 class Controls(NamedTuple):
@@ -36,7 +36,7 @@ class AbstractRule(eqx.Module):
         """The controls of all `steps` steps, each (K,)."""
 
     @abc.abstractmethod
-    def step(self, positions: Float[Array, "n d"], slope: Slope, control: Controls, key: Key) -> tuple[Array, Array]:
+    def step(self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key) -> tuple[Array, Array]:
         """One step: the new positions (n, d), and the energies (n,) at the old ones. `key` belongs to this step alone."""
 
 
@@ -63,11 +63,11 @@ class Langevin(AbstractRule):
     def controls(self, steps: int) -> Controls:
         return Controls(self.learning_rate.rates(steps), self.temperature.rates(steps))
 
-    def step(self, positions: Float[Array, "n d"], slope: Slope, control: Controls, key: Key) -> tuple[Array, Array]:
-        energies, gradients = slope(positions)
+    def step(self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key) -> tuple[Array, Array]:
+        energies, kicks = kick(positions, control.learning_rate)
         noise = jax.random.normal(key, positions.shape, positions.dtype)
         amplitude = _safe_sqrt(2 * control.temperature * control.learning_rate)
-        return positions - control.learning_rate * gradients + amplitude * noise, energies
+        return positions - kicks + amplitude * noise, energies
 
 
 def _safe_sqrt(x: Any) -> Array:

@@ -22,7 +22,8 @@ from flax.errors import InvalidRngError
 from jax.flatten_util import ravel_pytree
 
 from esljax._checks import as_float, check_choice, check_finite, check_nonnegative, check_positive, check_positive_int, refuse
-from esljax._types import Array, Float, Key, Scalar, Shaped
+from esljax._types import Array, Float, Key, Scalar, ScalarLike, Shaped
+from esljax.schedules import AbstractSchedule, as_schedule
 
 
 class AbstractPotential(eqx.Module):
@@ -171,6 +172,33 @@ class FromFunction(AbstractPotential):
 
     def draw(self, key: Key, members: int) -> None:
         return None
+
+
+class Driven(eqx.Module):
+    """A potential that an outside hand moves: Φ(θ; λ(s)) = `family(λ(s))(θ)`.
+
+    **Args:** `family`: a function from the drive λ, shape (), to a potential, such as `lambda center: Quadratic(1.0, center)`; a callable
+    pytree keeps its own arrays differentiable. `drive`: λ(s), a schedule or a number.
+    **Differentiation:** in the drive, through `simulate` and all that follows from it.
+
+    **Example:**
+
+        >>> trap = Driven(lambda center: Quadratic(1.0, center), Linear(0.0, 5.0))
+        >>> float(trap.at(0.5).center)
+        2.5
+    """
+
+    family: Callable[[Scalar], AbstractPotential]
+    drive: AbstractSchedule = eqx.field(converter=as_schedule)
+
+    def at(self, s: ScalarLike) -> AbstractPotential:
+        """The potential at training time s."""
+        return self.family(self.drive(s))
+
+
+def potential_at(potential: AbstractPotential | Driven, s: ScalarLike) -> AbstractPotential:
+    """The potential that acts at training time s."""
+    return potential.at(s) if isinstance(potential, Driven) else potential
 
 
 def _cross_entropy(outputs: Float[Array, "m c"], labels: Shaped[Array, " m"]) -> Float[Array, " m"]:

@@ -60,12 +60,16 @@ class SpeedLimit(eqx.Module):
     """What injected noise adds to a chain whose assignments are the identity, Σ_j 2d Σ_{k∈j} T_k η_k/Δs_j; None where it is not known."""
     identity_fraction: Scalar | None = None
     """The share of links for which pairing each member with itself was optimal."""
+    entropy_production_chain: Scalar | None = None
+    """The chain's Σ of the same snapshots, where Σ itself was made from velocities."""
     standard_error: Split | None = None
     """Standard errors under the same names; None if they were not asked for."""
     source: str = eqx.field(static=True, default="")
     """What made these numbers, in words."""
     errors: str = eqx.field(static=True, default="none")
     """What the standard errors are taken over, in words."""
+    worth: str = eqx.field(static=True, default="")
+    """What Σ is a bound of and in which direction, in a sentence."""
     is_bound: bool = eqx.field(static=True, default=True)
     """Whether Σ ≥ L² ≥ W2² holds for these numbers by construction (a true metric) rather than approximately."""
 
@@ -113,6 +117,8 @@ class SpeedLimit(eqx.Module):
         for label, name in rows:
             error = getattr(self.standard_error, name, None)
             lines.append(f"{label:<26}{float(getattr(self, name)):>14.6g}" + ("" if error is None else f" ± {float(error):.2g}"))
+        if self.entropy_production_chain is not None:
+            lines.append(f"{'Σ of the chain':<26}{float(self.entropy_production_chain):>14.6g}")
         if self.noise_floor is not None:
             lines.append(f"{'noise floor of Σ':<26}{float(self.noise_floor):>14.6g}")
         if self.entropy_production_coarse is not None:
@@ -166,12 +172,9 @@ def _sentences(report: SpeedLimit) -> list[str]:
         # The chain's spacing error falls as 1/J², so a third of the last change is what one more halving and all further ones would add.
         left = (sigma - float(report.entropy_production_coarse)) / 3
         said.append(f"Halving the number of snapshots changes Σ by {3 * left:.3g}, so spacing still hides about {max(left, 0):.2g}.")
-    if report.source.startswith("a chain"):
-        said.append(
-            "A chain bounds the entropy production of its laws from below (coarse snapshots and housekeeping are invisible); "
-            "sampling noise pushes it up."
-        )
-    if report.noise_floor is not None and float(report.noise_floor) > 0.05 * sigma:
+    if report.worth:
+        said.append(report.worth)
+    if report.entropy_production_chain is None and report.noise_floor is not None and float(report.noise_floor) > 0.05 * sigma:
         # The floor belongs to links whose assignment is the identity; where members change partners the noise is mostly reassigned away.
         paired = report.identity_fraction is not None and float(report.identity_fraction) > 0.5
         said.append(

@@ -18,7 +18,7 @@ from esljax._checks import check_ensemble, check_finite, check_key, check_nonneg
 from esljax._types import Array, ArrayLike, Float, Key
 from esljax.adjoint import AbstractGradient, HessianAdjoint
 from esljax.dynamics import AbstractRule, Controls
-from esljax.potentials import AbstractPotential
+from esljax.potentials import AbstractPotential, Driven, potential_at
 
 
 class Trajectory(eqx.Module):
@@ -47,7 +47,7 @@ class Trajectory(eqx.Module):
 
 
 def simulate(
-    potential: AbstractPotential,
+    potential: AbstractPotential | Driven,
     rule: AbstractRule,
     positions: Float[ArrayLike, "n d"],
     *,
@@ -60,7 +60,7 @@ def simulate(
     """Move an ensemble through `steps` steps of `rule` in `potential` and keep evenly spaced snapshots.
 
     **Args:**
-    - `potential`: Φ. - `rule`: what one step does, with its schedules.
+    - `potential`: Φ, or `Driven` if it depends on training time. - `rule`: what one step does, with its schedules.
     - `positions`: the ensemble at s = 0, shape (n, d), one row per member, n ≥ 2.
     - `steps`: K ≥ 1. - `key`: of the noise and the batches; step k uses `fold_in(key, k)`.
     - `snapshots`: J, the number of links between snapshots; it must divide `steps`.
@@ -105,8 +105,9 @@ def _run(potential, rule, positions, key, steps, snapshots, observe, gradient) -
 
     def step(positions, k_and_control):
         k, control = k_and_control
-        slope = lambda x: gradient.slope(potential, x, batch_key(k))  # noqa: E731
-        return rule.step(positions, slope, control, jax.random.fold_in(jax.random.fold_in(key, k), 1))
+        acting = potential_at(potential, k.astype(positions.dtype) / steps)
+        kick = lambda x, scale: gradient.kick(acting, x, scale, batch_key(k))  # noqa: E731
+        return rule.step(positions, kick, control, jax.random.fold_in(jax.random.fold_in(key, k), 1))
 
     def link(positions, k_and_controls):
         """The steps between two snapshots, in groups that are recomputed one at a time."""
@@ -123,7 +124,7 @@ def _run(potential, rule, positions, key, steps, snapshots, observe, gradient) -
 
     linked = jax.tree.map(lambda x: x.reshape(snapshots, -1, *x.shape[1:]), (jnp.arange(steps), controls))
     final, (observed, energies) = jax.lax.scan(link, positions, linked)
-    last_energies, _ = gradient.slope(potential, final, batch_key(steps))
+    last_energies, _ = gradient.kick(potential_at(potential, 1.0), final, jnp.ones((), final.dtype), batch_key(steps))
     return Trajectory(
         times=jnp.arange(snapshots + 1, dtype=positions.dtype) / snapshots,
         positions=jnp.concatenate([observed, features(final)[None]]),
@@ -142,9 +143,10 @@ def group_length(steps: int, snapshots: int) -> int:
     return min(divisors, key=lambda c: abs(np.log(c / np.sqrt(steps))))
 
 
-def _check_functions(potential: AbstractPotential, positions: Array, key: Key, observe: Any) -> None:
+def _check_functions(potential: AbstractPotential | Driven, positions: Array, key: Key, observe: Any) -> None:
     """What a member goes through, on shapes alone and so only when a run is compiled."""
     d = positions.shape[1]
+    potential = potential_at(potential, 0.0)
     member = jax.ShapeDtypeStruct((d,), positions.dtype)
     try:
         batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], potential.draw(key, 1)))
@@ -162,7 +164,7 @@ def _check_functions(potential: AbstractPotential, positions: Array, key: Key, o
 
 
 def _check(potential: Any, rule: Any, positions: Any, key: Any, steps: int, snapshots: int, observe: Any, gradient: Any) -> None:
-    if not isinstance(potential, AbstractPotential):
+    if not isinstance(potential, AbstractPotential | Driven):
         raise refuse("potential", "be a potential such as Quadratic(1.0)", f"is a {type(potential).__name__}")
     check_ensemble("positions", positions, minimum_members=2)
     check_positive_int("steps", steps)

@@ -100,14 +100,15 @@ class ExactTransport(AbstractTransport):
                 "(`GaussianTransport`, `SlicedTransport` and `SinkhornTransport` take unequal sizes)",
                 f"holds {len(y)}",
             )
-        # In difference form, so that coincident members cost nothing at all; row by row, because XLA may store all n²d differences.
-        cost = jax.lax.stop_gradient(jax.lax.map(lambda member: jnp.sum((member - y) ** 2, axis=-1), x))
-        # The Hungarian's potentials reach n times the largest cost, and beyond the finite numbers neither its answer nor its end can be
-        # relied on. The sum stands in for the largest, because XLA's vectorized maximum drops NaN on a CPU.
-        solvable = jnp.isfinite(n * jnp.sum(cost))
-        _, matching = _ott().hungarian(_ott().Geometry(cost_matrix=jnp.where(solvable, cost, 0.0)))
-        i, j = matching.paired_indices
+        (i, j), solvable = _assignment(x, y)
         return _solution(jnp.mean(jnp.sum((x[i] - y[j]) ** 2, axis=-1)), solvable)
+
+    def map(self, x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        """The partner in y of each member of x."""
+        if len(x) != len(y):
+            raise refuse("y", f"hold {len(x)} members, as `x` does", f"holds {len(y)}")
+        i, j = (jnp.argsort(x[:, 0]), jnp.argsort(y[:, 0])) if x.shape[1] == 1 else _assignment(x, y)[0]
+        return jnp.zeros_like(x).at[i].set(y[j])
 
 
 class GaussianTransport(AbstractTransport):
@@ -138,6 +139,12 @@ class GaussianTransport(AbstractTransport):
         mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
         shift = jnp.sum((mean_x - mean_y) ** 2)
         return _solution(shift + _procrustes((x - mean_x) / len(x) ** 0.5, (y - mean_y) / len(y) ** 0.5))
+
+    def map(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n d"]:
+        """The affine image of each member of x that has the mean and the covariance of y."""
+        mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
+        _, apart, _ = _aligned((x - mean_x) / len(x) ** 0.5, (y - mean_y) / len(y) ** 0.5)
+        return x - mean_x + mean_y - len(x) ** 0.5 * apart
 
 
 class SlicedTransport(AbstractTransport):
@@ -227,8 +234,17 @@ class SinkhornTransport(AbstractTransport):
         answer = _solution(across.squared - within_x.squared / 2 - within_y.squared / 2)
         return Solution(answer.squared, answer.converged & across.converged & within_x.converged & within_y.converged)
 
+    def map(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n d"]:
+        """The mean partner of each member of x under the plan of OT_ε (barycentric). Between x and itself this is not the identity but a
+        contraction of the size of ε; the difference of two maps from one x is free of it to first order."""
+        center = jnp.mean(x, axis=0)
+        cost = _cost(x - center, y - center)
+        epsilon = self.epsilon.astype(cost.dtype)
+        potential, _ = _potential(cost, epsilon, self.threshold, self.max_iterations, symmetric=False)
+        return _matmul(jax.nn.softmax((potential - cost) / epsilon, axis=1), y)
+
     def _entropic(self, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool = False) -> Solution:
-        cost = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1) - 2 * _matmul(x, y.T)
+        cost = _cost(x, y)
         epsilon = self.epsilon.astype(cost.dtype)
         potential, converged = _potential(cost, epsilon, self.threshold, self.max_iterations, symmetric)
         return Solution(_semi_dual(potential, cost, epsilon), converged)
@@ -313,6 +329,23 @@ def _recentred(x: Array, y: Array) -> tuple[Array, Array]:
     """Both clouds about one point: no distance changes, and products of coordinates stop cancelling far from the origin."""
     center = jax.lax.stop_gradient(jnp.mean(x, axis=0))
     return x - center, y - center
+
+
+def _cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """|x_i - y_j|² by expansion, for clouds about the origin."""
+    return jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1) - 2 * _matmul(x, y.T)
+
+
+def _assignment(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> tuple[tuple[Array, Array], Array]:
+    """The pairs (i, j) of the cheapest assignment, and whether the costs had one."""
+    # In difference form, so that coincident members cost nothing at all; row by row, because XLA may store all n²d differences.
+    cost = jax.lax.stop_gradient(jax.lax.map(lambda member: jnp.sum((member - y) ** 2, axis=-1), x))
+    # The Hungarian's potentials reach n times the largest cost, and beyond the finite numbers neither its answer nor its end can be
+    # relied on. The sum stands in for the largest, because XLA's vectorized maximum drops NaN on a CPU.
+    solvable = jnp.isfinite(len(x) * jnp.sum(cost))
+    _, matching = _ott().hungarian(_ott().Geometry(cost_matrix=jnp.where(solvable, cost, 0.0)))
+    i, j = matching.paired_indices
+    return (i, j), solvable
 
 
 def _sorted_squared(x: Float[Array, "n k"], y: Float[Array, "m k"]) -> Float[Array, " k"]:
