@@ -8,7 +8,7 @@ sides, and optimizes schedules toward the limit by gradient.
 from esljax import datasets, gaussian, models
 from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
-from esljax.dynamics import AbstractRule, Controls, Langevin
+from esljax.dynamics import AbstractRule, Controls, Langevin, ProbabilityFlow
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
 from esljax.report import SpeedLimit, Split
@@ -69,6 +69,7 @@ __all__ = [
     "Mixture",
     "Optimum",
     "PathVelocity",
+    "ProbabilityFlow",
     "Projected",
     "Quadratic",
     "SinkhornTransport",

@@ -11,8 +11,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from esljax._checks import refuse
 from esljax._types import Array, Float, Key, Scalar, ScalarLike
 from esljax.schedules import AbstractSchedule, as_schedule
+from esljax.velocity import AbstractVelocity, Snapshot
 
 Kick = Callable[[Float[Array, "n d"], Scalar], tuple[Float[Array, " n"], Float[Array, "n d"]]]
 """Positions (n, d) and a learning rate η to energies (n,) and η∇Φ (n, d), on the batches of the present step."""
@@ -68,6 +70,46 @@ class Langevin(AbstractRule):
         noise = jax.random.normal(key, positions.shape, positions.dtype)
         amplitude = _safe_sqrt(2 * control.temperature * control.learning_rate)
         return positions - kicks + amplitude * noise, energies
+
+
+class ProbabilityFlow(AbstractRule):
+    """θ ← θ + v(θ), v = -η∇Φ - ηT ∇log q estimated from the members at every step: the law of `Langevin` without its noise (Euler).
+
+    Members then move along deterministic paths, and for every n, d and K their action is a bound on samples, not only on average:
+
+        K Σ_k mean_i ‖Δ_k,i‖² ≥ W2²(start, end)
+
+    **Args:** `learning_rate`, `temperature`: as in `Langevin`. `velocity`: an estimator that works on one snapshot, such as
+    `AffineVelocity()` (exact for Gaussian laws) or `KernelVelocity()`.
+    **Raises:** `InputError` for an estimator that needs neighboring snapshots.
+    **Differentiation:** in both schedules, and through the estimator as it documents.
+    **Reference:** Maoutsa, Reich and Opper, "Interacting particle solutions of Fokker-Planck equations through gradient-log-density
+    estimation", Entropy 22, 802 (2020).
+
+    **Example:**
+
+        >>> import jax
+        >>> from esljax import AffineVelocity, Quadratic, simulate
+        >>> flow = ProbabilityFlow(0.1, 0.01, AffineVelocity())
+        >>> print(simulate(Quadratic(1.0), flow, jax.random.normal(jax.random.key(0), (8, 2)), steps=40, key=jax.random.key(1)))
+        Trajectory: 8 members of 2 coordinates, 40 steps, 21 snapshots
+    """
+
+    learning_rate: AbstractSchedule = eqx.field(converter=as_schedule)
+    temperature: AbstractSchedule = eqx.field(converter=as_schedule)
+    velocity: AbstractVelocity
+
+    def __check_init__(self):
+        if not isinstance(self.velocity, AbstractVelocity) or not self.velocity.needs_drift:
+            raise refuse("velocity", "estimate from one snapshot, as AffineVelocity() does", f"is {self.velocity!r}")
+
+    def controls(self, steps: int) -> Controls:
+        return Controls(self.learning_rate.rates(steps), self.temperature.rates(steps))
+
+    def step(self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key) -> tuple[Array, Array]:
+        energies, kicks = kick(positions, control.learning_rate)
+        snapshot = Snapshot(positions, -kicks, control.temperature * control.learning_rate)
+        return positions + self.velocity.flow(snapshot), energies
 
 
 def _safe_sqrt(x: Any) -> Array:

@@ -103,6 +103,11 @@ class AbstractVelocity(eqx.Module):
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
         """The velocity at one snapshot and the state for the next. Not checked: for use inside `jit`, `vmap` and `scan`."""
 
+    @abc.abstractmethod
+    def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
+        """The velocities to move members by, from one field fitted to all of them. Cross-fitting would move each half by the other's field,
+        and what sets the two halves apart then grows; as an estimate of σ these velocities would be optimistic."""
+
     def __call__(
         self, positions: Float[ArrayLike, "n d"], drift: Float[ArrayLike, "n d"], diffusion: ScalarLike | Float[ArrayLike, "..."]
     ) -> Velocity:
@@ -190,6 +195,12 @@ class AbstractVariationalVelocity(AbstractVelocity):
         of_gradient = interleave(answers[2][2], answers[3][2])
         return Velocity(values, contributions, of_gradient, divergence, bound="lower", note=self.note), None if state is None else states
 
+    def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
+        """The best gradient field of the class, at the members that it was fitted to."""
+        state = self.init(snapshot.positions)
+        field, _ = self.fit(snapshot, True, None if state is None else state[2])
+        return field.evaluate(snapshot.positions, snapshot.diffusion)[0]
+
 
 class AffineVelocity(AbstractVariationalVelocity):
     r"""The best affine field: exact for Gaussian laws in linear drift, a lower bound otherwise (far below where the law is multimodal).
@@ -264,6 +275,10 @@ class TransportVelocity(AbstractVelocity):
         squares = jnp.sum(values**2, axis=1)
         return Velocity(values, squares, squares, None, bound="none", note="finite differences between snapshots"), None
 
+    def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
+        """Finite differences, as in `estimate`."""
+        return self.estimate(snapshot, None)[0].values
+
 
 class PathVelocity(AbstractVelocity):
     """The members' own displacements over the time between snapshots: for members that move without noise, such as probability-flow
@@ -279,6 +294,10 @@ class PathVelocity(AbstractVelocity):
         moved = snapshot.elapsed > 0
         values = (snapshot.after - snapshot.before) * jnp.where(moved, 1 / jnp.where(moved, snapshot.elapsed, 1), 0)
         return Velocity(values, jnp.sum(values**2, axis=1), None, None, bound="none", note="the members' own paths"), None
+
+    def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
+        """Finite differences, as in `estimate`."""
+        return self.estimate(snapshot, None)[0].values
 
 
 def shrunk_covariance(x: Float[Array, "n d"]) -> Float[Array, "d d"]:
