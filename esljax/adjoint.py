@@ -141,7 +141,8 @@ def _adjoint_kick_backward(batches, cotangents, perturbed, arguments, key):
 
     def paired_with_drift(arguments):
         """The same for a drift that is no gradient: its own derivative, not that of the energy's."""
-        outputs = _kick(*arguments, batches)
+        potential, positions, scale = arguments
+        outputs = _kick(potential, positions, scale, batches)
         return sum(jnp.vdot(bar, x) for bar, x in zip(cotangents, outputs, strict=True) if bar is not None)
 
     return eqx.filter_grad(paired if arguments[0].conservative else paired_with_drift)(arguments)

@@ -35,6 +35,7 @@ _CHAIN = (
 )
 _VELOCITY = {
     "lower": "Σ is a lower bound in expectation: what its class of fields cannot follow is missing.",
+    "upper": "Σ is the action of the members' own paths, never below W2² of the same members; noise in the steps would swamp it.",
     "none": "Σ is an approximation that may lie on either side.",
 }
 
@@ -121,6 +122,8 @@ class _Rates(eqx.Module):
 
     whole: Float[Array, "snapshots n"]
     gradient: Float[Array, "snapshots n"] | None
+    between: bool = eqx.field(static=True)
+    """Whether there is one row for each link instead of each snapshot."""
     bound: str = eqx.field(static=True)
     name: str = eqx.field(static=True)
 
@@ -139,8 +142,9 @@ def _rates(trajectory: Trajectory, transport: AbstractTransport, velocity: Abstr
         transport = transport.transport
     links = positions.shape[0] - 1
     clock = learning_clock(trajectory)[:: trajectory.rates.shape[0] // links]
-    earlier, later = np.maximum(np.arange(links + 1) - 1, 0), np.minimum(np.arange(links + 1) + 1, links)
-    steps = np.minimum(np.arange(links + 1) * (trajectory.rates.shape[0] // links), trajectory.rates.shape[0] - 1)
+    times = np.arange(links + (not velocity.between))
+    earlier, later = times if velocity.between else np.maximum(times - 1, 0), np.minimum(times + 1, links)
+    steps = np.minimum(times * (trajectory.rates.shape[0] // links), trajectory.rates.shape[0] - 1)
 
     def at_snapshot(state, xs):
         members, s, temperature, positions, before, after, elapsed = xs
@@ -158,16 +162,16 @@ def _rates(trajectory: Trajectory, transport: AbstractTransport, velocity: Abstr
         at_snapshot,
         velocity.init(positions[0]),
         (
-            trajectory.positions,
-            trajectory.times,
+            trajectory.positions[times],
+            trajectory.times[times],
             trajectory.temperatures[steps],
-            positions,
+            positions[times],
             positions[earlier],
             positions[later],
             clock[later] - clock[earlier],
         ),
     )
-    return _Rates(found.contributions, found.gradient_contributions, found.bound, type(velocity).__name__)
+    return _Rates(found.contributions, found.gradient_contributions, velocity.between, found.bound, type(velocity).__name__)
 
 
 def learning_clock(trajectory: Trajectory) -> Float[Array, " K+1"]:
@@ -176,22 +180,13 @@ def learning_clock(trajectory: Trajectory) -> Float[Array, " K+1"]:
 
 
 def _from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: _Rates) -> SpeedLimit:
-    steps, links = trajectory.rates.shape[0], trajectory.positions.shape[0] - 1
-    eta = trajectory.rates.reshape(links, -1)
-    clock = learning_clock(trajectory)
-    spans = jnp.diff(clock[:: steps // links])
-    # Where in learning time the middle of each step lies between its two snapshots.
-    middle = clock[:-1].reshape(links, -1) + eta / 2 - clock[: -1 : steps // links, None]
-    where = middle * jnp.where(spans > 0, 1 / jnp.where(spans > 0, spans, 1), 0)[:, None]
-    zero = jnp.zeros(1, eta.dtype)
-    spread = lambda left, right: jnp.concatenate([left, zero]) + jnp.concatenate([zero, right])  # noqa: E731
-    action = steps * spread(jnp.sum(eta**2 * (1 - where), axis=1), jnp.sum(eta**2 * where, axis=1))
-    time = spread(spans / 2, spans / 2)
-
+    links = trajectory.positions.shape[0] - 1
+    action, time = _weights(trajectory, rates.between)
     whole = jnp.mean(rates.whole, axis=1)
     moving = whole if rates.gradient is None else jnp.mean(rates.gradient, axis=1)
     speed = _safe_sqrt(moving)
-    along = (speed[1:] + speed[:-1]) / 2 * spans
+    spans = jnp.diff(learning_clock(trajectory)[:: trajectory.rates.shape[0] // links])
+    along = spans * (speed if rates.between else (speed[1:] + speed[:-1]) / 2)
     values = {name: getattr(chain, name) for name in SpeedLimit.__dataclass_fields__}
     changed = {
         "entropy_production": jnp.dot(action, whole),
@@ -203,9 +198,23 @@ def _from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: _Rates) -
         "speed": along / jnp.diff(trajectory.times),
         "source": f"{rates.name} at {links + 1} snapshots; W2² and {chain.source} in the same coordinates",
         "worth": _VELOCITY[rates.bound],
-        "is_bound": chain.is_bound,
     }
     return SpeedLimit(**{**values, **changed})
+
+
+def _weights(trajectory: Trajectory, between: bool) -> tuple[Array, Array]:
+    """What g² at each snapshot (or on each link) weighs in Σ and in D."""
+    steps, links = trajectory.rates.shape[0], trajectory.positions.shape[0] - 1
+    eta, clock = trajectory.rates.reshape(links, -1), learning_clock(trajectory)
+    spans = jnp.diff(clock[:: steps // links])
+    if between:
+        return spans**2 / jnp.diff(trajectory.times), spans
+    # Where in learning time the middle of each step lies between its two snapshots.
+    middle = clock[:-1].reshape(links, -1) + eta / 2 - clock[: -1 : steps // links, None]
+    where = middle * jnp.where(spans > 0, 1 / jnp.where(spans > 0, spans, 1), 0)[:, None]
+    zero = jnp.zeros(1, eta.dtype)
+    spread = lambda left, right: jnp.concatenate([left, zero]) + jnp.concatenate([zero, right])  # noqa: E731
+    return steps * spread(jnp.sum(eta**2 * (1 - where), axis=1), jnp.sum(eta**2 * where, axis=1)), spread(spans / 2, spans / 2)
 
 
 def _chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:

@@ -28,15 +28,15 @@ class Snapshot(eqx.Module):
     """An ensemble at one time, as a velocity estimator sees it."""
 
     positions: Float[Array, "n d"]
-    drift: Float[Array, "n d"] | None = None
-    """b at every member, per unit of the clock."""
-    diffusion: Float[Array, "..."] | None = None
+    drift: Any = None
+    """b at every member, shape (n, d), per unit of the clock; None for estimators that do not need it, as for all that follows."""
+    diffusion: Any = None
     """D: a scalar, (d,) for a diagonal, or a symmetric (d, d)."""
-    before: Float[Array, "n d"] | None = None
-    """The members one snapshot earlier, or now if there is none."""
-    after: Float[Array, "n d"] | None = None
-    """The members one snapshot later, or now if there is none."""
-    elapsed: Scalar | None = None
+    before: Any = None
+    """The members one snapshot earlier, or now if there is none, shape (n, d)."""
+    after: Any = None
+    """The members one snapshot later, or now if there is none, shape (n, d)."""
+    elapsed: Any = None
     """The time between `before` and `after`."""
 
 
@@ -52,7 +52,7 @@ class Velocity(eqx.Module):
     divergence: Float[Array, " n"] | None
     """∇·v at every member, where the estimator knows it."""
     bound: str = eqx.field(static=True)
-    """"lower" if σ is a lower bound in expectation, "none" if it is an approximation of unknown sign."""
+    """"lower" if σ is a lower bound in expectation, "upper" if Σ made from it is not below W2² of the same members, "none" if neither."""
     note: str = eqx.field(static=True, default="")
     """What was done to the data, in words."""
 
@@ -94,6 +94,11 @@ class AbstractVelocity(eqx.Module):
     @abc.abstractmethod
     def needs_drift(self) -> bool:
         """Whether the drift and the diffusion of the members must be known, rather than their neighbors in time."""
+
+    @property
+    @abc.abstractmethod
+    def between(self) -> bool:
+        """Whether a velocity belongs to the link between two snapshots, `before` and `after`, rather than to one snapshot."""
 
     @abc.abstractmethod
     def init(self, positions: Float[Array, "n d"]) -> Any:
@@ -170,6 +175,7 @@ class AbstractVariationalVelocity(AbstractVelocity):
     """Fields fitted on one half of the members and evaluated on the other, both ways: a lower bound of σ in expectation."""
 
     needs_drift: ClassVar[bool] = True
+    between: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -262,6 +268,7 @@ class TransportVelocity(AbstractVelocity):
 
     moments_only: ClassVar[bool] = False
     needs_drift: ClassVar[bool] = False
+    between: ClassVar[bool] = False
     transport: Maps
 
     def init(self, positions: Float[Array, "n d"]) -> None:
@@ -282,10 +289,12 @@ class TransportVelocity(AbstractVelocity):
 
 class PathVelocity(AbstractVelocity):
     """The members' own displacements over the time between snapshots: for members that move without noise, such as probability-flow
-    members. Then K Σ_k mean‖Δ_k‖² ≥ W2² holds on samples exactly. With noise in the steps this is not a velocity and diverges with K."""
+    members. Then Σ = Σ_j mean‖Δ_j‖²/Δs_j ≥ W2² holds on samples exactly, for every n, d and K, and with a snapshot at every step it is
+    K Σ_k mean‖Δ_k‖². With noise in the steps this is not a velocity and diverges with K."""
 
     moments_only: ClassVar[bool] = False
     needs_drift: ClassVar[bool] = False
+    between: ClassVar[bool] = True
 
     def init(self, positions: Float[Array, "n d"]) -> None:
         return None
@@ -293,7 +302,7 @@ class PathVelocity(AbstractVelocity):
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
         moved = snapshot.elapsed > 0
         values = (snapshot.after - snapshot.before) * jnp.where(moved, 1 / jnp.where(moved, snapshot.elapsed, 1), 0)
-        return Velocity(values, jnp.sum(values**2, axis=1), None, None, bound="none", note="the members' own paths"), None
+        return Velocity(values, jnp.sum(values**2, axis=1), None, None, bound="upper", note="the members' own paths"), None
 
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
         """Finite differences, as in `estimate`."""
