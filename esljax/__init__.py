@@ -8,10 +8,11 @@ sides, and optimizes schedules toward the limit by gradient.
 from esljax import datasets, gaussian, models
 from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
+from esljax.diagnosis import Evidence, Finding
 from esljax.dynamics import AbstractRule, Controls, Langevin, ProbabilityFlow
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
-from esljax.report import SpeedLimit, Split
+from esljax.report import Interval, SpeedLimit, Split
 from esljax.schedules import (
     AbstractSchedule,
     Constant,
@@ -51,8 +52,10 @@ __all__ = [
     "DoubleWell",
     "Driven",
     "Equality",
+    "Evidence",
     "ExactTransport",
     "Exponential",
+    "Finding",
     "FlaxLoss",
     "ForwardMode",
     "FromFunction",
@@ -61,6 +64,7 @@ __all__ = [
     "HessianAdjoint",
     "History",
     "InputError",
+    "Interval",
     "Iteration",
     "Knots",
     "Langevin",

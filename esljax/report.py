@@ -9,13 +9,29 @@ Both the exact theory (`gaussian`) and the particle estimate (`speed_limit`) ans
 oracle are compared field by field. Source: Okanohara, arXiv 2601.17607; the split as in Ikeda et al., PRX 15, 031031 (2025), Eq. 68.
 """
 
+import statistics
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import known
+from esljax import diagnosis
+from esljax._checks import check_choice, known, refuse
 from esljax._types import Array, Float, Scalar
+from esljax.diagnosis import Evidence, Finding
+
+
+class Interval(eqx.Module):
+    """A confidence interval of one number."""
+
+    lower: Scalar
+    upper: Scalar
+    level: float = eqx.field(static=True)
+
+    def __str__(self) -> str:
+        return f"[{float(self.lower):.6g}, {float(self.upper):.6g}] at {100 * self.level:g} %"
 
 
 class Split(eqx.Module):
@@ -27,7 +43,13 @@ class Split(eqx.Module):
     gap: Scalar
     temporal: Scalar
     geometric: Scalar
-    dissipation: Scalar
+    housekeeping: Scalar
+    dissipation: Scalar | None = None
+    debiased_entropy_production: Scalar | None = None
+    debiased_w2_squared: Scalar | None = None
+    debiased_gap: Scalar | None = None
+    gap_lower: Scalar | None = None
+    gap_upper: Scalar | None = None
 
 
 class SpeedLimit(eqx.Module):
@@ -62,12 +84,22 @@ class SpeedLimit(eqx.Module):
     """The share of links for which pairing each member with itself was optimal."""
     entropy_production_chain: Scalar | None = None
     """The chain's Σ of the same snapshots, where Σ itself was made from velocities."""
+    debiased_entropy_production: Scalar | None = None
+    """The chain's Σ with the sampling bias of each link removed by splitting the members, if asked for."""
+    debiased_w2_squared: Scalar | None = None
+    """W2² with its sampling bias removed in the same way."""
     standard_error: Split | None = None
     """Standard errors under the same names; None if they were not asked for."""
     source: str = eqx.field(static=True, default="")
     """What made these numbers, in words."""
     errors: str = eqx.field(static=True, default="none")
     """What the standard errors are taken over, in words."""
+    evidence: Evidence | None = None
+    """What `diagnose` looks at besides these numbers."""
+    freedom: int = eqx.field(static=True, default=0)
+    """How many degrees of freedom the standard errors have."""
+    bound: str = eqx.field(static=True, default="chain")
+    """What Σ bounds: "lower" (below the truth in expectation), "upper" (not below W2² of the same members), "chain" or "none"."""
     worth: str = eqx.field(static=True, default="")
     """What Σ is a bound of and in which direction, in a sentence."""
     is_bound: bool = eqx.field(static=True, default=True)
@@ -89,9 +121,69 @@ class SpeedLimit(eqx.Module):
         return self.length_squared - self.w2_squared
 
     @property
+    def debiased_gap(self) -> Float[Array, "*runs"] | None:
+        """Σ - W2², both debiased."""
+        if self.debiased_entropy_production is None or self.debiased_w2_squared is None:
+            return None
+        return self.debiased_entropy_production - self.debiased_w2_squared
+
+    @property
+    def gap_lower(self) -> Float[Array, "*runs"] | None:
+        """An estimate that errs below the gap: a Σ from below minus the plug-in W2², which sampling pushes up."""
+        if self.debiased_entropy_production is None:
+            return None
+        return (self.entropy_production if self.bound == "lower" else self.debiased_entropy_production) - self.w2_squared
+
+    @property
+    def gap_upper(self) -> Float[Array, "*runs"] | None:
+        """An estimate that errs above the gap: the plug-in chain and what its spacing still hides, minus the debiased W2²."""
+        if self.debiased_w2_squared is None:
+            return None
+        chain = self.entropy_production if self.entropy_production_chain is None else self.entropy_production_chain
+        return chain + self.hidden_by_spacing - self.debiased_w2_squared
+
+    @property
+    def hidden_by_spacing(self) -> Float[Array, "*runs"]:
+        """What denser snapshots would still add to the chain's Σ: its error falls as 1/J², so a third of the last change; at least 0."""
+        chain = self.entropy_production if self.entropy_production_chain is None else self.entropy_production_chain
+        if self.entropy_production_coarse is None:
+            return jnp.zeros_like(chain)
+        return jnp.maximum(chain - self.entropy_production_coarse, 0) / 3
+
+    def interval(self, name: str, level: float = 0.95) -> Interval:
+        """The confidence interval of one number.
+
+        **Args:** `name`: "entropy_production", "w2_squared" or another field of `Split`. For "gap" the interval reaches from the estimate
+        that errs below to the estimate that errs above, each widened by its own error, if both are there (`debias=True`). `level`: its
+        nominal coverage, between 0 and 1.
+        **Raises:** `InputError` for an unknown name, or if the report has no standard errors.
+        """
+        check_choice("name", name, tuple(Split.__dataclass_fields__))
+        errors = self.standard_error
+        if errors is None or getattr(errors, name) is None:
+            raise refuse("name", "be a number that the report has a standard error of", f"is {name!r}")
+        width = _quantile(0.5 + level / 2, self.freedom)
+        if name == "gap" and errors.gap_lower is not None:
+            below, above = jnp.asarray(self.gap_lower), jnp.asarray(self.gap_upper)
+            return Interval(below - width * errors.gap_lower, above + width * jnp.asarray(errors.gap_upper), level)
+        value, error = getattr(self, name), getattr(errors, name)
+        return Interval(value - width * error, value + width * error, level)
+
+    @property
     def efficiency(self) -> Float[Array, "*runs"]:
         """W2²/Σ, 1 at the limit."""
         return self.w2_squared / self.entropy_production
+
+    def diagnose(self, convexity: float | None = None) -> tuple[Finding, ...]:
+        """What is wrong with these numbers: findings with evidence, likely causes and what to change; empty if nothing is.
+
+        **Args:** `convexity`: a λ such that Φ is λ-convex, if there is one; the sharper bound U·D ≥ (x/2)coth(x/2) W2², x = λU, is then
+        checked too (Okanohara, arXiv 2601.17607; equality for a translation).
+        **Raises:** `InputError` for several runs in one report.
+        """
+        if not _is_one_run(self):
+            raise refuse("report", "be of one run or an average, with known values", "holds several or is being traced")
+        return diagnosis.diagnose(self, convexity)
 
     def verdict(self) -> str:
         """In words: whether the limit holds and by how much, what is a bound, and what casts doubt on the numbers."""
@@ -119,6 +211,12 @@ class SpeedLimit(eqx.Module):
             lines.append(f"{label:<26}{float(getattr(self, name)):>14.6g}" + ("" if error is None else f" ± {float(error):.2g}"))
         if self.entropy_production_chain is not None:
             lines.append(f"{'Σ of the chain':<26}{float(self.entropy_production_chain):>14.6g}")
+        if self.debiased_w2_squared is not None:
+            for label, name in (("Σ of the chain, debiased", "debiased_entropy_production"), ("W2², debiased", "debiased_w2_squared")):
+                error = getattr(self.standard_error, name, None)
+                lines.append(f"{label:<26}{float(getattr(self, name)):>14.6g}" + ("" if error is None else f" ± {float(error):.2g}"))
+        if self.standard_error is not None and self.standard_error.gap_lower is not None:
+            lines.append(f"{'gap':<26}  within {self.interval('gap')}")
         if self.noise_floor is not None:
             lines.append(f"{'noise floor of Σ':<26}{float(self.noise_floor):>14.6g}")
         if self.entropy_production_coarse is not None:
@@ -131,10 +229,14 @@ def split(report: SpeedLimit) -> Split:
     return Split(**{name: getattr(report, name) for name in Split.__dataclass_fields__})
 
 
-def with_errors(report: SpeedLimit, errors: Split, words: str) -> SpeedLimit:
-    """The same report with standard errors, and what they were taken over in words."""
-    values = {name: getattr(report, name) for name in SpeedLimit.__dataclass_fields__}
-    return SpeedLimit(**{**values, "standard_error": errors, "errors": words})
+def replace(report: SpeedLimit, **changed: Any) -> SpeedLimit:
+    """The same report with some fields changed."""
+    return SpeedLimit(**{**{name: getattr(report, name) for name in SpeedLimit.__dataclass_fields__}, **changed})
+
+
+def with_errors(report: SpeedLimit, errors: Split, words: str, freedom: int) -> SpeedLimit:
+    """The same report with standard errors, what they were taken over in words, and their degrees of freedom."""
+    return replace(report, standard_error=errors, errors=words, freedom=freedom)
 
 
 def average(reports: SpeedLimit) -> SpeedLimit:
@@ -142,7 +244,13 @@ def average(reports: SpeedLimit) -> SpeedLimit:
     runs = reports.entropy_production.shape[0]
     mean = jax.tree.map(lambda x: jnp.all(x, axis=0) if x.dtype == bool else jnp.mean(x, axis=0), reports)
     errors = jax.tree.map(lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(runs), jax.vmap(split)(reports))
-    return with_errors(mean, errors, f"spread over {runs} independent runs")
+    return with_errors(mean, errors, f"spread over {runs} independent runs", runs - 1)
+
+
+def _quantile(probability: float, freedom: int) -> float:
+    """Student's t, by the first terms of its expansion about the normal (Fisher and Cornish): 1 % off at 5 degrees of freedom."""
+    z = statistics.NormalDist().inv_cdf(probability)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _is_one_run(report: SpeedLimit) -> bool:
@@ -156,12 +264,13 @@ def _sentences(report: SpeedLimit) -> list[str]:
         return ["No verdict: the numbers are not finite."]
     error = None if report.standard_error is None else float(report.standard_error.gap)
     size = "" if not error else f", {abs(gap) / error:.1f} standard errors"
-    # Rounding of Σ and W2² alone makes a gap of this size.
-    rounding = 8 * float(np.finfo(np.asarray(report.entropy_production).dtype).eps) * abs(sigma)
+    found = {finding.name: finding for finding in report.diagnose()}
     if sigma == 0 and gap == 0:
         said = ["Nothing moved: Σ and W2² are both 0."]
-    elif gap >= -rounding:
+    elif gap >= -diagnosis.rounding(report):
         said = [f"The speed limit holds: Σ is {sigma / max(float(report.w2_squared), 1e-300):.3g} times W2² (gap {gap:.4g}{size})."]
+    elif error and "bound violated" not in found:
+        said = [f"The gap is negative, {gap:.4g}, but by no more than {abs(gap) / error:.1f} standard errors: it cannot be told from 0."]
     else:
         said = [f"The speed limit is violated by {-gap:.4g}{size}: Σ and W2² do not come from one geometry, or an estimate is off."]
     if not report.is_bound:
@@ -169,9 +278,11 @@ def _sentences(report: SpeedLimit) -> list[str]:
     if not bool(report.converged):
         said.append("A transport problem did not converge: do not trust these numbers.")
     if report.entropy_production_coarse is not None:
-        # The chain's spacing error falls as 1/J², so a third of the last change is what one more halving and all further ones would add.
-        left = (sigma - float(report.entropy_production_coarse)) / 3
-        said.append(f"Halving the number of snapshots changes Σ by {3 * left:.3g}, so spacing still hides about {max(left, 0):.2g}.")
+        chain = sigma if report.entropy_production_chain is None else float(report.entropy_production_chain)
+        whose = "Σ" if report.entropy_production_chain is None else "the chain's Σ"
+        change = chain - float(report.entropy_production_coarse)
+        hidden = float(report.hidden_by_spacing)
+        said.append(f"Halving the number of snapshots changes {whose} by {change:.3g}, so spacing still hides about {hidden:.2g}.")
     if report.worth:
         said.append(report.worth)
     if report.entropy_production_chain is None and report.noise_floor is not None and float(report.noise_floor) > 0.05 * sigma:
@@ -187,4 +298,8 @@ def _sentences(report: SpeedLimit) -> list[str]:
             f"In {100 * float(report.identity_fraction):.0f} % of the links each member is its own best partner: "
             "the numbers describe the members' paths, not a resolved density."
         )
+    told = {"bound violated", "transport did not converge", "noise-dominated chain", "n too small for d"}
+    serious = [finding.name for finding in found.values() if finding.name not in told]
+    if serious:
+        said.append(f"See diagnose() for: {', '.join(serious)}.")
     return said

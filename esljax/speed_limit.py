@@ -23,10 +23,11 @@ import numpy as np
 
 from esljax._checks import InputError, known, refuse
 from esljax._types import Array, Float
+from esljax.diagnosis import Evidence
 from esljax.potentials import AbstractPotential, Driven, potential_at
-from esljax.report import SpeedLimit, average, split, with_errors
+from esljax.report import SpeedLimit, average, replace, split, with_errors
 from esljax.simulation import Trajectory
-from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Mapped, Projected
+from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Mapped, Projected, SinkhornTransport
 from esljax.velocity import AbstractVelocity, Snapshot
 
 _CHAIN = (
@@ -47,6 +48,7 @@ def speed_limit(
     velocity: AbstractVelocity | None = None,
     potential: AbstractPotential | Driven | None = None,
     jackknife: int = 32,
+    debias: bool = False,
 ) -> SpeedLimit:
     """Hold a run against the speed limit Σ ≥ L² ≥ W2².
 
@@ -58,6 +60,8 @@ def speed_limit(
     - `potential`: Φ, whose gradient over all data is the drift that velocities need; finite differences between snapshots need none.
     - `jackknife`: of one run, the most groups of members left out in turn for the standard errors; 0 for none. Each group repeats the whole
       chain. The errors of several runs are taken over the runs.
+    - `debias`: whether to add estimates whose sampling bias is removed by splitting the members in two, of Σ by the chain and of W2², and
+      with them an interval of the gap between an estimate that errs below and one that errs above. Members must be independent.
 
     **Returns:** `SpeedLimit`; `print` shows it with a verdict. Of several runs, the mean of each number.
     **Raises:** `InputError` for members that are not finite, fewer than two of them, runs of different shapes, and pairs of `velocity` and
@@ -76,45 +80,64 @@ def speed_limit(
     _check(trajectory, jackknife)
     _check_pair(trajectory, transport, velocity, potential)
     if trajectory.positions.ndim == 3:
-        return _of_one(trajectory, transport, velocity, potential, jackknife)
-    return _of_several(trajectory, transport, velocity, potential)
+        return _of_one(trajectory, transport, velocity, potential, jackknife, debias)
+    return _of_several(trajectory, transport, velocity, potential, debias)
 
 
 @eqx.filter_jit
-def _of_one(trajectory, transport, velocity, potential, jackknife: int) -> SpeedLimit:
+def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: bool) -> SpeedLimit:
     rates = None if velocity is None else _rates(trajectory, transport, velocity, potential)
-    report = _report(trajectory, transport, rates)
+    report = _report(trajectory, transport, rates, debias)
     members = trajectory.positions.shape[1]
-    groups = min(members, jackknife)
-    size = members // groups if groups else 0
-    if members - size < 2 or groups < 2:
+    # A group must take as many members from the one half as from the other.
+    unit = 2 if debias else 1
+    groups = min(members // unit, jackknife)
+    size = members // groups // unit * unit if groups else 0
+    if members - size < 2 * unit or groups < 2:
         return report
     left_out = np.arange(groups * size).reshape(groups, size)
     kept = np.stack([np.setdiff1d(np.arange(members), group) for group in left_out])
 
     def without(kept):
         # The fields stay as they were fitted: what a member adds to a fit is of second order in σ.
-        return split(_report(_members(trajectory, kept), transport, None if rates is None else rates.members(kept)))
+        return split(_report(_members(trajectory, kept), transport, None if rates is None else rates.members(kept), debias))
 
     replicates = jax.lax.map(without, jnp.asarray(kept))
     # Delete-m jackknife (Shao and Wu, 1989): n - m members stay, m leave, in `groups` disjoint groups.
     variance = lambda x: (members - size) / (size * groups) * jnp.sum((x - jnp.mean(x)) ** 2)  # noqa: E731
     errors = jax.tree.map(lambda x: jnp.sqrt(variance(x)), replicates)
-    return with_errors(report, errors, f"jackknife over {groups} groups of {size} of {members} members")
+    return with_errors(report, errors, f"jackknife over {groups} groups of {size} of {members} members", groups - 1)
 
 
 @eqx.filter_jit
-def _of_several(trajectory, transport, velocity, potential) -> SpeedLimit:
+def _of_several(trajectory, transport, velocity, potential, debias: bool) -> SpeedLimit:
     def one(trajectory):
         rates = None if velocity is None else _rates(trajectory, transport, velocity, potential)
-        return _report(trajectory, transport, rates)
+        return _report(trajectory, transport, rates, debias)
 
     return average(jax.lax.map(one, trajectory))
 
 
-def _report(trajectory: Trajectory, transport: AbstractTransport, rates: "_Rates | None") -> SpeedLimit:
-    chain = _chain(trajectory, transport)
-    return chain if rates is None else _from_velocities(trajectory, chain, rates)
+def _report(trajectory: Trajectory, transport: AbstractTransport, rates: "_Rates | None", debias: bool) -> SpeedLimit:
+    report = _chain(trajectory, transport)
+    if debias:
+        sigma, whole = _debiased(trajectory, transport)
+        report = replace(report, debiased_entropy_production=sigma, debiased_w2_squared=whole)
+    return report if rates is None else _from_velocities(trajectory, report, rates)
+
+
+def _debiased(trajectory: Trajectory, transport: AbstractTransport) -> tuple[Array, Array]:
+    """Σ of the chain and W2² from W(x, y') - ½ W(x, x') - ½ W(y, y'), where x, y are one half of the members and x', y' the other: both
+    distances and their bias are then those of independent samples of one size, and the bias cancels to leading order."""
+    links = trajectory.positions.shape[0] - 1
+    members = trajectory.positions.shape[1] // 2 * 2
+    half, other = trajectory.positions[:, 0:members:2], trajectory.positions[:, 1:members:2]
+    first, second = np.array([(j, j + 1) for j in range(links)] + [(0, links)]).T
+    solve = jax.vmap(lambda x, y: transport.solve(x, y).squared)
+    across = (solve(half[first], other[second]) + solve(other[first], half[second])) / 2
+    within = solve(half, other)
+    squares = across - within[first] / 2 - within[second] / 2
+    return jnp.sum(squares[:-1] / jnp.diff(trajectory.times)), squares[-1]
 
 
 class _Rates(eqx.Module):
@@ -132,14 +155,7 @@ class _Rates(eqx.Module):
 
 
 def _rates(trajectory: Trajectory, transport: AbstractTransport, velocity: AbstractVelocity, potential: Any) -> _Rates:
-    positions, matrix = trajectory.positions, None
-    while isinstance(transport, Mapped | Projected):
-        if isinstance(transport, Projected):
-            matrix = transport.matrix if matrix is None else _matmul(matrix, transport.matrix)
-            positions = _matmul(positions, transport.matrix.astype(positions.dtype))
-        else:
-            positions = jax.vmap(jax.vmap(transport.map))(positions)
-        transport = transport.transport
+    positions, matrix = _coordinates(transport, trajectory.positions)
     links = positions.shape[0] - 1
     clock = learning_clock(trajectory)[:: trajectory.rates.shape[0] // links]
     times = np.arange(links + (not velocity.between))
@@ -154,7 +170,7 @@ def _rates(trajectory: Trajectory, transport: AbstractTransport, velocity: Abstr
             drift = -jax.vmap(lambda member: acting.energy_and_gradient(member)[1])(members)
             diffusion = temperature
             if matrix is not None:
-                drift, diffusion = _matmul(drift, matrix.astype(drift.dtype)), temperature * _matmul(matrix.T, matrix).astype(drift.dtype)
+                drift, diffusion = _matmul(drift, matrix), temperature * _matmul(matrix.T, matrix)
         found, state = velocity.estimate(Snapshot(positions, drift, diffusion, before, after, elapsed), state)
         return state, found
 
@@ -187,19 +203,18 @@ def _from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: _Rates) -
     speed = _safe_sqrt(moving)
     spans = jnp.diff(learning_clock(trajectory)[:: trajectory.rates.shape[0] // links])
     along = spans * (speed if rates.between else (speed[1:] + speed[:-1]) / 2)
-    values = {name: getattr(chain, name) for name in SpeedLimit.__dataclass_fields__}
-    changed = {
-        "entropy_production": jnp.dot(action, whole),
-        "entropy_production_chain": chain.entropy_production,
-        "entropy_production_coarse": None,
-        "housekeeping": jnp.dot(action, whole - moving),
-        "length_squared": jnp.sum(along) ** 2,
-        "dissipation": jnp.dot(time, whole),
-        "speed": along / jnp.diff(trajectory.times),
-        "source": f"{rates.name} at {links + 1} snapshots; W2² and {chain.source} in the same coordinates",
-        "worth": _VELOCITY[rates.bound],
-    }
-    return SpeedLimit(**{**values, **changed})
+    return replace(
+        chain,
+        entropy_production=jnp.dot(action, whole),
+        entropy_production_chain=chain.entropy_production,
+        housekeeping=jnp.dot(action, whole - moving),
+        length_squared=jnp.sum(along) ** 2,
+        dissipation=jnp.dot(time, whole),
+        speed=along / jnp.diff(trajectory.times),
+        source=f"{rates.name} at {links + 1} snapshots; W2² and {chain.source} in the same coordinates",
+        bound=rates.bound,
+        worth=_VELOCITY[rates.bound],
+    )
 
 
 def _weights(trajectory: Trajectory, between: bool) -> tuple[Array, Array]:
@@ -247,10 +262,48 @@ def _chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
         noise_floor=jnp.sum(2 * positions.shape[2] * heat / elapsed) if exact_members else None,
         # The identity is the best assignment if no other is cheaper than rounding allows.
         identity_fraction=jnp.mean(squares >= paired * (1 - 1e-5), dtype=paired.dtype) if isinstance(transport, ExactTransport) else None,
+        evidence=_evidence(trajectory, transport),
         source=f"a chain of {links} links in {type(transport).__name__}",
         worth=_CHAIN,
         is_bound=transport.is_metric,
     )
+
+
+def _evidence(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:
+    positions = jax.lax.stop_gradient(trajectory.positions)
+    doubled = _doubled_epsilon(transport)
+    compared = jax.eval_shape(lambda x: _coordinates(transport, x)[0], positions)
+    return Evidence(
+        distances=jnp.linalg.norm(positions - jnp.mean(positions[0], axis=0), axis=-1),
+        energies=jnp.mean(trajectory.energies, axis=-1),
+        temperature=jnp.max(trajectory.temperatures),
+        doubled_epsilon=None if doubled is None else doubled.solve(positions[0], positions[-1]).squared,
+        coordinates=compared.shape[-1],
+        steps=trajectory.rates.shape[0],
+    )
+
+
+def _doubled_epsilon(transport: AbstractTransport) -> AbstractTransport | None:
+    if isinstance(transport, SinkhornTransport):
+        return eqx.tree_at(lambda t: t.epsilon, transport, 2 * transport.epsilon)
+    if isinstance(transport, Mapped | Projected):
+        inner = _doubled_epsilon(transport.transport)
+        return None if inner is None else eqx.tree_at(lambda t: t.transport, transport, inner)
+    return None
+
+
+def _coordinates(transport: AbstractTransport, positions: Float[Array, "snapshots n d"]) -> tuple[Array, Array | None]:
+    """What the transport compares in the end, (J+1, n, p), and the matrix (d, p) that led there if it is a projection."""
+    matrix = None
+    while isinstance(transport, Mapped | Projected):
+        if isinstance(transport, Projected):
+            step = transport.matrix.astype(positions.dtype)
+            matrix = step if matrix is None else _matmul(matrix, step)
+            positions = _matmul(positions, step)
+        else:
+            positions = jax.vmap(jax.vmap(transport.map))(positions)
+        transport = transport.transport
+    return positions, matrix
 
 
 def _members(trajectory: Trajectory, kept: Array) -> Trajectory:

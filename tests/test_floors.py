@@ -19,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("_types",),
     ("_checks", "_matrix"),
-    ("report", "schedules"),
+    ("diagnosis", "schedules"),
+    ("report",),
     ("potentials", "datasets", "models", "gaussian"),
     ("transport", "velocity"),
     ("dynamics", "adjoint"),

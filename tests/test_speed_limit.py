@@ -41,7 +41,7 @@ METRICS = {
     "mapped": lambda: Mapped(ExactTransport(), jnp.tanh),
     "projected": lambda: Projected(GaussianTransport(), np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]])),
 }
-NUMBERS = tuple(Split.__dataclass_fields__)
+NUMBERS = tuple(name for name in Split.__dataclass_fields__ if "debiased" not in name and not name.startswith("gap_"))
 
 
 def trajectory(positions, rates=None, temperature=0.0, observed=False):
@@ -377,8 +377,10 @@ def test_verdicts():
     )
     assert "bounds the entropy production of its laws from below" in report.verdict()
 
-    violated = planted(w2_squared=report.entropy_production + 2 * error)
-    assert violated.verdict().startswith(f"The speed limit is violated by {2 * error:.4g}, 2.0 standard errors: Σ and W2² do not come from")
+    doubtful = planted(w2_squared=report.entropy_production + 2 * error)
+    assert doubtful.verdict().startswith(f"The gap is negative, {-2 * error:.4g}, but by no more than 2.0 standard errors")
+    violated = planted(w2_squared=report.entropy_production + 5 * error)
+    assert violated.verdict().startswith(f"The speed limit is violated by {5 * error:.4g}, 5.0 standard errors: Σ and W2² do not come from")
     assert "holds" not in violated.verdict()
     assert float(violated.gap) < 0  # never clipped
 
