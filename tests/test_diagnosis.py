@@ -236,7 +236,7 @@ def test_nothing_is_found_in_healthy_runs(name):
         center = 3 * direction / jnp.linalg.norm(direction)
         start = center + jax.random.uniform(keys[4], minval=0.3, maxval=0.8) * jax.random.normal(keys[4], (n, d))
         start = potential.init(members=n, key=keys[4]) if isinstance(potential, FlaxLoss) else start
-        rates = Knots(rates.values * 4) if isinstance(potential, FlaxLoss) else rates
+        rates = Knots(rates.values * 2) if isinstance(potential, FlaxLoss) else rates
         path = simulate(potential, Langevin(rates, temperature), start, steps=60, key=keys[5])
         across = jnp.linalg.qr(jax.random.normal(keys[3], (d, 2)))[0] if transport == "projected" else None
         by = Projected(GaussianTransport(), across) if transport == "projected" else transport
