@@ -27,7 +27,7 @@ class Split(eqx.Module):
     gap: Scalar
     temporal: Scalar
     geometric: Scalar
-    dissipation: Scalar
+    dissipation: Scalar | None
 
 
 class SpeedLimit(eqx.Module):
@@ -44,10 +44,10 @@ class SpeedLimit(eqx.Module):
     """W2²(q₀, q₁)."""
     housekeeping: Scalar
     """∫E‖v - ∇ψ‖² ds. A chain of laws cannot see it and leaves it out of Σ as well; it is 0 there."""
-    dissipation: Scalar
-    """D = ∫E‖v‖²/η ds, in units of the potential."""
-    learning_time: Scalar
-    """U = ∫η ds = Σ_k η_k, in units of θ² per unit of the potential. U·D ≥ L² ≥ W2²."""
+    dissipation: Scalar | None
+    """D = ∫E‖v‖²/η ds, in units of the potential; None where the learning rates are not known."""
+    learning_time: Scalar | None
+    """U = ∫η ds = Σ_k η_k, in units of θ² per unit of the potential. U·D ≥ L² ≥ W2². None where the learning rates are not known."""
     times: Float[Array, " J"]
     """The training times at which `speed` is given."""
     speed: Float[Array, " J"]
@@ -93,6 +93,13 @@ class SpeedLimit(eqx.Module):
         """W2²/Σ, 1 at the limit."""
         return self.w2_squared / self.entropy_production
 
+    @property
+    def holds(self) -> bool:
+        """Whether Σ ≥ W2², up to the rounding of the two; False where they are not finite. Of one run, outside of jax."""
+        # Rounding of Σ and W2² alone makes a gap of this size.
+        rounding = 8 * float(np.finfo(np.asarray(self.entropy_production).dtype).eps) * abs(float(self.entropy_production))
+        return float(self.gap) >= -rounding
+
     def verdict(self) -> str:
         """In words: whether the limit holds and by how much, what is a bound, and what casts doubt on the numbers."""
         if not _is_one_run(self):
@@ -115,8 +122,9 @@ class SpeedLimit(eqx.Module):
         ]
         lines = [f"speed limit by {self.source}; standard errors: {self.errors}"]
         for label, name in rows:
-            error = getattr(self.standard_error, name, None)
-            lines.append(f"{label:<26}{float(getattr(self, name)):>14.6g}" + ("" if error is None else f" ± {float(error):.2g}"))
+            value, error = getattr(self, name), getattr(self.standard_error, name, None)
+            if value is not None:
+                lines.append(f"{label:<26}{float(value):>14.6g}" + ("" if error is None else f" ± {float(error):.2g}"))
         if self.entropy_production_chain is not None:
             lines.append(f"{'Σ of the chain':<26}{float(self.entropy_production_chain):>14.6g}")
         if self.noise_floor is not None:
@@ -156,11 +164,9 @@ def _sentences(report: SpeedLimit) -> list[str]:
         return ["No verdict: the numbers are not finite."]
     error = None if report.standard_error is None else float(report.standard_error.gap)
     size = "" if not error else f", {abs(gap) / error:.1f} standard errors"
-    # Rounding of Σ and W2² alone makes a gap of this size.
-    rounding = 8 * float(np.finfo(np.asarray(report.entropy_production).dtype).eps) * abs(sigma)
     if sigma == 0 and gap == 0:
         said = ["Nothing moved: Σ and W2² are both 0."]
-    elif gap >= -rounding:
+    elif report.holds:
         said = [f"The speed limit holds: Σ is {sigma / max(float(report.w2_squared), 1e-300):.3g} times W2² (gap {gap:.4g}{size})."]
     else:
         said = [f"The speed limit is violated by {-gap:.4g}{size}: Σ and W2² do not come from one geometry, or an estimate is off."]
