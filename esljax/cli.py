@@ -298,8 +298,9 @@ def _measure(config: MeasureConfig) -> int:
         figure.savefig(config.out / "speed_limit.png", dpi=150)
     except OSError as error:
         raise refuse("out", "be a folder that can be written", f"{config.out} gives: {error.strerror}") from error
-    console.print(f"{said}\n{report}", markup=False, highlight=False)
-    console.print(f"{wall:.0f} s; report.json, config.toml and speed_limit.png are in {config.out}/", markup=False, highlight=False)
+    written = f"{wall:.0f} s; report.json, config.toml and speed_limit.png are in {config.out}/"
+    # The terminal breaks the lines, so that what is copied or piped has none but its own.
+    console.print(f"{said}\n{report}\n{written}", markup=False, highlight=False, soft_wrap=True)
     return DONE if bool(report.converged) and report.holds else FAILED
 
 

@@ -229,7 +229,7 @@ def _convert(key: str, value: Any, default: Any, path: Path) -> Any:
     if key in _CHOICES:
         check_choice(key, value, _CHOICES[key])
         return value
-    kind = _OPTIONAL.get(key, type(default))
+    kind = _OPTIONAL.get(key, Path if isinstance(default, Path) else type(default))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Path and isinstance(value, str):
@@ -237,7 +237,7 @@ def _convert(key: str, value: Any, default: Any, path: Path) -> Any:
     if kind is tuple and isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         return tuple(value)
     if type(value) is not kind:
-        said = {tuple: "list of integers", str: "string"}.get(kind, kind.__name__)
+        said = {tuple: "list of integers", str: "string", Path: "string"}.get(kind, kind.__name__)
         raise refuse(key, f"be a {said} in {path}", f"is {value!r}")
     return value
 

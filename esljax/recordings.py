@@ -15,6 +15,7 @@ broken file comes out as `InputError`.
 """
 
 import contextlib
+import logging
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -132,7 +133,8 @@ def _npz(argument: str, path: Path, names: Iterable[str] | None = None) -> dict[
     """The arrays of these names that there are, or all of them."""
     if not zipfile.is_zipfile(path):
         raise refuse(argument, "be a whole .npz archive", f"{path} is cut short or something else")
-    with np.load(path, allow_pickle=False) as archive:
+    # Opened here, because numpy leaves the file open when the archive's directory is damaged.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         wanted = archive.files if names is None else [name for name in names if name in archive.files]
         return {name: _stored(argument, f"`{name}` of {path}", lambda name=name: archive[name]) for name in wanted}
 
@@ -245,14 +247,26 @@ def _orbax(path: Path) -> dict[str, np.ndarray]:
     # A checkpoint of a CheckpointManager keeps its only item one folder down.
     path = (path / "default" if (path / "default").is_dir() else path).resolve()
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    stored = checkpointer.metadata(path).item_metadata
-    if stored is None:
-        raise refuse("recording", "hold Orbax checkpoints in the folders of a member", f"{path} is none, or is not whole")
-    # As NumPy arrays: the devices it was saved from need not exist here.
-    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored.tree)
-    tree = checkpointer.restore(path, restore_args=plain)
+    with _silence("absl"):
+        stored = checkpointer.metadata(path).item_metadata
+        if stored is None:
+            raise refuse("recording", "hold Orbax checkpoints in the folders of a member", f"{path} is none, or is not whole")
+        # As NumPy arrays: the devices it was saved from need not exist here.
+        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored.tree)
+        tree = checkpointer.restore(path, restore_args=plain)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf) for keys, leaf in leaves}
+
+
+@contextlib.contextmanager
+def _silence(name: str) -> Iterator[None]:
+    """What a library logs about a broken file is said by the error, once."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _compare(path: Path, parameters: Mapping[str, np.ndarray], origin: Path, model: Mapping[str, np.ndarray]) -> None:
