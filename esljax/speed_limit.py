@@ -251,10 +251,15 @@ def _chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
         noise_floor=noise_floor,
         # The identity is the best assignment if no other is cheaper than rounding allows.
         identity_fraction=jnp.mean(squares >= paired * (1 - 1e-5), dtype=paired.dtype) if isinstance(transport, ExactTransport) else None,
-        source=f"a chain of {links} links in {type(transport).__name__}",
+        source=f"a chain of {links} links in {_named(transport)}",
         worth=_CHAIN if trajectory.rates is not None else f"{_CHAIN} {_RECORDED}",
         is_bound=transport.is_metric,
     )
+
+
+def _named(transport: AbstractTransport) -> str:
+    name = type(transport).__name__
+    return f"{name} {_named(transport.transport)}" if isinstance(transport, Mapped | Projected) else name
 
 
 def _members(trajectory: Trajectory, kept: Array) -> Trajectory:
