@@ -126,5 +126,5 @@ def _said(content: dict[str, Any]) -> str:
         kept = "" if share is None else f", which keep {share:.1%} of their variance"
         said.append(f"projected ({projection['name']}) on {projection['coordinates']} coordinates{kept}")
     if content["times"] is not None and content["times"] != {"first": 0.0, "last": 1.0}:
-        said.append("times {first:g} to {last:g} rescaled to [0, 1]".format_map(content["times"]))
+        said.append("times {first:.12g} to {last:.12g} rescaled to [0, 1]".format_map(content["times"]))
     return "; ".join(said) + "."

@@ -181,7 +181,7 @@ def _checkpoints(folder: Path) -> Recording:
         odd = sorted(set(found) ^ set(times))
         if odd:
             lacking = member if odd[0] in times else first
-            raise refuse("recording", "hold every member at every time", f"{members[lacking]} has no checkpoint at {odd[0]:g}")
+            raise refuse("recording", "hold every member at every time", f"{members[lacking]} has no checkpoint at {odd[0]:.12g}")
     origin = table[first][times[0]]
     model = _parameters(origin)
     dtype = np.result_type(np.float32, *(array.dtype for array in model.values()))
@@ -195,7 +195,8 @@ def _checkpoints(folder: Path) -> Recording:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    # What an interrupted Orbax leaves behind ends in a number as well.
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and ".orbax-checkpoint-tmp" not in entry.name)
 
 
 def _candidates(folder: Path) -> list[Path]:

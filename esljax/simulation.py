@@ -126,7 +126,9 @@ def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshot
         if flat.size:
             j = int(flat[0])
             raise refuse(
-                "times", "increase from snapshot to snapshot", f"is {times[j]:g} and then {times[j + 1]:g} at snapshots {j} and {j + 1}"
+                "times",
+                "increase from snapshot to snapshot",
+                f"is {times[j]:.12g} and then {times[j + 1]:.12g} at snapshots {j} and {j + 1}",
             )
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = jnp.asarray((times - times[0]) / (times[-1] - times[0]), dtype)

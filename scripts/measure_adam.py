@@ -3,8 +3,8 @@
     python scripts/measure_adam.py [--smoke] [--out FILE.json]
 
 Nothing of the training is esljax's: a Flax network, optax and a scan. What it writes is one .npz file with `positions` (21, 32, 2410) and
-`times` (21,), closer together at first, where Adam moves fastest. It is measured twice: as it is, where each member is its own best partner,
-and by its moments in ten principal coordinates.
+`times` (21,), closer together at first, where Adam moves fastest. It is measured twice: as it is, where each member is its own best
+partner, and by its moments in ten principal coordinates.
 """
 
 import itertools

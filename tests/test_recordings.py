@@ -294,6 +294,7 @@ def test_checkpoints(form, dtype, tmp_path, request):
         request.getfixturevalue("x64")
     expected = save_folder(tmp_path / "run", form, dtype, members=(0, 10), times=(5, 20))
     (tmp_path / "run" / "logs").mkdir()
+    (tmp_path / "run" / "run7_member_0" / "5.orbax-checkpoint-tmp-1700").mkdir()
     (tmp_path / "run" / "notes_2.txt").write_text("not a checkpoint")
     (tmp_path / "run" / "run7_member_0" / "metrics_5.json").write_text("{}")
     recording = recordings.read(tmp_path / "run")
