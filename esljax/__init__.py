@@ -5,7 +5,7 @@ between start and end, the epistemic speed limit (Okanohara, arXiv 2601.17607). 
 sides, and optimizes schedules toward the limit by gradient.
 """
 
-from esljax import datasets, gaussian, models
+from esljax import datasets, gaussian, models, recordings
 from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
 from esljax.diagnosis import Evidence, Finding
@@ -23,7 +23,7 @@ from esljax.schedules import (
     Linear,
     WarmupStableDecay,
 )
-from esljax.simulation import Trajectory, simulate
+from esljax.simulation import Trajectory, recorded, simulate
 from esljax.speed_limit import speed_limit
 from esljax.transport import (
     AbstractTransport,
@@ -34,6 +34,8 @@ from esljax.transport import (
     SinkhornTransport,
     SlicedTransport,
     Solution,
+    principal_directions,
+    random_directions,
 )
 from esljax.velocity import AbstractVelocity, AffineVelocity, PathVelocity, TransportVelocity, Velocity
 
@@ -89,6 +91,10 @@ __all__ = [
     "gaussian",
     "models",
     "optimize",
+    "principal_directions",
+    "random_directions",
+    "recorded",
+    "recordings",
     "simulate",
     "speed_limit",
 ]

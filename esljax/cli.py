@@ -18,7 +18,8 @@ import tyro
 from esljax import storage
 from esljax._checks import InputError, refuse
 from esljax.comparison import Judgment, Problem, final_loss, judge, match_endpoint, ratio, usual_shapes
-from esljax.configuration import CheckConfig, OptimizeConfig, enable, from_toml
+from esljax.configuration import CheckConfig, MeasureConfig, OptimizeConfig, enable, from_toml
+from esljax.measurement import measure
 from esljax.models import mlp
 from esljax.optimization import Iteration, Optimum, optimize
 from esljax.plotting import plot_schedules, plot_speed_limit
@@ -34,26 +35,30 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config = _parse(arguments)
-        return _optimize(config) if isinstance(config, OptimizeConfig) else _check(config)
+        if isinstance(config, OptimizeConfig):
+            return _optimize(config)
+        return _measure(config) if isinstance(config, MeasureConfig) else _check(config)
     except InputError as error:
         print(f"esljax: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("esljax: interrupted before there was a schedule to judge; no report was written.", file=sys.stderr)
+        print("esljax: interrupted before there was anything to judge; no report was written.", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as stop:  # tyro has said what was wrong, or printed the help
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
 
 
-def _parse(arguments: list[str]) -> OptimizeConfig | CheckConfig:
-    defaults = OptimizeConfig()
-    for i, argument in enumerate(arguments):
+def _parse(arguments: list[str]) -> OptimizeConfig | MeasureConfig | CheckConfig:
+    defaults = {"optimize": OptimizeConfig(), "measure": MeasureConfig()}
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    for i, argument in enumerate(arguments if command in defaults else []):
         if argument == "--config" and i + 1 < len(arguments):
-            defaults = from_toml(Path(arguments[i + 1]))
+            defaults[command] = from_toml(Path(arguments[i + 1]), type(defaults[command]))
         elif argument.startswith("--config="):
-            defaults = from_toml(Path(argument.removeprefix("--config=")))
+            defaults[command] = from_toml(Path(argument.removeprefix("--config=")), type(defaults[command]))
     commands = (
-        Annotated[OptimizeConfig, tyro.conf.subcommand("optimize", default=defaults)]
+        Annotated[OptimizeConfig, tyro.conf.subcommand("optimize", default=defaults["optimize"])]
+        | Annotated[MeasureConfig, tyro.conf.subcommand("measure", default=defaults["measure"])]
         | Annotated[CheckConfig, tyro.conf.subcommand("check", default=CheckConfig())]
     )
     description = "Learning as irreversible transport: how far is a training run from the epistemic speed limit?"
@@ -81,7 +86,7 @@ def _optimize(config: OptimizeConfig) -> int:
     ordered = dict(sorted(result.judgments.items(), key=lambda item: float(item[1].report.entropy_production)))
     storage.write_json(config.out / "report.json", _report(config, result.target, ordered, wall))
     plot_schedules(ordered).savefig(config.out / "schedules.png", dpi=150)
-    plot_speed_limit(ordered).savefig(config.out / "speed_limit.png", dpi=150)
+    plot_speed_limit({name: judgment.report for name, judgment in ordered.items()}).savefig(config.out / "speed_limit.png", dpi=150)
     console.print(_table(ordered))
     missed = "optimized" not in ordered or abs(float(ordered["optimized"].final_loss) / result.target - 1) > 0.01
     console.print(rich.markup.escape(_verdict(ordered, result, missed)), highlight=False)
@@ -208,7 +213,7 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
         **{name: float(getattr(report, name)) for name in _NUMBERS},
         "final_loss": float(judgment.final_loss),
         "test_accuracy": float(judgment.test_accuracy),
-        "learning_time": float(report.learning_time),
+        "learning_time": None if report.learning_time is None else float(report.learning_time),
         "noise_floor": None if report.noise_floor is None else float(report.noise_floor),
         "transport_converged": bool(report.converged),
         "learning_rates": [float(rate) for rate in rates],
@@ -273,6 +278,30 @@ def _verdict(judgments: Mapping[str, Judgment], result: _Result, missed: bool) -
     if any(float(floor) > 0.05 * float(sigma) for floor, sigma in floors):
         said.append("Injected noise alone makes up more than 5 % of some Σ (its floor): lower the temperature before comparing.")
     return " ".join(said)
+
+
+def _measure(config: MeasureConfig) -> int:
+    started = time.perf_counter()
+    config.check()
+    enable(config.dtype)
+    console = rich.console.Console(quiet=config.quiet)
+    with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
+        report, said, content = measure(config)
+        figure = plot_speed_limit({"this run": report})
+    wall = time.perf_counter() - started
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        storage.write_toml(config.out / "config.toml", config.as_dict())
+        storage.write_json(
+            config.out / "report.json", {**content, "config": config.as_dict(), "versions": storage.versions(), "wall_seconds": wall}
+        )
+        figure.savefig(config.out / "speed_limit.png", dpi=150)
+    except OSError as error:
+        raise refuse("out", "be a folder that can be written", f"{config.out} gives: {error.strerror}") from error
+    written = f"{wall:.0f} s; report.json, config.toml and speed_limit.png are in {config.out}/"
+    # The terminal breaks the lines, so that what is copied or piped has none but its own.
+    console.print(f"{said}\n{report}\n{written}", markup=False, highlight=False, soft_wrap=True)
+    return DONE if bool(report.converged) and report.holds else FAILED
 
 
 def _check(config: CheckConfig) -> int:

@@ -3,10 +3,11 @@
 import dataclasses
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import jax
 import numpy as np
+import tyro
 
 from esljax import datasets
 from esljax._checks import InputError, check_choice, check_nonnegative, check_positive, check_positive_int, refuse
@@ -84,23 +85,16 @@ class OptimizeConfig:
             raise refuse("snapshots", f"divide the {self.steps} steps", f"is {self.snapshots}")
         for width in self.hidden:
             check_positive_int("hidden", width)
-        for name, choices in _CHOICES.items():
-            check_choice(name, getattr(self, name), choices)
-        if self.out.exists() and not self.out.is_dir():
-            raise refuse("out", "be a folder", f"is the file {self.out}")
+        for name in ("data", "transport", "dtype"):
+            check_choice(name, getattr(self, name), _CHOICES[name])
+        _check_out(self.out)
         return self
 
     def load_data(self) -> datasets.Dataset:
         return {"digits": datasets.digits, "moons": datasets.two_moons, "teacher": datasets.teacher}[self.data]()
 
     def make_transport(self, key: Array) -> AbstractTransport:
-        if self.transport == "exact":
-            return ExactTransport()
-        if self.transport == "gaussian":
-            return GaussianTransport()
-        if self.transport == "sliced":
-            return SlicedTransport(self.directions, key)
-        return SinkhornTransport(self.epsilon)
+        return _make_transport(self.transport, self.epsilon, self.directions, key)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as TOML and JSON know them; reading them back gives the same run."""
@@ -112,8 +106,12 @@ class OptimizeConfig:
 _CHOICES = {
     "data": ("digits", "moons", "teacher"),
     "transport": ("exact", "gaussian", "sliced", "sinkhorn"),
+    "velocity": ("none", "transport"),
     "dtype": ("float32", "float64"),
 }
+
+# What may be left out has no default to tell its type.
+_OPTIONAL = {"target": float, "recording": Path}
 
 _LEAST = {
     "members": 2,
@@ -130,6 +128,71 @@ _LEAST = {
 
 
 @dataclasses.dataclass(frozen=True)
+class MeasureConfig:
+    """Hold a training run of your own against the epistemic speed limit.
+
+    `recording` is an .npz file or a .zarr group of `positions` (snapshots, members, numbers) or `features`, and optionally `times`; or a
+    folder of checkpoints (.npz, .safetensors, Orbax) laid out as member_000/step_000100.npz. Nothing pickled is ever loaded.
+
+    Exit codes: 0 done; 1 the numbers are written but are not to be trusted (a transport problem did not converge, or Σ came out below
+    W2²); 2 bad input; 130 interrupted, with nothing written.
+    """
+
+    recording: Annotated[Path | None, tyro.conf.Positional] = None
+    """The run: a file of snapshots, or a folder of checkpoints."""
+    out: Path = Path("esljax-measure")
+    """Folder for report.json, config.toml and speed_limit.png; made if it does not exist."""
+    project: str = "none"
+    """Coordinates to measure in: 'none' for all; 'pca' for the principal components of all snapshots together; 'random' for a random
+    orthonormal projection; or an .npz file with an array `matrix` (numbers, coordinates)."""
+    coordinates: int = 10
+    """How many coordinates 'pca' and 'random' keep."""
+    transport: Literal["exact", "gaussian", "sliced", "sinkhorn"] = "exact"
+    """Geometry of entropy production and distance."""
+    epsilon: float = 1.0
+    """Entropic regularization of the sinkhorn transport, in squared coordinates."""
+    directions: int = 64
+    """Directions of the sliced transport."""
+    velocity: Literal["none", "transport"] = "none"
+    """What Σ is made from: 'none' for the chain of distances, 'transport' for velocities by the transport's maps between snapshots."""
+    jackknife: int = 32
+    """The most groups of members left out in turn for the standard errors, each of which repeats all transports; 0 for none."""
+    seed: int = 0
+    """Seed of the random projection and of the directions of the sliced transport."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Floating-point type."""
+    config: Path | None = None
+    """TOML file with any of these settings; flags override it."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+    def check(self) -> "MeasureConfig":
+        """Refuse what cannot run, before anything is read, in one sentence."""
+        if self.recording is None:
+            raise refuse("recording", "be a file of snapshots or a folder of checkpoints", "is not given")
+        for name, least in (("coordinates", 1), ("directions", 1), ("jackknife", 0), ("seed", 0)):
+            check_positive_int(name, getattr(self, name), least)
+        check_positive("epsilon", self.epsilon)
+        if not np.isfinite(self.epsilon):
+            raise refuse("epsilon", "be finite", f"is {self.epsilon}")
+        for name in ("transport", "velocity", "dtype"):
+            check_choice(name, getattr(self, name), _CHOICES[name])
+        if self.velocity == "transport" and self.transport == "sliced":
+            raise refuse("velocity", "be 'none' beside the sliced transport, which maps no member onto another", "is 'transport'")
+        _check_out(self.out)
+        return self
+
+    def make_transport(self, key: Array) -> AbstractTransport:
+        return _make_transport(self.transport, self.epsilon, self.directions, key)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as TOML and JSON know them; reading them back gives the same report."""
+        settings = dataclasses.asdict(self)
+        settings.pop("config")
+        return {**settings, "recording": str(self.recording), "out": str(self.out)}
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckConfig:
     """Run the closed-form references through the public functions: print reference, computed value, error, and pass or fail.
 
@@ -140,8 +203,11 @@ class CheckConfig:
     """Print failures only."""
 
 
-def from_toml(path: Path) -> OptimizeConfig:
-    """The settings of a TOML file over the defaults.
+Config = TypeVar("Config", OptimizeConfig, MeasureConfig)
+
+
+def from_toml(path: Path, kind: type[Config]) -> Config:
+    """The settings of a TOML file over the defaults of one command.
 
     **Raises:** `InputError` for a missing or broken file, an unknown key, or a value of the wrong type.
     """
@@ -151,28 +217,44 @@ def from_toml(path: Path) -> OptimizeConfig:
         raise refuse("config", "be a readable file", f"{path} gives: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise refuse("config", "be valid TOML", f"{path} is not: {error}") from error
-    fields = {field.name: field for field in dataclasses.fields(OptimizeConfig) if field.name != "config"}
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.name != "config"}
     for key, value in content.items():
         if key not in fields:
             raise InputError(f"Key `{key}` of {path} is unknown; the known keys are {', '.join(fields)}.")
-        content[key] = _convert(key, value, getattr(OptimizeConfig, key), path)
-    return OptimizeConfig(**content, config=path)
+        content[key] = _convert(key, value, fields[key].default, path)
+    return kind(**content, config=path)
 
 
 def _convert(key: str, value: Any, default: Any, path: Path) -> Any:
     if key in _CHOICES:
         check_choice(key, value, _CHOICES[key])
         return value
-    kind = float if key == "target" else type(default)
+    kind = _OPTIONAL.get(key, Path if isinstance(default, Path) else type(default))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     if kind is tuple and isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         return tuple(value)
-    if isinstance(default, Path) and isinstance(value, str):
-        return Path(value)
     if type(value) is not kind:
-        raise refuse(key, f"be a {'list of integers' if kind is tuple else kind.__name__} in {path}", f"is {value!r}")
+        said = {tuple: "list of integers", str: "string", Path: "string"}.get(kind, kind.__name__)
+        raise refuse(key, f"be a {said} in {path}", f"is {value!r}")
     return value
+
+
+def _make_transport(name: str, epsilon: float, directions: int, key: Array) -> AbstractTransport:
+    if name == "exact":
+        return ExactTransport()
+    if name == "gaussian":
+        return GaussianTransport()
+    if name == "sliced":
+        return SlicedTransport(directions, key)
+    return SinkhornTransport(epsilon)
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise refuse("out", "be a folder", f"is the file {out}")
 
 
 def enable(dtype: str) -> None:

@@ -39,8 +39,8 @@ class Evidence(eqx.Module):
     """W2² at twice the ε of an entropic transport."""
     coordinates: int = eqx.field(static=True)
     """d, of what the transport compares."""
-    steps: int = eqx.field(static=True)
-    """K."""
+    steps: int | None = eqx.field(static=True)
+    """K, if it is known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +86,11 @@ def _members(report: Any):
         first = int(np.argmax(bad.any(axis=1)))
         members = np.flatnonzero(bad.any(axis=0))
         listed = ", ".join(map(str, members[:5])) + (", ..." if len(members) > 5 else "")
-        after = f"after step {(first - 1) * report.evidence.steps // links} and by step {first * report.evidence.steps // links}"
+        steps = report.evidence.steps
+        after = "" if steps is None else f", after step {(first - 1) * steps // links} and by step {first * steps // links}"
         yield Finding(
             "members diverged",
-            f"{len(members)} of {distances.shape[1]} members (number {listed}) left; the first {kind} from snapshot {first}, {after}.",
+            f"{len(members)} of {distances.shape[1]} members (number {listed}) left; the first {kind} from snapshot {first}{after}.",
             (
                 "the learning rate is above the stability limit 2/(largest curvature)",
                 "the start holds members far outside",
@@ -167,7 +168,7 @@ def _stability(report: Any):
     climbed = energies[-1] - lowest
     if not climbed <= allowed:
         where = int(np.nanargmin(energies)) if np.isfinite(energies).any() else 0
-        step = where * evidence.steps // (len(energies) - 1)
+        step = where * (evidence.steps or 0) // (len(energies) - 1)
         yield Finding(
             "rate above the stability limit",
             f"E[Φ] climbs from {energies[where]:.4g} at step {step} to {energies[-1]:.4g}, which no heating at this temperature explains.",

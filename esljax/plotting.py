@@ -1,12 +1,12 @@
 """Figures of schedules held against the speed limit."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
 from esljax.comparison import Judgment
+from esljax.report import SpeedLimit
 
 # Okabe and Ito's palette, told apart by all eyes; the optimized schedule is drawn in black.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
@@ -27,27 +27,29 @@ def plot_schedules(judgments: Mapping[str, Judgment]) -> Figure:
     return figure
 
 
-def plot_speed_limit(judgments: Mapping[str, Judgment]) -> Figure:
-    """Where Σ goes (stacked bars, with the standard error of Σ), and the metric speed along the way."""
+def plot_speed_limit(reports: Mapping[str, SpeedLimit]) -> Figure:
+    """Where Σ goes (stacked bars, with the standard error of Σ), and the metric speed along the way; one bar and line a report."""
     figure = Figure(figsize=(10.0, 4.2), layout="constrained")
     bars, speeds = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    names = list(judgments)
+    names = list(reports)
     rows = np.arange(len(names))[::-1]
     left = np.zeros(len(names))
     parts = (("w2_squared", "$W_2^2$, the limit", "#555555"), ("geometric", "geometric", "#56B4E9"), ("temporal", "temporal", "#E69F00"))
     for part, label, color in parts:
-        width = np.array([float(getattr(judgments[name].report, part)) for name in names])
+        width = np.array([float(getattr(reports[name], part)) for name in names])
         bars.barh(rows, width, left=left, color=color, label=label, height=0.7)
         left = left + width
-    errors = [judgments[name].report.standard_error for name in names]
+    errors = [reports[name].standard_error for name in names]
     widths = [float(error.entropy_production) if error is not None else 0.0 for error in errors]
     bars.errorbar(left, rows, xerr=widths, fmt="none", ecolor="black", capsize=2, linewidth=1)
-    bars.set(yticks=rows, yticklabels=[_label(name) for name in names], xlabel="entropy production $\\Sigma$")
+    bars.set(
+        yticks=rows, yticklabels=[_label(name) for name in names], ylim=(-0.75, len(names) - 0.25), xlabel="entropy production $\\Sigma$"
+    )
     bars.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3)
-    for name, style in _styles(judgments).items():
-        report = judgments[name].report
+    for name, style in _styles(reports).items():
+        report = reports[name]
         speeds.plot(np.asarray(report.times), np.asarray(report.speed), label=_label(name), **style)
-    limit = float(np.mean([jnp.sqrt(judgments[name].report.w2_squared) for name in names]))
+    limit = float(np.mean([np.sqrt(max(float(reports[name].w2_squared), 0.0)) for name in names]))
     speeds.axhline(limit, color="#555555", linestyle=":", linewidth=1.2, label="$W_2$")
     speeds.set(xlabel="training time $s$", ylabel="metric speed $\\ell(s)$", xlim=(0, 1), ylim=(0, None))
     speeds.legend(frameon=False, fontsize="small")
@@ -55,10 +57,10 @@ def plot_speed_limit(judgments: Mapping[str, Judgment]) -> Figure:
     return figure
 
 
-def _styles(judgments: Mapping[str, Judgment]) -> dict[str, dict]:
-    usual = [name for name in sorted(judgments) if name != "optimized"]
+def _styles(names: Collection[str]) -> dict[str, dict]:
+    usual = [name for name in sorted(names) if name != "optimized"]
     styles = {name: {"color": _COLORS[i % len(_COLORS)], "linewidth": 1.4} for i, name in enumerate(usual)}
-    if "optimized" in judgments:
+    if "optimized" in names:
         styles["optimized"] = {"color": "black", "linewidth": 2.4}
     return styles
 

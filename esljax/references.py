@@ -178,7 +178,7 @@ def _o3(mobility: str, make: Callable[[], AbstractSchedule], one: str, ten: str)
 def _o3_path(d: int, dissipation: str, w2_squared: str, length_squared: str) -> list[Check]:
     # The path is the same for every mobility; a cosine is the one that differs most from the constant of O1.
     return [
-        _printed("O3", f"D, d = {d}", dissipation, lambda: _ornstein_uhlenbeck(d, Cosine(4.0)).dissipation),
+        _printed("O3", f"D, d = {d}", dissipation, lambda: jnp.asarray(_ornstein_uhlenbeck(d, Cosine(4.0)).dissipation)),
         _printed("O3", f"W2², d = {d}", w2_squared, lambda: _ornstein_uhlenbeck(d, Cosine(4.0)).w2_squared),
         _printed("O3", f"L², d = {d}", length_squared, lambda: _ornstein_uhlenbeck(d, Cosine(4.0)).length_squared),
     ]
@@ -280,7 +280,8 @@ def _descent(rates: Sequence[float]) -> tuple[Trajectory, SpeedLimit]:
 
 def _o13() -> Scalar:
     path, report = _descent([0.1] * 10)
-    return (jnp.mean(path.energies[0]) - jnp.mean(path.energies[-1])) / report.entropy_production
+    energies = Quadratic(1.0)(path.positions)
+    return (jnp.mean(energies[0]) - jnp.mean(energies[-1])) / report.entropy_production
 
 
 def _pure_mean() -> Scalar:

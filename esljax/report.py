@@ -66,10 +66,10 @@ class SpeedLimit(eqx.Module):
     """W2²(q₀, q₁)."""
     housekeeping: Scalar
     """∫E‖v - ∇ψ‖² ds. A chain of laws cannot see it and leaves it out of Σ as well; it is 0 there."""
-    dissipation: Scalar
-    """D = ∫E‖v‖²/η ds, in units of the potential."""
-    learning_time: Scalar
-    """U = ∫η ds = Σ_k η_k, in units of θ² per unit of the potential. U·D ≥ L² ≥ W2²."""
+    dissipation: Scalar | None
+    """D = ∫E‖v‖²/η ds, in units of the potential; None where the learning rates are not known."""
+    learning_time: Scalar | None
+    """U = ∫η ds = Σ_k η_k, in units of θ² per unit of the potential. U·D ≥ L² ≥ W2². None where the learning rates are not known."""
     times: Float[Array, " J"]
     """The training times at which `speed` is given."""
     speed: Float[Array, " J"]
@@ -174,6 +174,11 @@ class SpeedLimit(eqx.Module):
         """W2²/Σ, 1 at the limit."""
         return self.w2_squared / self.entropy_production
 
+    @property
+    def holds(self) -> bool:
+        """Whether Σ ≥ W2², up to the rounding of the two; False where they are not finite. Of one run, outside of jax."""
+        return float(self.gap) >= -diagnosis.rounding(self)
+
     def diagnose(self, convexity: float | None = None) -> tuple[Finding, ...]:
         """What is wrong with these numbers: findings with evidence, likely causes and what to change; empty if nothing is.
 
@@ -207,8 +212,9 @@ class SpeedLimit(eqx.Module):
         ]
         lines = [f"speed limit by {self.source}; standard errors: {self.errors}"]
         for label, name in rows:
-            error = getattr(self.standard_error, name, None)
-            lines.append(f"{label:<26}{float(getattr(self, name)):>14.6g}" + ("" if error is None else f" ± {float(error):.2g}"))
+            value, error = getattr(self, name), getattr(self.standard_error, name, None)
+            if value is not None:
+                lines.append(f"{label:<26}{float(value):>14.6g}" + ("" if error is None else f" ± {float(error):.2g}"))
         if self.entropy_production_chain is not None:
             lines.append(f"{'Σ of the chain':<26}{float(self.entropy_production_chain):>14.6g}")
         if self.debiased_w2_squared is not None:
@@ -267,7 +273,7 @@ def _sentences(report: SpeedLimit) -> list[str]:
     found = {finding.name: finding for finding in report.diagnose()}
     if sigma == 0 and gap == 0:
         said = ["Nothing moved: Σ and W2² are both 0."]
-    elif gap >= -diagnosis.rounding(report):
+    elif report.holds:
         said = [f"The speed limit holds: Σ is {sigma / max(float(report.w2_squared), 1e-300):.3g} times W2² (gap {gap:.4g}{size})."]
     elif error and "bound violated" not in found:
         said = [f"The gap is negative, {gap:.4g}, but by no more than {abs(gap) / error:.1f} standard errors: it cannot be told from 0."]

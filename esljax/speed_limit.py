@@ -9,7 +9,8 @@ learning time u = ∫η ds, on which v = η g and the rate g² = E‖g‖² chan
 
     Σ = K Σ_k η_k² g²(u_k + η_k/2),     D = ∫ g² du,     L = ∫ g du,
 
-with g² interpolated linearly between snapshots. Source: Okanohara, arXiv 2601.17607.
+with g² interpolated linearly between snapshots. A recorded run has no learning rates: its clock is training time and η = 1, so that Σ is
+the trapezoidal sum over its snapshots, and neither D nor U is known. Source: Okanohara, arXiv 2601.17607.
 """
 
 import functools
@@ -34,6 +35,7 @@ _CHAIN = (
     "A chain bounds the entropy production of its laws from below (coarse snapshots and housekeeping are invisible); "
     "sampling noise pushes it up."
 )
+_RECORDED = "So does any noise of the steps, which was not recorded."
 _VELOCITY = {
     "lower": "Σ is a lower bound in expectation: what its class of fields cannot follow is missing.",
     "upper": "Σ is the action of the members' own paths, never below W2² of the same members; noise in the steps would swamp it.",
@@ -157,10 +159,12 @@ class _Rates(eqx.Module):
 def _rates(trajectory: Trajectory, transport: AbstractTransport, velocity: AbstractVelocity, potential: Any) -> _Rates:
     positions, matrix = _coordinates(transport, trajectory.positions)
     links = positions.shape[0] - 1
-    clock = learning_clock(trajectory)[:: trajectory.rates.shape[0] // links]
+    clock = learning_clock(trajectory)
+    per_link = (clock.shape[0] - 1) // links
+    clock = clock[::per_link]
     times = np.arange(links + (not velocity.between))
     earlier, later = times if velocity.between else np.maximum(times - 1, 0), np.minimum(times + 1, links)
-    steps = np.minimum(times * (trajectory.rates.shape[0] // links), trajectory.rates.shape[0] - 1)
+    starting = np.minimum(times * per_link, links * per_link - 1)
 
     def at_snapshot(state, xs):
         members, s, temperature, positions, before, after, elapsed = xs
@@ -180,7 +184,7 @@ def _rates(trajectory: Trajectory, transport: AbstractTransport, velocity: Abstr
         (
             trajectory.positions[times],
             trajectory.times[times],
-            trajectory.temperatures[steps],
+            None if trajectory.temperatures is None else trajectory.temperatures[starting],
             positions[times],
             positions[earlier],
             positions[later],
@@ -191,7 +195,9 @@ def _rates(trajectory: Trajectory, transport: AbstractTransport, velocity: Abstr
 
 
 def learning_clock(trajectory: Trajectory) -> Float[Array, " K+1"]:
-    """The learning time u_k = Σ_{i<k} η_i of every step of one run."""
+    """The learning time u_k = Σ_{i<k} η_i of every step of one run; of a recorded run the training times of its snapshots."""
+    if trajectory.rates is None:
+        return trajectory.times
     return jnp.concatenate([jnp.zeros_like(trajectory.rates[:1]), jnp.cumsum(trajectory.rates)])
 
 
@@ -201,7 +207,8 @@ def _from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: _Rates) -
     whole = jnp.mean(rates.whole, axis=1)
     moving = whole if rates.gradient is None else jnp.mean(rates.gradient, axis=1)
     speed = _safe_sqrt(moving)
-    spans = jnp.diff(learning_clock(trajectory)[:: trajectory.rates.shape[0] // links])
+    clock = learning_clock(trajectory)
+    spans = jnp.diff(clock[:: (clock.shape[0] - 1) // links])
     along = spans * (speed if rates.between else (speed[1:] + speed[:-1]) / 2)
     return replace(
         chain,
@@ -209,7 +216,7 @@ def _from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: _Rates) -
         entropy_production_chain=chain.entropy_production,
         housekeeping=jnp.dot(action, whole - moving),
         length_squared=jnp.sum(along) ** 2,
-        dissipation=jnp.dot(time, whole),
+        dissipation=None if trajectory.rates is None else jnp.dot(time, whole),
         speed=along / jnp.diff(trajectory.times),
         source=f"{rates.name} at {links + 1} snapshots; W2² and {chain.source} in the same coordinates",
         bound=rates.bound,
@@ -219,8 +226,11 @@ def _from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: _Rates) -
 
 def _weights(trajectory: Trajectory, between: bool) -> tuple[Array, Array]:
     """What g² at each snapshot (or on each link) weighs in Σ and in D."""
-    steps, links = trajectory.rates.shape[0], trajectory.positions.shape[0] - 1
-    eta, clock = trajectory.rates.reshape(links, -1), learning_clock(trajectory)
+    clock = learning_clock(trajectory)
+    steps, links = clock.shape[0] - 1, trajectory.positions.shape[0] - 1
+    eta = (jnp.diff(clock) if trajectory.rates is None else trajectory.rates).reshape(links, -1)
+    # Steps per unit of training time; in a recorded run each link is one step, of any length.
+    pace = steps if trajectory.rates is not None else 1 / jnp.diff(trajectory.times)
     spans = jnp.diff(clock[:: steps // links])
     if between:
         return spans**2 / jnp.diff(trajectory.times), spans
@@ -229,7 +239,8 @@ def _weights(trajectory: Trajectory, between: bool) -> tuple[Array, Array]:
     where = middle * jnp.where(spans > 0, 1 / jnp.where(spans > 0, spans, 1), 0)[:, None]
     zero = jnp.zeros(1, eta.dtype)
     spread = lambda left, right: jnp.concatenate([left, zero]) + jnp.concatenate([zero, right])  # noqa: E731
-    return steps * spread(jnp.sum(eta**2 * (1 - where), axis=1), jnp.sum(eta**2 * where, axis=1)), spread(spans / 2, spans / 2)
+    action = spread(pace * jnp.sum(eta**2 * (1 - where), axis=1), pace * jnp.sum(eta**2 * where, axis=1))
+    return action, spread(spans / 2, spans / 2)
 
 
 def _chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
@@ -243,28 +254,33 @@ def _chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
 
     elapsed = jnp.diff(times)
     lengths = _safe_sqrt(squares)
-    learning_times = jnp.sum(trajectory.rates.reshape(links, -1), axis=1)
-    moved = learning_times > 0
-    exact_members = isinstance(transport, ExactTransport) and not trajectory.observed
-    heat = jnp.sum((trajectory.temperatures * trajectory.rates).reshape(links, -1), axis=1)
+    dissipation = learning_time = noise_floor = None
+    if trajectory.rates is not None and trajectory.temperatures is not None:
+        learning_times = jnp.sum(trajectory.rates.reshape(links, -1), axis=1)
+        moved = learning_times > 0
+        dissipation = jnp.sum(jnp.where(moved, squares / jnp.where(moved, learning_times, 1), 0))
+        learning_time = jnp.sum(learning_times)
+        if isinstance(transport, ExactTransport) and not trajectory.observed:
+            heat = jnp.sum((trajectory.temperatures * trajectory.rates).reshape(links, -1), axis=1)
+            noise_floor = jnp.sum(2 * positions.shape[2] * heat / elapsed)
     paired = jnp.mean(jnp.sum((positions[1:] - positions[:-1]) ** 2, axis=2), axis=1)
     return SpeedLimit(
         entropy_production=jnp.sum(squares / elapsed),
         length_squared=jnp.sum(lengths) ** 2,
         w2_squared=whole,
         housekeeping=jnp.zeros_like(whole),
-        dissipation=jnp.sum(jnp.where(moved, squares / jnp.where(moved, learning_times, 1), 0)),
-        learning_time=jnp.sum(learning_times),
+        dissipation=dissipation,
+        learning_time=learning_time,
         times=(times[1:] + times[:-1]) / 2,
         speed=lengths / elapsed,
         converged=jnp.all(solved.converged),
         entropy_production_coarse=jnp.sum(coarse_squares / (elapsed[::2] + elapsed[1::2])) if coarse else None,
-        noise_floor=jnp.sum(2 * positions.shape[2] * heat / elapsed) if exact_members else None,
+        noise_floor=noise_floor,
         # The identity is the best assignment if no other is cheaper than rounding allows.
         identity_fraction=jnp.mean(squares >= paired * (1 - 1e-5), dtype=paired.dtype) if isinstance(transport, ExactTransport) else None,
         evidence=_evidence(trajectory, transport),
-        source=f"a chain of {links} links in {type(transport).__name__}",
-        worth=_CHAIN,
+        source=f"a chain of {links} links in {_named(transport)}",
+        worth=_CHAIN if trajectory.rates is not None else f"{_CHAIN} {_RECORDED}",
         is_bound=transport.is_metric,
     )
 
@@ -275,11 +291,11 @@ def _evidence(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:
     compared = jax.eval_shape(lambda x: _coordinates(transport, x)[0], positions)
     return Evidence(
         distances=jnp.linalg.norm(positions - jnp.mean(positions[0], axis=0), axis=-1),
-        energies=jnp.mean(trajectory.energies, axis=-1),
-        temperature=jnp.max(trajectory.temperatures),
+        energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
+        temperature=None if trajectory.temperatures is None else jnp.max(trajectory.temperatures),
         doubled_epsilon=None if doubled is None else doubled.solve(positions[0], positions[-1]).squared,
         coordinates=compared.shape[-1],
-        steps=trajectory.rates.shape[0],
+        steps=None if trajectory.rates is None else trajectory.rates.shape[0],
     )
 
 
@@ -306,6 +322,11 @@ def _coordinates(transport: AbstractTransport, positions: Float[Array, "snapshot
     return positions, matrix
 
 
+def _named(transport: AbstractTransport) -> str:
+    name = type(transport).__name__
+    return f"{name} {_named(transport.transport)}" if isinstance(transport, Mapped | Projected) else name
+
+
 def _members(trajectory: Trajectory, kept: Array) -> Trajectory:
     return eqx.tree_at(lambda t: t.positions, trajectory, trajectory.positions[:, kept])
 
@@ -324,9 +345,13 @@ def _stack(trajectories: Sequence[Trajectory]) -> Trajectory:
     if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
         raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a sequence of {len(trajectories)} items")
     shapes = {one.positions.shape for one in trajectories}
-    if len(shapes) > 1 or len({(one.rates.shape, one.final.shape, one.observed) for one in trajectories}) > 1:
+    if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
         raise refuse("trajectory", "hold runs of one shape", f"holds {len(trajectories)} runs with positions of shapes {sorted(shapes)}")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
+
+
+def _kind(trajectory: Trajectory) -> tuple:
+    return None if trajectory.rates is None else trajectory.rates.shape, trajectory.final.shape, trajectory.observed
 
 
 def _check(trajectory: Trajectory, jackknife: int) -> None:
@@ -368,6 +393,8 @@ def _check_pair(trajectory: Trajectory, transport: AbstractTransport, velocity: 
         )
     if not velocity.needs_drift:
         return
+    if trajectory.rates is None:
+        raise refuse("velocity", "be TransportVelocity(...) for a recorded run, where the drift is not known", f"is {name}")
     if not isinstance(potential, AbstractPotential | Driven):
         raise refuse("potential", f"be the potential of the run, whose gradient {name} needs", f"is {potential!r}")
     if trajectory.observed or mapped:

@@ -279,6 +279,60 @@ class Mapped(AbstractTransport):
         return self.transport.solve(x, y)
 
 
+def principal_directions(positions: Float[ArrayLike, "*many d"], coordinates: int) -> Float[Array, "d p"]:
+    """The orthonormal directions along which all these members together vary most, as columns: a matrix for `Projected`.
+
+    A run is measured in one fixed set of coordinates, so fit it once, to all its snapshots together; a fit of each snapshot would compare
+    laws in different spaces.
+
+    **Args:** `positions`: shape (..., d), such as (J+1, n, d). `coordinates`: p, at most d and at most the number of members in all.
+    **Returns:** shape (d, p), in decreasing order of variance; of each direction the largest entry is positive.
+    **Raises:** `InputError` if p is out of range. **Differentiation:** none; it is made outside of jax.
+
+    **Example:**
+
+        >>> import numpy as np
+        >>> principal_directions(np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.1]]), 1).shape
+        (2, 1)
+    """
+    pooled = np.asarray(positions, np.float64).reshape(-1, np.shape(positions)[-1])
+    _check_coordinates(coordinates, pooled.shape[1], len(pooled))
+    _, _, rows = np.linalg.svd(pooled - pooled.mean(axis=0), full_matrices=False)
+    rows = rows[:coordinates]
+    signs = np.sign(rows[np.arange(coordinates), np.argmax(np.abs(rows), axis=1)])
+    return jnp.asarray((signs[:, None] * rows).T, jnp.result_type(float))
+
+
+def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]:
+    """Orthonormal directions that know nothing of the data, as columns: a matrix for `Projected`. Uniform, and the same in every precision.
+
+    **Args:** `d`: numbers in one member. `coordinates`: p, at most d. `key`: what they are drawn from.
+    **Returns:** shape (d, p). **Raises:** `InputError` if p is out of range or `key` not a key.
+
+    **Example:**
+
+        >>> import jax
+        >>> random_directions(5, 2, jax.random.key(0)).shape
+        (5, 2)
+    """
+    check_positive_int("d", d)
+    check_key("key", key)
+    _check_coordinates(coordinates, d, d)
+    normal = jax.random.normal(key, (d, coordinates), jnp.float32).astype(jnp.result_type(float))
+    upper: Any
+    directions, upper = jnp.linalg.qr(normal)
+    # Of the two signs of a column, the one that does not depend on the algorithm.
+    return directions * jnp.sign(jnp.diagonal(upper))
+
+
+def _check_coordinates(coordinates: int, d: int, members: int) -> None:
+    check_positive_int("coordinates", coordinates)
+    if coordinates > d:
+        raise refuse("coordinates", f"be at most {d}, the numbers in one member", f"is {coordinates}")
+    if coordinates > members:
+        raise refuse("coordinates", f"be at most {members}, the members of all snapshots together", f"is {coordinates}")
+
+
 class Projected(AbstractTransport):
     """Another transport, of the coordinates θ @ `matrix`. With orthonormal columns every metric here then bounds its full self from below.
 

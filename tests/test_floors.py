@@ -27,8 +27,8 @@ FLOORS = (
     ("simulation",),
     ("speed_limit",),
     ("optimization",),
-    ("comparison", "storage", "configuration"),
-    ("plotting", "references"),
+    ("comparison", "storage", "recordings", "configuration"),
+    ("plotting", "references", "measurement"),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -46,10 +46,16 @@ FENCES = {
     "tomli_w": {"storage"},
     "matplotlib": {"plotting"},
     "rich": {"cli", "references"},
-    "tyro": {"cli"},
+    # Settings are the flags; only `cli` parses them.
+    "tyro": {"cli", "configuration"},
+    "safetensors": {"recordings"},
+    "orbax": {"recordings"},
+    "zarr": {"recordings"},
 }
 # Where the name to install is another.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "ott": "ott-jax", "tomli_w": "tomli-w"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "ott": "ott-jax", "tomli_w": "tomli-w", "orbax": "orbax-checkpoint"}
+# What only an extra of the same name installs.
+EXTRAS = {"zarr"}
 
 LONGEST = 600
 
@@ -202,9 +208,12 @@ def test_the_map_names_what_exists():
 
 
 def test_what_is_imported_is_declared():
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    names = {re.match(r"[\w-]+", requirement).group().lower() for requirement in declared}
-    assert {DISTRIBUTIONS.get(library, library) for library in EVERYWHERE | set(FENCES)} <= names
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = {re.match(r"[\w-]+", requirement).group().lower() for requirement in project["dependencies"]}
+    assert {DISTRIBUTIONS.get(library, library) for library in EVERYWHERE | set(FENCES)} - EXTRAS <= names
+    assert not EXTRAS & names
+    for extra in EXTRAS:
+        assert any(requirement.startswith(extra) for requirement in project["optional-dependencies"][extra])
 
 
 def _libraries(source: str) -> set[str]:

@@ -14,7 +14,13 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_there_is_something_to_run():
-    assert {path.stem for path in SCRIPTS} >= {"benchmark_gradient", "benchmark_simulation", "benchmark_transport"}
+    assert {path.stem for path in SCRIPTS} >= {
+        "benchmark_gradient",
+        "benchmark_simulation",
+        "benchmark_transport",
+        "measure_adam",
+        "measure_numpy",
+    }
     assert [path.stem for path in NOTEBOOKS] == ["01_quickstart"]
 
 

@@ -1,0 +1,130 @@
+"""A recorded training run held against the speed limit as a `MeasureConfig` says, and what there is to tell about it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esljax._checks import refuse
+from esljax.configuration import MeasureConfig
+from esljax.recordings import read, read_matrix
+from esljax.report import SpeedLimit
+from esljax.simulation import Trajectory, recorded
+from esljax.speed_limit import speed_limit
+from esljax.transport import ExactTransport, GaussianTransport, Projected, SinkhornTransport, principal_directions, random_directions
+from esljax.velocity import TransportVelocity
+
+
+class Measurement(NamedTuple):
+    """The numbers, what was measured in words, and both as they go into report.json."""
+
+    report: SpeedLimit
+    said: str
+    content: dict[str, Any]
+
+
+def measure(config: MeasureConfig) -> Measurement:
+    """Read the recording of `config` and hold it against the speed limit. Computes in jax's present floating type and writes nothing.
+
+    **Raises:** `InputError` for a recording or projection that cannot be read, has wrong shapes or is not finite.
+    """
+    config.check()
+    recording = read(config.recording or "")
+    positions = recording.positions
+    if jnp.issubdtype(positions.dtype, np.floating):
+        positions = positions.astype(jnp.result_type(float))
+    path = recorded(positions, recording.times, observed=recording.observed)
+    projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
+    inner = config.make_transport(sliced_key)
+    matrix = _projection(config, path, projection_key)
+    transport = inner if matrix is None else Projected(inner, matrix)
+    velocity = None
+    if config.velocity == "transport" and isinstance(inner, ExactTransport | GaussianTransport | SinkhornTransport):
+        velocity = TransportVelocity(inner)
+    report = speed_limit(path, transport=transport, velocity=velocity, jackknife=config.jackknife)
+
+    projection = _describe(config, path, matrix)
+    times = None if recording.times is None else {"first": float(recording.times[0]), "last": float(recording.times[-1])}
+    content = {
+        **_content(report),
+        "snapshots": path.positions.shape[0],
+        "members": path.positions.shape[1],
+        "coordinates": path.positions.shape[2],
+        "measured": "features" if path.observed else "positions",
+        "times": times,
+        "transport": _settings(config),
+        "projection": projection,
+        "velocity": config.velocity,
+    }
+    return Measurement(report, _said(content), content)
+
+
+def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Any:
+    d = path.positions.shape[2]
+    if config.project == "none":
+        return None
+    if config.project == "pca":
+        return principal_directions(path.positions, config.coordinates)
+    if config.project == "random":
+        return random_directions(d, config.coordinates, key)
+    matrix = read_matrix(config.project)
+    if matrix.shape[0] != d or matrix.shape[1] > d:
+        raise refuse(
+            "project",
+            f"hold a matrix ({d}, p), p ≤ {d}, with a row for each number",
+            f"that of {config.project} has shape {matrix.shape}",
+        )
+    return jnp.asarray(matrix, jnp.result_type(float))
+
+
+_NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric", "housekeeping")
+_OPTIONAL = ("entropy_production_coarse", "entropy_production_chain", "identity_fraction", "learning_time", "noise_floor")
+
+
+def _content(report: SpeedLimit) -> dict[str, Any]:
+    errors = report.standard_error
+    optional = {name: getattr(report, name) for name in _OPTIONAL}
+    return {
+        **{name: float(getattr(report, name)) for name in _NUMBERS},
+        "efficiency": float(report.efficiency),
+        **{name: None if value is None else float(value) for name, value in optional.items()},
+        "transport_converged": bool(report.converged),
+        "is_bound": report.is_bound,
+        "standard_error": None if errors is None else {name: float(getattr(errors, name)) for name in _NUMBERS if hasattr(errors, name)},
+        "errors": report.errors,
+        "source": report.source,
+        "verdict": report.verdict(),
+        "speed": {"times": np.asarray(report.times).tolist(), "values": np.asarray(report.speed).tolist()},
+    }
+
+
+def _settings(config: MeasureConfig) -> dict[str, Any]:
+    more = {"sliced": {"directions": config.directions}, "sinkhorn": {"epsilon": config.epsilon}}
+    return {"name": config.transport, **more.get(config.transport, {})}
+
+
+def _describe(config: MeasureConfig, path: Trajectory, matrix: Any) -> dict[str, Any]:
+    if matrix is None:
+        return {"name": "none", "coordinates": path.positions.shape[2]}
+    described = {"name": config.project, "coordinates": matrix.shape[1]}
+    if config.project in ("pca", "random"):
+        pooled = np.asarray(path.positions, np.float64).reshape(-1, path.positions.shape[2])
+        pooled = pooled - pooled.mean(axis=0)
+        whole = np.sum(pooled**2)
+        described["variance_share"] = float(np.sum((pooled @ np.asarray(matrix, np.float64)) ** 2) / whole) if whole else 1.0
+    return described
+
+
+def _said(content: dict[str, Any]) -> str:
+    counted = "{snapshots} snapshots of {members} members".format_map(content)
+    kind = "features" if content["measured"] == "features" else "parameters"
+    said = [f"{counted}, {content['coordinates']} {kind} each"]
+    projection = content["projection"]
+    if projection["name"] != "none":
+        share = projection.get("variance_share")
+        kept = "" if share is None else f", which keep {share:.1%} of their variance"
+        said.append(f"projected ({projection['name']}) on {projection['coordinates']} coordinates{kept}")
+    if content["times"] is not None and content["times"] != {"first": 0.0, "last": 1.0}:
+        said.append("times {first:.12g} to {last:.12g} rescaled to [0, 1]".format_map(content["times"]))
+    return "; ".join(said) + "."
