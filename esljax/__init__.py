@@ -9,6 +9,7 @@ from esljax import datasets, gaussian, models
 from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
 from esljax.dynamics import AbstractRule, Controls, Langevin
+from esljax.entropy import AbstractEntropy, Entropy, GaussianEntropy
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
 from esljax.report import SpeedLimit, Split
@@ -37,6 +38,7 @@ from esljax.transport import (
 from esljax.velocity import AbstractVelocity, AffineVelocity, PathVelocity, TransportVelocity, Velocity
 
 __all__ = [
+    "AbstractEntropy",
     "AbstractGradient",
     "AbstractPotential",
     "AbstractRule",
@@ -50,6 +52,7 @@ __all__ = [
     "Cosine",
     "DoubleWell",
     "Driven",
+    "Entropy",
     "Equality",
     "ExactTransport",
     "Exponential",
@@ -57,6 +60,7 @@ __all__ = [
     "ForwardMode",
     "FromFunction",
     "FromOptax",
+    "GaussianEntropy",
     "GaussianTransport",
     "HessianAdjoint",
     "History",

@@ -21,7 +21,7 @@ FLOORS = (
     ("_checks", "_matrix"),
     ("report", "schedules"),
     ("potentials", "datasets", "models", "gaussian"),
-    ("dynamics", "adjoint", "transport", "velocity"),
+    ("dynamics", "adjoint", "transport", "velocity", "entropy"),
     ("simulation",),
     ("speed_limit",),
     ("optimization",),
