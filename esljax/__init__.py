@@ -10,6 +10,7 @@ from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
 from esljax.dynamics import AbstractRule, Controls, Langevin
 from esljax.entropy import AbstractEntropy, Entropy, GaussianEntropy
+from esljax.free_energy import FreeEnergy, TransportedEntropy, free_energy
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
 from esljax.report import SpeedLimit, Split
@@ -58,6 +59,7 @@ __all__ = [
     "Exponential",
     "FlaxLoss",
     "ForwardMode",
+    "FreeEnergy",
     "FromFunction",
     "FromOptax",
     "GaussianEntropy",
@@ -81,10 +83,12 @@ __all__ = [
     "SpeedLimit",
     "Split",
     "Trajectory",
+    "TransportedEntropy",
     "TransportVelocity",
     "Velocity",
     "WarmupStableDecay",
     "datasets",
+    "free_energy",
     "gaussian",
     "models",
     "optimize",

@@ -71,8 +71,8 @@ def speed_limit(
     if not isinstance(transport, AbstractTransport):
         raise refuse("transport", "be a transport such as ExactTransport()", f"is {transport!r}")
     if not isinstance(trajectory, Trajectory):
-        trajectory = _stack(trajectory)
-    _check(trajectory, jackknife)
+        trajectory = stack(trajectory)
+    check_runs(trajectory, jackknife)
     _check_pair(trajectory, transport, velocity, potential)
     if trajectory.positions.ndim == 3:
         return _of_one(trajectory, transport, velocity, potential, jackknife)
@@ -81,7 +81,7 @@ def speed_limit(
 
 @eqx.filter_jit
 def _of_one(trajectory, transport, velocity, potential, jackknife: int) -> SpeedLimit:
-    rates = None if velocity is None else _rates(trajectory, transport, velocity, potential)
+    rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
     report = _report(trajectory, transport, rates)
     members = trajectory.positions.shape[1]
     groups = min(members, jackknife)
@@ -105,30 +105,33 @@ def _of_one(trajectory, transport, velocity, potential, jackknife: int) -> Speed
 @eqx.filter_jit
 def _of_several(trajectory, transport, velocity, potential) -> SpeedLimit:
     def one(trajectory):
-        rates = None if velocity is None else _rates(trajectory, transport, velocity, potential)
+        rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
         return _report(trajectory, transport, rates)
 
     return average(jax.lax.map(one, trajectory))
 
 
-def _report(trajectory: Trajectory, transport: AbstractTransport, rates: "_Rates | None") -> SpeedLimit:
+def _report(trajectory: Trajectory, transport: AbstractTransport, rates: "MemberRates | None") -> SpeedLimit:
     chain = _chain(trajectory, transport)
     return chain if rates is None else _from_velocities(trajectory, chain, rates)
 
 
-class _Rates(eqx.Module):
+class MemberRates(eqx.Module):
     """What each member contributes to g² = E‖g‖² at each snapshot, per squared unit of learning time."""
 
     whole: Float[Array, "snapshots n"]
     gradient: Float[Array, "snapshots n"] | None
+    divergence: Float[Array, "snapshots n"] | None
+    """∇·v per unit of learning time, where the estimator knows it."""
     bound: str = eqx.field(static=True)
     name: str = eqx.field(static=True)
 
-    def members(self, kept: Array) -> "_Rates":
+    def members(self, kept: Array) -> "MemberRates":
         return jax.tree.map(lambda x: x[:, kept], self)
 
 
-def _rates(trajectory: Trajectory, transport: AbstractTransport, velocity: AbstractVelocity, potential: Any) -> _Rates:
+def member_rates(trajectory: Trajectory, transport: AbstractTransport, velocity: AbstractVelocity, potential: Any) -> MemberRates:
+    """The velocity estimated at every snapshot of one run, in the coordinates that the transport measures in."""
     positions, matrix = trajectory.positions, None
     while isinstance(transport, Mapped | Projected):
         if isinstance(transport, Projected):
@@ -167,7 +170,7 @@ def _rates(trajectory: Trajectory, transport: AbstractTransport, velocity: Abstr
             clock[later] - clock[earlier],
         ),
     )
-    return _Rates(found.contributions, found.gradient_contributions, found.bound, type(velocity).__name__)
+    return MemberRates(found.contributions, found.gradient_contributions, found.divergence, found.bound, type(velocity).__name__)
 
 
 def learning_clock(trajectory: Trajectory) -> Float[Array, " K+1"]:
@@ -175,7 +178,7 @@ def learning_clock(trajectory: Trajectory) -> Float[Array, " K+1"]:
     return jnp.concatenate([jnp.zeros_like(trajectory.rates[:1]), jnp.cumsum(trajectory.rates)])
 
 
-def _from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: _Rates) -> SpeedLimit:
+def _from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: MemberRates) -> SpeedLimit:
     steps, links = trajectory.rates.shape[0], trajectory.positions.shape[0] - 1
     eta = trajectory.rates.reshape(links, -1)
     clock = learning_clock(trajectory)
@@ -256,7 +259,8 @@ def _safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def _stack(trajectories: Sequence[Trajectory]) -> Trajectory:
+def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
+    """Several runs as one trajectory with a leading axis."""
     if not isinstance(trajectories, Sequence):
         raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a {type(trajectories).__name__}")
     if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
@@ -267,7 +271,8 @@ def _stack(trajectories: Sequence[Trajectory]) -> Trajectory:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
 
 
-def _check(trajectory: Trajectory, jackknife: int) -> None:
+def check_runs(trajectory: Trajectory, jackknife: int) -> None:
+    """Refuse what is no run, or several, of at least two snapshots of at least two members that stayed finite."""
     shape = trajectory.positions.shape
     if len(shape) not in (3, 4):
         raise refuse("trajectory", "hold positions (J+1, n, d), or (runs, J+1, n, d)", f"has positions of shape {shape}")

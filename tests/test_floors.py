@@ -24,7 +24,7 @@ FLOORS = (
     ("dynamics", "adjoint", "transport", "velocity", "entropy"),
     ("simulation",),
     ("speed_limit",),
-    ("optimization",),
+    ("free_energy", "optimization"),
     ("comparison", "storage", "configuration"),
     ("plotting", "references"),
     ("cli",),
