@@ -6,13 +6,13 @@ r"""The free-energy monitor: F = E Φ - T H of an ensemble over training time, a
 The left side is measured from velocities (or a chain of transport distances), the right side from energies and entropies. With a fixed
 potential and temperature the whole drop of F is dissipated; ΔE and Δ(TH) are then book-keeping, and no part of the drop is reversible.
 
-Work is summed over the links between snapshots as the mean, over the members of both ends, of the change of the potential,
+Work is summed over the links between snapshots, as the change of the potential averaged over the members of both ends,
 
     work_j = ½ (E_{q_j} + E_{q_{j+1}}) [Φ_{j+1} - Φ_j],
 
 which is the trapezoidal rule for ∫ E[∂_s Φ] ds (error ∝ 1/J²) where the drive is smooth, needs no derivative where it is not, and keeps
-the first law exact on samples: ΔE = work + heat with heat_j the change of ½ (Φ_j + Φ_{j+1}) along the members' paths (Sekimoto, Prog. Theor.
-Phys. Suppl. 130, 17 (1998)). The jumps of a `Driven` potential at its ends add E_{q_0}[Φ_0 - Φ_before] and E_{q_J}[Φ_after - Φ_J] exactly.
+the first law exact on samples: ΔE = work + heat with heat_j the change of ½ (Φ_j + Φ_{j+1}) along the members' paths (Sekimoto, Prog.
+Theor. Phys. Suppl. 130, 17 (1998)). The jumps of a `Driven` potential at its ends add E_{q_0}[Φ_0 - Φ_before] and E_{q_J}[Φ_after - Φ_J] exactly.
 
 Every number is a mean over members of a sum over time, so its standard error counts the correlations along a path. Source: Okanohara, arXiv
 2601.17607.
@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import known, refuse
-from esljax._types import Array, Float, Scalar
+from esljax._types import Array, Float
 from esljax.entropy import AbstractEntropy
-from esljax.potentials import AbstractPotential, Driven, potential_at
+from esljax.potentials import AbstractPotential, Driven
 from esljax.simulation import Trajectory
 from esljax.speed_limit import check_runs, learning_clock, member_rates, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
@@ -39,8 +39,8 @@ from esljax.velocity import AbstractVelocity
 class TransportedEntropy(eqx.Module):
     """H(s) = H(0) + ∫ E[∇·v] ds, the entropy of the start, carried along by the velocity that `free_energy` is given.
 
-    What the estimator gets wrong about the start is then wrong by the same amount at all times. The velocity must know its divergence, and is
-    fitted anew without each group of the jackknife, as an error of the field is an error of H.
+    What the estimator gets wrong about the start is then wrong by the same amount at all times. The velocity must know its divergence, and
+    is fitted anew without each group of the jackknife, as an error of the field is an error of H.
 
     **Args:** `start`: the estimator of H(0).
     """
@@ -252,15 +252,15 @@ def free_energy(
     - `potential`: the potential of the run; energies are over all its data, whatever batches the run saw.
     - `entropy`: what estimates H at every snapshot, or `TransportedEntropy(start)`, which follows it along `velocity`.
     - `velocity`: what estimates D at every snapshot, on the clock of learning time, as in `speed_limit`.
-    - `transport`: instead of `velocity`, D from the chain Σ_j dist²/U_j, a lower bound but for sampling noise. Without either, D is known by
-      balance alone.
-    - `jackknife`: with a `transport` or a `TransportedEntropy`, the most groups of members left out in turn for the standard errors, each of
-      which repeats that estimate; 0 for no errors. Without them errors are taken over members and cost nothing.
+    - `transport`: instead of `velocity`, D from the chain Σ_j dist²/U_j, a lower bound but for sampling noise. Without either, D is known
+      by balance alone.
+    - `jackknife`: with a `transport` or a `TransportedEntropy`, the most groups of members left out in turn for the standard errors, each
+      of which repeats that estimate; 0 for no errors. Without them errors are taken over members and cost nothing.
 
     **Returns:** `FreeEnergy`; `print` shows it with a verdict. Of several runs, the mean of each number, with errors from their spread.
     **Raises:** `InputError` for observed runs (whose positions are gone), members that are not finite, and estimators that do not fit.
-    **Differentiation:** in the trajectory, and so in whatever made it, and in the potential: forward and reverse where the entropy, velocity
-    and transport are. Put the call inside the function that is differentiated, with `simulate` before it.
+    **Differentiation:** in the trajectory, and so in whatever made it, and in the potential: forward and reverse where the entropy, the
+    velocity and the transport are. Put the call inside the function that is differentiated, with `simulate` before it.
 
     **Example:**
 
@@ -357,7 +357,7 @@ def _of_all_members(trajectory: Trajectory, potential: Any, entropy: Any, veloci
 
 
 def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
-    """Φ of every member at every snapshot (J+1, n), before the first and after the last jump, and the work on it along every link (J, n)."""
+    """Φ of every member at every snapshot (J+1, n), outside the jumps at the ends, and the work on it along every link (J, n)."""
     positions, times = trajectory.positions, trajectory.times
     if not isinstance(potential, Driven):
         energy = jax.lax.map(jax.vmap(potential.energy), positions)
@@ -398,9 +398,8 @@ def _mean(reports: FreeEnergy) -> FreeEnergy:
 def _with_errors(report: FreeEnergy, replicates: FreeEnergy, words: str) -> FreeEnergy:
     """Standard errors of a mean over the leading axis of `replicates`."""
     error = lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(x.shape[0])  # noqa: E731
-    values = {name: getattr(replicates, name) for name in Balance.__dataclass_fields__}
-    errors = Balance(**{name: None if value is None else error(value) for name, value in values.items()})
-    return _replaced(report, standard_error=errors, errors=words)
+    errors: dict[str, Any] = {name: jax.tree.map(error, getattr(replicates, name)) for name in Balance.__dataclass_fields__}
+    return _replaced(report, standard_error=Balance(**errors), errors=words)
 
 
 def _replaced(report: FreeEnergy, **values: Any) -> FreeEnergy:

@@ -178,9 +178,9 @@ class Driven(eqx.Module):
     """A potential that an outside hand moves: Φ(θ; λ(s)) = `family(λ(s))(θ)`.
 
     **Args:** `family`: a function from the drive λ, shape (), to a potential, such as `lambda center: Quadratic(1.0, center)`; a callable
-    pytree keeps its own arrays differentiable (a closure does not). `drive`: λ(s), a schedule or a number. `before`, `after`: where the drive
-    rests before s = 0 and after s = 1, if it jumps there. The members do not move in a jump, so `simulate` never sees these two; the
-    work of the jumps is counted by `free_energy`, and its ends are the ends of the whole process.
+    pytree keeps its own arrays differentiable (a closure does not). `drive`: λ(s), a schedule or a number. `before`, `after`: where the
+    drive rests before s = 0 and after s = 1, if it jumps there. The members do not move in a jump, so `simulate` never sees these two;
+    the work of the jumps is counted by `free_energy`, and its ends are the ends of the whole process.
     **Differentiation:** in the drive, through `simulate` and all that follows from it.
     **Reference:** Schmiedl and Seifert, PRL 98, 108301 (2007): drives of least work jump at both ends.
 
