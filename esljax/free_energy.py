@@ -12,7 +12,8 @@ Work is summed over the links between snapshots, as the change of the potential 
 
 which is the trapezoidal rule for ∫ E[∂_s Φ] ds (error ∝ 1/J²) where the drive is smooth, needs no derivative where it is not, and keeps
 the first law exact on samples: ΔE = work + heat with heat_j the change of ½ (Φ_j + Φ_{j+1}) along the members' paths (Sekimoto, Prog.
-Theor. Phys. Suppl. 130, 17 (1998)). The jumps of a `Driven` potential at its ends add E_{q_0}[Φ_0 - Φ_before] and E_{q_J}[Φ_after - Φ_J] exactly.
+Theor. Phys. Suppl. 130, 17 (1998)). The jumps of a `Driven` potential at its ends add E_{q_0}[Φ_0 - Φ_before] and
+E_{q_J}[Φ_after - Φ_J] exactly.
 
 Every number is a mean over members of a sum over time, so its standard error counts the correlations along a path. Source: Okanohara, arXiv
 2601.17607.

@@ -200,7 +200,7 @@ def ornstein_uhlenbeck_moments(k, temperature, width, shift, d, clock):
 # O6, moving trap Φ = (θ - λ)²/2 at T = 1, λ from 0 to 5 in unit time: {drive: (work, Σ, W2²)}; the best one jumps by 5/3 at both ends.
 O6 = {"linear": (9.1969860, 4.2022810, 3.3833821), "best": (25 / 3, 25 / 9, 25 / 9)}
 
-# O7, stiffening trap Φ = λθ²/2 at T = 1, λ from 1 to 2 in unit time, the best drive: final standard deviation, work, λ just inside the ends.
+# O7, stiffening trap Φ = λθ²/2 at T = 1, λ from 1 to 2 in unit time, the best drive: final width, work, λ just inside the ends.
 O7 = (0.80901699, 0.40291836, 1.1909830, 1.7639320)
 
 
