@@ -8,8 +8,24 @@ sides, and optimizes schedules toward the limit by gradient.
 from esljax import datasets, gaussian, models
 from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
+from esljax.density import (
+    AbstractDensity,
+    AbstractLogDensity,
+    FlowDensity,
+    GaussianDensity,
+    HistogramDensity,
+    KernelDensity,
+)
 from esljax.dynamics import AbstractRule, Controls, Langevin
-from esljax.entropy import AbstractEntropy, Entropy, GaussianEntropy
+from esljax.entropy import (
+    AbstractEntropy,
+    Entropy,
+    FlowEntropy,
+    GaussianEntropy,
+    HistogramEntropy,
+    KDEEntropy,
+    NearestNeighborEntropy,
+)
 from esljax.free_energy import FreeEnergy, TransportedEntropy, free_energy
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
@@ -24,6 +40,7 @@ from esljax.schedules import (
     Linear,
     WarmupStableDecay,
 )
+from esljax.scores import FlowVelocity, HistogramVelocity, KDEVelocity
 from esljax.simulation import Trajectory, simulate
 from esljax.speed_limit import speed_limit
 from esljax.transport import (
@@ -39,8 +56,10 @@ from esljax.transport import (
 from esljax.velocity import AbstractVelocity, AffineVelocity, PathVelocity, TransportVelocity, Velocity
 
 __all__ = [
+    "AbstractDensity",
     "AbstractEntropy",
     "AbstractGradient",
+    "AbstractLogDensity",
     "AbstractPotential",
     "AbstractRule",
     "AbstractSchedule",
@@ -58,21 +77,32 @@ __all__ = [
     "ExactTransport",
     "Exponential",
     "FlaxLoss",
+    "FlowDensity",
+    "FlowEntropy",
+    "FlowVelocity",
     "ForwardMode",
     "FreeEnergy",
     "FromFunction",
     "FromOptax",
+    "GaussianDensity",
     "GaussianEntropy",
     "GaussianTransport",
     "HessianAdjoint",
+    "HistogramDensity",
+    "HistogramEntropy",
+    "HistogramVelocity",
     "History",
     "InputError",
     "Iteration",
+    "KDEEntropy",
+    "KDEVelocity",
+    "KernelDensity",
     "Knots",
     "Langevin",
     "Linear",
     "Mapped",
     "Mixture",
+    "NearestNeighborEntropy",
     "Optimum",
     "PathVelocity",
     "Projected",

@@ -431,7 +431,7 @@ def _check(trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, 
     if transport is not None and velocity is not None:
         raise refuse("transport", "stand alone, as D comes from it or from a velocity", f"is given beside {type(velocity).__name__}")
     if transport is not None and (not isinstance(transport, AbstractTransport) or isinstance(transport, Mapped | Projected)):
-        raise refuse("transport", "be a transport between whole members, such as GaussianTransport()", f"is {transport!r}")
+        raise refuse("transport", "be a transport between whole members, such as GaussianTransport()", f"is a {type(transport).__name__}")
     estimator = entropy.start if isinstance(entropy, TransportedEntropy) else entropy
     ensembles = trajectory.positions.reshape(-1, *trajectory.positions.shape[-2:])
     if ensembles.shape[1] < 4:
