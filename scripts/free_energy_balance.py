@@ -4,8 +4,8 @@
 
 First table: every entropy estimator on the Ornstein-Uhlenbeck relaxation from N(2 e₁, I) at T = .1 in one and two dimensions, with D from
 the affine velocity, which is exact there: D by balance, D measured, and the residual in standard errors. Second table: the work of moving
-and stiffening a trap at T = 1 in unit time, by straight drives and by those of least work (Schmiedl and Seifert, PRL 98, 108301 (2007)),
-beside the references.
+and stiffening a trap at T = 1 in unit time, by drives of least work and, for the first, a straight one, beside the references (Schmiedl and
+Seifert, PRL 98, 108301 (2007)).
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,6 @@ def drives() -> dict[str, tuple[esl.Driven, float]]:
     return {
         "moving trap, straight": (esl.Driven(moving, esl.Linear(0.0, 5.0)), 9.1969860),
         "moving trap, least": (esl.Driven(moving, esl.Linear(5 / 3, 10 / 3), before=0.0, after=5.0), 25 / 3),
-        "stiffening trap, straight": (esl.Driven(esl.Quadratic, esl.Linear(1.0, 2.0)), float("nan")),
         "stiffening trap, least": (
             esl.Driven(esl.Quadratic, esl.Knots((1 - width * speed) / width**2, "linear"), before=1.0, after=2.0),
             0.40291836,
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     members, steps, links = (64, 20, 4) if smoke else (4000, 400, 20)
     balance: dict[str, Any] = {}
     print(f"{'entropy':<20}{'d':>3}{'D (exact)':>12}{'D by balance':>22}{'D measured':>22}{'residual':>20}")
-    for d, exact in DISSIPATION.items():
+    for d, exact in list(DISSIPATION.items())[: 1 if smoke else 2]:
         potential, rule = esl.Quadratic(1.0), esl.Langevin(1 / steps, 0.1)
         start = 2 * jnp.eye(d)[0] + jax.random.normal(jax.random.key(1), (members, d))
         path = esl.simulate(potential, rule, start, steps=steps, snapshots=links, key=jax.random.key(2))
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "w2_squared": [float(limit.w2_squared), float(limit.standard_error.w2_squared)],
         }
         width = float(jnp.std(path.final))
-        works[name] = {"reference": None if np.isnan(reference) else reference, **row, "final_width": width}
+        works[name] = {"reference": reference, **row, "final_width": width}
         cells = "".join(f"{value:>11.4f} ± {error:.4f}" for value, error in row.values())
         print(f"{name:<28}{reference:>18.4f}  {cells}{width:>13.4f}")
     timing.write(arguments.out, {"balance": balance, "work": works})
