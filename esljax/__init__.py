@@ -8,8 +8,26 @@ sides, and optimizes schedules toward the limit by gradient.
 from esljax import datasets, gaussian, models, recordings
 from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
+from esljax.density import (
+    AbstractDensity,
+    AbstractLogDensity,
+    FlowDensity,
+    GaussianDensity,
+    HistogramDensity,
+    KernelDensity,
+)
 from esljax.diagnosis import Evidence, Finding
 from esljax.dynamics import AbstractRule, Controls, Langevin, ProbabilityFlow
+from esljax.entropy import (
+    AbstractEntropy,
+    Entropy,
+    FlowEntropy,
+    GaussianEntropy,
+    HistogramEntropy,
+    KDEEntropy,
+    NearestNeighborEntropy,
+)
+from esljax.free_energy import FreeEnergy, TransportedEntropy, free_energy
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
 from esljax.report import Interval, SpeedLimit, Split
@@ -23,6 +41,7 @@ from esljax.schedules import (
     Linear,
     WarmupStableDecay,
 )
+from esljax.scores import FlowVelocity, HistogramVelocity, KDEVelocity
 from esljax.simulation import Trajectory, recorded, simulate
 from esljax.speed_limit import speed_limit
 from esljax.transport import (
@@ -40,7 +59,10 @@ from esljax.transport import (
 from esljax.velocity import AbstractVelocity, AffineVelocity, PathVelocity, TransportVelocity, Velocity
 
 __all__ = [
+    "AbstractDensity",
+    "AbstractEntropy",
     "AbstractGradient",
+    "AbstractLogDensity",
     "AbstractPotential",
     "AbstractRule",
     "AbstractSchedule",
@@ -53,26 +75,40 @@ __all__ = [
     "Cosine",
     "DoubleWell",
     "Driven",
+    "Entropy",
     "Equality",
     "Evidence",
     "ExactTransport",
     "Exponential",
     "Finding",
     "FlaxLoss",
+    "FlowDensity",
+    "FlowEntropy",
+    "FlowVelocity",
     "ForwardMode",
+    "FreeEnergy",
     "FromFunction",
     "FromOptax",
+    "GaussianDensity",
+    "GaussianEntropy",
     "GaussianTransport",
     "HessianAdjoint",
+    "HistogramDensity",
+    "HistogramEntropy",
+    "HistogramVelocity",
     "History",
     "InputError",
     "Interval",
     "Iteration",
+    "KDEEntropy",
+    "KDEVelocity",
+    "KernelDensity",
     "Knots",
     "Langevin",
     "Linear",
     "Mapped",
     "Mixture",
+    "NearestNeighborEntropy",
     "Optimum",
     "PathVelocity",
     "ProbabilityFlow",
@@ -85,9 +121,11 @@ __all__ = [
     "Split",
     "Trajectory",
     "TransportVelocity",
+    "TransportedEntropy",
     "Velocity",
     "WarmupStableDecay",
     "datasets",
+    "free_energy",
     "gaussian",
     "models",
     "optimize",

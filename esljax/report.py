@@ -9,8 +9,8 @@ Both the exact theory (`gaussian`) and the particle estimate (`speed_limit`) ans
 oracle are compared field by field. Source: Okanohara, arXiv 2601.17607; the split as in Ikeda et al., PRX 15, 031031 (2025), Eq. 68.
 """
 
+import dataclasses
 import statistics
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -235,14 +235,9 @@ def split(report: SpeedLimit) -> Split:
     return Split(**{name: getattr(report, name) for name in Split.__dataclass_fields__})
 
 
-def replace(report: SpeedLimit, **changed: Any) -> SpeedLimit:
-    """The same report with some fields changed."""
-    return SpeedLimit(**{**{name: getattr(report, name) for name in SpeedLimit.__dataclass_fields__}, **changed})
-
-
 def with_errors(report: SpeedLimit, errors: Split, words: str, freedom: int) -> SpeedLimit:
     """The same report with standard errors, what they were taken over in words, and their degrees of freedom."""
-    return replace(report, standard_error=errors, errors=words, freedom=freedom)
+    return dataclasses.replace(report, standard_error=errors, errors=words, freedom=freedom)
 
 
 def average(reports: SpeedLimit) -> SpeedLimit:

@@ -1,19 +1,9 @@
-r"""The particle estimate of the epistemic speed limit: a chain of transport distances between snapshots.
+r"""The particle estimate of the epistemic speed limit Σ ≥ L² ≥ W2²: by the chain of snapshots, or with Σ from velocities, and its errors.
 
-    dist_j = dist(q_j, q_{j+1}),   j = 0, ..., J-1
-    Σ  = Σ_j dist_j²/Δs_j  ≥  L² = (Σ_j dist_j)²  ≥  W2² = dist²(q_0, q_J)
-
-For any true metric on laws both inequalities hold exactly on samples, for every number of members and dimensions: the first is
-Cauchy-Schwarz, the second the triangle inequality. Where a velocity estimator is given, Σ comes from velocities instead, on the clock of
-learning time u = ∫η ds, on which v = η g and the rate g² = E‖g‖² changes as smoothly as the law does whatever the schedule:
-
-    Σ = K Σ_k η_k² g²(u_k + η_k/2),     D = ∫ g² du,     L = ∫ g du,
-
-with g² interpolated linearly between snapshots. A recorded run has no learning rates: its clock is training time and η = 1, so that Σ is
-the trapezoidal sum over its snapshots, and neither D nor U is known. Source: Okanohara, arXiv 2601.17607.
+Source: Okanohara, arXiv 2601.17607.
 """
 
-import functools
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,24 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import InputError, known, refuse
-from esljax._types import Array, Float
-from esljax.diagnosis import Evidence
-from esljax.potentials import AbstractPotential, Driven, potential_at
-from esljax.report import SpeedLimit, average, replace, split, with_errors
+from esljax._types import Array
+from esljax.chain import chain, debiased
+from esljax.entropy_production import MemberRates, from_velocities, member_rates
+from esljax.potentials import AbstractPotential, Driven
+from esljax.report import SpeedLimit, average, split, with_errors
 from esljax.simulation import Trajectory
-from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Mapped, Projected, SinkhornTransport
-from esljax.velocity import AbstractVelocity, Snapshot
-
-_CHAIN = (
-    "A chain bounds the entropy production of its laws from below (coarse snapshots and housekeeping are invisible); "
-    "sampling noise pushes it up."
-)
-_RECORDED = "So does any noise of the steps, which was not recorded."
-_VELOCITY = {
-    "lower": "Σ is a lower bound in expectation: what its class of fields cannot follow is missing.",
-    "upper": "Σ is the action of the members' own paths, never below W2² of the same members; noise in the steps would swamp it.",
-    "none": "Σ is an approximation that may lie on either side.",
-}
+from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
+from esljax.velocity import AbstractVelocity
 
 
 def speed_limit(
@@ -78,17 +58,16 @@ def speed_limit(
     if not isinstance(transport, AbstractTransport):
         raise refuse("transport", "be a transport such as ExactTransport()", f"is {transport!r}")
     if not isinstance(trajectory, Trajectory):
-        trajectory = _stack(trajectory)
-    _check(trajectory, jackknife)
+        trajectory = stack(trajectory)
+    check_runs(trajectory, jackknife)
     _check_pair(trajectory, transport, velocity, potential)
     if trajectory.positions.ndim == 3:
         return _of_one(trajectory, transport, velocity, potential, jackknife, debias)
     return _of_several(trajectory, transport, velocity, potential, debias)
 
 
-@eqx.filter_jit
 def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: bool) -> SpeedLimit:
-    rates = None if velocity is None else _rates(trajectory, transport, velocity, potential)
+    rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
     report = _report(trajectory, transport, rates, debias)
     members = trajectory.positions.shape[1]
     # A group must take as many members from the one half as from the other.
@@ -111,235 +90,29 @@ def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: 
     return with_errors(report, errors, f"jackknife over {groups} groups of {size} of {members} members", groups - 1)
 
 
-@eqx.filter_jit
 def _of_several(trajectory, transport, velocity, potential, debias: bool) -> SpeedLimit:
     def one(trajectory):
-        rates = None if velocity is None else _rates(trajectory, transport, velocity, potential)
+        rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
         return _report(trajectory, transport, rates, debias)
 
     return average(jax.lax.map(one, trajectory))
 
 
-def _report(trajectory: Trajectory, transport: AbstractTransport, rates: "_Rates | None", debias: bool) -> SpeedLimit:
-    report = _chain(trajectory, transport)
+def _report(trajectory: Trajectory, transport: AbstractTransport, rates: MemberRates | None, debias: bool) -> SpeedLimit:
+    report = chain(trajectory, transport)
     if debias:
-        sigma, whole = _debiased(trajectory, transport)
-        report = replace(report, debiased_entropy_production=sigma, debiased_w2_squared=whole)
-    return report if rates is None else _from_velocities(trajectory, report, rates)
-
-
-def _debiased(trajectory: Trajectory, transport: AbstractTransport) -> tuple[Array, Array]:
-    """Σ of the chain and W2² from W(x, y') - ½ W(x, x') - ½ W(y, y'), where x, y are one half of the members and x', y' the other: both
-    distances and their bias are then those of independent samples of one size, and the bias cancels to leading order."""
-    links = trajectory.positions.shape[0] - 1
-    members = trajectory.positions.shape[1] // 2 * 2
-    half, other = trajectory.positions[:, 0:members:2], trajectory.positions[:, 1:members:2]
-    first, second = np.array([(j, j + 1) for j in range(links)] + [(0, links)]).T
-    solve = jax.vmap(lambda x, y: transport.solve(x, y).squared)
-    across = (solve(half[first], other[second]) + solve(other[first], half[second])) / 2
-    within = solve(half, other)
-    squares = across - within[first] / 2 - within[second] / 2
-    return jnp.sum(squares[:-1] / jnp.diff(trajectory.times)), squares[-1]
-
-
-class _Rates(eqx.Module):
-    """What each member contributes to g² = E‖g‖² at each snapshot, per squared unit of learning time."""
-
-    whole: Float[Array, "snapshots n"]
-    gradient: Float[Array, "snapshots n"] | None
-    between: bool = eqx.field(static=True)
-    """Whether there is one row for each link instead of each snapshot."""
-    bound: str = eqx.field(static=True)
-    name: str = eqx.field(static=True)
-
-    def members(self, kept: Array) -> "_Rates":
-        return jax.tree.map(lambda x: x[:, kept], self)
-
-
-def _rates(trajectory: Trajectory, transport: AbstractTransport, velocity: AbstractVelocity, potential: Any) -> _Rates:
-    positions, matrix = _coordinates(transport, trajectory.positions)
-    links = positions.shape[0] - 1
-    clock = learning_clock(trajectory)
-    per_link = (clock.shape[0] - 1) // links
-    clock = clock[::per_link]
-    times = np.arange(links + (not velocity.between))
-    earlier, later = times if velocity.between else np.maximum(times - 1, 0), np.minimum(times + 1, links)
-    starting = np.minimum(times * per_link, links * per_link - 1)
-
-    def at_snapshot(state, xs):
-        members, s, temperature, positions, before, after, elapsed = xs
-        drift = diffusion = None
-        if velocity.needs_drift:
-            acting = potential_at(potential, s)
-            drift = -jax.vmap(lambda member: acting.energy_and_gradient(member)[1])(members)
-            diffusion = temperature
-            if matrix is not None:
-                drift, diffusion = _matmul(drift, matrix), temperature * _matmul(matrix.T, matrix)
-        found, state = velocity.estimate(Snapshot(positions, drift, diffusion, before, after, elapsed), state)
-        return state, found
-
-    _, found = jax.lax.scan(
-        at_snapshot,
-        velocity.init(positions[0]),
-        (
-            trajectory.positions[times],
-            trajectory.times[times],
-            None if trajectory.temperatures is None else trajectory.temperatures[starting],
-            positions[times],
-            positions[earlier],
-            positions[later],
-            clock[later] - clock[earlier],
-        ),
-    )
-    return _Rates(found.contributions, found.gradient_contributions, velocity.between, found.bound, type(velocity).__name__)
-
-
-def learning_clock(trajectory: Trajectory) -> Float[Array, " K+1"]:
-    """The learning time u_k = Σ_{i<k} η_i of every step of one run; of a recorded run the training times of its snapshots."""
-    if trajectory.rates is None:
-        return trajectory.times
-    return jnp.concatenate([jnp.zeros_like(trajectory.rates[:1]), jnp.cumsum(trajectory.rates)])
-
-
-def _from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: _Rates) -> SpeedLimit:
-    links = trajectory.positions.shape[0] - 1
-    action, time = _weights(trajectory, rates.between)
-    whole = jnp.mean(rates.whole, axis=1)
-    moving = whole if rates.gradient is None else jnp.mean(rates.gradient, axis=1)
-    speed = _safe_sqrt(moving)
-    clock = learning_clock(trajectory)
-    spans = jnp.diff(clock[:: (clock.shape[0] - 1) // links])
-    along = spans * (speed if rates.between else (speed[1:] + speed[:-1]) / 2)
-    return replace(
-        chain,
-        entropy_production=jnp.dot(action, whole),
-        entropy_production_chain=chain.entropy_production,
-        housekeeping=jnp.dot(action, whole - moving),
-        length_squared=jnp.sum(along) ** 2,
-        dissipation=None if trajectory.rates is None else jnp.dot(time, whole),
-        speed=along / jnp.diff(trajectory.times),
-        source=f"{rates.name} at {links + 1} snapshots; W2² and {chain.source} in the same coordinates",
-        bound=rates.bound,
-        worth=_VELOCITY[rates.bound],
-    )
-
-
-def _weights(trajectory: Trajectory, between: bool) -> tuple[Array, Array]:
-    """What g² at each snapshot (or on each link) weighs in Σ and in D."""
-    clock = learning_clock(trajectory)
-    steps, links = clock.shape[0] - 1, trajectory.positions.shape[0] - 1
-    eta = (jnp.diff(clock) if trajectory.rates is None else trajectory.rates).reshape(links, -1)
-    # Steps per unit of training time; in a recorded run each link is one step, of any length.
-    pace = steps if trajectory.rates is not None else 1 / jnp.diff(trajectory.times)
-    spans = jnp.diff(clock[:: steps // links])
-    if between:
-        return spans**2 / jnp.diff(trajectory.times), spans
-    # Where in learning time the middle of each step lies between its two snapshots.
-    middle = clock[:-1].reshape(links, -1) + eta / 2 - clock[: -1 : steps // links, None]
-    where = middle * jnp.where(spans > 0, 1 / jnp.where(spans > 0, spans, 1), 0)[:, None]
-    zero = jnp.zeros(1, eta.dtype)
-    spread = lambda left, right: jnp.concatenate([left, zero]) + jnp.concatenate([zero, right])  # noqa: E731
-    action = spread(pace * jnp.sum(eta**2 * (1 - where), axis=1), pace * jnp.sum(eta**2 * where, axis=1))
-    return action, spread(spans / 2, spans / 2)
-
-
-def _chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
-    positions, times = trajectory.positions, trajectory.times
-    links = positions.shape[0] - 1
-    pairs = [(j, j + 1) for j in range(links)] + [(0, links)]
-    coarse = [(j, j + 2) for j in range(0, links, 2)] if links % 2 == 0 else []
-    first, second = np.array(pairs + coarse).T
-    solved = jax.vmap(transport.solve)(positions[first], positions[second])
-    squares, whole, coarse_squares = solved.squared[:links], solved.squared[links], solved.squared[links + 1 :]
-
-    elapsed = jnp.diff(times)
-    lengths = _safe_sqrt(squares)
-    dissipation = learning_time = noise_floor = None
-    if trajectory.rates is not None and trajectory.temperatures is not None:
-        learning_times = jnp.sum(trajectory.rates.reshape(links, -1), axis=1)
-        moved = learning_times > 0
-        dissipation = jnp.sum(jnp.where(moved, squares / jnp.where(moved, learning_times, 1), 0))
-        learning_time = jnp.sum(learning_times)
-        if isinstance(transport, ExactTransport) and not trajectory.observed:
-            heat = jnp.sum((trajectory.temperatures * trajectory.rates).reshape(links, -1), axis=1)
-            noise_floor = jnp.sum(2 * positions.shape[2] * heat / elapsed)
-    paired = jnp.mean(jnp.sum((positions[1:] - positions[:-1]) ** 2, axis=2), axis=1)
-    return SpeedLimit(
-        entropy_production=jnp.sum(squares / elapsed),
-        length_squared=jnp.sum(lengths) ** 2,
-        w2_squared=whole,
-        housekeeping=jnp.zeros_like(whole),
-        dissipation=dissipation,
-        learning_time=learning_time,
-        times=(times[1:] + times[:-1]) / 2,
-        speed=lengths / elapsed,
-        converged=jnp.all(solved.converged),
-        entropy_production_coarse=jnp.sum(coarse_squares / (elapsed[::2] + elapsed[1::2])) if coarse else None,
-        noise_floor=noise_floor,
-        # The identity is the best assignment if no other is cheaper than rounding allows.
-        identity_fraction=jnp.mean(squares >= paired * (1 - 1e-5), dtype=paired.dtype) if isinstance(transport, ExactTransport) else None,
-        evidence=_evidence(trajectory, transport),
-        source=f"a chain of {links} links in {_named(transport)}",
-        worth=_CHAIN if trajectory.rates is not None else f"{_CHAIN} {_RECORDED}",
-        is_bound=transport.is_metric,
-    )
-
-
-def _evidence(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:
-    positions = jax.lax.stop_gradient(trajectory.positions)
-    doubled = _doubled_epsilon(transport)
-    compared = jax.eval_shape(lambda x: _coordinates(transport, x)[0], positions)
-    return Evidence(
-        distances=jnp.linalg.norm(positions - jnp.mean(positions[0], axis=0), axis=-1),
-        energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
-        temperature=None if trajectory.temperatures is None else jnp.max(trajectory.temperatures),
-        doubled_epsilon=None if doubled is None else doubled.solve(positions[0], positions[-1]).squared,
-        coordinates=compared.shape[-1],
-        steps=None if trajectory.rates is None else trajectory.rates.shape[0],
-    )
-
-
-def _doubled_epsilon(transport: AbstractTransport) -> AbstractTransport | None:
-    if isinstance(transport, SinkhornTransport):
-        return eqx.tree_at(lambda t: t.epsilon, transport, 2 * transport.epsilon)
-    if isinstance(transport, Mapped | Projected):
-        inner = _doubled_epsilon(transport.transport)
-        return None if inner is None else eqx.tree_at(lambda t: t.transport, transport, inner)
-    return None
-
-
-def _coordinates(transport: AbstractTransport, positions: Float[Array, "snapshots n d"]) -> tuple[Array, Array | None]:
-    """What the transport compares in the end, (J+1, n, p), and the matrix (d, p) that led there if it is a projection."""
-    matrix = None
-    while isinstance(transport, Mapped | Projected):
-        if isinstance(transport, Projected):
-            step = transport.matrix.astype(positions.dtype)
-            matrix = step if matrix is None else _matmul(matrix, step)
-            positions = _matmul(positions, step)
-        else:
-            positions = jax.vmap(jax.vmap(transport.map))(positions)
-        transport = transport.transport
-    return positions, matrix
-
-
-def _named(transport: AbstractTransport) -> str:
-    name = type(transport).__name__
-    return f"{name} {_named(transport.transport)}" if isinstance(transport, Mapped | Projected) else name
+        sigma, whole = debiased(trajectory, transport)
+        report = dataclasses.replace(report, debiased_entropy_production=sigma, debiased_w2_squared=whole)
+    return report if rates is None else from_velocities(trajectory, report, rates)
 
 
 def _members(trajectory: Trajectory, kept: Array) -> Trajectory:
     return eqx.tree_at(lambda t: t.positions, trajectory, trajectory.positions[:, kept])
 
 
-def _safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    # Rounding can bring a Sinkhorn divergence below 0; only the length takes that for 0, and NaN stays NaN.
-    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
-
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-
-def _stack(trajectories: Sequence[Trajectory]) -> Trajectory:
+def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
+    """Several runs of one shape in one `Trajectory`, on a leading axis."""
+    """Several runs as one trajectory with a leading axis."""
     if not isinstance(trajectories, Sequence):
         raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a {type(trajectories).__name__}")
     if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
@@ -354,7 +127,8 @@ def _kind(trajectory: Trajectory) -> tuple:
     return None if trajectory.rates is None else trajectory.rates.shape, trajectory.final.shape, trajectory.observed
 
 
-def _check(trajectory: Trajectory, jackknife: int) -> None:
+def check_runs(trajectory: Trajectory, jackknife: int) -> None:
+    """Refuse what is no run, or several, of at least two snapshots of at least two members that stayed finite."""
     shape = trajectory.positions.shape
     if len(shape) not in (3, 4):
         raise refuse("trajectory", "hold positions (J+1, n, d), or (runs, J+1, n, d)", f"has positions of shape {shape}")

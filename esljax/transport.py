@@ -368,6 +368,20 @@ class Projected(AbstractTransport):
         return self.transport.solve(_matmul(x, matrix), _matmul(y, matrix))
 
 
+def coordinates(transport: AbstractTransport, positions: Float[Array, "snapshots n d"]) -> tuple[Array, Array | None]:
+    """What the transport compares in the end, (J+1, n, p), and the matrix (d, p) that led there if it is a projection."""
+    matrix = None
+    while isinstance(transport, Mapped | Projected):
+        if isinstance(transport, Projected):
+            step = transport.matrix.astype(positions.dtype)
+            matrix = step if matrix is None else _matmul(matrix, step)
+            positions = _matmul(positions, step)
+        else:
+            positions = jax.vmap(jax.vmap(transport.map))(positions)
+        transport = transport.transport
+    return positions, matrix
+
+
 @eqx.filter_jit
 def _compiled_solve(transport: AbstractTransport, x: Any, y: Any) -> Solution:
     return transport.solve(jnp.asarray(x), jnp.asarray(y))

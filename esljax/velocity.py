@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import check_ensemble, known, refuse
-from esljax._matrix import lyapunov
+from esljax._matrix import lyapunov, shrunk_covariance
 from esljax._types import Array, ArrayLike, Float, Scalar, ScalarLike
 
 
@@ -307,21 +307,6 @@ class PathVelocity(AbstractVelocity):
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
         """Finite differences, as in `estimate`."""
         return self.estimate(snapshot, None)[0].values
-
-
-def shrunk_covariance(x: Float[Array, "n d"]) -> Float[Array, "d d"]:
-    """The sample covariance (1/n), shrunk towards a multiple of the identity by the oracle-approximating rule; positive definite unless
-    all members agree."""
-    n, d = x.shape
-    centred = x - jnp.mean(x, axis=0)
-    covariance = _matmul(centred.T, centred) / n
-    if d == 1:
-        return covariance
-    trace, square = jnp.trace(covariance), jnp.sum(covariance**2)
-    spread = square - trace**2 / d
-    excess = ((1 - 2 / d) * square + trace**2) / (n + 1 - 2 / d)
-    weight = jnp.where(excess < spread, excess / jnp.where(spread > 0, spread, 1), 1.0)
-    return (1 - weight) * covariance + weight * trace / d * jnp.eye(d, dtype=x.dtype)
 
 
 def _right_solve(b: Float[Array, "d d"], c: Float[Array, "d d"]) -> Float[Array, "d d"]:

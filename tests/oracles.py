@@ -193,3 +193,86 @@ def ornstein_uhlenbeck_moments(k, temperature, width, shift, d, clock):
     mean = shift * np.exp(-k * clock)[..., None] * np.eye(d)[0]
     variance = temperature / k + (width - temperature / k) * np.exp(-2 * k * clock)
     return mean, variance[..., None, None] * np.eye(d)
+
+
+# --- Free energies ------------------------------------------------------------------------------------------------------------------------
+
+# O6, moving trap Φ = (θ - λ)²/2 at T = 1, λ from 0 to 5 in unit time: {drive: (work, Σ, W2²)}; the best one jumps by 5/3 at both ends.
+O6 = {"linear": (9.1969860, 4.2022810, 3.3833821), "best": (25 / 3, 25 / 9, 25 / 9)}
+
+# O7, stiffening trap Φ = λθ²/2 at T = 1, λ from 1 to 2 in unit time, the best drive: final width, work, λ just inside the ends.
+O7 = (0.80901699, 0.40291836, 1.1909830, 1.7639320)
+
+
+def stiffening_drive(s):
+    """O7: the standard deviation σ moves at constant speed to the root of 4σ² - 2σ - 1, and λ = (1 - σ dσ/ds)/σ² makes it do so."""
+    speed = (1 + np.sqrt(5)) / 4 - 1
+    width = 1 + speed * np.asarray(s)
+    return (1 - width * speed) / width**2
+
+
+def driven_books(stiffness, center, jumps):
+    """Work, D = Σ, final mean and standard deviation of dθ = -λ (θ - c) ds + √2 dW from N(0, 1), for functions λ(s) and c(s) whose values
+    before and after, ((λ, c), (λ, c)), may differ from those at the ends. The derivative of the potential is taken by differences."""
+
+    def rate(s, y):
+        mean, variance = y[:2]
+        k, c = stiffness(s), center(s)
+        h = 1e-5
+        a, b = max(s - h, 0), min(s + h, 1)
+        change = (energy((stiffness(b), center(b)), mean, variance) - energy((stiffness(a), center(a)), mean, variance)) / (b - a)
+        moved = -k * (mean - c)
+        return [moved, 2 - 2 * k * variance, change, moved**2 + (1 - k * variance) ** 2 / variance]
+
+    def energy(trap, mean, variance):
+        return trap[0] * (variance + (mean - trap[1]) ** 2) / 2
+
+    mean, variance, work, dissipated = solve_ivp(rate, (0, 1), [0, 1, 0, 0], rtol=1e-10, atol=1e-12).y[:, -1]
+    first = energy((stiffness(0), center(0)), 0, 1) - energy(jumps[0], 0, 1)
+    last = energy(jumps[1], mean, variance) - energy((stiffness(1), center(1)), mean, variance)
+    return work + first + last, dissipated, mean, np.sqrt(variance)
+
+
+def driven_steps(stiffness, center, jumps):
+    """Work of the same in K steps of 1/K: exact moments of the Euler-Maruyama step and the trapezoidal work of every step. `stiffness` and
+    `center`: their values at 0, 1/K, ..., 1."""
+    steps = len(stiffness) - 1
+    mean, variance = 0.0, 1.0
+    energy = lambda k, c: k * (variance + (mean - c) ** 2) / 2  # noqa: E731
+    work = energy(stiffness[0], center[0]) - energy(*jumps[0])
+    for i in range(steps):
+        pair = (stiffness[i], center[i]), (stiffness[i + 1], center[i + 1])
+        work += (energy(*pair[1]) - energy(*pair[0])) / 2
+        mean += stiffness[i] / steps * (center[i] - mean)
+        variance = (1 - stiffness[i] / steps) ** 2 * variance + 2 / steps
+        work += (energy(*pair[1]) - energy(*pair[0])) / 2
+    return work + energy(*jumps[1]) - energy(stiffness[-1], center[-1])
+
+
+def relaxing_mixture(weights, means, variances, k, temperature, clock):
+    """Energy, entropy and free energy at both ends, and D, of dθ = -kθ du + sqrt(2T) dW from a mixture of Gaussians in one dimension: the
+    components relax each on its own, and the rest is quadrature."""
+    weights, means, variances = (np.asarray(x, float) for x in (weights, means, variances))
+    grid = np.linspace(-12, 12, 6001)
+
+    def law(u):
+        decay = np.exp(-k * u)
+        m, v = means * decay, temperature / k + (variances - temperature / k) * decay**2
+        parts = weights * np.exp(-((grid[:, None] - m) ** 2) / (2 * v)) / np.sqrt(2 * np.pi * v)
+        return parts.sum(axis=1), (parts * (m - grid[:, None]) / v).sum(axis=1)
+
+    def mean(values):
+        return np.trapezoid(values, grid)
+
+    def rate(u):
+        density, slope = law(u)
+        velocity = -k * grid - temperature * slope / np.maximum(density, 1e-300)
+        return mean(density * velocity**2)
+
+    ends = []
+    for u in (0, clock):
+        density, _ = law(u)
+        energy = mean(density * k * grid**2 / 2)
+        entropy = -mean(density * np.log(np.maximum(density, 1e-300)))
+        ends.append((energy, entropy, energy - temperature * entropy))
+    return ends, quad(rate, 0, clock, epsrel=1e-9)[0]

@@ -1,6 +1,7 @@
 """Each finding is seen with its fault planted, and none in a thousand healthy runs."""
 
 import collections
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -13,7 +14,6 @@ from esljax.datasets import two_moons
 from esljax.diagnosis import Finding
 from esljax.dynamics import Langevin
 from esljax.potentials import DoubleWell, FlaxLoss, Mixture, Quadratic
-from esljax.report import replace
 from esljax.schedules import Knots
 from esljax.simulation import Trajectory, simulate
 from esljax.speed_limit import speed_limit

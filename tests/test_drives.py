@@ -1,0 +1,191 @@
+"""Potentials that a drive moves: what `simulate` sees of them, gradients in every way, and the drives of least work."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+
+from esljax.adjoint import Autodiff, ForwardMode, HessianAdjoint
+from esljax.dynamics import Langevin
+from esljax.entropy import GaussianEntropy
+from esljax.free_energy import free_energy
+from esljax.optimization import optimize
+from esljax.potentials import DoubleWell, Driven, Quadratic
+from esljax.schedules import Knots, Linear
+from esljax.simulation import simulate
+from esljax.speed_limit import speed_limit
+from esljax.transport import GaussianTransport
+from esljax.velocity import AffineVelocity
+
+KEY = jax.random.key(7)
+MODES = [HessianAdjoint(), HessianAdjoint(checkpoint=True), Autodiff(), Autodiff(checkpoint=True), ForwardMode()]
+
+
+def trap(center):
+    return Quadratic(1.0, center)
+
+
+class Widening(eqx.Module):
+    """A double well whose width is driven, with a parameter of its own."""
+
+    barrier: Any
+
+    def __call__(self, width):
+        return DoubleWell(self.barrier, width, 1.2)
+
+
+# What a run sees
+
+
+@pytest.mark.usefixtures("x64")
+def test_every_step_reads_the_drive_at_its_own_time_and_never_outside_the_jumps():
+    start = np.random.default_rng(0).normal(size=(4, 2))
+    path = simulate(Driven(trap, Linear(1.0, 3.0), before=50.0, after=-50.0), Langevin(0.3), start, steps=6, snapshots=3, key=KEY)
+    truth = [start]
+    for k in range(6):
+        truth.append(truth[-1] - 0.3 * (truth[-1] - (1 + 2 * k / 6)))
+    np.testing.assert_allclose(path.positions, truth[::2], rtol=1e-12)
+    np.testing.assert_allclose(path.energies[-1], np.sum((truth[-1] - 3.0) ** 2, axis=1) / 2, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_work_of_jumps_alone_is_the_change_of_the_potential():
+    start = np.random.default_rng(1).normal(size=(50, 2)) + 0.3
+    driven = Driven(Widening(0.7), Knots([1.0, 2.0, 1.4]), before=0.8, after=1.9)
+    path = simulate(driven, Langevin(0.0), start, steps=4, snapshots=4, key=KEY)  # nothing moves
+    report = free_energy(path, driven, entropy=GaussianEntropy())
+    truth = [np.mean([oracles.double_well(x, 0.7, width, 1.2) for x in start]) for width in (0.8, 1.9)]
+    np.testing.assert_allclose(report.energy[jnp.array([0, -1])], truth, rtol=1e-12)
+    np.testing.assert_allclose(report.work, truth[1] - truth[0], rtol=1e-10)
+    np.testing.assert_allclose(report.heat, 0, atol=1e-12)
+
+
+# Gradients
+
+
+def arguments():
+    drive = Knots([1.1, 1.4, 0.9], "linear")
+    driven = Driven(Widening(jnp.asarray(0.7)), drive, before=1.0, after=1.3)
+    return driven, Langevin(Knots([0.05, 0.2, 0.1]), Linear(0.3, 0.1)), jnp.asarray(np.random.default_rng(2).normal(size=(6, 2)))
+
+
+@eqx.filter_jit
+def value_and_gradient(driven, rule, positions, mode):
+    def value(moving):
+        driven, rule = moving
+        path = simulate(driven, rule, positions, steps=12, snapshots=3, key=KEY, gradient=mode)
+        report = free_energy(path, driven, entropy=GaussianEntropy())
+        weigh = lambda x: jnp.sum(jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x)  # noqa: E731
+        return weigh(path.final**2) + weigh(path.energies) + report.work + 2 * report.tempering - 3 * report.dissipation_by_balance
+
+    return eqx.filter_value_and_grad(value)((driven, rule))
+
+
+@pytest.mark.usefixtures("x64", "quick_compilation")
+def test_all_ways_of_differentiating_agree_in_the_drive_and_with_central_differences():
+    driven, rule, positions = arguments()
+    value, truth = value_and_gradient(driven, rule, positions, MODES[0])
+    for mode in MODES[1:]:
+        other, gradient = value_and_gradient(driven, rule, positions, mode)
+        np.testing.assert_allclose(other, value, rtol=1e-12)
+        for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(truth), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-10)
+
+    leaves = [lambda d: d.drive.parameters, lambda d: d.before, lambda d: d.after, lambda d: d.family.barrier]
+    for leaf in leaves:
+        direction = np.cos(1.0 + np.arange(leaf(driven).size)).reshape(leaf(driven).shape)
+        moved = lambda x, leaf=leaf: value_and_gradient(eqx.tree_at(leaf, driven, x), rule, positions, MODES[0])[0]  # noqa: E731
+        slope = np.sum(leaf(truth[0]) * direction)
+        assert abs(slope) > 1e-4  # a leaf that nothing depends on would test nothing
+        np.testing.assert_allclose(slope, oracles.central_difference(moved, leaf(driven), direction, 3e-6), rtol=1e-6, atol=1e-9)
+
+
+# Drives of least work
+
+STEPS, SNAPSHOTS, MEMBERS = 400, 20, 20_000
+GRID = np.linspace(0, 1, STEPS + 1)
+# The potential; λ, c as functions of s; both before and after; the reference work, Σ, W2².
+DRIVES = {
+    "moving, linear": (
+        lambda: Driven(trap, Linear(0.0, 5.0)),
+        (np.ones_like, lambda s: 5 * np.asarray(s)),
+        ((1, 0), (1, 5)),
+        oracles.O6["linear"],
+    ),
+    "moving, best": (
+        lambda: Driven(trap, Linear(5 / 3, 10 / 3), before=0.0, after=5.0),
+        (np.ones_like, lambda s: 5 / 3 * (1 + np.asarray(s))),
+        ((1, 0), (1, 5)),
+        oracles.O6["best"],
+    ),
+    "stiffening, best": (
+        lambda: Driven(Quadratic, Knots(oracles.stiffening_drive(GRID), "linear"), before=1.0, after=2.0),
+        (oracles.stiffening_drive, lambda s: 0 * np.asarray(s)),
+        ((1, 0), (2, 0)),
+        (oracles.O7[1], (1 - oracles.O7[0]) ** 2, (1 - oracles.O7[0]) ** 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DRIVES)
+def test_the_references_are_what_the_equations_of_the_moments_say(name):
+    _, (stiffness, center), jumps, (work, sigma, distance) = DRIVES[name]
+    found = oracles.driven_books(stiffness, center, jumps)
+    np.testing.assert_allclose(found[:2], (work, sigma), rtol=1e-6)
+    np.testing.assert_allclose(found[2] ** 2 + (found[3] - 1) ** 2, distance, rtol=1e-6)
+    if name.startswith("stiffening"):
+        np.testing.assert_allclose(found[3], oracles.O7[0], rtol=1e-7)
+        np.testing.assert_allclose(stiffness(np.array([0, 1])), oracles.O7[2:], rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", DRIVES)
+def test_members_do_the_work_and_produce_the_entropy_of_the_references(name):
+    make, (stiffness, center), jumps, (work, sigma, distance) = DRIVES[name]
+    driven, start = make(), jax.random.normal(jax.random.key(3), (MEMBERS, 1))
+    path = simulate(driven, Langevin(1 / STEPS, 1.0), start, steps=STEPS, snapshots=SNAPSHOTS, key=KEY)
+    books = free_energy(path, driven, entropy=GaussianEntropy(), velocity=AffineVelocity())
+    limit = speed_limit(path, transport=GaussianTransport(), velocity=AffineVelocity(), potential=driven)
+    error = books.standard_error
+    # The finite step moves the work by less than its standard error, which is below a percent.
+    assert abs(oracles.driven_steps(stiffness(GRID), center(GRID), jumps) - work) < error.work < 0.01 * work
+    assert abs(books.work - work) < 5 * error.work
+    assert abs(books.residual) < 3 * error.residual
+    assert abs(books.entropy_production_by_balance - sigma) < 5 * error.entropy_production_by_balance
+    assert abs(limit.entropy_production - sigma) < 5 * limit.standard_error.entropy_production
+    assert abs(limit.w2_squared - distance) < 5 * limit.standard_error.w2_squared
+    assert abs(limit.gap - (sigma - distance)) < 5 * limit.standard_error.gap
+
+
+def test_the_search_over_a_drive_finds_the_jumps():
+    """Members in one point at T = 0: the work on the mean, whose least value and drive are those of O6."""
+    start, steps = np.zeros((4, 1), np.float32), 40
+
+    def work(drive, key):
+        driven = Driven(trap, drive, before=0.0, after=5.0)
+        path = simulate(driven, Langevin(1 / steps), start, steps=steps, snapshots=steps, key=key)
+        return free_energy(path, driven, entropy=GaussianEntropy()).work
+
+    ramp = Knots(np.linspace(0.0, 5.0, 5), "linear")
+    optimum = optimize(work, ramp, key=KEY, iterations=40, rounds=2, optimizer=optax.lbfgs())
+    assert work(ramp, KEY) > 9
+    np.testing.assert_allclose(optimum.value, oracles.O6["best"][0], rtol=5e-3)
+    np.testing.assert_allclose(optimum.controls.values, np.linspace(5 / 3, 10 / 3, 5), atol=0.15)
+
+
+# Bad input
+
+BAD = {
+    "`family` must be a function of the drive to a potential, but is 3": lambda: Driven(3, 1.0),
+    "`family` must return a potential such as Quadratic.*, but returns a ShapeDtypeStruct": lambda: Driven(lambda x: x**2, 1.0),
+    r"`after` must be one number, but has shape \(2,\)": lambda: Driven(trap, 1.0, after=np.ones(2)),
+}
+
+
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_input(sentence, refused):
+    refused(BAD[sentence], sentence)
