@@ -1,7 +1,7 @@
 r"""The density of the law that an ensemble samples: log q̂ and its score ∇log q̂, from the members.
 
-Gaussian, flow and kernel densities work in the frame y = L⁻¹(θ - θ̄) with L Lᵀ the (shrunk) covariance of the members, in which the cloud
-has unit width along every axis, so that their answers do not depend on the units of θ:
+Gaussian, flow and kernel densities work in the frame y = L⁻¹(θ - θ̄) with L Lᵀ the covariance of the members, its correlations shrunk, in
+which the cloud has unit width along every axis, so that their answers do not depend on the units of θ:
 
     log q̂(θ) = log p̂(y) - log|L|,    ∇log q̂(θ) = L⁻ᵀ ∇log p̂(y)
 
@@ -100,7 +100,9 @@ class Frame(eqx.Module):
     @classmethod
     def of(cls, positions: Float[Array, "n d"]) -> "Frame":
         """The frame of an ensemble."""
-        return cls(jnp.mean(positions, axis=0), jnp.linalg.cholesky(shrunk_covariance(positions)))
+        # Shrinkage is towards equal widths, so that every coordinate first gets its own unit.
+        scale = jnp.std(positions, axis=0)
+        return cls(jnp.mean(positions, axis=0), scale[:, None] * jnp.linalg.cholesky(shrunk_covariance(positions / scale)))
 
     @property
     def log_volume(self) -> Scalar:
@@ -117,13 +119,13 @@ class Frame(eqx.Module):
 
 
 class GaussianDensity(AbstractDensity):
-    """The Gaussian of the members' mean and covariance, shrunk by the oracle-approximating rule, so that n < d is possible.
+    """The Gaussian of the members' mean and covariance, its correlations shrunk by the oracle-approximating rule: n < d is possible.
 
     **Differentiation:** forward and reverse, of every order, in the members and in x.
     **Reference:** Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE TSP 58, 5016 (2010).
     """
 
-    note: ClassVar[str] = "Gaussian, covariance shrunk by the oracle-approximating rule"
+    note: ClassVar[str] = "Gaussian, correlations shrunk by the oracle-approximating rule"
 
     def init(self, positions: Float[Array, "n d"]) -> None:
         return None
@@ -151,7 +153,7 @@ class KernelDensity(AbstractDensity):
     q̂_{-i} being the same without member i. The rules of thumb (Silverman's) take the law for a Gaussian and smear a multimodal one.
 
     For its score pass `for_score=True`: a gradient amplifies noise and wants a wider kernel, h ∝ n^{-1/(d+6)} rather than n^{-1/(d+4)},
-    and h is widened by the ratio of the two rules for a Gaussian law, in which its own width cancels: 1.35 at n = 1000, d = 1.
+    and h is widened by the ratio of the two rules for a Gaussian law, in which its own width cancels: 1.36 at n = 1000, d = 1.
 
     **Differentiation:** forward and reverse, of every order, in x and the members, at the bandwidth found.
     **Reference:** Duin, "On the choice of smoothing parameters for Parzen estimators", IEEE Trans. Comput. C-25, 1175 (1976); Chacón, Duong
@@ -316,19 +318,18 @@ class FlowDensity(AbstractDensity):
     def note(self) -> str:
         return f"block neural autoregressive flow of {self.layers} layers, {self.steps} steps of Adam, stopped by every fifth member"
 
-    def init(self, positions: Float[Array, "n d"]) -> Any:
-        parameters = eqx.filter(self._flow(positions.shape[1]), eqx.is_inexact_array)
-        return jax.tree.map(lambda x: x.astype(positions.dtype), parameters)
+    def init(self, positions: Float[Array, "n d"]) -> list[Array]:
+        parameters = jax.tree.leaves(eqx.filter(self._flow(positions.shape[1]), eqx.is_inexact_array))
+        return [parameter.astype(positions.dtype) for parameter in parameters]
 
-    def estimate(self, positions: Float[Array, "n d"], state: Any) -> tuple[AbstractLogDensity, Any]:
-        rest = eqx.filter(self._flow(positions.shape[1]), eqx.is_inexact_array, inverse=True)
+    def estimate(self, positions: Float[Array, "n d"], state: list[Array]) -> tuple[AbstractLogDensity, list[Array]]:
         frame = Frame.of(positions)
         members = frame.into(positions)
         chosen = jnp.arange(len(members)) % 5 > 0
         optimizer = optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps))
 
         def losses(parameters):
-            logs = eqx.combine(parameters, rest).log_prob(members)
+            logs = self.flow(parameters, members.shape[1]).log_prob(members)
             judged = -jnp.sum(jnp.where(chosen, 0, logs)) / jnp.sum(~chosen)
             return -jnp.sum(jnp.where(chosen, logs, 0)) / jnp.sum(chosen), judged.astype(members.dtype)
 
@@ -341,15 +342,23 @@ class FlowDensity(AbstractDensity):
 
         start = (state, optimizer.init(state), state, jnp.asarray(jnp.inf, members.dtype))
         best = jax.lax.scan(step, start, length=self.steps)[0][2]
-        return _Flow(frame, eqx.combine(best, rest)), best
+        return _Flow(frame, best, self), best
+
+    def flow(self, parameters: list[Array], d: int) -> AbstractDistribution:
+        """The flow with these parameters. It is made anew in each trace: flowjax's layers hold functions that hold arrays, and those of one
+        trace must not be met in another."""
+        learned, rest = eqx.partition(self._flow(d), eqx.is_inexact_array)
+        return eqx.combine(jax.tree.unflatten(jax.tree.structure(learned), parameters), rest)
 
     def _flow(self, d: int) -> AbstractDistribution:
-        return block_neural_autoregressive_flow(self.key, base_dist=StandardNormal((d,)), nn_block_dim=self.width, flow_layers=self.layers)
+        base = StandardNormal((d,))
+        return block_neural_autoregressive_flow(self.key, base_dist=base, nn_block_dim=self.width, flow_layers=self.layers)
 
 
 class _Flow(AbstractLogDensity):
     frame: Frame
-    flow: AbstractDistribution
+    parameters: list[Array]
+    density: FlowDensity
 
     def log_density(self, x: Float[Array, " d"]) -> Scalar:
         return self._within(self.frame.into(x)) - self.frame.log_volume
@@ -359,4 +368,4 @@ class _Flow(AbstractLogDensity):
 
     def _within(self, y: Float[Array, " d"]) -> Scalar:
         # flowjax answers in the default precision.
-        return self.flow.log_prob(y).astype(y.dtype)
+        return self.density.flow(self.parameters, len(y)).log_prob(y).astype(y.dtype)

@@ -15,9 +15,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_key, check_positive_int
+from esljax._checks import check_key, check_positive_int, refuse
 from esljax._types import Array, Float, Key
-from esljax.density import BLOCK, AbstractDensity, FlowDensity, HistogramDensity, KernelDensity, Kernels
+from esljax.density import BLOCK, AbstractDensity, AbstractLogDensity, FlowDensity, HistogramDensity, KernelDensity, Kernels
 from esljax.velocity import AbstractField, AbstractVelocity, Snapshot, Velocity, halves, interleave, variational
 
 
@@ -41,7 +41,7 @@ class KDEVelocity(AbstractVelocity):
 
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
         density = KernelDensity(for_score=True)
-        first, second = halves(snapshot)
+        first, second = halves(_moving(snapshot))
         answers = [variational(_kernel_field(density, learned), judged) for learned, judged in ((second, first), (first, second))]
         values, divergence, contributions = (interleave(*pair) for pair in zip(*answers, strict=True))
         return Velocity(values, contributions, None, divergence, bound="lower", note=density.note), state
@@ -49,11 +49,13 @@ class KDEVelocity(AbstractVelocity):
 
 def _kernel_field(density: KernelDensity, snapshot: Snapshot) -> "_KernelField":
     law, _ = density.estimate(snapshot.positions, None)
-    offset = jnp.mean(snapshot.drift, axis=0)
+    drift: Any = snapshot.drift
+    diffusion: Any = snapshot.diffusion
+    offset = jnp.mean(drift, axis=0)
     # In the frame the covariance is 1, so that the best slope is the cross-covariance itself.
-    slope = jnp.matmul((snapshot.drift - offset).T, law.members, precision="highest") / len(law.members)
-    missed = snapshot.drift - offset - jnp.matmul(law.members, slope.T, precision="highest")
-    return _KernelField(law, offset, slope, missed, snapshot.diffusion)
+    slope = jnp.matmul((drift - offset).T, law.members, precision="highest") / len(law.members)
+    missed = drift - offset - jnp.matmul(law.members, slope.T, precision="highest")
+    return _KernelField(law, offset, slope, missed, diffusion)
 
 
 class _KernelField(AbstractField):
@@ -74,12 +76,7 @@ class _KernelField(AbstractField):
 
     def _value(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         drift = self.offset + jnp.matmul(self.slope, self.law.frame.into(x), precision="highest") + self.law.average(x, self.missed)
-        return drift - diffuse(self.diffusion, self.law.score(x))
-
-
-def diffuse(diffusion: Float[Array, "..."], scores: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """D times a score, or each of several."""
-    return jnp.matmul(scores, diffusion, precision="highest") if diffusion.ndim == 2 else diffusion * scores
+        return drift - _diffuse(self.diffusion, self.law.score(x))
 
 
 class AbstractPlugInVelocity(AbstractVelocity):
@@ -100,11 +97,10 @@ class AbstractPlugInVelocity(AbstractVelocity):
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
         """b - D ∇log q̂ at each member, with the q̂ of the half that it is not in."""
         density, states, values = self.density, [], []
-        first, second = halves(snapshot)
+        first, second = halves(_moving(snapshot))
         for learned, judged, given in ((second, first, state[0]), (first, second, state[1])):
             law, after = density.estimate(learned.positions, given)
-            scores = jax.lax.map(law.score, judged.positions, batch_size=BLOCK)
-            values.append(judged.drift - diffuse(judged.diffusion, scores))
+            values.append(_plugged_in(law, judged))
             states.append(after)
         values = interleave(*values)
         return Velocity(values, jnp.sum(values**2, axis=1), None, None, bound="none", note=density.note), tuple(states)
@@ -142,3 +138,20 @@ class FlowVelocity(AbstractPlugInVelocity):
     @property
     def density(self) -> AbstractDensity:
         return FlowDensity(self.key, steps=self.steps)
+
+
+def _moving(snapshot: Snapshot) -> Any:
+    """The snapshot, if it carries the drift and the diffusion that a velocity by way of a density needs."""
+    if snapshot.drift is None or snapshot.diffusion is None:
+        raise refuse("snapshot", "carry the drift and the diffusion of its members", "does not")
+    return snapshot
+
+
+def _plugged_in(law: AbstractLogDensity, snapshot: Any) -> Float[Array, "n d"]:
+    """b - D ∇log q̂ at each member."""
+    return snapshot.drift - _diffuse(snapshot.diffusion, jax.lax.map(law.score, snapshot.positions, batch_size=BLOCK))
+
+
+def _diffuse(diffusion: Float[Array, "..."], scores: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """D times a score, or each of several."""
+    return jnp.matmul(scores, diffusion, precision="highest") if diffusion.ndim == 2 else diffusion * scores
