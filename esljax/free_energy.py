@@ -325,12 +325,13 @@ def _of_each_member(trajectory: Trajectory, potential: Any, entropy: Any, veloci
         entropies = jnp.zeros_like(energy)  # of all members together, to be filled in
     else:
         entropies = jax.lax.map(lambda members: entropy.estimate(members).contributions, trajectory.positions)
-    steps = np.minimum(np.arange(links + 1) * (trajectory.rates.shape[0] // links), trajectory.rates.shape[0] - 1)
+    temperatures: Any = trajectory.temperatures
+    steps = np.minimum(np.arange(links + 1) * (temperatures.shape[0] // links), temperatures.shape[0] - 1)
     coarse = spans[::2] + spans[1::2] if links % 2 == 0 else None
     alike = lambda x: jnp.broadcast_to(x, (members, *x.shape))  # noqa: E731
     return FreeEnergy(
         times=alike(trajectory.times),
-        temperature=alike(trajectory.temperatures[steps]),
+        temperature=alike(temperatures[steps]),
         mobility=alike(spans[:, 0] / jnp.diff(trajectory.times)),
         energy=energy.T,
         entropy=entropies.T,
@@ -415,7 +416,8 @@ def _trapezoids(values: Array, spans: Array) -> Array:
 
 def _spans(trajectory: Trajectory) -> Float[Array, " J"]:
     """The learning time of each link."""
-    return jnp.diff(learning_clock(trajectory)[:: trajectory.rates.shape[0] // (trajectory.positions.shape[0] - 1)])
+    clock = learning_clock(trajectory)
+    return jnp.diff(clock[:: (clock.shape[0] - 1) // (trajectory.positions.shape[0] - 1)])
 
 
 def _check(trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any) -> None:
@@ -423,9 +425,11 @@ def _check(trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, 
         raise refuse("potential", "be the potential of the run, such as Quadratic(1.0)", f"is {potential!r}")
     if trajectory.observed:
         raise refuse("trajectory", "hold the positions of the members", "is a run observed in features, whose energies are gone")
+    if trajectory.rates is None:
+        raise refuse("trajectory", "come from simulate(...), with its rates and temperatures", "was recorded without them")
     if not isinstance(entropy, AbstractEntropy | TransportedEntropy):
         raise refuse("entropy", "be an entropy estimator such as GaussianEntropy()", f"is {entropy!r}")
-    if velocity is not None and not isinstance(velocity, AbstractVelocity):
+    if velocity is not None and (not isinstance(velocity, AbstractVelocity) or velocity.between):
         raise refuse("velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}")
     if isinstance(entropy, TransportedEntropy) and velocity is None:
         raise refuse("velocity", "be given beside TransportedEntropy, which follows it", "is missing")

@@ -35,6 +35,7 @@ class KDEVelocity(AbstractVelocity):
 
     moments_only: ClassVar[bool] = False
     needs_drift: ClassVar[bool] = True
+    between: ClassVar[bool] = False
 
     def init(self, positions: Float[Array, "n d"]) -> None:
         return None
@@ -45,6 +46,11 @@ class KDEVelocity(AbstractVelocity):
         answers = [variational(_kernel_field(density, learned), judged) for learned, judged in ((second, first), (first, second))]
         values, divergence, contributions = (interleave(*pair) for pair in zip(*answers, strict=True))
         return Velocity(values, contributions, None, divergence, bound="lower", note=density.note), state
+
+    def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
+        """b - D ∇log q̂ with one kernel density of all members; the drift is known and needs no kernels."""
+        law, _ = KernelDensity(for_score=True).estimate(snapshot.positions, None)
+        return _plugged_in(law, snapshot)
 
 
 def _kernel_field(density: KernelDensity, snapshot: Snapshot) -> "_KernelField":
@@ -84,6 +90,7 @@ class AbstractPlugInVelocity(AbstractVelocity):
 
     moments_only: ClassVar[bool] = False
     needs_drift: ClassVar[bool] = True
+    between: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -104,6 +111,11 @@ class AbstractPlugInVelocity(AbstractVelocity):
             states.append(after)
         values = interleave(*values)
         return Velocity(values, jnp.sum(values**2, axis=1), None, None, bound="none", note=density.note), tuple(states)
+
+    def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
+        """b - D ∇log q̂ with one density fitted to all members."""
+        law, _ = self.density.estimate(snapshot.positions, self.density.init(snapshot.positions))
+        return _plugged_in(law, snapshot)
 
 
 class HistogramVelocity(AbstractPlugInVelocity):
