@@ -9,6 +9,7 @@ from esljax import datasets, gaussian, models
 from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
 from esljax.dynamics import AbstractRule, Controls, Langevin
+from esljax.fields import KernelVelocity, NetworkVelocity
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
 from esljax.report import SpeedLimit, Split
@@ -62,11 +63,13 @@ __all__ = [
     "History",
     "InputError",
     "Iteration",
+    "KernelVelocity",
     "Knots",
     "Langevin",
     "Linear",
     "Mapped",
     "Mixture",
+    "NetworkVelocity",
     "Optimum",
     "PathVelocity",
     "Projected",
