@@ -1,4 +1,4 @@
-r"""Velocities from flexible fields: an affine field plus a remainder u from a kernel or a network, fitted to the same variational principle,
+r"""Velocities from flexible fields: an affine field and a remainder u from a kernel or a network, fitted to the variational principle
 
     σ[w₀ + u] = σ[w₀] + 2 E[u·(b - w₀)] + 2 E[tr(D ∇u)] - E‖u‖².
 
@@ -89,7 +89,8 @@ class KernelVelocity(AbstractVariationalVelocity):
             def at_penalty(penalty):
                 def gain(fold):
                     gram, given, share = fold
-                    weights = _ridge(*((total - share * part) / (1 - share) for total, part in zip(whole, fold, strict=False)), penalty)
+                    rest = [(total - share * part) / (1 - share) for total, part in zip(whole, (gram, given), strict=True)]
+                    weights = _ridge(rest[0], rest[1], penalty)
                     return 2 * jnp.sum(weights * given) - jnp.sum(weights * _matmul(gram, weights))
 
                 # One factorization at a time: batched ones gain nothing here, and two of some kinds in one program can wait for each
@@ -258,7 +259,9 @@ class NetworkVelocity(AbstractVariationalVelocity):
             field = field_of(weights, 1)
             values, turned, _ = field.added(judged.positions, judged.diffusion)
             ahead = judged.drift - base.evaluate(judged.positions, judged.diffusion)[0]
-            return jnp.mean(jnp.sum(2 * values * ahead - values**2, axis=1) + 2 * turned)
+            gains = jnp.sum(2 * values * ahead - values**2, axis=1) + 2 * turned
+            # Less its standard error, because the best of many noisy gains is positive by chance.
+            return jnp.mean(gains) - jnp.std(gains) / jnp.sqrt(len(gains))
 
         per_round = -(-self.iterations // self.rounds)
         rate = optax.cosine_decay_schedule(1.0, per_round * self.rounds)
@@ -317,7 +320,9 @@ class _NetworkField(AbstractField):
         return jax.vmap(self.remainder)(positions), spread, jnp.trace(slopes, axis1=1, axis2=2)
 
     def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
-        return tuple(a + b for a, b in zip(self.base.evaluate(positions, diffusion), self.added(positions, diffusion), strict=True))
+        values, spread, divergence = self.base.evaluate(positions, diffusion)
+        more, turned, diverging = self.added(positions, diffusion)
+        return values + more, spread + turned, divergence + diverging
 
 
 def whitening(positions: Float[Array, "n d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
