@@ -17,7 +17,7 @@ from jax.scipy.linalg import solve_triangular
 
 from esljax._checks import as_float, check_key, check_positive, check_positive_int
 from esljax._types import Array, Float, Key, Scalar
-from esljax.velocity import AbstractField, AbstractVariationalVelocity, AffineVelocity, Snapshot, shrunk_covariance
+from esljax.velocity import AbstractField, AbstractVariationalVelocity, AffineVelocity, Snapshot, average, shrunk_covariance
 
 
 class KernelVelocity(AbstractVariationalVelocity):
@@ -335,7 +335,7 @@ def whitening(positions: Float[Array, "n d"]) -> tuple[Float[Array, " d"], Float
     identity = jnp.eye(d, dtype=positions.dtype)
     # Members that all agree have no covariance to factorize, nor a derivative of its factor.
     relative = jnp.where(wide, covariance / size, identity) + 4 * d * jnp.finfo(positions.dtype).eps * identity
-    return jnp.mean(positions, axis=0), solve_triangular(jnp.linalg.cholesky(relative), identity, lower=True) / jnp.sqrt(size)
+    return average(positions), solve_triangular(jnp.linalg.cholesky(relative), identity, lower=True) / jnp.sqrt(size)
 
 
 def _landmarks(n: int, most: int) -> np.ndarray:

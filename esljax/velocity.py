@@ -216,7 +216,7 @@ class AffineVelocity(AbstractVariationalVelocity):
     def fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[AbstractField, Any]:
         x, b = snapshot.positions, snapshot.drift
         n, d = x.shape
-        center, offset = jnp.mean(x, axis=0), jnp.mean(b, axis=0)
+        center, offset = average(x), jnp.mean(b, axis=0)
         covariance = shrunk_covariance(x)
         crossed = _matmul((b - offset).T, x - center) / n + _matrix(snapshot.diffusion, d)
         slope = lyapunov(covariance, crossed + crossed.T) if gradient else _right_solve(crossed, covariance)
@@ -285,11 +285,16 @@ class PathVelocity(AbstractVelocity):
         return Velocity(values, jnp.sum(values**2, axis=1), None, None, bound="none", note="the members' own paths"), None
 
 
+def average(x: Float[Array, "n d"]) -> Float[Array, " d"]:
+    """The mean, taken from the first member, so that members that all agree have no width: a width from rounding would be divided by."""
+    return x[0] + jnp.mean(x - x[0], axis=0)
+
+
 def shrunk_covariance(x: Float[Array, "n d"]) -> Float[Array, "d d"]:
     """The sample covariance (1/n), shrunk towards a multiple of the identity by the oracle-approximating rule; positive definite unless
     all members agree."""
     n, d = x.shape
-    centred = x - jnp.mean(x, axis=0)
+    centred = x - average(x)
     covariance = _matmul(centred.T, centred) / n
     if d == 1:
         return covariance

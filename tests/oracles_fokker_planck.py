@@ -21,7 +21,7 @@ class Diffusion:
     density: object
     low: float = -6.0
     high: float = 6.0
-    cells: int = 800
+    cells: int = 1600
 
     @property
     def width(self):
