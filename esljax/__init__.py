@@ -27,6 +27,7 @@ from esljax.entropy import (
     KDEEntropy,
     NearestNeighborEntropy,
 )
+from esljax.fields import KernelVelocity, NetworkVelocity
 from esljax.free_energy import FreeEnergy, TransportedEntropy, free_energy
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
@@ -103,12 +104,14 @@ __all__ = [
     "KDEEntropy",
     "KDEVelocity",
     "KernelDensity",
+    "KernelVelocity",
     "Knots",
     "Langevin",
     "Linear",
     "Mapped",
     "Mixture",
     "NearestNeighborEntropy",
+    "NetworkVelocity",
     "Optimum",
     "PathVelocity",
     "ProbabilityFlow",

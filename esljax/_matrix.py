@@ -69,6 +69,11 @@ def exponential(a: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
     return result
 
 
+def average(x: Float[Array, "n d"]) -> Float[Array, " d"]:
+    """The mean, taken from the first member, so that members that all agree have no width: a width from rounding would be divided by."""
+    return x[0] + jnp.mean(x - x[0], axis=0)
+
+
 def shrunk_covariance(x: Float[Array, "n d"]) -> Float[Array, "d d"]:
     """The sample covariance (1/n), shrunk towards a multiple of the identity by the oracle-approximating rule; positive definite unless
     all members agree.
@@ -77,7 +82,7 @@ def shrunk_covariance(x: Float[Array, "n d"]) -> Float[Array, "d d"]:
     **Reference:** Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE TSP 58, 5016 (2010).
     """
     n, d = x.shape
-    centred = x - jnp.mean(x, axis=0)
+    centred = x - average(x)
     covariance = _product(centred.T, centred) / n
     if d == 1:
         return covariance

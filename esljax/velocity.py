@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import check_ensemble, known, refuse
-from esljax._matrix import lyapunov, shrunk_covariance
+from esljax._matrix import average, lyapunov, shrunk_covariance
 from esljax._types import Array, ArrayLike, Float, Scalar, ScalarLike
 
 
@@ -28,16 +28,17 @@ class Snapshot(eqx.Module):
     """An ensemble at one time, as a velocity estimator sees it."""
 
     positions: Float[Array, "n d"]
+    # What an estimator does not need may be absent.
     drift: Any = None
-    """b at every member, shape (n, d), per unit of the clock; None for estimators that do not need it, as for all that follows."""
+    """b at every member, shape (n, d), per unit of the clock."""
     diffusion: Any = None
     """D: a scalar, (d,) for a diagonal, or a symmetric (d, d)."""
     before: Any = None
-    """The members one snapshot earlier, or now if there is none, shape (n, d)."""
+    """The members one snapshot earlier, shape (n, d), or now if there is none."""
     after: Any = None
-    """The members one snapshot later, or now if there is none, shape (n, d)."""
+    """The members one snapshot later, shape (n, d), or now if there is none."""
     elapsed: Any = None
-    """The time between `before` and `after`."""
+    """The time between `before` and `after`, shape ()."""
 
 
 class Velocity(eqx.Module):
@@ -190,15 +191,18 @@ class AbstractVariationalVelocity(AbstractVelocity):
         """Both classes of fields, cross-fitted."""
         # Four fits (any field or a gradient, first or second half), each with its own warm start.
         given = [None] * 4 if state is None else state
+        # On a line every field is a gradient.
+        classes = (False,) if snapshot.positions.shape[1] == 1 else (False, True)
         first, second = halves(snapshot)
         answers, states = [], []
-        for gradient in (False, True):
+        for gradient in classes:
             for learned, judged in ((second, first), (first, second)):
                 field, after = self.fit(learned, gradient, given[len(states)])
                 answers.append(variational(field, judged))
                 states.append(after)
         values, divergence, contributions = (interleave(*pair) for pair in zip(answers[0], answers[1], strict=True))
-        of_gradient = interleave(answers[2][2], answers[3][2])
+        of_gradient = interleave(answers[-2][2], answers[-1][2])
+        states += given[len(states) :]
         return Velocity(values, contributions, of_gradient, divergence, bound="lower", note=self.note), None if state is None else states
 
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
@@ -229,7 +233,7 @@ class AffineVelocity(AbstractVariationalVelocity):
     def fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[AbstractField, Any]:
         x, b = snapshot.positions, snapshot.drift
         n, d = x.shape
-        center, offset = jnp.mean(x, axis=0), jnp.mean(b, axis=0)
+        center, offset = average(x), jnp.mean(b, axis=0)
         covariance = shrunk_covariance(x)
         crossed = _matmul((b - offset).T, x - center) / n + _matrix(snapshot.diffusion, d)
         slope = lyapunov(covariance, crossed + crossed.T) if gradient else _right_solve(crossed, covariance)

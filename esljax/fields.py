@@ -1,0 +1,370 @@
+r"""Velocities from flexible fields: an affine field and a remainder u from a kernel or a network, fitted to the variational principle
+
+    σ[w₀ + u] = σ[w₀] + 2 E[u·(b - w₀)] + 2 E[tr(D ∇u)] - E‖u‖².
+
+The affine field w₀ is fitted first, so the remainder sees the drift b - w₀ and is 0 where the law is Gaussian; how flexible it may be is
+chosen by the value of this very expression on members that it was not fitted to, which also decides whether there is any u at all.
+"""
+
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.scipy.linalg import solve_triangular
+
+from esljax._checks import as_float, check_key, check_positive, check_positive_int
+from esljax._matrix import average, shrunk_covariance
+from esljax._types import Array, Float, Key, Scalar
+from esljax.velocity import AbstractField, AbstractVariationalVelocity, AffineVelocity, Snapshot
+
+
+class KernelVelocity(AbstractVariationalVelocity):
+    r"""Affine fields plus fields in a reproducing kernel Hilbert space: closed form, for few dimensions.
+
+        u = Σ_m a_m k(θ, θ_m)   or   u = ∇ Σ_m a_m k(θ, θ_m),      k(θ, θ') = exp(-(θ - θ')ᵀ C⁻¹ (θ - θ')/(2 h² d))
+
+    maximizes the expression above less λ‖u‖², where the θ_m are members spread evenly over the half that is learned from (the Nyström
+    approximation). h, λ and whether u is needed at all are chosen by cross-validation within that half.
+
+    **Args:** `landmarks`: the most terms of the sum. `bandwidths`: h to choose from, in standard deviations √d of the ensemble.
+    `penalties`: λ to choose from, relative to the mean square of the kernel features. `folds`: of the cross-validation.
+    **Differentiation:** forward and reverse, at the h and λ chosen.
+    **Reference:** Sriperumbudur, Fukumizu, Gretton, Hyvärinen and Kumar, "Density estimation in infinite dimensional exponential
+    families", JMLR 18, 57 (2017); Sutherland, Strathmann, Arbel and Gretton, "Efficient and principled score estimation with Nyström
+    kernel exponential families", AISTATS (2018).
+
+    **Example:**
+
+        >>> x = jax.random.normal(jax.random.key(0), (2000, 1)) / 2 + jnp.where(jnp.arange(2000) % 4 < 2, 2.0, -2.0)[:, None]
+        >>> bool(KernelVelocity()(x, 0 * x, 1.0).squared > 10 * AffineVelocity()(x, 0 * x, 1.0).squared)  # two modes that diffuse
+        True
+    """
+
+    moments_only: ClassVar[bool] = False
+    note: ClassVar[str] = "affine and kernel fields, bandwidth and penalty by cross-validation"
+    landmarks: int = eqx.field(static=True, default=200)
+    bandwidths: Float[Array, " g"] = eqx.field(converter=as_float, default=(0.15, 0.3, 0.6, 1.2, 2.4))  # type: ignore
+    penalties: Float[Array, " g"] = eqx.field(converter=as_float, default=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1))  # type: ignore
+
+    folds: int = eqx.field(static=True, default=5)
+
+    def __check_init__(self):
+        check_positive_int("landmarks", self.landmarks)
+        check_positive_int("folds", self.folds, minimum=2)
+        check_positive("bandwidths", self.bandwidths)
+        check_positive("penalties", self.penalties)
+
+    def init(self, positions: Float[Array, "n d"]) -> None:
+        return None
+
+    def fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[AbstractField, Any]:
+        base, _ = AffineVelocity().fit(snapshot, gradient, None)
+        bandwidth, penalty, needed = self._chosen(*jax.lax.stop_gradient((base, snapshot)), gradient)
+        kernel = _Kernel(snapshot.positions, self.landmarks, bandwidth)
+        gram, given = _moments(kernel, base, snapshot, gradient)
+        return _KernelField(base, kernel, kernel.expand(needed * _ridge(gram, given, penalty)), gradient), None
+
+    def _chosen(self, base: AbstractField, snapshot: Snapshot, gradient: bool) -> tuple[Scalar, Scalar, Scalar]:
+        """The bandwidth and the penalty that gain most on held-out folds, and 1 if there is anything to gain, else 0."""
+        dtype = snapshot.positions.dtype
+        n = snapshot.positions.shape[0]
+        # A kernel that is centered on a member fits that member too well, so the landmarks only learn and never judge.
+        landmarks = _landmarks(n, self.landmarks)
+        others = np.setdiff1d(np.arange(n), landmarks)
+        count = min(self.folds, len(others))
+        folds = [others[i::count] for i in range(count)]
+        shares = jnp.array([len(fold) / n for fold in folds], dtype)
+
+        def at_bandwidth(bandwidth):
+            kernel = _Kernel(snapshot.positions, self.landmarks, bandwidth)
+            each = [_moments(kernel, base, _members(snapshot, rows), gradient) for rows in (*folds, landmarks)]
+            *grams, own_gram = (gram for gram, _ in each)
+            *givens, own_given = (given for _, given in each)
+            grams, givens = jnp.stack(grams), jnp.stack(givens)
+            own = len(landmarks) / n
+            whole = (jnp.tensordot(shares, grams, 1) + own * own_gram, jnp.tensordot(shares, givens, 1) + own * own_given)
+
+            def at_penalty(penalty):
+                def gain(fold):
+                    gram, given, share = fold
+                    rest = [(total - share * part) / (1 - share) for total, part in zip(whole, (gram, given), strict=True)]
+                    weights = _ridge(rest[0], rest[1], penalty)
+                    return 2 * jnp.sum(weights * given) - jnp.sum(weights * _matmul(gram, weights))
+
+                # One factorization at a time: batched ones gain nothing here, and two of some kinds in one program can wait for each
+                # other forever. The standard error over folds is taken off, because the best of many noisy gains is positive by chance.
+                gains = jax.lax.map(gain, (grams, givens, shares))
+                return jnp.mean(gains) - jnp.std(gains, ddof=1) / jnp.sqrt(count)
+
+            return jax.lax.map(at_penalty, self.penalties.astype(dtype))
+
+        gains = jax.lax.map(at_bandwidth, self.bandwidths.astype(dtype))
+        gains = jnp.where(jnp.isfinite(gains), gains, -jnp.inf)
+        best = jnp.unravel_index(jnp.argmax(gains), gains.shape)
+        return self.bandwidths[best[0]].astype(dtype), self.penalties[best[1]].astype(dtype), (gains[best] > 0).astype(dtype)
+
+
+class _Kernel(eqx.Module):
+    """k(·, θ_m) on whitened coordinates, and the root R of the matrix k(θ_m, θ_l) = R Rᵀ: the features R⁻¹ k(θ_·, θ) have unit norms."""
+
+    center: Float[Array, " d"]
+    whitening: Float[Array, "d d"]
+    points: Float[Array, "m d"]
+    width: Scalar
+    root: Float[Array, "m m"]
+
+    def __init__(self, positions: Float[Array, "n d"], landmarks: int, bandwidth: Scalar):
+        n, d = positions.shape
+        self.center, self.whitening = whitening(positions)
+        self.width = bandwidth * d**0.5
+        kept = _landmarks(n, landmarks)
+        self.points = self.whiten(positions[kept])
+        # Rounding perturbs the eigenvalues of a matrix with entries up to 1 by about (its size) ε.
+        jitter = 4 * len(kept) * jnp.finfo(positions.dtype).eps
+        self.root = jnp.linalg.cholesky(self(self.points) + jitter * jnp.eye(len(kept), dtype=positions.dtype))
+
+    def whiten(self, positions: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        return _matmul(positions - self.center, self.whitening.T)
+
+    def __call__(self, z: Float[Array, "n d"]) -> Float[Array, "n m"]:
+        return jnp.exp(-_squares(z, self.points, jnp.eye(z.shape[1], dtype=z.dtype)) / (2 * self.width**2))
+
+    def unit(self, rows: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        """Linear functions of k(·, θ_m) as the same functions of the features."""
+        return solve_triangular(self.root, rows.T, lower=True).T
+
+    def expand(self, weights: Float[Array, "m c"]) -> Float[Array, "m c"]:
+        """Weights of the features as weights a_m of k(·, θ_m)."""
+        return solve_triangular(self.root, weights, lower=True, trans=1)
+
+    def turned(self, z: Float[Array, "n d"], k: Float[Array, "n m"], diffusion: Float[Array, "d d"]) -> Float[Array, "n m"]:
+        """tr(D ∇∇k), for D in whitened coordinates."""
+        return k * (_squares(z, self.points, diffusion) / self.width**2 - jnp.trace(diffusion)) / self.width**2
+
+
+class _KernelField(AbstractField):
+    base: AbstractField
+    kernel: _Kernel
+    weights: Float[Array, "m c"]
+    """(m, d) of a general field, (m, 1) of the potential of a gradient field."""
+    gradient: bool = eqx.field(static=True)
+
+    def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+        values, spread, divergence = self.base.evaluate(positions, diffusion)
+        kernel, d = self.kernel, positions.shape[1]
+        z = kernel.whiten(positions)
+        k = kernel(z)
+        sums = _matmul(k, self.weights)
+        if self.gradient:
+            push = (_matmul(k, self.weights * kernel.points) - sums * z) / kernel.width**2
+            values += _matmul(push, kernel.whitening)
+            turn = lambda D: _matmul(kernel.turned(z, k, _whitened(kernel, D, d)), self.weights)[:, 0]  # noqa: E731
+            return values, spread + turn(diffusion), divergence + turn(jnp.ones((), positions.dtype))
+
+        def turn(D):  # tr(D ∇u) = Σ_m (θ_m - θ)ᵀ D a_m k/h² in whitened coordinates
+            mixed = _matmul(kernel.whitening, _matrix(D, d))
+            ahead = _matmul(k, jnp.sum(_matmul(kernel.points, mixed) * self.weights, axis=1))
+            return (ahead - jnp.sum(_matmul(z, mixed) * sums, axis=1)) / kernel.width**2
+
+        return values + sums, spread + turn(diffusion), divergence + turn(jnp.ones((), positions.dtype))
+
+
+def _moments(kernel: _Kernel, base: AbstractField, snapshot: Snapshot, gradient: bool) -> tuple[Array, Array]:
+    """G (m, m) and g (m, c) of E‖u‖² = tr(aᵀ G a) and E[u·(b - w₀)] + E[tr(D ∇u)] = tr(aᵀ g), for the weights a of the features."""
+    x = snapshot.positions
+    n, d = x.shape
+    rest = snapshot.drift - base.evaluate(x, snapshot.diffusion)[0]
+    z = kernel.whiten(x)
+    k = kernel(z)
+    if gradient:
+        turned = jnp.mean(kernel.turned(z, k, _whitened(kernel, snapshot.diffusion, d)), axis=0)
+        ahead = _matmul(kernel.points, kernel.whitening).T - _matmul(z, kernel.whitening)[:, :, None]
+        slopes = (k[:, None, :] * ahead / kernel.width**2).reshape(n * d, -1)
+        unit = kernel.unit(slopes)
+        given = _matmul(unit.T, rest.reshape(n * d, 1)) / n + kernel.unit(turned[None]).T
+    else:
+        unit = kernel.unit(k)
+        ahead = jnp.mean(k, axis=0)[:, None] * kernel.points - _matmul(k.T, z) / n
+        turned = _matmul(ahead, _matmul(kernel.whitening, _matrix(snapshot.diffusion, d))) / kernel.width**2
+        given = _matmul(unit.T, rest) / n + kernel.unit(turned.T).T
+    return _matmul(unit.T, unit) / n, given
+
+
+def _ridge(gram: Float[Array, "m m"], given: Float[Array, "m c"], penalty: Scalar) -> Float[Array, "m c"]:
+    """(G + λ tr G)⁻¹ g, and 0 where no feature is felt."""
+    felt = jnp.trace(gram)
+    ridge = jnp.where(felt > 0, penalty * felt, 1)
+    factor = jnp.linalg.cholesky(gram + ridge * jnp.eye(gram.shape[0], dtype=gram.dtype))
+    return solve_triangular(factor, solve_triangular(factor, given, lower=True), lower=True, trans=1)
+
+
+class NetworkVelocity(AbstractVariationalVelocity):
+    r"""Affine fields plus networks: u = s N(C^{-1/2}(θ - E[θ])) or u = ∇N, trained by Adam from where the last snapshot left off.
+
+    A quarter of the half that is learned from is held out; kept are the weights that did best on it at the end of one of `rounds` rounds,
+    or none if the affine field alone did better. The network starts from u = 0. tr(D ∇u) is estimated by one random sign vector for each
+    member and iteration while learning (Hutchinson), and exact in the result.
+
+    **Args:** `key`: of the first weights and the sign vectors. `width`, `depth`: of the hidden layers. `iterations`: of Adam for each
+    snapshot and each of its four fits. `learning_rate`: its largest; it falls on a cosine. `rounds`: how often weights are judged.
+    **Differentiation:** forward and reverse, at the fields found; what a change of the members does to a fit is of second order in σ.
+    **Reference:** Song, Garg, Shi and Ermon, "Sliced score matching", UAI (2019); Boffi and Vanden-Eijnden, "Probability flow solution of
+    the Fokker-Planck equation", MLST 4, 035012 (2023).
+    """
+
+    moments_only: ClassVar[bool] = False
+    note: ClassVar[str] = "affine and network fields, stopped early by a held-out part"
+    key: Key = eqx.field(kw_only=True)
+    width: int = eqx.field(static=True, default=64, kw_only=True)
+    depth: int = eqx.field(static=True, default=2, kw_only=True)
+    iterations: int = eqx.field(static=True, default=400, kw_only=True)
+    learning_rate: Scalar = eqx.field(converter=as_float, default=5e-3, kw_only=True)  # type: ignore
+    rounds: int = eqx.field(static=True, default=20, kw_only=True)
+
+    def __check_init__(self):
+        check_key("key", self.key)
+        for name in ("width", "depth", "iterations", "rounds"):
+            check_positive_int(name, getattr(self, name))
+        check_positive("learning_rate", self.learning_rate)
+
+    def init(self, positions: Float[Array, "n d"]) -> list[Any]:
+        networks = [self._network(positions, gradient, i) for i, gradient in enumerate((False, False, True, True))]
+        return [eqx.filter(network, eqx.is_array) for network in networks]
+
+    def fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[AbstractField, Any]:
+        snapshot = jax.lax.stop_gradient(snapshot)
+        x = snapshot.positions
+        n, d = x.shape
+        fixed = eqx.filter(self._network(x, gradient, 0), eqx.is_array, inverse=True)
+        held_out = np.arange(n) % 4 == 3
+        learned, judged = _members(snapshot, ~held_out), _members(snapshot, held_out)
+        base, _ = AffineVelocity().fit(learned, gradient, None)
+        center, linear = whitening(learned.positions)
+        field_of = lambda weights, felt: _NetworkField(base, eqx.combine(weights, fixed), center, linear, scale * felt, gradient)  # noqa: E731
+        rest = learned.drift - base.evaluate(learned.positions, learned.diffusion)[0]
+        noise = _matmul(linear, _matrix(learned.diffusion, d))
+        scale = jnp.sqrt(jnp.mean(rest**2) + jnp.sum(noise**2) / d)
+        safe = jnp.where(scale > 0, scale, 1)
+
+        def loss(weights, signs):
+            field = field_of(weights, 1)
+            values, turned = jax.vmap(lambda x, s: jax.jvp(field.remainder, (x,), (s,)))(
+                learned.positions, _spread(signs, learned.diffusion)
+            )
+            return jnp.mean(jnp.sum(values**2 - 2 * values * rest - 2 * signs * turned, axis=1)) / safe**2
+
+        def value(weights):
+            field = field_of(weights, 1)
+            values, turned, _ = field.added(judged.positions, judged.diffusion)
+            ahead = judged.drift - base.evaluate(judged.positions, judged.diffusion)[0]
+            gains = jnp.sum(2 * values * ahead - values**2, axis=1) + 2 * turned
+            # Less its standard error, because the best of many noisy gains is positive by chance.
+            return jnp.mean(gains) - jnp.std(gains) / jnp.sqrt(len(gains))
+
+        per_round = -(-self.iterations // self.rounds)
+        rate = optax.cosine_decay_schedule(1.0, per_round * self.rounds)
+        optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.scale_by_adam(b2=0.99), optax.scale_by_schedule(rate))
+
+        def iteration(carry, i):
+            weights, memory = carry
+            signs = jax.random.rademacher(jax.random.fold_in(self.key, i), learned.positions.shape, x.dtype)
+            slopes = jax.grad(loss)(weights, signs)
+            steps, memory = optimizer.update(slopes, memory)
+            moved = jax.tree.map(lambda w, step: w - self.learning_rate.astype(w.dtype) * step, weights, steps)
+            return (moved, memory), None
+
+        def one_round(carry, iterations):
+            found, best, most = carry
+            found, _ = jax.lax.scan(iteration, found, iterations)
+            score = value(found[0])
+            better = score > most
+            return (found, jax.tree.map(lambda a, b: jnp.where(better, a, b), found[0], best), jnp.where(better, score, most)), None
+
+        start = (state, optimizer.init(state))
+        counts = jnp.arange(self.rounds * per_round).reshape(self.rounds, per_round)
+        (_, best, most), _ = jax.lax.scan(one_round, (start, state, value(state)), counts)
+        return field_of(best, (most > 0).astype(x.dtype)), best
+
+    def _network(self, positions: Array, gradient: bool, which: int) -> eqx.nn.MLP:
+        d = positions.shape[1]
+        key = jax.random.fold_in(jax.random.fold_in(self.key, 0), which)
+        network = eqx.nn.MLP(d, 1 if gradient else d, self.width, self.depth, jax.nn.silu, dtype=positions.dtype, key=key)
+        # u = 0 at first, so that nothing is worse than the affine field before something is learned.
+        return eqx.tree_at(lambda n: (n.layers[-1].weight, n.layers[-1].bias), network, replace_fn=jnp.zeros_like)
+
+
+class _NetworkField(AbstractField):
+    base: AbstractField
+    network: eqx.nn.MLP
+    center: Float[Array, " d"]
+    whitening: Float[Array, "d d"]
+    scale: Scalar
+    gradient: bool = eqx.field(static=True)
+
+    def remainder(self, position: Float[Array, " d"]) -> Float[Array, " d"]:
+        """u at one position."""
+        z = _matmul(self.whitening, position - self.center)
+        if not self.gradient:
+            return self.scale * self.network(z)
+        # In units of the mean width, so that the slope of N is of order 1 as its value is.
+        push = _matmul(jax.grad(lambda z: self.network(z)[0])(z), self.whitening)
+        return self.scale * push / jnp.sqrt(jnp.mean(self.whitening**2) * len(self.center))
+
+    def added(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+        """What u adds to the base."""
+        d = positions.shape[1]
+        slopes = jax.vmap(jax.jacfwd(self.remainder))(positions)
+        spread = jnp.einsum("ij,nij->n", _matrix(diffusion, d), slopes, precision=jax.lax.Precision.HIGHEST)
+        return jax.vmap(self.remainder)(positions), spread, jnp.trace(slopes, axis1=1, axis2=2)
+
+    def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+        values, spread, divergence = self.base.evaluate(positions, diffusion)
+        more, turned, diverging = self.added(positions, diffusion)
+        return values + more, spread + turned, divergence + diverging
+
+
+def whitening(positions: Float[Array, "n d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
+    """The mean m and a W with unit covariance of W(θ - m), up to the shrinkage and to directions without width, which stay narrow."""
+    d = positions.shape[1]
+    covariance = shrunk_covariance(positions)
+    size = jnp.trace(covariance) / d
+    wide = size > 0
+    size = jnp.where(wide, size, 1)
+    identity = jnp.eye(d, dtype=positions.dtype)
+    # Members that all agree have no covariance to factorize, nor a derivative of its factor.
+    relative = jnp.where(wide, covariance / size, identity) + 4 * d * jnp.finfo(positions.dtype).eps * identity
+    return average(positions), solve_triangular(jnp.linalg.cholesky(relative), identity, lower=True) / jnp.sqrt(size)
+
+
+def _landmarks(n: int, most: int) -> np.ndarray:
+    """Evenly spread rows, at most half of them."""
+    return np.linspace(0, n - 1, max(1, min(n // 2, most))).round().astype(int)
+
+
+def _members(snapshot: Snapshot, kept: np.ndarray) -> Snapshot:
+    return Snapshot(snapshot.positions[kept], snapshot.drift[kept], snapshot.diffusion)
+
+
+def _squares(x: Float[Array, "n d"], y: Float[Array, "m d"], metric: Float[Array, "d d"]) -> Float[Array, "n m"]:
+    """(x - y)ᵀ M (x - y) for every pair."""
+    own = lambda a: jnp.sum(_matmul(a, metric) * a, axis=1)  # noqa: E731
+    return jnp.maximum(own(x)[:, None] + own(y) - 2 * _matmul(_matmul(x, metric), y.T), 0)
+
+
+def _spread(x: Float[Array, "n d"], diffusion: Float[Array, "..."]) -> Float[Array, "n d"]:
+    return _matmul(x, diffusion) if jnp.ndim(diffusion) == 2 else x * diffusion
+
+
+def _whitened(kernel: _Kernel, diffusion: Float[Array, "..."], d: int) -> Float[Array, "d d"]:
+    return _matmul(_matmul(kernel.whitening, _matrix(diffusion, d)), kernel.whitening.T)
+
+
+def _matrix(diffusion: Float[Array, "..."], d: int) -> Float[Array, "d d"]:
+    return diffusion if jnp.ndim(diffusion) == 2 else diffusion * jnp.eye(d, dtype=diffusion.dtype)
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,92 @@
+"""Kernel and network fields where the affine ones fail, where there is nothing to find, and along a run in a double well."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import oracles_fokker_planck
+import pytest
+from scipy.linalg import solve_continuous_lyapunov
+from scipy.special import ndtri
+from test_velocity import exact_halves
+
+from esljax.dynamics import Langevin
+from esljax.fields import KernelVelocity, NetworkVelocity
+from esljax.potentials import DoubleWell
+from esljax.simulation import simulate
+from esljax.speed_limit import speed_limit
+from esljax.transport import ExactTransport
+from esljax.velocity import AffineVelocity
+
+FLEXIBLE = {"kernel": lambda: KernelVelocity(), "network": lambda: NetworkVelocity(key=jax.random.key(7))}
+
+
+def test_the_oracle_solves_ornstein_uhlenbeck():
+    solved = oracles_fokker_planck.Diffusion(lambda x: x**2 / 2, 0.1, oracles_fokker_planck.normal_density(2, 1), -5, 9)
+    np.testing.assert_allclose(solved.path(1.0), oracles.O1[1], rtol=5e-4)
+    coarse = oracles_fokker_planck.Diffusion(lambda x: x**2 / 2, 0.1, oracles_fokker_planck.normal_density(2, 1), -5, 9, 800)
+    errors = [np.array(one.path(1.0)) / oracles.O1[1] - 1 for one in (coarse, solved)]
+    np.testing.assert_allclose(errors[0] / errors[1], 4, rtol=0.05)  # second order in the width of a cell
+    np.testing.assert_allclose(oracles_fokker_planck.mixture_rate([-2, 2], 0.5, 1.0), 3.993714, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", FLEXIBLE)
+def test_modes_that_diffuse(name):
+    """Within 10 % where the affine fields see 6 %."""
+    n, heat = 2000, 0.3
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(n, 1)) / 2 + rng.choice([-2.0, 2.0], (n, 1))).astype(np.float32)
+    truth = oracles_fokker_planck.mixture_rate([-2, 2], 0.5, heat)
+    velocity = FLEXIBLE[name]()(x, 0 * x, heat)
+    np.testing.assert_allclose(velocity.squared, truth, rtol=0.1)
+    np.testing.assert_allclose(AffineVelocity()(x, 0 * x, heat).squared, 0.235294 * heat**2, rtol=0.1)
+    assert velocity.bound == "lower"
+
+
+@pytest.mark.parametrize("velocity", [AffineVelocity(), KernelVelocity()], ids=["affine", "kernel"])
+def test_stationary_circulation_is_all_housekeeping(velocity):
+    """O9: rotation in a trap, and linearized stochastic gradients with anisotropic noise, from members with exact moments."""
+    turn = np.array([[1.0, 2.0], [-2.0, 1.0]])
+    descent, noise = np.array([[2.0, 0.5], [0.5, 1.0]]), np.diag([0.3, 0.1])
+    for stiffness, diffusion, truth in ((turn, 0.5 * np.eye(2), 4.0), (descent, noise, 0.017857143)):
+        x = exact_halves(4000, [0.0, 0.0], solve_continuous_lyapunov(stiffness, 2 * diffusion))
+        found = velocity(x.astype(np.float32), (-x @ stiffness.T).astype(np.float32), diffusion.astype(np.float32))
+        np.testing.assert_allclose(found.squared, truth, rtol=0.05)
+        assert abs(float(jnp.mean(found.gradient_contributions))) < 0.05 * truth
+
+
+@pytest.mark.parametrize("name", ["affine", *FLEXIBLE])
+def test_nothing_moves_at_equilibrium(name):
+    x = (np.random.default_rng(1).normal(size=(2000, 2)) * 0.5**0.5).astype(np.float32)
+    found = (AffineVelocity() if name == "affine" else FLEXIBLE[name]())(x, -x, 0.5)
+    # Both halves' fits err by about d²/n of the scale T k d = 1.
+    assert abs(float(found.squared)) < 5 * float(found.standard_error) + 5 * 8 / 2000
+    apart = found.contributions - found.gradient_contributions
+    assert abs(float(jnp.mean(apart))) < 5 * float(jnp.std(apart)) / 2000**0.5 + 5 * 8 / 2000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_members_do_not_explode(seed):
+    x = np.random.default_rng(seed).normal(size=(50, 5)).astype(np.float32)
+    x[:, 0] += 2
+    found = KernelVelocity()(x, -x, 0.1)
+    assert 0.5 < float(found.squared) / (4 + 5 * 0.81) < 1.5
+
+
+def test_double_well_with_noise():
+    """Σ, L² and W2² within 3 % of the Fokker-Planck equation."""
+    barrier, width, heat, clock, n = 0.5, 1.5, 0.2, 1.0, 2000
+    law = oracles_fokker_planck.Diffusion(
+        lambda x: barrier * ((x / width) ** 2 - 1) ** 2, heat, oracles_fokker_planck.normal_density(0.6, 0.7), -5, 5
+    )
+    dissipation, length_squared, distance = law.path(clock)
+    # Evenly spread over the law, in random order: the start adds no noise of its own.
+    start = 0.6 + 0.7 * ndtri((np.random.default_rng(0).permutation(n) + 0.5) / n)[:, None]
+    potential = DoubleWell(barrier, width)
+    path = simulate(potential, Langevin(clock / 400, heat), start.astype(np.float32), steps=400, snapshots=20, key=jax.random.key(0))
+    report = speed_limit(path, transport=ExactTransport(), velocity=KernelVelocity(), potential=potential, jackknife=0)
+    found = (report.entropy_production, report.length_squared, report.w2_squared)
+    np.testing.assert_allclose(found, (clock * dissipation, length_squared, distance), rtol=0.03)
+    assert report.housekeeping == 0
+    # The chain of empirical laws is the other estimate of the same number.
+    np.testing.assert_allclose(report.entropy_production_chain, report.entropy_production, rtol=0.1)
