@@ -29,6 +29,7 @@ from esljax.entropy import (
 )
 from esljax.fields import KernelVelocity, NetworkVelocity
 from esljax.free_energy import FreeEnergy, TransportedEntropy, free_energy
+from esljax.minibatch import MinibatchNoise, minibatch_noise
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
 from esljax.report import Interval, SpeedLimit, Split
@@ -109,6 +110,7 @@ __all__ = [
     "Langevin",
     "Linear",
     "Mapped",
+    "MinibatchNoise",
     "Mixture",
     "NearestNeighborEntropy",
     "NetworkVelocity",
@@ -130,6 +132,7 @@ __all__ = [
     "datasets",
     "free_energy",
     "gaussian",
+    "minibatch_noise",
     "models",
     "optimize",
     "principal_directions",

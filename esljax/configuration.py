@@ -157,6 +157,8 @@ class MeasureConfig:
     """What Σ is made from: 'none' for the chain of distances, 'transport' for velocities by the transport's maps between snapshots."""
     jackknife: int = 32
     """The most groups of members left out in turn for the standard errors, each of which repeats all transports; 0 for none."""
+    debias: bool = True
+    """Add Σ and W2² with their sampling bias removed by splitting the members, and an interval of the gap; from 8 members on."""
     seed: int = 0
     """Seed of the random projection and of the directions of the sliced transport."""
     dtype: Literal["float32", "float64"] = "float32"

@@ -1,5 +1,6 @@
 """A recorded training run held against the speed limit as a `MeasureConfig` says, and what there is to tell about it."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,9 @@ def measure(config: MeasureConfig) -> Measurement:
     velocity = None
     if config.velocity == "transport" and isinstance(inner, ExactTransport | GaussianTransport | SinkhornTransport):
         velocity = TransportVelocity(inner)
-    report = speed_limit(path, transport=transport, velocity=velocity, jackknife=config.jackknife)
+    # Halves of fewer than four members know nothing of a bias.
+    debias = config.debias and path.positions.shape[1] >= 8
+    report = speed_limit(path, transport=transport, velocity=velocity, jackknife=config.jackknife, debias=debias)
 
     projection = _describe(config, path, matrix)
     times = None if recording.times is None else {"first": float(recording.times[0]), "last": float(recording.times[-1])}
@@ -79,11 +82,14 @@ def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Any:
 
 
 _NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric", "housekeeping")
-_OPTIONAL = ("entropy_production_coarse", "entropy_production_chain", "identity_fraction", "learning_time", "noise_floor")
+_DEBIASED = ("debiased_entropy_production", "debiased_w2_squared", "debiased_gap")
+_OPTIONAL = (*_DEBIASED, "entropy_production_coarse", "entropy_production_chain", "identity_fraction", "learning_time", "noise_floor")
 
 
 def _content(report: SpeedLimit) -> dict[str, Any]:
     errors = report.standard_error
+    known_errors = {} if errors is None else {name: getattr(errors, name) for name in (*_NUMBERS, *_DEBIASED)}
+    interval = report.interval("gap") if errors is not None and errors.gap_lower is not None else None
     optional = {name: getattr(report, name) for name in _OPTIONAL}
     return {
         **{name: float(getattr(report, name)) for name in _NUMBERS},
@@ -91,10 +97,12 @@ def _content(report: SpeedLimit) -> dict[str, Any]:
         **{name: None if value is None else float(value) for name, value in optional.items()},
         "transport_converged": bool(report.converged),
         "is_bound": report.is_bound,
-        "standard_error": None if errors is None else {name: float(getattr(errors, name)) for name in _NUMBERS if hasattr(errors, name)},
+        "standard_error": None if errors is None else {name: float(error) for name, error in known_errors.items() if error is not None},
+        "gap_interval": None if interval is None else [float(interval.lower), float(interval.upper)],
         "errors": report.errors,
         "source": report.source,
         "verdict": report.verdict(),
+        "findings": [dataclasses.asdict(finding) for finding in report.diagnose()],
         "speed": {"times": np.asarray(report.times).tolist(), "values": np.asarray(report.speed).tolist()},
     }
 

@@ -25,7 +25,7 @@ FLOORS = (
     ("transport", "velocity", "entropy"),
     ("dynamics", "adjoint", "scores", "fields"),
     ("simulation",),
-    ("chain",),
+    ("chain", "minibatch"),
     ("entropy_production",),
     ("speed_limit",),
     ("free_energy", "optimization"),
