@@ -49,7 +49,7 @@ def test_gradient_and_noise_are_those_of_the_data(run):
     np.testing.assert_allclose(noise.variance, variance.mean(axis=1), rtol=0.03)
     # A square of one batch's gradient would be off by the variance, which is many errors.
     assert np.all(variance.mean(axis=1) > 10 * scatter)
-    np.testing.assert_allclose(spread, squared.std(axis=1, ddof=1) / 4, rtol=0.15)
+    np.testing.assert_allclose(spread, squared.std(axis=1, ddof=1) / 4, rtol=0.3)
 
 
 def test_the_floor_is_what_steps_spread(run):
