@@ -9,6 +9,13 @@ import pytest
 from esljax import InputError
 
 
+@pytest.fixture(autouse=True, scope="module")
+def released():
+    """What one file has compiled is no use to the next: kept, it grows to gigabytes and to more mappings than a process may have."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Double precision within one test."""
