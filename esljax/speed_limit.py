@@ -66,6 +66,7 @@ def speed_limit(
     return _of_several(trajectory, transport, velocity, potential, debias)
 
 
+@eqx.filter_jit
 def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: bool) -> SpeedLimit:
     rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
     report = _report(trajectory, transport, rates, debias)
@@ -90,6 +91,7 @@ def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: 
     return with_errors(report, errors, f"jackknife over {groups} groups of {size} of {members} members", groups - 1)
 
 
+@eqx.filter_jit
 def _of_several(trajectory, transport, velocity, potential, debias: bool) -> SpeedLimit:
     def one(trajectory):
         rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
