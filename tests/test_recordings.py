@@ -79,11 +79,11 @@ def test_velocities_on_uneven_times_by_hand():
         length = np.sum(np.diff(SCALED) * (velocities[1:] + velocities[:-1]) / 2)
         np.testing.assert_allclose(report.length_squared, length**2, rtol=1e-12)
         assert report.dissipation is None
+        assert report.learning_time is None
     # Members' own paths belong to links.
     report = speed_limit(path, transport=ExactTransport(), velocity=PathVelocity(), jackknife=0)
     np.testing.assert_allclose(report.entropy_production, 9 * np.sum(np.diff(MOVED) ** 2 / np.diff(SCALED)), rtol=1e-12)
     np.testing.assert_allclose(report.length_squared, 9 * 25, rtol=1e-12)
-        assert report.learning_time is None
 
 
 def test_what_is_not_known_is_none_and_not_printed():
