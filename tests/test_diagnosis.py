@@ -213,7 +213,7 @@ HEALTHY = {
     "harmonic d=5": (*harmonic(5), 200, GaussianTransport()),
     "well d=1": (well, 1, 100, ExactTransport()),
     "well d=3": (well, 3, 100, GaussianTransport()),
-    "mixture": (mixture, 2, 32, ExactTransport()),
+    "mixture": (mixture, 2, 64, SlicedTransport(6, KEY)),
     "network": (*network(), 24, "projected"),
 }
 EACH = 120

@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
+# These compile every estimator, for a minute or two each.
+LONG = {"coverage", "free_energy_balance", "measure_digits", "velocity_accuracy"}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -20,11 +22,14 @@ def test_there_is_something_to_run():
         "benchmark_transport",
         "measure_adam",
         "measure_numpy",
+        *LONG,
     }
     assert [path.stem for path in NOTEBOOKS] == ["01_quickstart"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in SCRIPTS], ids=lambda path: path.stem
+)
 def test_scripts(script, tmp_path):
     command = [sys.executable, str(script), "--smoke", "--out", "numbers.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)

@@ -43,7 +43,7 @@ def estimate(velocity, snapshot):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("name", VELOCITIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("network", "kernel"))) for name in VELOCITIES])
 def test_contract(name):
     velocity, traces = VELOCITIES[name](), 0
     given = [snapshot(seed) for seed in range(3)]
@@ -92,7 +92,7 @@ def test_finite_values_and_gradients_at_the_edges(name, case):
 
 
 @pytest.mark.usefixtures("x64", "quick_compilation")
-@pytest.mark.parametrize("velocity", [AffineVelocity(), "kernel"], ids=["affine", "kernel"])
+@pytest.mark.parametrize("velocity", [AffineVelocity(), pytest.param("kernel", marks=pytest.mark.slow)], ids=["affine", "kernel"])
 def test_gradients_are_finite_differences(velocity):
     # One bandwidth and one penalty, so that the choice does not jump.
     velocity = KernelVelocity(landmarks=6, bandwidths=(1.0,), penalties=(1e-2,)) if velocity == "kernel" else velocity
