@@ -4,12 +4,16 @@ import re
 import tomllib
 from pathlib import Path
 
+import jax
+
+import esljax as esl
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_example_runs(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     small = example.replace("members=16", "members=4").replace("steps=100", "steps=20").replace("iterations=20", "iterations=2")
     assert small != example
     exec(compile(small, "README.md", "exec"), {})
@@ -18,8 +22,21 @@ def test_example_runs(capsys):
     assert "Optimum: value" in printed
 
 
+def test_measures_run():
+    """The second example, on members that draw batches of a small data set."""
+    _, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    key = jax.random.key(0)
+    inputs = jax.random.normal(key, (32, 2))
+    potential = esl.FlaxLoss(esl.models.mlp(2, 2), (inputs, (inputs[:, 0] > 0).astype(int)), batch_size=8, l2=0.1)
+    start = potential.init(members=32, key=key)
+    names = {"esl": esl, "key": key, "potential": potential, "rule": esl.Langevin(0.01, 0.01), "start": start}
+    exec(compile(example.replace("steps=200", "steps=40"), "README.md", "exec"), names)
+    assert isinstance(names["books"], esl.FreeEnergy)
+    assert isinstance(names["noise"], esl.MinibatchNoise)
+
+
 def test_example_is_short():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     statements = [line for line in example.splitlines() if line.strip()]
     assert len(statements) <= 16
 
