@@ -13,7 +13,7 @@ Time is any clock: with b = -η∇Φ and D = ηT it is training time, with b = -
 """
 
 import abc
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -252,6 +252,7 @@ class _AffineField(AbstractField):
         return values, spread * everywhere, jnp.trace(self.slope) * everywhere
 
 
+@runtime_checkable
 class Maps(Protocol):
     """A transport that maps one ensemble onto another."""
 
