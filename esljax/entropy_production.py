@@ -92,7 +92,7 @@ def member_rates(trajectory: Trajectory, transport: AbstractTransport, velocity:
     )
 
 
-def learning_clock(trajectory: Trajectory) -> Float[Array, " K+1"]:
+def learning_clock(trajectory: Trajectory) -> Float[Array, " ticks"]:
     """The learning time u_k = Σ_{i<k} η_i of every step of one run; of a recorded run the training times of its snapshots."""
     if trajectory.rates is None:
         return trajectory.times

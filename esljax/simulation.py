@@ -49,7 +49,7 @@ class Trajectory(eqx.Module):
 
 
 def recorded(
-    positions: Shaped[ArrayLike, "snapshots n d"], times: Shaped[ArrayLike, " snapshots"] | None = None, *, observed: bool = False
+    positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False
 ) -> Trajectory:
     """A run that something else has made, as a `Trajectory` without learning rates, temperatures and energies.
 
