@@ -201,7 +201,7 @@ class FreeEnergy(eqx.Module):
         lines += [f"{label:<28}{self._number(name):>24}" for label, name in rows if getattr(self, name) is not None]
         return "\n".join([*lines, self.verdict()])
 
-    def _number(self, name: str, row: int | None = None) -> str:
+    def _number(self, name: str, row: Any = None) -> str:
         value, error = getattr(self, name), getattr(self.standard_error, name, None)
         value, error = (value, error) if row is None else (value[row], None if error is None else error[row])
         return f"{float(value):.6g}" + ("" if error is None else f" ± {float(error):.2g}")

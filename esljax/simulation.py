@@ -48,9 +48,7 @@ class Trajectory(eqx.Module):
         return f"Trajectory: {several}{members} members of {numbers} {kind}, {steps}, {snapshots} snapshots"
 
 
-def recorded(
-    positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False
-) -> Trajectory:
+def recorded(positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False) -> Trajectory:
     """A run that something else has made, as a `Trajectory` without learning rates, temperatures and energies.
 
     Only what snapshots can tell is measured of it: Σ, L², W2² and their split on the clock of training time. D and U need learning rates.
