@@ -42,8 +42,12 @@ class Diffusion:
         start = self.density(self.centers)
         start = start / start.sum()
         times = np.asarray(times, float)
-        solved = solve_ivp(lambda t, p: generator @ p, (0, times[-1]), start, "BDF", times, jac=generator, rtol=1e-8, atol=1e-14)
+        # SciPy's BDF fills its table of differences into memory as it finds it, and may meet NaN in rows that it has yet to write.
+        with np.errstate(invalid="ignore"):
+            solved = solve_ivp(lambda t, p: generator @ p, (0, times[-1]), start, "BDF", times, jac=generator, rtol=1e-8, atol=1e-14)
         laws = solved.y.T
+        if not np.all(np.isfinite(laws)):
+            raise ArithmeticError("the oracle's integration failed")
         fluxes = up * laws[:, :-1] - down * laws[:, 1:]
         between = (laws[:, :-1] + laws[:, 1:]) / 2
         occupied = between > 1e-10
