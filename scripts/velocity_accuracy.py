@@ -60,11 +60,11 @@ def cases(n: int, smoke: bool) -> Iterator[tuple[str, Any, Any, Any, Any, float]
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     arguments = timing.parser(__doc__.splitlines()[0]).parse_args(argv)
     members, rows = 60 if arguments.smoke else 2000, []
-    print(f"{'case':<34}{'estimator':<14}{'σ':>10}{'error':>10}{'truth':>10}{'ratio':>8}  bound")
+    print(f"{'case':<36}{'estimator':<14}{'σ':>10}{'error':>10}{'truth':>10}{'ratio':>8}  bound")
     for case, x, drift, diffusion, exact, truth in cases(members, arguments.smoke):
         sample = float(np.mean(np.sum(exact**2, axis=1)))
         rows.append({"case": case, "estimator": "true velocity", "sigma": sample, "truth": truth, "ratio": sample / truth})
-        print(f"{case:<34}{'true velocity':<14}{sample:>10.4g}{'':>10}{truth:>10.4g}{sample / truth:>8.3f}")
+        print(f"{case:<36}{'true velocity':<14}{sample:>10.4g}{'':>10}{truth:>10.4g}{sample / truth:>8.3f}")
         for name, make in ESTIMATORS.items():
             if name == "histogram" and x.shape[1] > 3:
                 continue
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             sigma, error = float(found.squared), float(found.standard_error)
             row = {"case": case, "estimator": name, "sigma": sigma, "standard_error": error, "truth": truth, "ratio": sigma / truth}
             rows.append({**row, "bound": found.bound})
-            print(f"{case:<34}{name:<14}{sigma:>10.4g}{error:>10.2g}{truth:>10.4g}{sigma / truth:>8.3f}  {found.bound}", flush=True)
+            print(f"{case:<36}{name:<14}{sigma:>10.4g}{error:>10.2g}{truth:>10.4g}{sigma / truth:>8.3f}  {found.bound}", flush=True)
     timing.write(arguments.out, {"members": members, "rows": rows})
     return rows
 
