@@ -126,7 +126,7 @@ def _violation(report: Any):
     if report.gap_upper is not None:
         gap, size = float(report.gap_upper), None if error is None else float(error.gap_upper)
     else:
-        sigma = max(float(x) for x in (report.entropy_production, report.entropy_production_chain) if x is not None)
+        sigma = max(float(report.entropy_production), float(report.chained))
         gap, size = sigma - float(report.w2_squared), None if error is None else float(error.gap)
     # What is no metric may miss the inequality by itself, by about this much where ε is well chosen.
     inexact = 0.0 if report.is_bound else INEXACT * abs(float(report.w2_squared))
@@ -196,7 +196,7 @@ def _spacing(report: Any):
     coarse = report.entropy_production_coarse
     if coarse is None:
         return
-    chain = float(report.entropy_production if report.entropy_production_chain is None else report.entropy_production_chain)
+    chain = float(report.chained)
     if abs(chain - float(coarse)) > SPACING * abs(chain):
         yield Finding(
             "Σ not converged in snapshot spacing",
@@ -209,7 +209,7 @@ def _spacing(report: Any):
 def _noise(report: Any):
     if report.noise_floor is None or report.identity_fraction is None or float(report.identity_fraction) <= 0.5:
         return
-    chain = float(report.entropy_production if report.entropy_production_chain is None else report.entropy_production_chain)
+    chain = float(report.chained)
     if float(report.noise_floor) > NOISE * chain:
         yield Finding(
             "noise-dominated chain",

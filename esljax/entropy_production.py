@@ -9,7 +9,6 @@ the trapezoidal sum over its snapshots, and neither D nor U is known. Source: Ok
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import equinox as eqx
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from esljax._matrix import product
 from esljax._types import Array, Float
 from esljax.chain import safe_sqrt
 from esljax.potentials import potential_at
@@ -24,8 +24,6 @@ from esljax.report import SpeedLimit
 from esljax.simulation import Trajectory
 from esljax.transport import AbstractTransport, coordinates
 from esljax.velocity import AbstractVelocity, Snapshot
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 _VELOCITY = {
     "lower": "Σ is a lower bound in expectation: what its class of fields cannot follow is missing.",
@@ -70,7 +68,7 @@ def member_rates(trajectory: Trajectory, transport: AbstractTransport, velocity:
             drift = -jax.vmap(lambda member: acting.energy_and_gradient(member)[1])(members)
             diffusion = temperature
             if matrix is not None:
-                drift, diffusion = _matmul(drift, matrix), temperature * _matmul(matrix.T, matrix)
+                drift, diffusion = product(drift, matrix), temperature * product(matrix.T, matrix)
         found, state = velocity.estimate(Snapshot(positions, drift, diffusion, before, after, elapsed), state)
         return state, found
 

@@ -16,9 +16,9 @@ import optax
 from jax.scipy.linalg import solve_triangular
 
 from esljax._checks import as_float, check_key, check_positive, check_positive_int
-from esljax._matrix import average, shrunk_covariance
+from esljax._matrix import average, product, shrunk_covariance
 from esljax._types import Array, Float, Key, Scalar
-from esljax.velocity import AbstractField, AbstractVariationalVelocity, AffineVelocity, Snapshot
+from esljax.velocity import AbstractField, AbstractVariationalVelocity, AffineVelocity, Snapshot, diffusion_matrix
 
 
 class KernelVelocity(AbstractVariationalVelocity):
@@ -92,7 +92,7 @@ class KernelVelocity(AbstractVariationalVelocity):
                     gram, given, share = fold
                     rest = [(total - share * part) / (1 - share) for total, part in zip(whole, (gram, given), strict=True)]
                     weights = _ridge(rest[0], rest[1], penalty)
-                    return 2 * jnp.sum(weights * given) - jnp.sum(weights * _matmul(gram, weights))
+                    return 2 * jnp.sum(weights * given) - jnp.sum(weights * product(gram, weights))
 
                 # One factorization at a time: batched ones gain nothing here, and two of some kinds in one program can wait for each
                 # other forever. The standard error over folds is taken off, because the best of many noisy gains is positive by chance.
@@ -127,7 +127,7 @@ class _Kernel(eqx.Module):
         self.root = jnp.linalg.cholesky(self(self.points) + jitter * jnp.eye(len(kept), dtype=positions.dtype))
 
     def whiten(self, positions: Float[Array, "n d"]) -> Float[Array, "n d"]:
-        return _matmul(positions - self.center, self.whitening.T)
+        return product(positions - self.center, self.whitening.T)
 
     def __call__(self, z: Float[Array, "n d"]) -> Float[Array, "n m"]:
         return jnp.exp(-_squares(z, self.points, jnp.eye(z.shape[1], dtype=z.dtype)) / (2 * self.width**2))
@@ -157,17 +157,17 @@ class _KernelField(AbstractField):
         kernel, d = self.kernel, positions.shape[1]
         z = kernel.whiten(positions)
         k = kernel(z)
-        sums = _matmul(k, self.weights)
+        sums = product(k, self.weights)
         if self.gradient:
-            push = (_matmul(k, self.weights * kernel.points) - sums * z) / kernel.width**2
-            values += _matmul(push, kernel.whitening)
-            turn = lambda D: _matmul(kernel.turned(z, k, _whitened(kernel, D, d)), self.weights)[:, 0]  # noqa: E731
+            push = (product(k, self.weights * kernel.points) - sums * z) / kernel.width**2
+            values += product(push, kernel.whitening)
+            turn = lambda D: product(kernel.turned(z, k, _whitened(kernel, D, d)), self.weights)[:, 0]  # noqa: E731
             return values, spread + turn(diffusion), divergence + turn(jnp.ones((), positions.dtype))
 
         def turn(D):  # tr(D ∇u) = Σ_m (θ_m - θ)ᵀ D a_m k/h² in whitened coordinates
-            mixed = _matmul(kernel.whitening, _matrix(D, d))
-            ahead = _matmul(k, jnp.sum(_matmul(kernel.points, mixed) * self.weights, axis=1))
-            return (ahead - jnp.sum(_matmul(z, mixed) * sums, axis=1)) / kernel.width**2
+            mixed = product(kernel.whitening, diffusion_matrix(D, d))
+            ahead = product(k, jnp.sum(product(kernel.points, mixed) * self.weights, axis=1))
+            return (ahead - jnp.sum(product(z, mixed) * sums, axis=1)) / kernel.width**2
 
         return values + sums, spread + turn(diffusion), divergence + turn(jnp.ones((), positions.dtype))
 
@@ -181,16 +181,16 @@ def _moments(kernel: _Kernel, base: AbstractField, snapshot: Snapshot, gradient:
     k = kernel(z)
     if gradient:
         turned = jnp.mean(kernel.turned(z, k, _whitened(kernel, snapshot.diffusion, d)), axis=0)
-        ahead = _matmul(kernel.points, kernel.whitening).T - _matmul(z, kernel.whitening)[:, :, None]
+        ahead = product(kernel.points, kernel.whitening).T - product(z, kernel.whitening)[:, :, None]
         slopes = (k[:, None, :] * ahead / kernel.width**2).reshape(n * d, -1)
         unit = kernel.unit(slopes)
-        given = _matmul(unit.T, rest.reshape(n * d, 1)) / n + kernel.unit(turned[None]).T
+        given = product(unit.T, rest.reshape(n * d, 1)) / n + kernel.unit(turned[None]).T
     else:
         unit = kernel.unit(k)
-        ahead = jnp.mean(k, axis=0)[:, None] * kernel.points - _matmul(k.T, z) / n
-        turned = _matmul(ahead, _matmul(kernel.whitening, _matrix(snapshot.diffusion, d))) / kernel.width**2
-        given = _matmul(unit.T, rest) / n + kernel.unit(turned.T).T
-    return _matmul(unit.T, unit) / n, given
+        ahead = jnp.mean(k, axis=0)[:, None] * kernel.points - product(k.T, z) / n
+        turned = product(ahead, product(kernel.whitening, diffusion_matrix(snapshot.diffusion, d))) / kernel.width**2
+        given = product(unit.T, rest) / n + kernel.unit(turned.T).T
+    return product(unit.T, unit) / n, given
 
 
 def _ridge(gram: Float[Array, "m m"], given: Float[Array, "m c"], penalty: Scalar) -> Float[Array, "m c"]:
@@ -245,7 +245,7 @@ class NetworkVelocity(AbstractVariationalVelocity):
         center, linear = whitening(learned.positions)
         field_of = lambda weights, felt: _NetworkField(base, eqx.combine(weights, fixed), center, linear, scale * felt, gradient)  # noqa: E731
         rest = learned.drift - base.evaluate(learned.positions, learned.diffusion)[0]
-        noise = _matmul(linear, _matrix(learned.diffusion, d))
+        noise = product(linear, diffusion_matrix(learned.diffusion, d))
         scale = jnp.sqrt(jnp.mean(rest**2) + jnp.sum(noise**2) / d)
         safe = jnp.where(scale > 0, scale, 1)
 
@@ -306,18 +306,18 @@ class _NetworkField(AbstractField):
 
     def remainder(self, position: Float[Array, " d"]) -> Float[Array, " d"]:
         """u at one position."""
-        z = _matmul(self.whitening, position - self.center)
+        z = product(self.whitening, position - self.center)
         if not self.gradient:
             return self.scale * self.network(z)
         # In units of the mean width, so that the slope of N is of order 1 as its value is.
-        push = _matmul(jax.grad(lambda z: self.network(z)[0])(z), self.whitening)
+        push = product(jax.grad(lambda z: self.network(z)[0])(z), self.whitening)
         return self.scale * push / jnp.sqrt(jnp.mean(self.whitening**2) * len(self.center))
 
     def added(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
         """What u adds to the base."""
         d = positions.shape[1]
         slopes = jax.vmap(jax.jacfwd(self.remainder))(positions)
-        spread = jnp.einsum("ij,nij->n", _matrix(diffusion, d), slopes, precision=jax.lax.Precision.HIGHEST)
+        spread = jnp.einsum("ij,nij->n", diffusion_matrix(diffusion, d), slopes, precision=jax.lax.Precision.HIGHEST)
         return jax.vmap(self.remainder)(positions), spread, jnp.trace(slopes, axis1=1, axis2=2)
 
     def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
@@ -350,21 +350,13 @@ def _members(snapshot: Snapshot, kept: np.ndarray) -> Snapshot:
 
 def _squares(x: Float[Array, "n d"], y: Float[Array, "m d"], metric: Float[Array, "d d"]) -> Float[Array, "n m"]:
     """(x - y)ᵀ M (x - y) for every pair."""
-    own = lambda a: jnp.sum(_matmul(a, metric) * a, axis=1)  # noqa: E731
-    return jnp.maximum(own(x)[:, None] + own(y) - 2 * _matmul(_matmul(x, metric), y.T), 0)
+    own = lambda a: jnp.sum(product(a, metric) * a, axis=1)  # noqa: E731
+    return jnp.maximum(own(x)[:, None] + own(y) - 2 * product(product(x, metric), y.T), 0)
 
 
 def _spread(x: Float[Array, "n d"], diffusion: Float[Array, "..."]) -> Float[Array, "n d"]:
-    return _matmul(x, diffusion) if jnp.ndim(diffusion) == 2 else x * diffusion
+    return product(x, diffusion) if jnp.ndim(diffusion) == 2 else x * diffusion
 
 
 def _whitened(kernel: _Kernel, diffusion: Float[Array, "..."], d: int) -> Float[Array, "d d"]:
-    return _matmul(_matmul(kernel.whitening, _matrix(diffusion, d)), kernel.whitening.T)
-
-
-def _matrix(diffusion: Float[Array, "..."], d: int) -> Float[Array, "d d"]:
-    return diffusion if jnp.ndim(diffusion) == 2 else diffusion * jnp.eye(d, dtype=diffusion.dtype)
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return product(product(kernel.whitening, diffusion_matrix(diffusion, d)), kernel.whitening.T)

@@ -34,6 +34,8 @@ class MinibatchNoise(eqx.Module):
     """Standard error of `variance` over members."""
     temperature: Float[Array, " snapshots"]
     """η tr Cov(g)/(2d): the temperature at which injected noise would spread the members as much."""
+    temperature_error: Float[Array, " snapshots"]
+    """Standard error of `temperature` over members."""
     floor: Scalar
     """Σ_j (Σ_{k∈j} η_k² tr Cov(g))/Δs_j: what batches add to the chain's Σ if every member is its own best partner."""
     floor_error: Scalar
@@ -42,9 +44,12 @@ class MinibatchNoise(eqx.Module):
     def __str__(self) -> str:
         if not known(self.floor) or self.floor.ndim:
             return repr(self)
-        lines = [f"{'s':>6}{'E‖∇Φ‖²':>14}{'tr Cov(g)':>14}{'temperature':>14}"]
-        for s, squared, variance, temperature in zip(self.times, self.gradient_squared, self.variance, self.temperature, strict=True):
-            lines.append(f"{float(s):>6.3f}{float(squared):>14.4g}{float(variance):>14.4g}{float(temperature):>14.3g}")
+        lines = [f"{'s':>6}{'E‖∇Φ‖²':>24}{'tr Cov(g)':>24}{'temperature':>24}"]
+        for j, s in enumerate(self.times):
+            cells = (
+                (getattr(self, name)[j], getattr(self, f"{name}_error")[j]) for name in ("gradient_squared", "variance", "temperature")
+            )
+            lines.append(f"{float(s):>6.3f}" + "".join(f"{f'{float(value):.4g} ± {float(error):.2g}':>24}" for value, error in cells))
         floor = f"Batches contribute up to {float(self.floor):.4g} ± {float(self.floor_error):.2g} to the Σ of a chain of members' paths."
         return "\n".join([*lines, floor])
 
@@ -106,6 +111,7 @@ def _measure(trajectory: Trajectory, potential: Any, key: Key, pairs: int) -> Mi
         gradient_squared_error=error(squared),
         variance_error=error(variance),
         temperature=last * mean / (2 * d),
+        temperature_error=last * error(variance) / (2 * d),
         floor=jnp.mean(floors),
         floor_error=error(floors),
     )

@@ -139,16 +139,19 @@ class SpeedLimit(eqx.Module):
         """An estimate that errs above the gap: the plug-in chain and what its spacing still hides, minus the debiased W2²."""
         if self.debiased_w2_squared is None:
             return None
-        chain = self.entropy_production if self.entropy_production_chain is None else self.entropy_production_chain
-        return chain + self.hidden_by_spacing - self.debiased_w2_squared
+        return self.chained + self.hidden_by_spacing - self.debiased_w2_squared
+
+    @property
+    def chained(self) -> Float[Array, "*runs"]:
+        """The chain's Σ, which is Σ itself where no velocities made it."""
+        return self.entropy_production if self.entropy_production_chain is None else self.entropy_production_chain
 
     @property
     def hidden_by_spacing(self) -> Float[Array, "*runs"]:
         """What denser snapshots would still add to the chain's Σ: its error falls as 1/J², so a third of the last change; at least 0."""
-        chain = self.entropy_production if self.entropy_production_chain is None else self.entropy_production_chain
         if self.entropy_production_coarse is None:
-            return jnp.zeros_like(chain)
-        return jnp.maximum(chain - self.entropy_production_coarse, 0) / 3
+            return jnp.zeros_like(self.chained)
+        return jnp.maximum(self.chained - self.entropy_production_coarse, 0) / 3
 
     def interval(self, name: str, level: float = 0.95) -> Interval:
         """The confidence interval of one number.
@@ -156,9 +159,11 @@ class SpeedLimit(eqx.Module):
         **Args:** `name`: "entropy_production", "w2_squared" or another field of `Split`. For "gap" the interval reaches from the estimate
         that errs below to the estimate that errs above, each widened by its own error, if both are there (`debias=True`). `level`: its
         nominal coverage, between 0 and 1.
-        **Raises:** `InputError` for an unknown name, or if the report has no standard errors.
+        **Raises:** `InputError` for an unknown name, a level outside of (0, 1), or if the report has no standard errors.
         """
         check_choice("name", name, tuple(Split.__dataclass_fields__))
+        if not 0 < level < 1:
+            raise refuse("level", "lie between 0 and 1", f"is {level}")
         errors = self.standard_error
         if errors is None or getattr(errors, name) is None:
             raise refuse("name", "be a number that the report has a standard error of", f"is {name!r}")
@@ -279,9 +284,8 @@ def _sentences(report: SpeedLimit) -> list[str]:
     if not bool(report.converged):
         said.append("A transport problem did not converge: do not trust these numbers.")
     if report.entropy_production_coarse is not None:
-        chain = sigma if report.entropy_production_chain is None else float(report.entropy_production_chain)
         whose = "Σ" if report.entropy_production_chain is None else "the chain's Σ"
-        change = chain - float(report.entropy_production_coarse)
+        change = float(report.chained - report.entropy_production_coarse)
         hidden = float(report.hidden_by_spacing)
         said.append(f"Halving the number of snapshots changes {whose} by {change:.3g}, so spacing still hides about {hidden:.2g}.")
     if report.worth:

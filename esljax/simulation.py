@@ -6,7 +6,7 @@ The state is one array (n, d). Randomness is addressed by step, never threaded, 
 of differentiating, or the devices that the members live on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_ensemble, check_finite, check_key, check_nonnegative, check_positive_int, known, refuse
+from esljax._checks import InputError, check_ensemble, check_finite, check_key, check_nonnegative, check_positive_int, known, refuse
 from esljax._types import Array, ArrayLike, Float, Key, Shaped
 from esljax.adjoint import AbstractGradient, HessianAdjoint
 from esljax.dynamics import AbstractRule, Controls
@@ -233,6 +233,43 @@ def _run(potential, rule, positions, key, steps, snapshots, observe, gradient) -
         final=final,
         observed=observe is not None,
     )
+
+
+def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
+    """Several runs of one shape in one `Trajectory`, on a leading axis."""
+    if not isinstance(trajectories, Sequence):
+        raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a {type(trajectories).__name__}")
+    if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
+        raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a sequence of {len(trajectories)} items")
+    shapes = {one.positions.shape for one in trajectories}
+    if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
+        raise refuse("trajectory", "hold runs of one shape", f"holds {len(trajectories)} runs with positions of shapes {sorted(shapes)}")
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
+
+
+def _kind(trajectory: Trajectory) -> tuple:
+    return None if trajectory.rates is None else trajectory.rates.shape, trajectory.final.shape, trajectory.observed
+
+
+def check_runs(trajectory: Trajectory, jackknife: int) -> None:
+    """Refuse what is no run, or several, of at least two snapshots of at least two members that stayed finite."""
+    shape = trajectory.positions.shape
+    if len(shape) not in (3, 4):
+        raise refuse("trajectory", "hold positions (J+1, n, d), or (runs, J+1, n, d)", f"has positions of shape {shape}")
+    if shape[-3] < 2 or shape[-2] < 2:
+        raise refuse("trajectory", "hold at least two snapshots of at least two members", f"has positions of shape {shape}")
+    if len(shape) == 4 and shape[0] < 2:
+        raise refuse("trajectory", "hold at least two runs on its leading axis", f"has positions of shape {shape}")
+    if isinstance(jackknife, bool) or not isinstance(jackknife, int) or jackknife < 0:
+        raise refuse("jackknife", "be an integer of at least 0", f"is {jackknife!r}")
+    if known(trajectory.positions):
+        bad = np.logical_not(np.isfinite(np.asarray(trajectory.positions)).all(axis=-1))
+        if bad.any():
+            snapshot = int(np.argwhere(bad.any(axis=-1).reshape(-1, shape[-3]))[:, 1].min())
+            raise InputError(
+                f"Argument `trajectory` must hold finite members, but {int(bad[..., -1, :].sum())} of them are not at the end, the first "
+                f"from snapshot {snapshot} on; the likely cause is a learning rate above the stability limit 2/(largest curvature)."
+            )
 
 
 def group_length(steps: int, snapshots: int) -> int:

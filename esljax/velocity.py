@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import check_ensemble, known, refuse
-from esljax._matrix import average, lyapunov, shrunk_covariance
+from esljax._matrix import average, lyapunov, product, shrunk_covariance
 from esljax._types import Array, ArrayLike, Float, Scalar, ScalarLike
 
 
@@ -235,7 +235,7 @@ class AffineVelocity(AbstractVariationalVelocity):
         n, d = x.shape
         center, offset = average(x), jnp.mean(b, axis=0)
         covariance = shrunk_covariance(x)
-        crossed = _matmul((b - offset).T, x - center) / n + _matrix(snapshot.diffusion, d)
+        crossed = product((b - offset).T, x - center) / n + diffusion_matrix(snapshot.diffusion, d)
         slope = lyapunov(covariance, crossed + crossed.T) if gradient else _right_solve(crossed, covariance)
         return _AffineField(center, offset, slope), None
 
@@ -246,8 +246,8 @@ class _AffineField(AbstractField):
     slope: Float[Array, "d d"]
 
     def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
-        values = self.offset + _matmul(positions - self.center, self.slope.T)
-        spread = jnp.sum(_matrix(diffusion, len(self.center)) * self.slope)
+        values = self.offset + product(positions - self.center, self.slope.T)
+        spread = jnp.sum(diffusion_matrix(diffusion, len(self.center)) * self.slope)
         everywhere = jnp.ones_like(values[:, 0])
         return values, spread * everywhere, jnp.trace(self.slope) * everywhere
 
@@ -264,8 +264,9 @@ class Maps(Protocol):
 class TransportVelocity(AbstractVelocity):
     """Finite differences of laws: where a transport maps each member from one snapshot to the next, over the time between.
 
-    Central inside the run and one-sided at its ends, with an error of the order of the squared (at the ends, the first power of the)
-    spacing. It needs no drift, and sees only what moves mass: σ and E‖∇ψ‖² are the same number.
+    Central inside the run and one-sided at its ends: the error is of the order of the squared spacing where snapshots are evenly spaced on
+    the clock, and of its first power at the ends and where they are not. It needs no drift, and sees only what moves mass: σ and E‖∇ψ‖²
+    are the same number.
 
     **Args:** `transport`: `ExactTransport()`, `GaussianTransport()` or `SinkhornTransport(epsilon)`.
     **Differentiation:** at the assignment or map found.
@@ -321,14 +322,11 @@ def _right_solve(b: Float[Array, "d d"], c: Float[Array, "d d"]) -> Float[Array,
         values, vectors = jnp.linalg.eigh(c)
         solvable = values > values.size * jnp.finfo(values.dtype).eps * values.max()
         inverse = jnp.where(solvable, 1 / jnp.where(solvable, values, 1), 0)
-        return _matmul(_matmul(b, vectors) * inverse, vectors.T)
+        return product(product(b, vectors) * inverse, vectors.T)
 
-    return jax.lax.custom_linear_solve(lambda x: _matmul(x, c), b, solve, symmetric=True)
+    return jax.lax.custom_linear_solve(lambda x: product(x, c), b, solve, symmetric=True)
 
 
-def _matrix(diffusion: Float[Array, "..."], d: int) -> Float[Array, "d d"]:
+def diffusion_matrix(diffusion: Float[Array, "..."], d: int) -> Float[Array, "d d"]:
+    """D as a matrix, from a scalar, a diagonal or a matrix."""
     return diffusion if jnp.ndim(diffusion) == 2 else diffusion * jnp.eye(d, dtype=diffusion.dtype)
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
