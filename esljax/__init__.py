@@ -44,15 +44,16 @@ from esljax.schedules import (
     WarmupStableDecay,
 )
 from esljax.scores import FlowVelocity, HistogramVelocity, KDEVelocity
-from esljax.simulation import Trajectory, recorded, simulate
+from esljax.simulation import simulate
+from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
+from esljax.trajectory import Trajectory, recorded
 from esljax.transport import (
     AbstractTransport,
     ExactTransport,
     GaussianTransport,
     Mapped,
     Projected,
-    SinkhornTransport,
     SlicedTransport,
     Solution,
     principal_directions,

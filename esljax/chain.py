@@ -15,8 +15,9 @@ import numpy as np
 from esljax._types import Array, Float
 from esljax.diagnosis import Evidence
 from esljax.report import SpeedLimit
-from esljax.simulation import Trajectory
-from esljax.transport import AbstractTransport, ExactTransport, Mapped, Projected, SinkhornTransport, coordinates
+from esljax.sinkhorn import SinkhornTransport
+from esljax.trajectory import Trajectory
+from esljax.transport import AbstractTransport, ExactTransport, Mapped, Projected, coordinates
 
 _CHAIN = (
     "A chain bounds the entropy production of its laws from below (coarse snapshots and housekeeping are invisible); "

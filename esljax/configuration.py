@@ -12,7 +12,8 @@ import tyro
 from esljax import datasets
 from esljax._checks import InputError, check_choice, check_nonnegative, check_positive, check_positive_int, refuse
 from esljax._types import Array
-from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, SinkhornTransport, SlicedTransport
+from esljax.sinkhorn import SinkhornTransport
+from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, SlicedTransport
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from esljax._types import Array, Float
 from esljax.chain import safe_sqrt
 from esljax.potentials import potential_at
 from esljax.report import SpeedLimit
-from esljax.simulation import Trajectory
+from esljax.trajectory import Trajectory
 from esljax.transport import AbstractTransport, coordinates
 from esljax.velocity import AbstractVelocity, Snapshot
 

@@ -32,7 +32,7 @@ from esljax._types import Array, Float
 from esljax.entropy import AbstractEntropy
 from esljax.entropy_production import learning_clock, member_rates
 from esljax.potentials import AbstractPotential, Driven
-from esljax.simulation import Trajectory, check_runs, stack
+from esljax.trajectory import Trajectory, check_runs, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
 from esljax.velocity import AbstractVelocity
 

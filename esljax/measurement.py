@@ -11,9 +11,10 @@ from esljax._checks import refuse
 from esljax.configuration import MeasureConfig
 from esljax.recordings import read, read_matrix
 from esljax.report import SpeedLimit
-from esljax.simulation import Trajectory, recorded
+from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
-from esljax.transport import ExactTransport, GaussianTransport, Projected, SinkhornTransport, principal_directions, random_directions
+from esljax.trajectory import Trajectory, recorded
+from esljax.transport import ExactTransport, GaussianTransport, Projected, principal_directions, random_directions
 from esljax.velocity import TransportVelocity
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from esljax._checks import check_key, check_positive_int, known, refuse
 from esljax._types import Array, Float, Key, Scalar
 from esljax.potentials import AbstractPotential, Driven, potential_at
-from esljax.simulation import Trajectory
+from esljax.trajectory import Trajectory
 
 
 class MinibatchNoise(eqx.Module):

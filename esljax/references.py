@@ -27,17 +27,11 @@ from esljax.dynamics import Langevin
 from esljax.potentials import Quadratic
 from esljax.report import SpeedLimit
 from esljax.schedules import AbstractSchedule, Constant, Cosine, Exponential, Knots, Linear
-from esljax.simulation import Trajectory, simulate
+from esljax.simulation import simulate
+from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
-from esljax.transport import (
-    AbstractTransport,
-    ExactTransport,
-    GaussianTransport,
-    Mapped,
-    Projected,
-    SinkhornTransport,
-    SlicedTransport,
-)
+from esljax.trajectory import Trajectory
+from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Mapped, Projected, SlicedTransport
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ The state is one array (n, d). Randomness is addressed by step, never threaded, 
 of differentiating, or the devices that the members live on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -14,135 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import InputError, check_ensemble, check_finite, check_key, check_nonnegative, check_positive_int, known, refuse
-from esljax._types import Array, ArrayLike, Float, Key, Shaped
+from esljax._checks import check_ensemble, check_finite, check_key, check_nonnegative, check_positive_int, refuse
+from esljax._types import Array, ArrayLike, Float, Key
 from esljax.adjoint import AbstractGradient, HessianAdjoint
 from esljax.dynamics import AbstractRule, Controls
 from esljax.potentials import AbstractPotential, Driven, potential_at
-
-
-class Trajectory(eqx.Module):
-    """An ensemble at J+1 training times, with the controls that drove it if they are known."""
-
-    times: Float[Array, "*runs snapshots"]
-    """Training times, from 0 to 1: s_j = j/J if simulated, any increasing ones if recorded."""
-    positions: Float[Array, "*runs snapshots n p"]
-    """The members at these times, or their features if the run was observed; p = d if not."""
-    energies: Float[Array, "*runs snapshots n"] | None
-    """Φ of each member at these times, on the batch that its next step would see: unbiased, and exact for potentials without batches.
-    None if the run was recorded."""
-    rates: Float[Array, "*runs K"] | None
-    """The learning rates η_k; None if the run was recorded."""
-    temperatures: Float[Array, "*runs K"] | None
-    """The temperatures T_k; None if the run was recorded."""
-    final: Float[Array, "*runs n d"]
-    """The positions at s = 1, also of an observed run; of recorded features the last ones."""
-    observed: bool = eqx.field(static=True)
-    """Whether `positions` holds features instead of positions."""
-
-    def __str__(self) -> str:
-        *runs, snapshots, members, numbers = self.positions.shape
-        kind = "features" if self.observed else "coordinates"
-        several = f"{'x'.join(map(str, runs))} runs, each " if runs else ""
-        steps = "recorded" if self.rates is None else f"{self.rates.shape[-1]} steps"
-        return f"Trajectory: {several}{members} members of {numbers} {kind}, {steps}, {snapshots} snapshots"
-
-
-def recorded(positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False) -> Trajectory:
-    """A run that something else has made, as a `Trajectory` without learning rates, temperatures and energies.
-
-    Only what snapshots can tell is measured of it: Σ, L², W2² and their split on the clock of training time. D and U need learning rates.
-
-    **Args:**
-    - `positions`: the members at each snapshot, shape (J+1, n, d) with J ≥ 1 and n ≥ 2; member i is the same network in every snapshot.
-      NumPy or JAX arrays, or what `numpy.asarray` takes (a PyTorch tensor on the CPU, detached). Integers and half precision become the
-      default floating type.
-    - `times`: when they were taken, shape (J+1,), increasing, in any unit and from any origin: they are rescaled to [0, 1]. Evenly spaced
-      by default.
-    - `observed`: whether `positions` holds features of the members, such as their outputs, in place of parameters.
-
-    **Returns:** `Trajectory`, whose `energies`, `rates` and `temperatures` are None.
-    **Raises:** `InputError` for wrong shapes, values that are not finite numbers, and times that do not increase.
-    **Differentiation:** in `positions` and `times`.
-
-    **Example:**
-
-        >>> import numpy as np
-        >>> print(recorded(np.random.default_rng(0).normal(size=(5, 8, 2)), times=[0, 10, 20, 50, 100]))
-        Trajectory: 8 members of 2 coordinates, recorded, 5 snapshots
-    """
-    name = "features" if observed else "positions"
-    positions = _as_numbers(name, positions)
-    if positions.ndim != 3 or positions.shape[2] < 1:
-        raise refuse(name, "have shape (snapshots, members, numbers per member)", f"has shape {positions.shape}")
-    snapshots, members, _ = positions.shape
-    if snapshots < 2 or members < 2:
-        counted = f"{snapshots} snapshot{'s' * (snapshots != 1)} of {members} member{'s' * (members != 1)}"
-        raise refuse(name, "hold at least two snapshots of at least two members", f"holds {counted}")
-    if known(positions):
-        bad = ~np.isfinite(np.asarray(positions)).all(axis=2)
-        if bad.any():
-            snapshot, member = (int(i) for i in np.argwhere(bad)[0])
-            where = f"member {member} at snapshot {snapshot}" + (f", the first of {int(bad.sum())} such places" if bad.sum() > 1 else "")
-            raise refuse(name, f"be finite in {positions.dtype}", f"is not for {where}")
-    return Trajectory(
-        times=_rescaled(times, snapshots, positions.dtype),
-        positions=positions,
-        energies=None,
-        rates=None,
-        temperatures=None,
-        final=positions[-1],
-        observed=observed,
-    )
-
-
-def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:
-    """Numbers of any kind as a floating array of at least single precision."""
-    try:
-        array = x if isinstance(x, jax.Array) else np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise refuse(name, "be an array", f"cannot be made one: {str(error).splitlines()[0].split('. ')[0].rstrip('.')}") from error
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
-    keep = floating and array.dtype.itemsize in (4, 8)
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
-        return jnp.asarray(array, None if keep else jnp.result_type(float))
-
-
-def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshots"]:
-    if times is None:
-        return jnp.arange(snapshots, dtype=dtype) / (snapshots - 1)
-    if known(times):
-        # Step counts and seconds since an epoch differ in digits that single precision has not got.
-        times = _double("times", times)
-    if times.shape != (snapshots,):
-        raise refuse("times", f"have shape ({snapshots},), one for each snapshot", f"has shape {times.shape}")
-    if known(times):
-        check_finite("times", times)
-        flat = np.flatnonzero(np.diff(times) <= 0)
-        if flat.size:
-            j = int(flat[0])
-            raise refuse(
-                "times",
-                "increase from snapshot to snapshot",
-                f"is {times[j]:.12g} and then {times[j + 1]:.12g} at snapshots {j} and {j + 1}",
-            )
-    with np.errstate(over="ignore", invalid="ignore"):
-        scaled = jnp.asarray((times - times[0]) / (times[-1] - times[0]), dtype)
-    if known(scaled) and not np.all(np.diff(np.asarray(scaled)) > 0):
-        raise refuse("times", f"stay apart in {scaled.dtype} once rescaled to [0, 1]", "has times that become one")
-    return scaled
-
-
-def _double(name: str, x: Any) -> np.ndarray:
-    try:
-        array = np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise refuse(name, "be an array", "cannot be made one") from error
-    if array.dtype.kind not in "iuf":
-        raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
-    return array.astype(np.float64)
+from esljax.trajectory import Trajectory
 
 
 def simulate(
@@ -233,43 +110,6 @@ def _run(potential, rule, positions, key, steps, snapshots, observe, gradient) -
         final=final,
         observed=observe is not None,
     )
-
-
-def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
-    """Several runs of one shape in one `Trajectory`, on a leading axis."""
-    if not isinstance(trajectories, Sequence):
-        raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a {type(trajectories).__name__}")
-    if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
-        raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a sequence of {len(trajectories)} items")
-    shapes = {one.positions.shape for one in trajectories}
-    if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
-        raise refuse("trajectory", "hold runs of one shape", f"holds {len(trajectories)} runs with positions of shapes {sorted(shapes)}")
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
-
-
-def _kind(trajectory: Trajectory) -> tuple:
-    return None if trajectory.rates is None else trajectory.rates.shape, trajectory.final.shape, trajectory.observed
-
-
-def check_runs(trajectory: Trajectory, jackknife: int) -> None:
-    """Refuse what is no run, or several, of at least two snapshots of at least two members that stayed finite."""
-    shape = trajectory.positions.shape
-    if len(shape) not in (3, 4):
-        raise refuse("trajectory", "hold positions (J+1, n, d), or (runs, J+1, n, d)", f"has positions of shape {shape}")
-    if shape[-3] < 2 or shape[-2] < 2:
-        raise refuse("trajectory", "hold at least two snapshots of at least two members", f"has positions of shape {shape}")
-    if len(shape) == 4 and shape[0] < 2:
-        raise refuse("trajectory", "hold at least two runs on its leading axis", f"has positions of shape {shape}")
-    if isinstance(jackknife, bool) or not isinstance(jackknife, int) or jackknife < 0:
-        raise refuse("jackknife", "be an integer of at least 0", f"is {jackknife!r}")
-    if known(trajectory.positions):
-        bad = np.logical_not(np.isfinite(np.asarray(trajectory.positions)).all(axis=-1))
-        if bad.any():
-            snapshot = int(np.argwhere(bad.any(axis=-1).reshape(-1, shape[-3]))[:, 1].min())
-            raise InputError(
-                f"Argument `trajectory` must hold finite members, but {int(bad[..., -1, :].sum())} of them are not at the end, the first "
-                f"from snapshot {snapshot} on; the likely cause is a learning rate above the stability limit 2/(largest curvature)."
-            )
 
 
 def group_length(steps: int, snapshots: int) -> int:

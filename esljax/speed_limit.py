@@ -18,7 +18,7 @@ from esljax.chain import chain, debiased
 from esljax.entropy_production import MemberRates, from_velocities, member_rates
 from esljax.potentials import AbstractPotential, Driven
 from esljax.report import SpeedLimit, average, split, with_errors
-from esljax.simulation import Trajectory, check_runs, stack
+from esljax.trajectory import Trajectory, check_runs, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
 from esljax.velocity import AbstractVelocity
 

@@ -3,7 +3,8 @@ r"""Transports: the squared 2-Wasserstein distance between two ensembles of equa
     W2²(x, y) = min_P Σ_ij P_ij |x_i - y_j|²          P ≥ 0 with row sums 1/n and column sums 1/m
 
 `ExactTransport` solves this; `GaussianTransport` and `SlicedTransport` are lower bounds of it that are metrics themselves;
-`SinkhornTransport` is a smooth approximation and no metric. `Mapped` and `Projected` measure any of them in other coordinates. With a
+`SinkhornTransport` (in `sinkhorn`) is a smooth approximation and no metric. `Mapped` and `Projected` measure any of them in other
+coordinates. With a
 metric, dist = sqrt(squared), the chain identities of the speed limit hold on samples exactly:
 
     Σ_j dist²(q_j, q_{j+1})/(s_{j+1} - s_j) ≥ (Σ_j dist(q_j, q_{j+1}))² ≥ dist²(q_0, q_J)
@@ -13,10 +14,6 @@ differences of matched things, whose error is relative to the increment, and nev
 """
 
 import abc
-import functools
-import math
-import types
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -25,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import as_float, check_ensemble, check_key, check_positive, check_positive_int, refuse
+from esljax._checks import as_float, check_ensemble, check_key, check_positive_int, refuse
 from esljax._matrix import product
+from esljax._ott import ott
 from esljax._types import Array, ArrayLike, Float, Key, Scalar
 
 
@@ -90,7 +88,7 @@ class ExactTransport(AbstractTransport):
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         n, d = x.shape
         if d == 1:
-            return _solution(_sorted_squared(x, y)[0])
+            return solution(_sorted_squared(x, y)[0])
         if len(y) != n:
             raise refuse(
                 "y",
@@ -99,7 +97,7 @@ class ExactTransport(AbstractTransport):
                 f"holds {len(y)}",
             )
         (i, j), solvable = _assignment(x, y)
-        return _solution(jnp.mean(jnp.sum((x[i] - y[j]) ** 2, axis=-1)), solvable)
+        return solution(jnp.mean(jnp.sum((x[i] - y[j]) ** 2, axis=-1)), solvable)
 
     def map(self, x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n d"]:
         """The partner in y of each member of x, shape (n, d). **Differentiation:** in y, at the assignment found."""
@@ -133,10 +131,10 @@ class GaussianTransport(AbstractTransport):
     is_metric: ClassVar[bool] = True
 
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
-        x, y = _recentred(x, y)
+        x, y = recentred(x, y)
         mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
         shift = jnp.sum((mean_x - mean_y) ** 2)
-        return _solution(shift + _procrustes((x - mean_x) / len(x) ** 0.5, (y - mean_y) / len(y) ** 0.5))
+        return solution(shift + _procrustes((x - mean_x) / len(x) ** 0.5, (y - mean_y) / len(y) ** 0.5))
 
     def map(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n d"]:
         """The affine image of each member of x, shape (n, d): it has the mean and the covariance of y.
@@ -179,10 +177,10 @@ class SlicedTransport(AbstractTransport):
         check_key("key", self.key)
 
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
-        x, y = _recentred(x, y)
+        x, y = recentred(x, y)
         d = x.shape[1]
         across = self._draw(d).astype(x.dtype)
-        return _solution(d * jnp.mean(_sorted_squared(product(x, across), product(y, across))))
+        return solution(d * jnp.mean(_sorted_squared(product(x, across), product(y, across))))
 
     def _draw(self, d: int) -> Float[Array, "d directions"]:
         """Unit columns, orthonormal within each block of d; the same in every precision."""
@@ -190,68 +188,6 @@ class SlicedTransport(AbstractTransport):
         blocks = -(-self.directions // width)
         normal = jax.random.normal(self.key, (blocks, d, width), jnp.float32).astype(jnp.result_type(float))
         return jnp.concatenate(jnp.linalg.qr(normal)[0], axis=1)[:, : self.directions]
-
-
-class SinkhornTransport(AbstractTransport):
-    r"""The Sinkhorn divergence: entropic transport without its bias at x = y. Any n, m. It tends to W2² as ε → 0, and is no metric.
-
-        S_ε(x, y) = OT_ε(x, y) - ½ OT_ε(x, x) - ½ OT_ε(y, y)
-        OT_ε(x, y) = min_P Σ_ij P_ij |x_i - y_j|² + ε Σ_ij P_ij log(nm P_ij)
-
-    Its three terms have the size of ε and of the spread of the clouds, so rounding leaves an error of that size times 1e-7 in float32: for
-    the increments between the snapshots of a run take a metric. It may come out slightly negative and is not clipped.
-
-    **Args:** `epsilon`: ε > 0 in units of θ², a leaf of the pytree, chosen once per run (`.05` of the mean squared distance is a usual
-    start) and never from the data within it. `threshold`: the largest error of the column sums of P, in total mass, at
-    which the iterations stop. `max_iterations`: how many of them at most; a problem that needs more comes back with `converged` False.
-    **Raises:** `InputError` if ε or `threshold` is not positive or `max_iterations` not a positive integer.
-    **Differentiation:** forward and reverse in x, y and ε, by the envelope theorem, and again: second derivatives solve one dense (m, m)
-    linear system, good to m of a thousand or two. The error of the gradient is of the order of `threshold`.
-    **Reference:** Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences", AISTATS 2019.
-
-    **Example:**
-
-        >>> import jax.numpy as jnp
-        >>> x = jnp.array([[0.0], [2.0]])
-        >>> round(float(SinkhornTransport(epsilon=0.1).squared(x, x + 1.0)), 4)
-        1.0
-    """
-
-    is_metric: ClassVar[bool] = False
-    epsilon: Scalar = eqx.field(converter=as_float)
-    threshold: float = eqx.field(static=True, default=1e-4)
-    max_iterations: int = eqx.field(static=True, default=5000)
-
-    def __check_init__(self):
-        if jnp.ndim(self.epsilon) != 0:
-            raise refuse("epsilon", "be one number", f"has shape {jnp.shape(self.epsilon)}")
-        check_positive("epsilon", self.epsilon)
-        check_positive("threshold", self.threshold)
-        check_positive_int("max_iterations", self.max_iterations)
-
-    def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
-        x, y = _recentred(x, y)
-        across, within_x, within_y = self._entropic(x, y), self._entropic(x, x, symmetric=True), self._entropic(y, y, symmetric=True)
-        answer = _solution(across.squared - within_x.squared / 2 - within_y.squared / 2)
-        return Solution(answer.squared, answer.converged & across.converged & within_x.converged & within_y.converged)
-
-    def map(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n d"]:
-        """The mean partner of each member of x under the plan of OT_ε (barycentric). Between x and itself this is not the identity but a
-        contraction of the size of ε; the difference of two maps from one x is free of it to first order. Shape (n, d).
-
-        **Differentiation:** forward and reverse, implicitly through the potential; one dense (m, m) linear system.
-        """
-        center = jnp.mean(x, axis=0)
-        cost = _cost(x - center, y - center)
-        epsilon = self.epsilon.astype(cost.dtype)
-        potential, _ = _potential(cost, epsilon, self.threshold, self.max_iterations, symmetric=False)
-        return product(jax.nn.softmax((potential - cost) / epsilon, axis=1), y)
-
-    def _entropic(self, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool = False) -> Solution:
-        cost = _cost(x, y)
-        epsilon = self.epsilon.astype(cost.dtype)
-        potential, converged = _potential(cost, epsilon, self.threshold, self.max_iterations, symmetric)
-        return Solution(_semi_dual(potential, cost, epsilon), converged)
 
 
 class Mapped(AbstractTransport):
@@ -391,21 +327,16 @@ def _compiled_solve(transport: AbstractTransport, x: Any, y: Any) -> Solution:
     return transport.solve(jnp.asarray(x), jnp.asarray(y))
 
 
-def _solution(squared: Scalar, solved: Array | bool = True) -> Solution:
+def solution(squared: Scalar, solved: Array | bool = True) -> Solution:
     """A factor rather than a choice, so that what has no finite answer has no finite derivative either."""
     finite = jnp.isfinite(squared) & solved
     return Solution(squared * jnp.where(finite, 1.0, jnp.nan), finite)
 
 
-def _recentred(x: Array, y: Array) -> tuple[Array, Array]:
+def recentred(x: Array, y: Array) -> tuple[Array, Array]:
     """Both clouds about one point: no distance changes, and products of coordinates stop cancelling far from the origin."""
     center = jax.lax.stop_gradient(jnp.mean(x, axis=0))
     return x - center, y - center
-
-
-def _cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """|x_i - y_j|² by expansion, for clouds about the origin."""
-    return jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1) - 2 * product(x, y.T)
 
 
 def _assignment(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> tuple[tuple[Array, Array], Array]:
@@ -415,7 +346,7 @@ def _assignment(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> tuple[tuple[A
     # The Hungarian's potentials reach n times the largest cost, and beyond the finite numbers neither its answer nor its end can be
     # relied on. The sum stands in for the largest, because XLA's vectorized maximum drops NaN on a CPU.
     solvable = jnp.isfinite(len(x) * jnp.sum(cost))
-    _, matching = _ott().hungarian(_ott().Geometry(cost_matrix=jnp.where(solvable, cost, 0.0)))
+    _, matching = ott().hungarian(ott().Geometry(cost_matrix=jnp.where(solvable, cost, 0.0)))
     i, j = matching.paired_indices
     return (i, j), solvable
 
@@ -459,63 +390,3 @@ def _factors(x: Float[Array, "n d"], rows: int) -> tuple[Array, Array]:
     q, r = jnp.linalg.qr(x) if n > d else (jnp.eye(n, dtype=x.dtype), x)
     added = rows - len(r)
     return jnp.pad(q, ((0, 0), (0, added))), jnp.pad(r, ((0, added), (0, 0)))
-
-
-def _soft_min(cost: Float[Array, "n m"], epsilon: Scalar) -> Float[Array, " n"]:
-    """-ε log of the mean over j of exp(-cost_ij/ε)."""
-    return -epsilon * (jax.nn.logsumexp(-cost / epsilon, axis=1) - math.log(cost.shape[1]))
-
-
-def _dual(g: Float[Array, " m"], cost: Float[Array, "n m"], epsilon: Scalar) -> Scalar:
-    return jnp.mean(g) + jnp.mean(_soft_min(cost - g, epsilon))
-
-
-@jax.custom_jvp
-def _semi_dual(g: Float[Array, " m"], cost: Float[Array, "n m"], epsilon: Scalar) -> Scalar:
-    """OT_ε = max_g mean_j g_j + mean_i softmin_j(cost_ij - g_j), for g at the maximum."""
-    return _dual(g, cost, epsilon)
-
-
-@_semi_dual.defjvp
-def _(primals, tangents):
-    # At the maximum the derivative in g is zero: saying so spares a first derivative the linear solve behind dg; a second one has it.
-    _, dcost, depsilon = tangents
-    g, cost, epsilon = primals
-    return jax.jvp(lambda cost, epsilon: _dual(g, cost, epsilon), (cost, epsilon), (dcost, depsilon))
-
-
-def _potential(
-    cost: Float[Array, "n m"], epsilon: Scalar, threshold: float, max_iterations: int, symmetric: bool
-) -> tuple[Float[Array, " m"], Array]:
-    """The g that maximises the semi-dual, of mean 0, and whether it was reached: the iterations are ott's, the derivative is implicit."""
-    ott = _ott()
-    # Between a cloud and itself the two potentials are one, and half a step of both at a time finds it in tens of iterations; taking turns
-    # stalls where ε is below the spacing of the members.
-    turns = {"parallel_dual_updates": True, "momentum": ott.Momentum(start=0, value=0.5)} if symmetric else {}
-
-    def iterate(_, g):
-        out = ott.solve(ott.Geometry(cost_matrix=cost, epsilon=epsilon), threshold=threshold, max_iterations=max_iterations, **turns)
-        return (out.g - jnp.mean(out.g)).astype(g.dtype), out.converged.astype(g.dtype)  # custom_root wants floating outputs only
-
-    def residual(g):
-        # One sweep leaves g where it is, up to the constant that the last term pins.
-        return g - _soft_min((cost - _soft_min(cost - g, epsilon)[:, None]).T, epsilon) + jnp.mean(g)
-
-    def solve_tangent(linear, b):
-        return jnp.linalg.solve(jax.jacobian(linear)(b), b)
-
-    potential, converged = jax.lax.custom_root(residual, jnp.zeros_like(cost[0]), iterate, solve_tangent, has_aux=True)
-    return potential, converged > 0
-
-
-@functools.cache
-def _ott() -> types.SimpleNamespace:
-    """What is used of ott, imported on first use: it takes longer to load than jax, and announces the retirement of a library."""
-    # The first use may be inside a trace; constants made by an import must not become part of it.
-    with jax.ensure_compile_time_eval(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
-        from ott.geometry.geometry import Geometry
-        from ott.solvers.linear import solve
-        from ott.solvers.linear.acceleration import Momentum
-        from ott.tools.unreg import hungarian
-    return types.SimpleNamespace(Geometry=Geometry, Momentum=Momentum, hungarian=hungarian, solve=solve)

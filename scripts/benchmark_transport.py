@@ -14,7 +14,8 @@ import ot
 import scipy.optimize
 import timing
 
-from esljax.transport import ExactTransport, GaussianTransport, SinkhornTransport, SlicedTransport
+from esljax.sinkhorn import SinkhornTransport
+from esljax.transport import ExactTransport, GaussianTransport, SlicedTransport
 
 
 def contenders(n: int, d: int) -> dict[str, Callable[[], object]]:

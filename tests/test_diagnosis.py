@@ -15,9 +15,11 @@ from esljax.diagnosis import Finding
 from esljax.dynamics import Langevin
 from esljax.potentials import DoubleWell, FlaxLoss, Mixture, Quadratic
 from esljax.schedules import Knots
-from esljax.simulation import Trajectory, simulate
+from esljax.simulation import simulate
+from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
-from esljax.transport import ExactTransport, GaussianTransport, Projected, SinkhornTransport, SlicedTransport
+from esljax.trajectory import Trajectory
+from esljax.transport import ExactTransport, GaussianTransport, Projected, SlicedTransport
 from esljax.velocity import AffineVelocity
 
 KEY = jax.random.key(0)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from esljax import cli, recordings
-from esljax.simulation import recorded
+from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
-from esljax.transport import ExactTransport, GaussianTransport, Projected, SinkhornTransport, SlicedTransport
+from esljax.trajectory import recorded
+from esljax.transport import ExactTransport, GaussianTransport, Projected, SlicedTransport
 from esljax.velocity import TransportVelocity
 
 NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric")

@@ -21,8 +21,9 @@ from esljax import InputError, recordings
 from esljax.dynamics import Langevin
 from esljax.entropy_production import learning_clock
 from esljax.potentials import Quadratic
-from esljax.simulation import recorded, simulate
+from esljax.simulation import simulate
 from esljax.speed_limit import speed_limit
+from esljax.trajectory import recorded
 from esljax.transport import ExactTransport, GaussianTransport, Projected, principal_directions, random_directions
 from esljax.velocity import AffineVelocity, PathVelocity, TransportVelocity
 

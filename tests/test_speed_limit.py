@@ -20,18 +20,11 @@ from esljax._checks import InputError
 from esljax.dynamics import Langevin
 from esljax.potentials import Quadratic
 from esljax.report import Split, average, split
-from esljax.simulation import Trajectory, simulate
+from esljax.simulation import simulate
+from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
-from esljax.transport import (
-    AbstractTransport,
-    ExactTransport,
-    GaussianTransport,
-    Mapped,
-    Projected,
-    SinkhornTransport,
-    SlicedTransport,
-    Solution,
-)
+from esljax.trajectory import Trajectory
+from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Mapped, Projected, SlicedTransport, Solution
 
 D = 3
 METRICS = {

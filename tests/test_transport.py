@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import esljax.sinkhorn as sinkhorn_module
 import esljax.transport as transport_module
 from esljax._checks import InputError
-from esljax.transport import ExactTransport, GaussianTransport, Mapped, Projected, SinkhornTransport, SlicedTransport
+from esljax.sinkhorn import SinkhornTransport
+from esljax.transport import ExactTransport, GaussianTransport, Mapped, Projected, SlicedTransport
 
 D = 3
 MATRIX = np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]], np.float32)
@@ -444,19 +446,20 @@ def test_bad_input_is_one_sentence(call, sentence, refused):
 # Documentation and import
 
 
-def test_docstring_examples_run():
-    result = doctest.testmod(transport_module)
-    assert result.attempted >= 6
+@pytest.mark.parametrize("module", [transport_module, sinkhorn_module], ids=["transport", "sinkhorn"])
+def test_docstring_examples_run(module):
+    result = doctest.testmod(module)
+    assert result.attempted >= 2
     assert result.failed == 0
 
 
 def test_import_is_silent_and_ott_comes_on_first_use_without_a_trace_left_behind():
     program = (
-        "import sys, jax, jax.numpy as jnp, esljax.transport as t\n"
+        "import sys, jax, jax.numpy as jnp, esljax.sinkhorn as s, esljax.transport as t\n"
         "assert 'ott' not in sys.modules\n"
         "x = jnp.arange(6.0).reshape(3, 2)\n"
         "first = jax.jit(t.ExactTransport().squared)(x, x + 1)\n"
-        "second = t.SinkhornTransport(1.0).squared(x, x + 1)\n"
+        "second = s.SinkhornTransport(1.0).squared(x, x + 1)\n"
         "assert first == 2 and abs(second - 2) < 1e-3\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
