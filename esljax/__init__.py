@@ -8,6 +8,7 @@ sides, and optimizes schedules toward the limit by gradient.
 from esljax import datasets, gaussian, models, recordings
 from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
+from esljax.checkpoints import Checkpoints, Terminated
 from esljax.density import (
     AbstractDensity,
     AbstractLogDensity,
@@ -44,6 +45,7 @@ from esljax.schedules import (
     WarmupStableDecay,
 )
 from esljax.scores import FlowVelocity, HistogramVelocity, KDEVelocity
+from esljax.sharding import member_mesh
 from esljax.simulation import simulate
 from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
@@ -73,6 +75,7 @@ __all__ = [
     "AbstractVelocity",
     "AffineVelocity",
     "Autodiff",
+    "Checkpoints",
     "Constant",
     "Controls",
     "Cosine",
@@ -125,6 +128,7 @@ __all__ = [
     "Solution",
     "SpeedLimit",
     "Split",
+    "Terminated",
     "Trajectory",
     "TransportVelocity",
     "TransportedEntropy",
@@ -133,6 +137,7 @@ __all__ = [
     "datasets",
     "free_energy",
     "gaussian",
+    "member_mesh",
     "minibatch_noise",
     "models",
     "optimize",

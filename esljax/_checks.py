@@ -35,8 +35,8 @@ def as_float(x: Any) -> Array:
 
 
 def known(*arrays: Any) -> bool:
-    """Whether the values are there to be looked at (no tracer among them)."""
-    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(arrays))
+    """Whether the values are there to be looked at: no tracer among them, nor parts that only another process has."""
+    return all(_here(leaf) for leaf in jax.tree.leaves(arrays))
 
 
 def check_positive_int(argument: str, value: int, minimum: int = 1) -> None:
@@ -84,6 +84,12 @@ def check_key(argument: str, key: Any) -> None:
 def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise refuse(argument, "be one of " + ", ".join(map(repr, choices)), f"is {value!r}")
+
+
+def _here(leaf: Any) -> bool:
+    if isinstance(leaf, Tracer):
+        return False
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
 
 
 def _brief(value: Any) -> str:

@@ -7,6 +7,8 @@ For any true metric on laws both inequalities hold exactly, for every number of 
 second the triangle inequality.
 """
 
+import dataclasses
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ import numpy as np
 from esljax._types import Array, Float
 from esljax.diagnosis import Evidence
 from esljax.report import SpeedLimit
+from esljax.sharding import map_pairs
 from esljax.sinkhorn import SinkhornTransport
 from esljax.trajectory import Trajectory
 from esljax.transport import AbstractTransport, ExactTransport, Mapped, Projected, coordinates
@@ -26,15 +29,74 @@ _CHAIN = (
 _RECORDED = "So does any noise of the steps, which was not recorded."
 
 
-def chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
+class Distances(eqx.Module):
+    """The squared distances of a chain, each perhaps on a leading axis of subsets of the members."""
+
+    links: Float[Array, "*subsets J"]
+    whole: Float[Array, "*subsets"]
+    coarse: Float[Array, "*subsets half"] | None
+    """Between every second snapshot, if their number allows it."""
+    converged: Array
+    debiased_links: Float[Array, "*subsets J"] | None = None
+    debiased_whole: Float[Array, "*subsets"] | None = None
+
+
+def distances(trajectory: Trajectory, transport: AbstractTransport, *, debias: bool, subsets: Array | None = None) -> Distances:
+    """Solve the transport problems of one run; of some of its members (subsets, m) too if `subsets` lists them. Not checked.
+
+    Debiased are W(x, y') - ½ W(x, x') - ½ W(y, y'), where x, y are one half of the members and x', y' the other: all three are then
+    distances of independent samples of one size, and their bias cancels to leading order.
+    """
+    links = trajectory.positions.shape[0] - 1
+    pairs = [(j, j + 1) for j in range(links)] + [(0, links)]
+    coarse = [(j, j + 2) for j in range(0, links, 2)] if links % 2 == 0 else []
+
+    def solve(way, pairs):
+        def of_pair(shared, x, y):
+            transport, subsets = shared
+            if subsets is None:
+                return way(transport, x, y)
+            return jax.lax.map(lambda kept: way(transport, x[kept], y[kept]), subsets)
+
+        first, second = np.array(pairs).T
+        found = map_pairs(of_pair, (transport, subsets), trajectory.positions, first, second, trajectory.mesh)
+        return found if subsets is None else jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), found)
+
+    plain = solve(lambda transport, x, y: transport.solve(x, y), pairs + coarse)
+    found = Distances(
+        links=plain.squared[..., :links],
+        whole=plain.squared[..., links],
+        coarse=plain.squared[..., links + 1 :] if coarse else None,
+        converged=jnp.all(plain.converged, axis=-1),
+    )
+    if not debias:
+        return found
+    across = solve(_across, pairs)
+    within = solve(_within, [(j, j) for j in range(links + 1)])
+    first, second = np.array(pairs).T
+    squares = across - within[..., first] / 2 - within[..., second] / 2
+    return dataclasses.replace(found, debiased_links=squares[..., :links], debiased_whole=squares[..., links])
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+    members = len(x) // 2 * 2
+    return x[0:members:2], x[1:members:2]
+
+
+def _across(transport: AbstractTransport, x: Array, y: Array) -> Array:
+    (one, other), (first, second) = _halves(x), _halves(y)
+    return (transport.solve(one, second).squared + transport.solve(other, first).squared) / 2
+
+
+def _within(transport: AbstractTransport, x: Array, _: Array) -> Array:
+    return transport.solve(*_halves(x)).squared
+
+
+def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distances) -> SpeedLimit:
     """The report of one run by its chain. Not checked: for use inside `jit`."""
     positions, times = trajectory.positions, trajectory.times
     links = positions.shape[0] - 1
-    pairs = [(j, j + 1) for j in range(links)] + [(0, links)]
-    coarse = [(j, j + 2) for j in range(0, links, 2)] if links % 2 == 0 else []
-    first, second = np.array(pairs + coarse).T
-    solved = jax.vmap(transport.solve)(positions[first], positions[second])
-    squares, whole, coarse_squares = solved.squared[:links], solved.squared[links], solved.squared[links + 1 :]
+    squares = solved.links
 
     elapsed = jnp.diff(times)
     lengths = safe_sqrt(squares)
@@ -51,14 +113,16 @@ def chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
     return SpeedLimit(
         entropy_production=jnp.sum(squares / elapsed),
         length_squared=jnp.sum(lengths) ** 2,
-        w2_squared=whole,
-        housekeeping=jnp.zeros_like(whole),
+        w2_squared=solved.whole,
+        housekeeping=jnp.zeros_like(solved.whole),
         dissipation=dissipation,
         learning_time=learning_time,
         times=(times[1:] + times[:-1]) / 2,
         speed=lengths / elapsed,
-        converged=jnp.all(solved.converged),
-        entropy_production_coarse=jnp.sum(coarse_squares / (elapsed[::2] + elapsed[1::2])) if coarse else None,
+        converged=solved.converged,
+        entropy_production_coarse=None if solved.coarse is None else jnp.sum(solved.coarse / (elapsed[::2] + elapsed[1::2])),
+        debiased_entropy_production=None if solved.debiased_links is None else jnp.sum(solved.debiased_links / elapsed),
+        debiased_w2_squared=solved.debiased_whole,
         noise_floor=noise_floor,
         # The identity is the best assignment if no other is cheaper than rounding allows.
         identity_fraction=jnp.mean(squares >= paired * (1 - 1e-5), dtype=paired.dtype) if isinstance(transport, ExactTransport) else None,
@@ -67,20 +131,6 @@ def chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
         worth=_CHAIN if trajectory.rates is not None else f"{_CHAIN} {_RECORDED}",
         is_bound=transport.is_metric,
     )
-
-
-def debiased(trajectory: Trajectory, transport: AbstractTransport) -> tuple[Array, Array]:
-    """Σ of the chain and W2² from W(x, y') - ½ W(x, x') - ½ W(y, y'), where x, y are one half of the members and x', y' the other: both
-    distances and their bias are then those of independent samples of one size, and the bias cancels to leading order."""
-    links = trajectory.positions.shape[0] - 1
-    members = trajectory.positions.shape[1] // 2 * 2
-    half, other = trajectory.positions[:, 0:members:2], trajectory.positions[:, 1:members:2]
-    first, second = np.array([(j, j + 1) for j in range(links)] + [(0, links)]).T
-    solve = jax.vmap(lambda x, y: transport.solve(x, y).squared)
-    across = (solve(half[first], other[second]) + solve(other[first], half[second])) / 2
-    within = solve(half, other)
-    squares = across - within[first] / 2 - within[second] / 2
-    return jnp.sum(squares[:-1] / jnp.diff(trajectory.times)), squares[-1]
 
 
 def _evidence(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:

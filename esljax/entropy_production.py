@@ -21,6 +21,7 @@ from esljax._types import Array, Float
 from esljax.chain import safe_sqrt
 from esljax.potentials import potential_at
 from esljax.report import SpeedLimit
+from esljax.sharding import replicate
 from esljax.trajectory import Trajectory
 from esljax.transport import AbstractTransport, coordinates
 from esljax.velocity import AbstractVelocity, Snapshot
@@ -62,6 +63,9 @@ def member_rates(trajectory: Trajectory, transport: AbstractTransport, velocity:
 
     def at_snapshot(state, xs):
         members, s, temperature, positions, before, after, elapsed = xs
+        if not velocity.needs_drift:
+            # What compares whole snapshots must not wait for other devices in each of its iterations: one snapshot fits on every device.
+            positions, before, after = replicate((positions, before, after), trajectory.mesh)
         drift = diffusion = None
         if velocity.needs_drift:
             acting = potential_at(potential, s)

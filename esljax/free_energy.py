@@ -32,6 +32,7 @@ from esljax._types import Array, Float
 from esljax.entropy import AbstractEntropy
 from esljax.entropy_production import learning_clock, member_rates
 from esljax.potentials import AbstractPotential, Driven
+from esljax.sharding import map_pairs
 from esljax.trajectory import Trajectory, check_runs, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
 from esljax.velocity import AbstractVelocity
@@ -352,9 +353,9 @@ def _of_all_members(trajectory: Trajectory, potential: Any, entropy: Any, veloci
         start = entropy.start.estimate(trajectory.positions[0]).value
         found["entropy"] = jnp.concatenate([start[None], start + jnp.cumsum(_trapezoids(jnp.mean(divergence, axis=1), spans))])
     if transport is not None:
-        found["dissipation_of_links"] = _chain(trajectory.positions, spans, transport)
+        found["dissipation_of_links"] = _chain(trajectory, 1, spans, transport)
         if spans.size % 2 == 0:
-            found["dissipation_coarse"] = jnp.sum(_chain(trajectory.positions[::2], spans[::2] + spans[1::2], transport))
+            found["dissipation_coarse"] = jnp.sum(_chain(trajectory, 2, spans[::2] + spans[1::2], transport))
     return found
 
 
@@ -377,9 +378,11 @@ def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
     return now.at[0].set(start).at[-1].set(end), work.at[0].add(now[0] - start).at[-1].add(end - now[-1])
 
 
-def _chain(positions: Array, spans: Array, transport: AbstractTransport) -> Array:
-    """D of every link from the transport between its ends."""
-    squared = jax.lax.map(lambda pair: transport.solve(*pair).squared, (positions[:-1], positions[1:]))
+def _chain(trajectory: Trajectory, stride: int, spans: Array, transport: AbstractTransport) -> Array:
+    """D of every link, or of every `stride` of them, from the transport between its ends."""
+    ends = np.arange(0, trajectory.positions.shape[0], stride)
+    solve = lambda transport, x, y: transport.solve(x, y).squared  # noqa: E731
+    squared = map_pairs(solve, transport, trajectory.positions, ends[:-1], ends[1:], trajectory.mesh)
     return jnp.where(spans > 0, squared / jnp.where(spans > 0, spans, 1), 0)
 
 

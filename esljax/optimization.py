@@ -20,6 +20,7 @@ from jax.flatten_util import ravel_pytree
 
 from esljax._checks import as_float, check_key, check_nonnegative, check_positive, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Keys, Scalar
+from esljax.checkpoints import Checkpoints, session
 
 
 class Equality(NamedTuple):
@@ -92,6 +93,7 @@ def optimize(
     tolerance: float = 1e-3,
     penalty: float = 10.0,
     callback: Callable[[Iteration], None] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Optimum:
     """Minimize `objective` over the floating leaves of `controls` by gradient.
 
@@ -105,6 +107,8 @@ def optimize(
     - `rounds`: how often the multipliers move and a candidate is judged. - `validation`: held-out keys for each judgment.
     - `tolerance`: residual up to which a constraint counts as satisfied. - `penalty`: μ, for an objective divided by its first value.
     - `callback`: sees an `Iteration` after each; what it raises ends the search, and `KeyboardInterrupt` ends it with the best so far.
+    - `checkpoints`: where to save the search between iterations, so that it survives its process; see `Checkpoints`. Taken up again it
+      ends with the very bits of a search that nothing disturbed.
 
     **Returns:** `Optimum`. A value or gradient that is not finite, or explodes, ends the search: the best so far is returned and `message`
     names the iteration and the likely cause.
@@ -136,38 +140,49 @@ def optimize(
 
     # fold_in counts iterations from 0 up; the held-out keys sit behind the last of them.
     held_out = jax.vmap(lambda i: jax.random.fold_in(key, i))(iterations + jnp.arange(validation))
-    judged = search.judge(moving, held_out)
-    best = _Candidate(moving, *judged)
-    equalities = search.equalities(moving)
-    # An objective that starts at 0 has no scale of its own.
-    scale = jnp.where(best.value == 0, 1, jnp.abs(best.value))
-    dual = _Dual(jnp.zeros_like(best.residuals), as_float(penalty).astype(best.value.dtype), scale)
-    state = search.optimizer.init(moving)
-    dual = search.first_multipliers(moving, state, dual, equalities, jax.random.fold_in(key, 0))
-    rows, message, interrupted, last_good = [], "Ran all iterations.", False, moving
-    ends = set(np.linspace(0, iterations, min(rounds, iterations) + 1).round().astype(int)[1:] - 1)
-    try:
-        for i in range(iterations):
-            moved, state, seen = search.step(moving, state, dual, jax.random.fold_in(key, i))
-            value, residuals, norm = float(seen.value), np.asarray(seen.residuals), float(optax.tree.norm(seen.gradients))
-            trouble = _trouble(i, value, residuals, norm, [row[2] for row in rows])
-            if trouble and not rows:
-                raise refuse("controls", "start where the objective and its gradient are finite", f"give: {trouble}")
-            if trouble:
-                message = trouble
-                best = best.or_better(_Candidate(last_good, *search.judge(last_good, held_out)), equalities, tolerance, dual)
-                break
-            rows.append((value, residuals, norm))
-            last_good = moving
-            moving, dual = moved, dual.moved(seen.residuals, equalities, rounds / iterations)
-            if callback is not None:
-                callback(Iteration(i, eqx.combine(moving, fixed), seen.value, seen.residuals, seen.auxiliary))
-            if i in ends:
-                best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
-    except KeyboardInterrupt:
-        interrupted = True
-        message = f"Interrupted after {len(rows)} of {iterations} iterations; this is the best so far."
-        best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
+    settings = {"iterations": iterations, "rounds": rounds, "validation": validation, "tolerance": tolerance, "penalty": penalty}
+    with session(checkpoints, **settings, objective=objective, controls=controls, optimizer=optimizer, key=key) as saved:
+        best = _Candidate(moving, *search.judge(moving, held_out))
+        equalities = search.equalities(moving)
+        # An objective that starts at 0 has no scale of its own.
+        scale = jnp.where(best.value == 0, 1, jnp.abs(best.value))
+        dual = _Dual(jnp.zeros_like(best.residuals), as_float(penalty).astype(best.value.dtype), scale)
+        state, last_good, rows = search.optimizer.init(moving), moving, []
+        message, interrupted = "Ran all iterations.", False
+        kept = (moving, state, dual, best, last_good)
+        restored = saved.restore(lambda done: (kept, _table([(0.0, best.residuals, 0.0)] * done, best)))
+        if restored is None:
+            done, dual = 0, search.first_multipliers(moving, state, dual, equalities, jax.random.fold_in(key, 0))
+        else:
+            done, ((moving, state, dual, best, last_good), table) = restored
+            rows = [(float(value), np.asarray(residuals), float(norm)) for value, residuals, norm in zip(*table, strict=True)]
+        ends = set(np.linspace(0, iterations, min(rounds, iterations) + 1).round().astype(int)[1:] - 1)
+        kept = (moving, state, dual, best, last_good)
+        try:
+            for i in range(done, iterations):
+                moved, state, seen = search.step(moving, state, dual, jax.random.fold_in(key, i))
+                value, residuals, norm = float(seen.value), np.asarray(seen.residuals), float(optax.tree.norm(seen.gradients))
+                trouble = _trouble(i, value, residuals, norm, [row[2] for row in rows])
+                if trouble and not rows:
+                    raise refuse("controls", "start where the objective and its gradient are finite", f"give: {trouble}")
+                if trouble:
+                    message = trouble
+                    best = best.or_better(_Candidate(last_good, *search.judge(last_good, held_out)), equalities, tolerance, dual)
+                    break
+                rows.append((value, residuals, norm))
+                last_good = moving
+                moving, dual = moved, dual.moved(seen.residuals, equalities, rounds / iterations)
+                if callback is not None:
+                    callback(Iteration(i, eqx.combine(moving, fixed), seen.value, seen.residuals, seen.auxiliary))
+                if i in ends:
+                    best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
+                done, kept = i + 1, (moving, state, dual, best, last_good)
+                saved.offer(done, (kept, _table(rows, best)), last=done == iterations)
+        except KeyboardInterrupt:
+            interrupted = True
+            saved.offer(done, (kept, _table(rows[:done], best)), last=True)
+            message = f"Interrupted after {len(rows)} of {iterations} iterations; this is the best so far."
+            best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
     values, residuals, norms = zip(*rows, strict=True) if rows else ((), (), ())
     return Optimum(
         controls=eqx.combine(best.controls, fixed),
@@ -181,6 +196,13 @@ def optimize(
         message=message,
         interrupted=interrupted,
     )
+
+
+def _table(rows: list[tuple], best: "_Candidate") -> tuple[Array, Array, Array]:
+    """The rows of the history as arrays, for a checkpoint."""
+    values, residuals, norms = zip(*rows, strict=True) if rows else ((), (), ())
+    dtype = best.value.dtype
+    return jnp.asarray(values, dtype), jnp.asarray(residuals, dtype).reshape(len(rows), -1), jnp.asarray(norms, dtype)
 
 
 def _default_optimizer(iterations: int) -> optax.GradientTransformation:

@@ -13,12 +13,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from esljax._checks import check_ensemble, check_finite, check_key, check_nonnegative, check_positive_int, refuse
 from esljax._types import Array, ArrayLike, Float, Key
 from esljax.adjoint import AbstractGradient, HessianAdjoint
+from esljax.checkpoints import Checkpoints, session
 from esljax.dynamics import AbstractRule, Controls
 from esljax.potentials import AbstractPotential, Driven, potential_at
+from esljax.sharding import choose_mesh, shard_members
 from esljax.trajectory import Trajectory
 
 
@@ -32,6 +35,8 @@ def simulate(
     snapshots: int = 20,
     observe: Callable[[Float[Array, " d"]], Float[Array, " p"]] | None = None,
     gradient: AbstractGradient | None = None,
+    mesh: Mesh | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Trajectory:
     """Move an ensemble through `steps` steps of `rule` in `potential` and keep evenly spaced snapshots.
 
@@ -42,9 +47,15 @@ def simulate(
     - `snapshots`: J, the number of links between snapshots; it must divide `steps`.
     - `observe`: a function of one member (d,) to its features (p,), stored in place of positions when d is large.
     - `gradient`: how to differentiate, `HessianAdjoint()` by default; see `esljax.adjoint`.
+    - `mesh`: the devices that share the members, such as `member_mesh()`; by default those that `positions` lies on, or all local ones if
+      it was not placed anywhere. Inside `jit` it must be given. The numbers are the same on any number of devices.
+
+    - `checkpoints`: where to save the run between snapshots, so that it survives its process; see `Checkpoints`. Taken up again it ends
+      with the very bits of a run that nothing disturbed, on any number of devices. Not inside `jit` or `grad`.
 
     **Returns:** `Trajectory`, with `positions` (J+1, n, d) and `times` (J+1,).
-    **Raises:** `InputError` for bad shapes, J that does not divide K, negative rates or temperatures, members that are not finite.
+    **Raises:** `InputError` for bad shapes, J that does not divide K, negative rates or temperatures, members that are not finite or that
+    cannot be shared evenly by the devices.
     **Differentiation:** in `rule`, `positions` and `potential`, as `gradient` documents. All values of `gradient` give the same numbers.
 
     **Example:**
@@ -57,59 +68,117 @@ def simulate(
     gradient = HessianAdjoint() if gradient is None else gradient
     positions = jnp.asarray(positions)
     _check(potential, rule, positions, key, steps, snapshots, observe, gradient)
-    return _simulate(potential, rule, positions, key, steps, snapshots, observe, gradient)
+    mesh = choose_mesh(mesh, positions)
+    positions = shard_members(positions, mesh)
+    if checkpoints is not None:
+        return _survive(checkpoints, potential, rule, positions, key, steps, snapshots, observe, gradient, mesh)
+    return _simulate(potential, rule, positions, key, steps, snapshots, observe, gradient, mesh)
 
 
 @eqx.filter_jit
-def _simulate(potential, rule, positions, key, steps, snapshots, observe, gradient) -> Trajectory:
+def _simulate(potential, rule, positions, key, steps, snapshots, observe, gradient, mesh) -> Trajectory:
     # Everything that may be traced goes in as an argument: a derivative of the whole run must not close over tracers.
     arrays, rest = eqx.partition((potential, rule, positions, key, observe), eqx.is_array)
 
     def run(arrays):
         potential, rule, positions, key, observe = eqx.combine(arrays, rest)
-        return _run(potential, rule, positions, key, steps, snapshots, observe, gradient)
+        return _run(potential, rule, positions, key, steps, snapshots, observe, gradient, mesh)
 
     return gradient.wrap(run)(arrays)
 
 
-def _run(potential, rule, positions, key, steps, snapshots, observe, gradient) -> Trajectory:
+def _run(potential, rule, positions, key, steps, snapshots, observe, gradient, mesh) -> Trajectory:
     _check_functions(potential, positions, key, observe)
-    controls = jax.tree.map(lambda control: control.astype(positions.dtype), rule.controls(steps))
+    controls = _controls(rule, steps, positions.dtype)
+    linked = jax.tree.map(lambda x: x.reshape(snapshots, -1, *x.shape[1:]), (jnp.arange(steps), controls))
+    final, kept = _scan(potential, rule, positions, key, linked, steps, observe, gradient)
+    return _trajectory(final, kept, _last(potential, final, key, steps, observe, gradient), controls, observe, mesh)
 
-    def batch_key(k):
-        return jax.random.fold_in(jax.random.fold_in(key, k), 0)
+
+def _controls(rule: AbstractRule, steps: int, dtype: Any) -> Controls:
+    return jax.tree.map(lambda control: control.astype(dtype), rule.controls(steps))
+
+
+def _scan(potential, rule, positions, key, linked, steps, observe, gradient) -> tuple[Array, tuple[Array, Array]]:
+    """Through the links whose steps and controls are given, (links, steps of a link): where it ends, and features and energies of the
+    members where each link begins."""
 
     def step(positions, k_and_control):
         k, control = k_and_control
         acting = potential_at(potential, k.astype(positions.dtype) / steps)
-        kick = lambda x, scale: gradient.kick(acting, x, scale, batch_key(k))  # noqa: E731
+        kick = lambda x, scale: gradient.kick(acting, x, scale, _batch_key(key, k))  # noqa: E731
         return rule.step(positions, kick, control, jax.random.fold_in(jax.random.fold_in(key, k), 1))
 
     def link(positions, k_and_controls):
         """The steps between two snapshots, in groups that are recomputed one at a time."""
-        start = positions
-        length = group_length(steps, snapshots) if gradient.checkpoint else steps // snapshots
+        start, inside = positions, k_and_controls[0].shape[0]
+        length = group_length(steps, steps // inside) if gradient.checkpoint else inside
         grouped = jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), k_and_controls)
         group = lambda positions, xs: jax.lax.scan(step, positions, xs)  # noqa: E731
         group = jax.checkpoint(group, prevent_cse=False) if gradient.checkpoint else group
         positions, energies = jax.lax.scan(group, positions, grouped)
-        return positions, (features(start), energies[0, 0])
+        return positions, (_features(observe, start), energies[0, 0])
 
-    def features(positions):
-        return positions if observe is None else jax.vmap(observe)(positions)
+    return jax.lax.scan(link, positions, linked)
 
-    linked = jax.tree.map(lambda x: x.reshape(snapshots, -1, *x.shape[1:]), (jnp.arange(steps), controls))
-    final, (observed, energies) = jax.lax.scan(link, positions, linked)
-    last_energies, _ = gradient.kick(potential_at(potential, 1.0), final, jnp.ones((), final.dtype), batch_key(steps))
+
+def _last(potential, final, key, steps, observe, gradient) -> tuple[Array, Array]:
+    """Features and energies of the members at s = 1."""
+    energies, _ = gradient.kick(potential_at(potential, 1.0), final, jnp.ones((), final.dtype), _batch_key(key, steps))
+    return _features(observe, final), energies
+
+
+def _trajectory(final, kept, last, controls: Controls, observe, mesh) -> Trajectory:
+    positions, energies = (shard_members(jnp.concatenate([x, end[None]]), mesh, axis=1) for x, end in zip(kept, last, strict=True))
     return Trajectory(
-        times=jnp.arange(snapshots + 1, dtype=positions.dtype) / snapshots,
-        positions=jnp.concatenate([observed, features(final)[None]]),
-        energies=jnp.concatenate([energies, last_energies[None]]),
+        times=jnp.arange(positions.shape[0], dtype=final.dtype) / (positions.shape[0] - 1),
+        positions=positions,
+        energies=energies,
         rates=controls.learning_rate,
         temperatures=controls.temperature,
-        final=final,
+        final=shard_members(final, mesh),
         observed=observe is not None,
+        mesh=mesh,
     )
+
+
+def _batch_key(key: Key, k: Any) -> Key:
+    return jax.random.fold_in(jax.random.fold_in(key, k), 0)
+
+
+def _features(observe: Any, positions: Array) -> Array:
+    return positions if observe is None else jax.vmap(observe)(positions)
+
+
+def _survive(checkpoints, potential, rule, positions, key, steps, snapshots, observe, gradient, mesh) -> Trajectory:
+    """The same run link by link, each in one compiled program, with a chance to be saved after each."""
+    compiled = eqx.filter_jit(_scan)
+    controls = eqx.filter_jit(_controls)(rule, steps, positions.dtype)
+    eqx.filter_eval_shape(_check_functions, potential, positions, key, observe)
+    linked = jax.tree.map(lambda x: x.reshape(snapshots, 1, -1, *x.shape[1:]), (jnp.arange(steps), controls))
+    features = eqx.filter_eval_shape(_features, observe, positions)
+
+    def like(links: int) -> tuple:
+        kept = jnp.zeros((links, *features.shape), features.dtype), jnp.zeros((links, len(positions)), positions.dtype)
+        return positions, tuple(shard_members(x, mesh, axis=1) for x in kept)
+
+    run = {"potential": potential, "rule": rule, "positions": positions, "key": key, "steps": steps, "snapshots": snapshots}
+    with session(checkpoints, **run, observe=observe) as saved:
+        done, (positions, kept) = saved.restore(like) or (0, like(0))
+        pieces = [kept]
+        for j in range(done, snapshots):
+            positions, piece = compiled(
+                potential, rule, positions, key, jax.tree.map(lambda x, j=j: x[j], linked), steps, observe, gradient
+            )
+            pieces.append(piece)
+            jax.block_until_ready(positions)
+            saved.offer(j + 1, (positions, _joined(pieces)), last=j + 1 == snapshots)
+    last = eqx.filter_jit(_last)(potential, positions, key, steps, observe, gradient)
+    return _trajectory(positions, _joined(pieces), last, controls, observe, mesh)
+
+
+def _joined(pieces: list[tuple[Array, Array]]) -> tuple[Array, ...]:
+    return tuple(jnp.concatenate(parts) for parts in zip(*pieces, strict=True))
 
 
 def group_length(steps: int, snapshots: int) -> int:

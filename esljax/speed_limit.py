@@ -3,7 +3,6 @@ r"""The particle estimate of the epistemic speed limit Σ ≥ L² ≥ W2²: by t
 Source: Okanohara, arXiv 2601.17607.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import refuse
-from esljax._types import Array
-from esljax.chain import chain, debiased
+from esljax.chain import Distances, chain, distances
 from esljax.entropy_production import MemberRates, from_velocities, member_rates
 from esljax.potentials import AbstractPotential, Driven
 from esljax.report import SpeedLimit, average, split, with_errors
+from esljax.sharding import replicate
 from esljax.trajectory import Trajectory, check_runs, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
 from esljax.velocity import AbstractVelocity
@@ -69,7 +68,7 @@ def speed_limit(
 @eqx.filter_jit
 def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: bool) -> SpeedLimit:
     rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
-    report = _report(trajectory, transport, rates, debias)
+    report = replicate(_report(trajectory, transport, rates, distances(trajectory, transport, debias=debias)), trajectory.mesh)
     members = trajectory.positions.shape[1]
     # A group must take as many members from the one half as from the other.
     unit = 2 if debias else 1
@@ -80,11 +79,14 @@ def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: 
     left_out = np.arange(groups * size).reshape(groups, size)
     kept = np.stack([np.setdiff1d(np.arange(members), group) for group in left_out])
 
-    def without(kept):
+    def without(kept_and_solved):
         # The fields stay as they were fitted: what a member adds to a fit is of second order in σ.
-        return split(_report(_members(trajectory, kept), transport, None if rates is None else rates.members(kept), debias))
+        kept, solved = kept_and_solved
+        return split(_report(trajectory, transport, None if rates is None else rates.members(kept), solved))
 
-    replicates = jax.lax.map(without, jnp.asarray(kept))
+    kept = jnp.asarray(kept)
+    solved = distances(trajectory, transport, debias=debias, subsets=kept)
+    replicates = replicate(jax.lax.map(without, (kept, solved)), trajectory.mesh)
     # Delete-m jackknife (Shao and Wu, 1989): n - m members stay, m leave, in `groups` disjoint groups.
     variance = lambda x: (members - size) / (size * groups) * jnp.sum((x - jnp.mean(x)) ** 2)  # noqa: E731
     errors = jax.tree.map(lambda x: jnp.sqrt(variance(x)), replicates)
@@ -95,21 +97,14 @@ def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: 
 def _of_several(trajectory, transport, velocity, potential, debias: bool) -> SpeedLimit:
     def one(trajectory):
         rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
-        return _report(trajectory, transport, rates, debias)
+        return _report(trajectory, transport, rates, distances(trajectory, transport, debias=debias))
 
-    return average(jax.lax.map(one, trajectory))
+    return replicate(average(jax.lax.map(one, trajectory)), trajectory.mesh)
 
 
-def _report(trajectory: Trajectory, transport: AbstractTransport, rates: MemberRates | None, debias: bool) -> SpeedLimit:
-    report = chain(trajectory, transport)
-    if debias:
-        sigma, whole = debiased(trajectory, transport)
-        report = dataclasses.replace(report, debiased_entropy_production=sigma, debiased_w2_squared=whole)
+def _report(trajectory: Trajectory, transport: AbstractTransport, rates: MemberRates | None, solved: Distances) -> SpeedLimit:
+    report = chain(trajectory, transport, solved)
     return report if rates is None else from_velocities(trajectory, report, rates)
-
-
-def _members(trajectory: Trajectory, kept: Array) -> Trajectory:
-    return eqx.tree_at(lambda t: t.positions, trajectory, trajectory.positions[:, kept])
 
 
 def _check_pair(trajectory: Trajectory, transport: AbstractTransport, velocity: Any, potential: Any) -> None:

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from esljax._checks import InputError, check_finite, known, refuse
 from esljax._types import Array, ArrayLike, Float, Shaped
@@ -30,13 +31,16 @@ class Trajectory(eqx.Module):
     """The positions at s = 1, also of an observed run; of recorded features the last ones."""
     observed: bool = eqx.field(static=True)
     """Whether `positions` holds features instead of positions."""
+    mesh: Mesh | None = eqx.field(static=True, default=None)
+    """The devices that share the members, if there are several."""
 
     def __str__(self) -> str:
         *runs, snapshots, members, numbers = self.positions.shape
         kind = "features" if self.observed else "coordinates"
         several = f"{'x'.join(map(str, runs))} runs, each " if runs else ""
         steps = "recorded" if self.rates is None else f"{self.rates.shape[-1]} steps"
-        return f"Trajectory: {several}{members} members of {numbers} {kind}, {steps}, {snapshots} snapshots"
+        where = "" if self.mesh is None else f", on {self.mesh.size} devices"
+        return f"Trajectory: {several}{members} members of {numbers} {kind}, {steps}, {snapshots} snapshots{where}"
 
 
 def recorded(positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False) -> Trajectory:

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("_types",),
     ("_checks", "_matrix", "_ott"),
-    ("diagnosis", "schedules", "density"),
-    ("report",),
+    ("diagnosis", "schedules", "density", "sharding", "storage"),
+    ("report", "checkpoints"),
     ("potentials", "datasets", "models", "gaussian"),
     ("transport", "velocity", "entropy", "trajectory"),
     ("dynamics", "adjoint", "scores", "fields", "sinkhorn"),
@@ -29,7 +29,7 @@ FLOORS = (
     ("entropy_production",),
     ("speed_limit", "free_energy"),
     ("optimization",),
-    ("comparison", "storage", "recordings", "configuration"),
+    ("comparison", "recordings", "configuration"),
     ("plotting", "references", "measurement"),
     ("cli",),
     ("__main__", "__init__"),
@@ -52,7 +52,7 @@ FENCES = {
     # Settings are the flags; only `cli` parses them.
     "tyro": {"cli", "configuration"},
     "safetensors": {"recordings"},
-    "orbax": {"recordings"},
+    "orbax": {"recordings", "checkpoints"},
     "zarr": {"recordings"},
 }
 # Where the name to install is another.

@@ -1,0 +1,289 @@
+"""Runs that survive: what a loop needs to go on, saved whole or not at all, and taken up by nothing but the same run.
+
+A loop on the host says after each of its rounds what it would need to go on (`Session.offer`). That is written when enough time has
+passed, when the process is told to end (SIGTERM), and at the end. A folder that is half written is none: Orbax renames it when it is
+complete. With the state goes a description of the run, made of its arguments and the versions that numbers depend on; what is taken up
+under another description would silently become a different run, so it is refused.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import re
+import signal
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esljax._checks import check_nonnegative, known, refuse
+from esljax.storage import versions
+
+TERMINATED = 143
+"""The exit code of a process that was told to end and has saved its run: 128 and the number of SIGTERM, as shells have it."""
+
+
+class Terminated(SystemExit):
+    """The process was told to end, and the run is saved. Uncaught, it ends the process with exit code 143."""
+
+    def __init__(self, said: str):
+        super().__init__(TERMINATED)
+        self.said = said
+
+    def __str__(self) -> str:
+        return self.said
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Where a run is saved, how often, and whether to go on with what is there.
+
+    **Args:** `folder`: of this run alone; made if it does not exist. Several processes must all see it. `resume`: go on from the latest
+    checkpoint there; a folder without one starts the run, so that one command serves every start. Without it a folder that holds a run is
+    refused. `every`: the least number of seconds between two checkpoints; 0 for one after each round.
+    **Raises:** `InputError` if `every` is negative or `folder` a file.
+
+    **Example:**
+
+        >>> Checkpoints("run/checkpoints", resume=True).every
+        60.0
+    """
+
+    folder: str | Path
+    resume: bool = False
+    every: float = 60.0
+
+    def __post_init__(self):
+        check_nonnegative("every", self.every)
+        if Path(self.folder).exists() and not Path(self.folder).is_dir():
+            raise refuse("folder", "be a folder", f"is the file {self.folder}")
+
+
+class Session:
+    """One loop and its checkpoints, if it has any: without a folder every method does nothing."""
+
+    def __init__(self, manager: Any, settings: Checkpoints | None, about: dict[str, str]):
+        self._manager, self._settings, self._about = manager, settings, about
+        self._last, self._told, self._at = time.monotonic(), False, -1
+
+    def restore(self, like: Callable[[int], Any]) -> tuple[int, Any] | None:
+        """The round and the state of the latest checkpoint that can be read; None if there is none.
+
+        **Args:** `like`: from a round to a state of the structure, shapes and shardings that it had then. What lay on other devices is
+        moved to these.
+        """
+        if self._manager is None or self._settings is None:
+            return None
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if steps and not self._settings.resume:
+            raise refuse(
+                "checkpoints",
+                "be a folder without a run, or say resume=True to go on with the one that is there",
+                f"{self._settings.folder} holds one that has come to round {steps[0]}",
+            )
+        for step in steps:
+            try:
+                about = self._manager.restore(step, args=_arguments(about=_orbax().JsonRestore()))["about"]
+            except Exception as error:
+                self._passed_over(step, error)
+                continue
+            self._compare(about)
+            arrays, rest = eqx.partition(like(step), eqx.is_array)
+            leaves, structure = jax.tree.flatten(arrays)
+            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            abstract = {_name(i): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_lies(x) or here) for i, x in enumerate(leaves)}
+            try:
+                found = self._manager.restore(step, args=_arguments(state=_orbax().StandardRestore(abstract)))["state"]
+            except Exception as error:
+                self._passed_over(step, error)
+                continue
+            self._at = step
+            # What lay nowhere in particular must not come back bound to one device.
+            back = [found[_name(i)] if _lies(x) is not None else jnp.asarray(np.asarray(found[_name(i)])) for i, x in enumerate(leaves)]
+            return step, eqx.combine(structure.unflatten(back), rest)
+        if steps:
+            raise refuse("checkpoints", "hold at least one checkpoint that can be read", f"{self._settings.folder} holds none")
+        return None
+
+    def offer(self, step: int, state: Any, *, last: bool = False) -> None:
+        """Save the state after `step` rounds if it is time to, if it is the last one, or if the process was told to end.
+
+        **Raises:** `Terminated` in the last case.
+        """
+        if self._manager is None or self._settings is None:
+            return
+        due, told = self._agreed(time.monotonic() - self._last >= self._settings.every, self._told)
+        if (due or told or last) and step > self._at:
+            arrays = jax.tree.leaves(eqx.filter(state, eqx.is_array))
+            saved = {_name(i): jnp.asarray(x) for i, x in enumerate(arrays)}
+            self._manager.save(step, args=_arguments(state=_orbax().StandardSave(saved), about=_orbax().JsonSave(self._about)), force=True)
+            self._last, self._at = time.monotonic(), step
+        if told:
+            raise Terminated(f"Told to end after round {step}; the run is saved in {self._settings.folder} and goes on from there.")
+
+    def told(self, *_: Any) -> None:
+        """Take note that the process should end; the next offer will save and do so."""
+        self._told = True
+
+    def _agreed(self, *flags: bool) -> list[bool]:
+        """Whether any process says so: all save together or none does."""
+        if jax.process_count() == 1:
+            return list(flags)
+        from jax.experimental.multihost_utils import process_allgather
+
+        return [bool(flag) for flag in np.any(process_allgather(np.asarray(flags)), axis=0)]
+
+    def _compare(self, about: dict[str, str]) -> None:
+        folder = self._settings.folder if self._settings is not None else ""
+        for name in [*self._about, *about]:
+            now, then = self._about.get(name, "absent"), about.get(name, "absent")
+            if now != then:
+                raise refuse("checkpoints", "hold the run that is to go on", f"{folder} holds one whose {name} is {then}, not {now}")
+
+    def _passed_over(self, step: int, error: Exception) -> None:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        folder = self._settings.folder if self._settings is not None else ""
+        self._manager.delete(step)  # its place is needed again
+        warnings.warn(f"The checkpoint of round {step} in {folder} cannot be read and is passed over: {said}", RuntimeWarning, stacklevel=3)
+
+
+@contextlib.contextmanager
+def session(checkpoints: Checkpoints | None, **run: Any) -> Iterator[Session]:
+    """Open the checkpoints of the run that these arguments make; without any, a session that does nothing.
+
+    While it is open, SIGTERM is noted instead of ending the process (in the main thread, the only one that signals reach).
+    """
+    if checkpoints is None:
+        yield Session(None, None, {})
+        return
+    if not isinstance(checkpoints, Checkpoints):
+        raise refuse("checkpoints", "be Checkpoints(folder)", f"is {checkpoints!r}")
+    if not known(run):
+        raise refuse("checkpoints", "be left out inside jit, grad and vmap, where there is nothing to save", "is given")
+    folder = Path(checkpoints.folder).resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refuse("checkpoints", "be a folder that can be written", f"{folder} gives: {error.strerror}") from error
+    made = versions()
+    about = {name: describe(argument) for name, argument in run.items()}
+    about |= {f"version of {name}": made[name] for name in ("esljax", "jax", "jaxlib")}
+    options = _orbax().CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    with _quiet(), _orbax().CheckpointManager(folder, options=options, item_names=("state", "about")) as manager:
+        opened = Session(manager, checkpoints, about)
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, opened.told) if main else None
+        try:
+            yield opened
+        finally:
+            if main:
+                signal.signal(signal.SIGTERM, before)
+
+
+def describe(thing: Any) -> str:
+    """What two runs must have in common, short enough to read: a number as itself, anything else as its kind and a digest.
+
+    Arrays count by their contents, functions by their code and what they close over. Of an array that is spread over processes only the
+    shape counts.
+    """
+    if isinstance(thing, bool | int | float | str | None):
+        return repr(thing)
+    digest = hashlib.sha256()
+    for part in _parts(thing, {}):
+        digest.update(part)
+        digest.update(b"\0")
+    kind = f"{thing.dtype}{list(thing.shape)}" if eqx.is_array(thing) else getattr(thing, "__qualname__", type(thing).__name__)
+    return f"{kind} {digest.hexdigest()[:12]}"
+
+
+def _parts(thing: Any, seen: dict[int, Any]) -> Iterator[bytes]:
+    if isinstance(thing, jax.Array) and jnp.issubdtype(thing.dtype, jax.dtypes.prng_key):
+        thing = jax.random.key_data(thing)
+    if eqx.is_array(thing):
+        yield f"{thing.dtype}{thing.shape}".encode()
+        if known(thing):
+            yield np.ascontiguousarray(thing).tobytes()
+        return
+    if id(thing) in seen:
+        return
+    if isinstance(thing, types.CodeType):
+        yield thing.co_code
+        inner = [thing.co_names, *thing.co_consts]
+    elif isinstance(thing, types.FunctionType):
+        yield thing.__qualname__.encode()
+        held = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+        inner = [thing.__code__, *held, *(thing.__defaults__ or ())]
+    elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+        yield type(thing).__qualname__.encode()
+        inner = [getattr(thing, field.name, None) for field in dataclasses.fields(thing)]
+    elif isinstance(thing, types.MethodType | functools.partial) or hasattr(thing, "__wrapped__"):
+        names = ("__self__", "__func__", "func", "args", "keywords", "__wrapped__")
+        inner = [getattr(thing, name) for name in names if hasattr(thing, name)]
+    else:
+        inner, structure = jax.tree.flatten(thing, is_leaf=lambda node: node is not thing)
+        # Where something lies in memory says nothing.
+        said = repr(thing) if len(inner) == 1 and inner[0] is thing else f"{structure}"
+        yield re.sub(r" at 0x[0-9a-f]+", "", said).encode()
+    seen[id(thing)] = thing  # kept, so that nothing else gets its number meanwhile
+    for part in inner:
+        yield from _parts(part, seen)
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _lies(x: Any) -> Any:
+    """Where an array was put, if anyone put it anywhere."""
+    return x.sharding if isinstance(x, jax.Array) and x.committed else None
+
+
+def _name(i: int) -> str:
+    return f"{i:04d}"
+
+
+def _arguments(**items: Any) -> Any:
+    return _orbax().Composite(**items)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax talks through the logger of absl, and warns of choices that are made here on purpose."""
+    import logging
+
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@functools.cache
+def _orbax() -> types.SimpleNamespace:
+    """What is used of Orbax, imported on first use: it takes as long to load as jax."""
+    import orbax.checkpoint as ocp
+
+    return types.SimpleNamespace(
+        CheckpointManager=ocp.CheckpointManager,
+        CheckpointManagerOptions=ocp.CheckpointManagerOptions,
+        Composite=ocp.args.Composite,
+        JsonRestore=ocp.args.JsonRestore,
+        JsonSave=ocp.args.JsonSave,
+        StandardRestore=ocp.args.StandardRestore,
+        StandardSave=ocp.args.StandardSave,
+    )

@@ -1,0 +1,114 @@
+"""What test_sharding.py runs in processes of its own: the same numbers on meshes of several sizes, into an .npz file.
+
+    python sharded_program.py OUT.npz MESHES DEVICES [ADDRESS PROCESSES INDEX]
+
+MESHES is a list such as 1,8 of the devices to share the members; DEVICES is how many fake CPU devices each process has.
+"""
+
+import functools
+import re
+import sys
+
+import jax
+
+
+def collectives(function, *arguments) -> list[str]:
+    """The operations between devices in a compiled program, each as "name result"."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    pattern = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(?:-start)?\("
+    return [f"{name} {result}" for result, name in re.findall(pattern, text)]
+
+
+def main(out: str, meshes: str, devices: str, *processes: str) -> None:
+    jax.config.update("jax_num_cpu_devices", int(devices))
+    if processes:
+        address, count, index = processes
+        jax.distributed.initialize(coordinator_address=address, num_processes=int(count), process_id=int(index))
+
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    import esljax as esl
+    from esljax.sharding import shard_members
+
+    key = jax.random.key(0)
+    data = esl.datasets.digits()
+    network = esl.FlaxLoss(esl.models.mlp(64, 32, 10), data.train, batch_size=256, l2=1e-4)
+    weights = np.asarray(network.init(members=16, key=key))
+    trap = esl.Quadratic(jnp.linspace(1.0, 3.0, 5))
+    points = np.asarray(jax.random.normal(key, (16, 5)))
+    sliced = esl.SlicedTransport(10, jax.random.key(1))
+    transports = {
+        "exact": esl.ExactTransport(),
+        "gaussian": esl.GaussianTransport(),
+        "sliced": sliced,
+        "sinkhorn": esl.SinkhornTransport(1.0),
+    }
+    velocities = {
+        "affine": (esl.GaussianTransport(), esl.AffineVelocity(), trap),
+        "transport": (esl.ExactTransport(), esl.TransportVelocity(esl.ExactTransport()), None),
+    }
+    found = {}
+
+    def simulate(potential, rates, start, mesh):
+        rule = esl.Langevin(esl.Knots(rates), 0.01)
+        return esl.simulate(potential, rule, start, steps=20, snapshots=10, key=key, mesh=mesh)
+
+    def gap(rates, potential, start, transport, mesh):
+        return esl.speed_limit(simulate(potential, rates, start, mesh), transport=transport, jackknife=0).gap
+
+    def numbers(report) -> list[float]:
+        names = ("entropy_production", "length_squared", "w2_squared", "debiased_entropy_production", "debiased_w2_squared")
+        errors = [] if report.standard_error is None else [report.standard_error.gap, report.standard_error.gap_upper]
+        return [float(x) for x in [*(getattr(report, name) for name in names), *errors] if x is not None]
+
+    for size in map(int, meshes.split(",")):
+        mesh = esl.member_mesh(size)
+        rates = jnp.array([0.1, 0.2, 0.3])
+        paths = {"network": simulate(network, rates, weights, mesh), "trap": simulate(trap, rates, points, mesh)}
+        for name, path in paths.items():
+            assert path.positions.sharding.shard_shape(path.positions.shape)[1] == 16 // size
+            found[f"{size} positions {name}"] = process_allgather(path.positions, tiled=True)
+            found[f"{size} energies {name}"] = process_allgather(path.energies, tiled=True)
+        for name, transport in transports.items():
+            full = name == "exact"  # compiling the resampling once is enough
+            report = esl.speed_limit(paths["trap"], transport=transport, jackknife=8 * full, debias=full)
+            found[f"{size} report {name}"] = np.array(numbers(report))
+            assert str(report)
+            assert report.diagnose() is not None
+        for name, (transport, velocity, potential) in velocities.items():
+            report = esl.speed_limit(paths["trap"], transport=transport, velocity=velocity, potential=potential, jackknife=0)
+            found[f"{size} velocity {name}"] = np.array([report.entropy_production, report.length_squared, report.w2_squared])
+        report = esl.speed_limit(paths["network"], transport=esl.ExactTransport(), jackknife=0)
+        found[f"{size} network exact"] = np.array([report.entropy_production, report.length_squared, report.w2_squared])
+        for name in ("exact", "gaussian", "sliced"):
+            slope = jax.jit(jax.grad(functools.partial(gap, potential=trap, start=points, transport=transports[name], mesh=mesh)))
+            found[f"{size} gradient {name}"] = np.asarray(slope(rates))
+        slope = jax.jit(jax.grad(functools.partial(gap, potential=network, start=weights, transport=esl.ExactTransport(), mesh=mesh)))
+        found[f"{size} gradient network"] = np.asarray(slope(rates))
+        optimum = esl.optimize(
+            lambda rates, key, mesh=mesh: gap(jnp.exp(rates), trap, points, esl.GaussianTransport(), mesh),
+            jnp.log(rates),
+            key=key,
+            iterations=2,
+            rounds=1,
+        )
+        found[f"{size} optimum"] = np.asarray(optimum.controls)
+
+    if not processes:
+        mesh = esl.member_mesh()
+        start = shard_members(weights, mesh)
+        # A run needs no word between devices, its gradient one sum at the end, and distances only the turn of the history.
+        path = jax.jit(lambda start: simulate(network, rates, start, mesh))(start)
+        found["collectives of a run"] = collectives(lambda start: simulate(network, rates, start, mesh).positions, start)
+        final = lambda rates, start: jnp.sum(simulate(network, rates, start, mesh).final)  # noqa: E731
+        found["collectives of a gradient"] = collectives(jax.grad(final), rates, start)
+        measure = lambda path: esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=8, debias=True)  # noqa: E731
+        found["collectives of distances"] = collectives(measure, path)
+    if not processes or processes[2] == "0":
+        np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

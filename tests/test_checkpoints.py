@@ -1,0 +1,283 @@
+"""Runs that are really killed, told to end, corrupted, moved to other devices, and taken up again to the very same bits."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esljax import checkpoints as module
+from esljax.checkpoints import TERMINATED, Checkpoints, Terminated, describe, session
+from esljax.dynamics import Langevin
+from esljax.optimization import optimize
+from esljax.potentials import FromFunction, Quadratic
+from esljax.schedules import Constant, Cosine
+from esljax.simulation import simulate
+from esljax.storage import versions
+
+PROGRAM = Path(__file__).with_name("checkpointed_program.py")
+KEY = jax.random.key(1)
+START = np.asarray(jax.random.normal(jax.random.key(0), (6, 2)))
+
+
+def run(checkpoints=None, *, rule=None, start=START, potential=None, key=KEY, **settings):
+    potential = Quadratic(1.0) if potential is None else potential
+    rule = Langevin(Cosine(0.3), 0.1) if rule is None else rule
+    settings = {"steps": 24, "snapshots": 6, **settings}
+    return simulate(potential, rule, start, key=key, checkpoints=checkpoints, **settings)
+
+
+def same(one, other) -> None:
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def noisy_parabola(x, key):
+    return jnp.sum((x - 3 + 0.1 * jax.random.normal(key, x.shape)) ** 2), jnp.sum(x) - 5.0
+
+
+def search(checkpoints=None, callback=None, objective=noisy_parabola, **settings):
+    settings = {"iterations": 12, "key": KEY, **settings}
+    return optimize(objective, jnp.zeros(3), callback=callback, checkpoints=checkpoints, **settings)
+
+
+class Stop(Exception):
+    """Ends a search from within."""
+
+
+def stopped_at(iteration: int):
+    def callback(seen):
+        if seen.iteration == iteration:
+            raise Stop
+
+    return callback
+
+
+# In one process
+
+
+def test_a_saved_run_is_the_run(tmp_path):
+    same(run(), run(Checkpoints(tmp_path / "run", every=0)))
+    observed = {"observe": lambda member: member[:1] ** 2}
+    same(run(**observed), run(Checkpoints(tmp_path / "observed", every=0), **observed))
+
+
+def test_a_saved_search_is_the_search(tmp_path):
+    same(search(), search(Checkpoints(tmp_path, every=0)))
+
+
+def test_a_run_goes_on_from_where_it_was(tmp_path, monkeypatch):
+    run(Checkpoints(tmp_path, every=0))
+    shutil.rmtree(tmp_path / "6")
+    # What is taken up must be what was saved, not a run from the start: a saved state that is altered shows in the end.
+    resumed = Checkpoints(tmp_path, resume=True, every=0)
+    same(run(), run(resumed))
+    with session(resumed) as opened:
+        manager = opened._manager
+    assert sorted(manager.all_steps()) == [5, 6]
+    seen = []
+    monkeypatch.setattr(module.Session, "offer", lambda self, step, state, last=False: seen.append(step))
+    shutil.rmtree(tmp_path / "6")
+    run(resumed)
+    assert seen == [6]
+
+
+def test_a_search_goes_on_from_where_it_was(tmp_path):
+    with pytest.raises(Stop):
+        search(Checkpoints(tmp_path, every=0), stopped_at(7))
+    seen = []
+    resumed = search(Checkpoints(tmp_path, resume=True, every=0), lambda at: seen.append(at.iteration))
+    same(search(), resumed)
+    assert seen == [7, 8, 9, 10, 11]
+
+
+def test_a_finished_run_is_read_and_not_run_again(tmp_path):
+    first = search(Checkpoints(tmp_path, every=0))
+    same(first, search(Checkpoints(tmp_path, resume=True), stopped_at(0)))
+
+
+def test_checkpoints_wait_for_their_time(tmp_path):
+    run(Checkpoints(tmp_path, every=3600))
+    assert [path.name for path in tmp_path.iterdir()] == ["6"]  # the last one is always kept
+
+
+# Orbax leaves a coroutine behind when a file breaks off.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_half_written_checkpoint_is_ignored_and_a_broken_one_passed_over(tmp_path):
+    run(Checkpoints(tmp_path, every=0))
+    # A writer that dies leaves a folder of this name behind.
+    shutil.copytree(tmp_path / "6", tmp_path / "7.orbax-checkpoint-tmp")
+    for path in (tmp_path / "6").rglob("*"):
+        if (path.is_file() and "ocdbt" in str(path)) or path.name.endswith("d"):
+            os.truncate(path, 0) if path.is_file() else None
+    with pytest.warns(RuntimeWarning, match="round 6 .* cannot be read and is passed over"):
+        same(run(), run(Checkpoints(tmp_path, resume=True, every=0)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_nothing_readable_is_refused(tmp_path, refused):
+    run(Checkpoints(tmp_path, every=0))
+    for folder in ("5", "6"):
+        for path in (tmp_path / folder).rglob("*"):
+            if path.is_file():
+                os.truncate(path, 0)
+    with pytest.warns(RuntimeWarning, match="cannot be read"):
+        refused(lambda: run(Checkpoints(tmp_path, resume=True)), "hold at least one checkpoint that can be read")
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"rule": Langevin(Cosine(0.2), 0.1)}, "whose rule is Langevin"),
+        ({"rule": Langevin(Constant(0.3), 0.1)}, "whose rule is Langevin"),
+        ({"potential": Quadratic(2.0)}, "whose potential is Quadratic"),
+        ({"start": START + 1}, "whose positions is float32"),
+        ({"start": START[:4]}, r"whose positions is float32\[6, 2\] .*, not float32\[4, 2\]"),
+        ({"key": jax.random.key(2)}, "whose key is"),
+        ({"steps": 48}, "whose steps is 24, not 48"),
+        ({"snapshots": 3}, "whose snapshots is 6, not 3"),
+        ({"observe": jnp.sin}, "whose observe is None, not "),
+    ],
+)
+def test_another_run_is_refused(tmp_path, refused, other, sentence):
+    run(Checkpoints(tmp_path, every=0))
+    refused(lambda: run(Checkpoints(tmp_path, resume=True), **other), sentence)
+
+
+def test_another_version_is_refused(tmp_path, refused, monkeypatch):
+    run(Checkpoints(tmp_path))
+    monkeypatch.setattr(module, "versions", lambda: {**versions(), "jax": "0.1"})
+    refused(lambda: run(Checkpoints(tmp_path, resume=True)), "whose version of jax is .*, not '?0.1")
+
+
+def test_another_search_is_refused(tmp_path, refused):
+    search(Checkpoints(tmp_path))
+
+    def steeper(x, key):
+        return 2 * noisy_parabola(x, key)[0]
+
+    again = Checkpoints(tmp_path, resume=True)
+    refused(lambda: search(again, objective=steeper), "whose objective is noisy_parabola .*, not .*steeper")
+    refused(lambda: search(again, iterations=13), "whose iterations is 12, not 13")
+
+
+def test_bad_input_is_one_sentence(tmp_path, refused):
+    run(Checkpoints(tmp_path / "used"))
+    refused(lambda: run(Checkpoints(tmp_path / "used")), "be a folder without a run, or say resume=True .* come to round 6")
+    (tmp_path / "file").touch()
+    refused(lambda: Checkpoints(tmp_path / "file"), "`folder` must be a folder")
+    refused(lambda: Checkpoints(tmp_path, every=-1), "`every` must be at least 0")
+    refused(lambda: run(str(tmp_path)), "`checkpoints` must be Checkpoints")
+    gradient = jax.grad(lambda rate: jnp.sum(run(Checkpoints(tmp_path / "new"), rule=Langevin(rate, 0.1)).final))
+    refused(lambda: gradient(0.1), "left out inside jit, grad and vmap")
+
+
+def test_runs_are_told_apart_by_what_they_are_made_of():
+    def make(scale, power=2):
+        return lambda x: scale * jnp.sum(x**power)
+
+    assert describe(make(1.0)) == describe(make(1.0))
+    assert describe(make(1.0)) != describe(make(2.0))
+    assert describe(make(1.0)) != describe(make(1.0, power=4))
+    assert describe(FromFunction(make(1.0))) == describe(FromFunction(make(1.0)))
+    assert describe(FromFunction(make(1.0))) != describe(FromFunction(make(3.0)))
+    assert describe(jnp.zeros(2)) == describe(np.zeros(2, np.float32)) != describe(np.zeros(2))
+    assert describe(jax.random.key(0)) != describe(jax.random.key(1))
+    assert " at 0x" not in describe(lambda: None)
+    assert describe(3) == "3"
+
+
+def test_told_to_end_it_saves_and_ends(tmp_path):
+    def callback(seen):
+        if seen.iteration == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="Told to end after round 5; the run is saved") as ended:
+        search(Checkpoints(tmp_path, every=3600), callback)
+    assert ended.value.code == TERMINATED == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    same(search(), search(Checkpoints(tmp_path, resume=True)))
+
+
+def test_interrupted_it_saves_and_gives_the_best_so_far(tmp_path):
+    def callback(seen):
+        if seen.iteration == 4:
+            raise KeyboardInterrupt
+
+    assert search(Checkpoints(tmp_path, every=3600), callback).interrupted
+    same(search(), search(Checkpoints(tmp_path, resume=True)))
+
+
+# In processes that are really killed
+
+
+def command(out: Path, folder: Path, *more: str) -> list[str]:
+    return [sys.executable, str(PROGRAM), str(out), str(folder), *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[dict[str, np.ndarray], float]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    started = time.monotonic()
+    subprocess.run(command(folder / "out.npz", folder / "kept"), check=True, stdout=subprocess.DEVNULL, timeout=300)
+    return dict(np.load(folder / "out.npz")), time.monotonic() - started
+
+
+def same_files(found: Path, expected: dict[str, np.ndarray]) -> None:
+    with np.load(found) as other:
+        assert set(other) == set(expected)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(other[name], array)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, undisturbed):
+    expected, whole = undisturbed
+    out, moments, kills = tmp_path / "out.npz", random.Random(0), 0
+    for _ in range(30):
+        process = subprocess.Popen(command(out, tmp_path / "kept"), stdout=subprocess.DEVNULL)
+        try:
+            # Most of a process is its start: aim behind it.
+            process.wait(timeout=moments.uniform(0.3, 1.1) * whole if kills < 5 else 300)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert process.returncode == 0
+    assert kills >= 1
+    same_files(out, expected)
+
+
+def test_terminated_it_exits_with_its_own_code_and_goes_on(tmp_path, undisturbed):
+    out = tmp_path / "out.npz"
+    with subprocess.Popen(command(out, tmp_path / "kept", "--pause", "0.2"), stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("round 3"):
+                process.terminate()
+    assert process.returncode == TERMINATED
+    subprocess.run(command(out, tmp_path / "kept"), check=True, stdout=subprocess.DEVNULL, timeout=300)
+    same_files(out, undisturbed[0])
+
+
+def test_it_goes_on_on_other_devices(tmp_path, undisturbed):
+    out = tmp_path / "out.npz"
+    with subprocess.Popen(command(out, tmp_path / "kept", "--devices", "8"), stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("simulated"):
+                process.kill()
+    # Without the last of its checkpoints it has a link to go.
+    for step in sorted((tmp_path / "kept" / "run").iterdir(), key=lambda path: int(path.name))[-1:]:
+        shutil.rmtree(step)
+    result = subprocess.run(command(out, tmp_path / "kept", "--devices", "4"), stdout=subprocess.DEVNULL, timeout=300)
+    assert result.returncode == 0
+    with np.load(out) as found:
+        np.testing.assert_array_equal(found["1"], undisturbed[0]["1"])  # the positions

@@ -1,0 +1,141 @@
+"""Members on many devices and in several processes: the same numbers, and no more talk between devices than the design says."""
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from esljax.dynamics import Langevin
+from esljax.potentials import Quadratic
+from esljax.sharding import choose_mesh, map_pairs, member_mesh, shard_members
+from esljax.simulation import simulate
+
+PROGRAM = Path(__file__).with_name("sharded_program.py")
+# float32 sums in another order: a few units in the last place.
+ROUNDING = 1e-6
+
+
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory) -> dict[str, np.ndarray]:
+    """One process with eight fake devices."""
+    out = tmp_path_factory.mktemp("devices") / "found.npz"
+    subprocess.run([sys.executable, PROGRAM, out, "1,8", "8"], check=True, timeout=600)
+    return dict(np.load(out))
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> dict[str, np.ndarray]:
+    """Two processes that find each other over loopback, with one device each."""
+    out = tmp_path_factory.mktemp("processes") / "found.npz"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    started = [subprocess.Popen([sys.executable, PROGRAM, out, "2", "1", address, "2", str(index)]) for index in range(2)]
+    try:
+        assert [process.wait(timeout=600) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+    return dict(np.load(out))
+
+
+def compared(found: dict[str, np.ndarray], other: dict[str, np.ndarray], size: int, kind: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    pairs = [(found[name], other[f"{size} {name[2:]}"]) for name in found if name.startswith("1 ") and kind in name]
+    assert pairs
+    return pairs
+
+
+@pytest.mark.parametrize("kind", ["positions", "energies", "report", "velocity", "exact", "gradient", "optimum"])
+def test_eight_devices_give_the_numbers_of_one(devices, kind):
+    for one, eight in compared(devices, devices, 8, kind):
+        exact = kind == "positions"
+        np.testing.assert_allclose(eight, one, rtol=0, atol=0 if exact else ROUNDING * np.abs(one).max())
+
+
+@pytest.mark.parametrize("kind", ["positions", "energies", "report", "velocity", "exact", "gradient", "optimum"])
+def test_two_processes_give_the_numbers_of_one(devices, processes, kind):
+    for one, two in compared(devices, processes, 2, kind):
+        exact = kind == "positions"
+        np.testing.assert_allclose(two, one, rtol=0, atol=0 if exact else ROUNDING * np.abs(one).max())
+
+
+def test_a_run_and_its_gradient_hardly_talk(devices):
+    assert list(devices["collectives of a run"]) == []
+    (one,) = devices["collectives of a gradient"]
+    assert one.startswith("all-reduce")
+
+
+def test_no_device_gathers_the_history(devices):
+    """Between devices the history (11, 16, 2410) travels in eighths, all-to-all; what is gathered or summed is as small as a position."""
+    largest = {}
+    for line in devices["collectives of distances"]:
+        name, result = line.split(" ", 1)
+        sizes = [np.prod([int(x) for x in shape.split(",") if x]) for shape in re.findall(r"f32\[([\d,]*)\]", result)]
+        largest[name] = max([largest.get(name, 0), *sizes])
+    assert largest.pop("all-to-all") <= 11 * 16 * 2410 / 8
+    assert max(largest.values()) <= 2410
+
+
+def on_one_device() -> jax.Array:
+    return jax.random.normal(jax.random.key(0), (6, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: member_mesh(0), "`devices` must be between 1 and 1"),
+        (lambda: member_mesh(2), "`devices` must be between 1 and 1"),
+        (lambda: member_mesh([]), "`devices` must name at least one device"),
+        (lambda: member_mesh(jax.devices() * 2), "`devices` must name at least one device, each once"),
+        (lambda: choose_mesh("cpu", on_one_device()), "`mesh` must be a jax.sharding.Mesh"),
+    ],
+)
+def test_bad_input_is_one_sentence(call, sentence, refused):
+    refused(call, sentence)
+
+
+def test_members_that_cannot_be_shared_evenly_are_refused(refused, monkeypatch):
+    mesh = member_mesh()
+    monkeypatch.setattr(type(mesh), "size", property(lambda self: 4))
+    refused(
+        lambda: choose_mesh(mesh, on_one_device()),
+        r"hold a multiple of 4 members, to be shared by as many devices \(or be given mesh=member_mesh\(3\)\)",
+    )
+
+
+def test_one_device_needs_no_mesh_and_an_explicit_one_becomes_automatic():
+    assert choose_mesh(None, on_one_device()) is None
+    assert choose_mesh(None, np.zeros((6, 2))) is None
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Explicit,))
+    assert choose_mesh(mesh, on_one_device()).axis_types == (AxisType.Auto,)
+
+
+def test_a_mesh_of_one_changes_nothing():
+    start = on_one_device()
+    run = lambda mesh: simulate(Quadratic(1.0), Langevin(0.1, 0.1), start, steps=4, snapshots=2, key=jax.random.key(1), mesh=mesh)  # noqa: E731
+    plain, meshed = run(None), run(member_mesh(1))
+    np.testing.assert_array_equal(plain.positions, meshed.positions)
+    assert plain.mesh is None
+    assert "on 1 devices" not in str(plain)
+    assert isinstance(meshed.positions.sharding, NamedSharding)
+
+
+def test_pairs_are_mapped_in_order_on_a_mesh_and_off_it():
+    snapshots = jnp.arange(24.0).reshape(4, 3, 2)
+    function = lambda scale, x, y: scale * jnp.sum(x - 2 * y)  # noqa: E731
+    expected = [3 * np.sum(snapshots[i] - 2 * snapshots[j]) for i, j in ((0, 3), (2, 1), (1, 1))]
+    for mesh in (None, member_mesh(1)):
+        np.testing.assert_allclose(map_pairs(function, jnp.array(3.0), snapshots, [0, 2, 1], [3, 1, 1], mesh), expected)
+
+
+def test_sharding_of_an_axis_within_and_outside_of_jit():
+    mesh, x = member_mesh(1), jnp.zeros((2, 3))
+    for placed in (shard_members(x, mesh, axis=1), jax.jit(lambda x: shard_members(x, mesh, axis=1))(x)):
+        assert placed.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "members")), 2)
