@@ -92,7 +92,7 @@ class Session:
             )
         for step in steps:
             try:
-                about = self._manager.restore(step, args=_arguments(about=_orbax().JsonRestore()))["about"]
+                about = self._manager.restore(step, args=_orbax().Composite(about=_orbax().JsonRestore()))["about"]
             except Exception as error:
                 self._passed_over(step, error)
                 continue
@@ -102,7 +102,7 @@ class Session:
             here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             abstract = {_name(i): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_lies(x) or here) for i, x in enumerate(leaves)}
             try:
-                found = self._manager.restore(step, args=_arguments(state=_orbax().StandardRestore(abstract)))["state"]
+                found = self._manager.restore(step, args=_orbax().Composite(state=_orbax().StandardRestore(abstract)))["state"]
             except Exception as error:
                 self._passed_over(step, error)
                 continue
@@ -125,7 +125,9 @@ class Session:
         if (due or told or last) and step > self._at:
             arrays = jax.tree.leaves(eqx.filter(state, eqx.is_array))
             saved = {_name(i): jnp.asarray(x) for i, x in enumerate(arrays)}
-            self._manager.save(step, args=_arguments(state=_orbax().StandardSave(saved), about=_orbax().JsonSave(self._about)), force=True)
+            self._manager.save(
+                step, args=_orbax().Composite(state=_orbax().StandardSave(saved), about=_orbax().JsonSave(self._about)), force=True
+            )
             self._last, self._at = time.monotonic(), step
         if told:
             raise Terminated(f"Told to end after round {step}; the run is saved in {self._settings.folder} and goes on from there.")
@@ -157,8 +159,8 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(checkpoints: Checkpoints | None, **run: Any) -> Iterator[Session]:
-    """Open the checkpoints of the run that these arguments make; without any, a session that does nothing.
+def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Session]:
+    """Open the checkpoints of the run that these arguments (by name) make; without any, a session that does nothing.
 
     While it is open, SIGTERM is noted instead of ending the process (in the main thread, the only one that signals reach).
     """
@@ -253,10 +255,6 @@ def _lies(x: Any) -> Any:
 
 def _name(i: int) -> str:
     return f"{i:04d}"
-
-
-def _arguments(**items: Any) -> Any:
-    return _orbax().Composite(**items)
 
 
 @contextlib.contextmanager

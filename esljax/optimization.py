@@ -140,8 +140,9 @@ def optimize(
 
     # fold_in counts iterations from 0 up; the held-out keys sit behind the last of them.
     held_out = jax.vmap(lambda i: jax.random.fold_in(key, i))(iterations + jnp.arange(validation))
-    settings = {"iterations": iterations, "rounds": rounds, "validation": validation, "tolerance": tolerance, "penalty": penalty}
-    with session(checkpoints, **settings, objective=objective, controls=controls, optimizer=optimizer, key=key) as saved:
+    run = {"iterations": iterations, "rounds": rounds, "validation": validation, "tolerance": tolerance, "penalty": penalty}
+    run |= {"objective": objective, "controls": controls, "optimizer": optimizer, "key": key}
+    with session(checkpoints, run) as saved:
         best = _Candidate(moving, *search.judge(moving, held_out))
         equalities = search.equalities(moving)
         # An objective that starts at 0 has no scale of its own.

@@ -162,8 +162,8 @@ def _survive(checkpoints, potential, rule, positions, key, steps, snapshots, obs
         kept = jnp.zeros((links, *features.shape), features.dtype), jnp.zeros((links, len(positions)), positions.dtype)
         return positions, tuple(shard_members(x, mesh, axis=1) for x in kept)
 
-    run = {"potential": potential, "rule": rule, "positions": positions, "key": key, "steps": steps, "snapshots": snapshots}
-    with session(checkpoints, **run, observe=observe) as saved:
+    run = {"steps": steps, "snapshots": snapshots, "potential": potential, "rule": rule, "positions": positions, "key": key}
+    with session(checkpoints, {**run, "observe": observe}) as saved:
         done, (positions, kept) = saved.restore(like) or (0, like(0))
         pieces = [kept]
         for j in range(done, snapshots):

@@ -80,7 +80,7 @@ def test_a_run_goes_on_from_where_it_was(tmp_path, monkeypatch):
     # What is taken up must be what was saved, not a run from the start: a saved state that is altered shows in the end.
     resumed = Checkpoints(tmp_path, resume=True, every=0)
     same(run(), run(resumed))
-    with session(resumed) as opened:
+    with session(resumed, {}) as opened:
         manager = opened._manager
     assert sorted(manager.all_steps()) == [5, 6]
     seen = []
