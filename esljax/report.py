@@ -10,7 +10,7 @@ oracle are compared field by field. Source: Okanohara, arXiv 2601.17607; the spl
 """
 
 import dataclasses
-import statistics
+import math
 
 import equinox as eqx
 import jax
@@ -254,9 +254,23 @@ def average(reports: SpeedLimit) -> SpeedLimit:
 
 
 def _quantile(probability: float, freedom: int) -> float:
-    """Student's t, by the first terms of its expansion about the normal (Fisher and Cornish): 1 % off at 5 degrees of freedom."""
-    z = statistics.NormalDist().inv_cdf(probability)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    """The quantile of Student's t above its median, by halving the angle arctan(t/√ν), in which the law of ν whole degrees of freedom is a
+    finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+
+    def within(angle: float) -> float:
+        # The probability of (-t, t): powers of the cosine, odd or even as ν is not, each (k-1)/k of the last but one.
+        term = math.cos(angle) if freedom % 2 else 1.0
+        total = 0.0
+        for k in range(3 if freedom % 2 else 2, freedom + 1, 2):
+            total += term
+            term *= (k - 1) / k * math.cos(angle) ** 2
+        return 2 / math.pi * (angle + math.sin(angle) * total) if freedom % 2 else math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < 2 * probability - 1 else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 def _is_one_run(report: SpeedLimit) -> bool:
