@@ -19,7 +19,7 @@ import numpy as np
 
 from esljax import diagnosis
 from esljax._checks import check_choice, known, refuse
-from esljax._types import Array, Float, Scalar
+from esljax._types import Array, Float, Int, Scalar
 from esljax.diagnosis import Evidence, Finding
 
 
@@ -243,6 +243,18 @@ def split(report: SpeedLimit) -> Split:
 def with_errors(report: SpeedLimit, errors: Split, words: str, freedom: int) -> SpeedLimit:
     """The same report with standard errors, what they were taken over in words, and their degrees of freedom."""
     return dataclasses.replace(report, standard_error=errors, errors=words, freedom=freedom)
+
+
+def jackknife_groups(members: int, most: int, *, unit: int = 1, least: int = 2) -> Int[np.ndarray, "groups kept"] | None:
+    """The members that stay while each of at most `most` disjoint groups leaves in turn; None where that is no jackknife.
+
+    **Args:** `unit`: a group has a multiple of so many members. `least`: how many must stay.
+    """
+    groups = min(members // unit, most)
+    size = members // groups // unit * unit if groups else 0
+    if members - size < least or groups < 2:
+        return None
+    return np.stack([np.delete(np.arange(members), np.arange(i * size, (i + 1) * size)) for i in range(groups)])
 
 
 def average(reports: SpeedLimit) -> SpeedLimit:
