@@ -30,8 +30,7 @@ def chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
     """The report of one run by its chain. Not checked: for use inside `jit`."""
     positions, times = trajectory.positions, trajectory.times
     links = positions.shape[0] - 1
-    pairs = [(j, j + 1) for j in range(links)] + [(0, links)]
-    coarse = [(j, j + 2) for j in range(0, links, 2)] if links % 2 == 0 else []
+    pairs, coarse = compared(links)
     first, second = np.array(pairs + coarse).T
     solved = jax.vmap(transport.solve)(positions[first], positions[second])
     squares, whole, coarse_squares = solved.squared[:links], solved.squared[links], solved.squared[links + 1 :]
@@ -69,13 +68,18 @@ def chain(trajectory: Trajectory, transport: AbstractTransport) -> SpeedLimit:
     )
 
 
+def compared(links: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The snapshots between which there are distances: of each link and of the whole run; and of links twice as long, if they fit."""
+    return [(j, j + 1) for j in range(links)] + [(0, links)], [(j, j + 2) for j in range(0, links, 2)] if links % 2 == 0 else []
+
+
 def debiased(trajectory: Trajectory, transport: AbstractTransport) -> tuple[Array, Array]:
     """Σ of the chain and W2² from W(x, y') - ½ W(x, x') - ½ W(y, y'), where x, y are one half of the members and x', y' the other: both
     distances and their bias are then those of independent samples of one size, and the bias cancels to leading order."""
     links = trajectory.positions.shape[0] - 1
     members = trajectory.positions.shape[1] // 2 * 2
     half, other = trajectory.positions[:, 0:members:2], trajectory.positions[:, 1:members:2]
-    first, second = np.array([(j, j + 1) for j in range(links)] + [(0, links)]).T
+    first, second = np.array(compared(links)[0]).T
     solve = jax.vmap(lambda x, y: transport.solve(x, y).squared)
     across = (solve(half[first], other[second]) + solve(other[first], half[second])) / 2
     within = solve(half, other)

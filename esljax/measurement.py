@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import refuse
+from esljax.chain import compared
 from esljax.configuration import MeasureConfig
 from esljax.recordings import read, read_matrix
 from esljax.report import SpeedLimit, jackknife_groups
@@ -82,11 +83,10 @@ def transport_problems(snapshots: int, members: int, *, maps: bool, jackknife: i
 
     **Args:** `maps`: whether there are velocities, by a map to each neighbor in time.
     """
-    links = snapshots - 1
+    pairs, coarse = compared(snapshots - 1)
     kept = jackknife_groups(members, jackknife, unit=1 + debias, least=2 + 2 * debias)
     reports = 1 if kept is None else 1 + len(kept)
-    chain = links + 1 + (links // 2 if links % 2 == 0 else 0)
-    return reports * chain + 2 * snapshots * maps, reports * 3 * (links + 1) * debias
+    return reports * len(pairs + coarse) + 2 * snapshots * maps, reports * (2 * len(pairs) + snapshots) * debias
 
 
 def _foretell(
@@ -97,22 +97,24 @@ def _foretell(
     whole, halved = transport_problems(positions.shape[0], members, maps=maps, jackknife=jackknife, debias=debias)
     halves = f" and {halved} of up to {members // 2}" if halved else ""
     tell(f"{whole} transport problems of up to {members} members{halves}.")
-    # One batch over the run, as the chain has it: some problems are much harder than others, and a batch waits for its hardest.
-    each = _seconds(transport, positions[:-1], positions[1:])
-    half = _seconds(transport, positions[:-1, : members // 2], positions[1:, members // 2 : members // 2 * 2]) if halved else 0.0
+    # Batches as the chain has them: some problems are much harder than others, and a batch waits for its hardest.
+    pairs, coarse = compared(positions.shape[0] - 1)
+    each = _seconds(transport, positions, positions, pairs + coarse)
+    half = _seconds(transport, positions[:, 0 : members // 2 * 2 : 2], positions[:, 1::2], pairs) if halved else 0.0
     estimate = whole * each + halved * half
     long = f"{estimate / 60:.1f} minutes" if estimate > 90 else f"{estimate:.1f} seconds"
     measured = f"{each:.2g} s each" + (f" and {half:.2g} s for the smaller ones" if halved else "")
     tell(f"A batch of them took {measured}: about {long} in all, and some to compile.")
 
 
-def _seconds(transport: AbstractTransport, x: Any, y: Any) -> float:
-    """Seconds for each problem of a batch, once it is compiled."""
+def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int, int]]) -> float:
+    """Seconds for each problem of a batch between these snapshots, once it is compiled."""
+    first, second = np.array(pairs).T
     solve = eqx.filter_jit(lambda transport, x, y: jax.vmap(transport.solve)(x, y).squared)
-    jax.block_until_ready(solve(transport, x, y))
+    jax.block_until_ready(solve(transport, x[first], y[second]))
     started = time.perf_counter()
-    jax.block_until_ready(solve(transport, x, y))
-    return (time.perf_counter() - started) / len(x)
+    jax.block_until_ready(solve(transport, x[first], y[second]))
+    return (time.perf_counter() - started) / len(pairs)
 
 
 def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Any:
