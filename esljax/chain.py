@@ -48,8 +48,7 @@ def distances(trajectory: Trajectory, transport: AbstractTransport, *, debias: b
     distances of independent samples of one size, and their bias cancels to leading order.
     """
     links = trajectory.positions.shape[0] - 1
-    pairs = [(j, j + 1) for j in range(links)] + [(0, links)]
-    coarse = [(j, j + 2) for j in range(0, links, 2)] if links % 2 == 0 else []
+    pairs, coarse = compared(links)
 
     def solve(way, pairs):
         def of_pair(shared, x, y):
@@ -131,6 +130,11 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
         worth=_CHAIN if trajectory.rates is not None else f"{_CHAIN} {_RECORDED}",
         is_bound=transport.is_metric,
     )
+
+
+def compared(links: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The snapshots between which there are distances: of each link and of the whole run; and of links twice as long, if they fit."""
+    return [(j, j + 1) for j in range(links)] + [(0, links)], [(j, j + 2) for j in range(0, links, 2)] if links % 2 == 0 else []
 
 
 def _evidence(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:

@@ -286,7 +286,8 @@ def _measure(config: MeasureConfig) -> int:
     enable(config.dtype)
     console = rich.console.Console(quiet=config.quiet)
     with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
-        report, said, content = measure(config)
+        tell = None if config.quiet else lambda said: console.print(said, markup=False, highlight=False, soft_wrap=True)
+        report, said, content = measure(config, tell)
         figure = plot_speed_limit({"this run": report})
     wall = time.perf_counter() - started
     try:

@@ -32,6 +32,7 @@ from esljax._types import Array, Float
 from esljax.entropy import AbstractEntropy
 from esljax.entropy_production import learning_clock, member_rates
 from esljax.potentials import AbstractPotential, Driven
+from esljax.report import jackknife_groups
 from esljax.sharding import map_pairs
 from esljax.trajectory import Trajectory, check_runs, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
@@ -287,11 +288,11 @@ def _of_one(trajectory, potential, entropy, velocity, transport, jackknife: int)
     jointly = [name for name in ("entropy", "dissipation_of_links") if name in of_all]
     if not jointly:
         return _with_errors(report, each, f"over {members} members")
-    groups = min(members, jackknife)
-    size = members // groups if groups else 0
-    if members - size < 4 or groups < 2:
+    # Entropies need four members.
+    kept = jackknife_groups(members, jackknife, least=4)
+    if kept is None:
         return report
-    kept = np.stack([np.setdiff1d(np.arange(members), np.arange(i * size, (i + 1) * size)) for i in range(groups)])
+    groups, size = kept.shape[0], members - kept.shape[1]
 
     def without(rows):
         fewer = eqx.tree_at(lambda run: run.positions, trajectory, trajectory.positions[:, rows])

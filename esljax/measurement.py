@@ -1,20 +1,31 @@
 """A recorded training run held against the speed limit as a `MeasureConfig` says, and what there is to tell about it."""
 
 import dataclasses
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import refuse
+from esljax.chain import compared
 from esljax.configuration import MeasureConfig
 from esljax.recordings import read, read_matrix
-from esljax.report import SpeedLimit
+from esljax.report import SpeedLimit, jackknife_groups
 from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
 from esljax.trajectory import Trajectory, recorded
-from esljax.transport import ExactTransport, GaussianTransport, Projected, principal_directions, random_directions
+from esljax.transport import (
+    AbstractTransport,
+    ExactTransport,
+    GaussianTransport,
+    Projected,
+    principal_directions,
+    random_directions,
+)
 from esljax.velocity import TransportVelocity
 
 
@@ -26,9 +37,10 @@ class Measurement(NamedTuple):
     content: dict[str, Any]
 
 
-def measure(config: MeasureConfig) -> Measurement:
+def measure(config: MeasureConfig, tell: Callable[[str], None] | None = None) -> Measurement:
     """Read the recording of `config` and hold it against the speed limit. Computes in jax's present floating type and writes nothing.
 
+    **Args:** `tell`: where to say beforehand how many transport problems there are, and how long they will take.
     **Raises:** `InputError` for a recording or projection that cannot be read, has wrong shapes or is not finite.
     """
     config.check()
@@ -46,6 +58,8 @@ def measure(config: MeasureConfig) -> Measurement:
         velocity = TransportVelocity(inner)
     # Halves of fewer than four members know nothing of a bias.
     debias = config.debias and path.positions.shape[1] >= 8
+    if tell is not None:
+        _foretell(path, transport, velocity is not None, config.jackknife, debias, tell)
     report = speed_limit(path, transport=transport, velocity=velocity, jackknife=config.jackknife, debias=debias)
 
     projection = _describe(config, path, matrix)
@@ -62,6 +76,45 @@ def measure(config: MeasureConfig) -> Measurement:
         "velocity": config.velocity,
     }
     return Measurement(report, _said(content), content)
+
+
+def transport_problems(snapshots: int, members: int, *, maps: bool, jackknife: int, debias: bool) -> tuple[int, int]:
+    """How many transport problems `speed_limit` solves for one recorded run, of up to n members and of up to n/2.
+
+    **Args:** `maps`: whether there are velocities, by a map to each neighbor in time.
+    """
+    pairs, coarse = compared(snapshots - 1)
+    kept = jackknife_groups(members, jackknife, unit=1 + debias, least=2 + 2 * debias)
+    reports = 1 if kept is None else 1 + len(kept)
+    return reports * len(pairs + coarse) + 2 * snapshots * maps, reports * (2 * len(pairs) + snapshots) * debias
+
+
+def _foretell(
+    path: Trajectory, transport: AbstractTransport, maps: bool, jackknife: int, debias: bool, tell: Callable[[str], None]
+) -> None:
+    """Say how many problems there are, and then, from the time of a batch of each size, how long they will take."""
+    positions, members = path.positions, path.positions.shape[1]
+    whole, halved = transport_problems(positions.shape[0], members, maps=maps, jackknife=jackknife, debias=debias)
+    halves = f" and {halved} of up to {members // 2}" if halved else ""
+    tell(f"{whole} transport problems of up to {members} members{halves}.")
+    # Batches as the chain has them: some problems are much harder than others, and a batch waits for its hardest.
+    pairs, coarse = compared(positions.shape[0] - 1)
+    each = _seconds(transport, positions, positions, pairs + coarse)
+    half = _seconds(transport, positions[:, 0 : members // 2 * 2 : 2], positions[:, 1::2], pairs) if halved else 0.0
+    estimate = whole * each + halved * half
+    long = f"{estimate / 60:.1f} minutes" if estimate > 90 else f"{estimate:.1f} seconds"
+    measured = f"{each:.2g} s each" + (f" and {half:.2g} s for the smaller ones" if halved else "")
+    tell(f"A batch of them took {measured}: about {long} in all, and some to compile.")
+
+
+def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int, int]]) -> float:
+    """Seconds for each problem of a batch between these snapshots, once it is compiled."""
+    first, second = np.array(pairs).T
+    solve = eqx.filter_jit(lambda transport, x, y: jax.vmap(transport.solve)(x, y).squared)
+    jax.block_until_ready(solve(transport, x[first], y[second]))
+    started = time.perf_counter()
+    jax.block_until_ready(solve(transport, x[first], y[second]))
+    return (time.perf_counter() - started) / len(pairs)
 
 
 def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Any:

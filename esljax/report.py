@@ -10,7 +10,7 @@ oracle are compared field by field. Source: Okanohara, arXiv 2601.17607; the spl
 """
 
 import dataclasses
-import statistics
+import math
 
 import equinox as eqx
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 
 from esljax import diagnosis
 from esljax._checks import check_choice, known, refuse
-from esljax._types import Array, Float, Scalar
+from esljax._types import Array, Float, Int, Scalar
 from esljax.diagnosis import Evidence, Finding
 
 
@@ -245,6 +245,18 @@ def with_errors(report: SpeedLimit, errors: Split, words: str, freedom: int) -> 
     return dataclasses.replace(report, standard_error=errors, errors=words, freedom=freedom)
 
 
+def jackknife_groups(members: int, most: int, *, unit: int = 1, least: int = 2) -> Int[np.ndarray, "groups kept"] | None:
+    """The members that stay while each of at most `most` disjoint groups leaves in turn; None where that is no jackknife.
+
+    **Args:** `unit`: a group has a multiple of so many members. `least`: how many must stay.
+    """
+    groups = min(members // unit, most)
+    size = members // groups // unit * unit if groups else 0
+    if members - size < least or groups < 2:
+        return None
+    return np.stack([np.delete(np.arange(members), np.arange(i * size, (i + 1) * size)) for i in range(groups)])
+
+
 def average(reports: SpeedLimit) -> SpeedLimit:
     """The mean of independent runs, stacked on a leading axis of length R ≥ 2, with standard errors from their spread."""
     runs = reports.entropy_production.shape[0]
@@ -254,9 +266,23 @@ def average(reports: SpeedLimit) -> SpeedLimit:
 
 
 def _quantile(probability: float, freedom: int) -> float:
-    """Student's t, by the first terms of its expansion about the normal (Fisher and Cornish): 1 % off at 5 degrees of freedom."""
-    z = statistics.NormalDist().inv_cdf(probability)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    """The quantile of Student's t above its median, by halving the angle arctan(t/√ν), in which the law of ν whole degrees of freedom is a
+    finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+
+    def within(angle: float) -> float:
+        # The probability of (-t, t): powers of the cosine, odd or even as ν is not, each (k-1)/k of the last but one.
+        term = math.cos(angle) if freedom % 2 else 1.0
+        total = 0.0
+        for k in range(3 if freedom % 2 else 2, freedom + 1, 2):
+            total += term
+            term *= (k - 1) / k * math.cos(angle) ** 2
+        return 2 / math.pi * (angle + math.sin(angle) * total) if freedom % 2 else math.sin(angle) * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < 2 * probability - 1 else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
 
 
 def _is_one_run(report: SpeedLimit) -> bool:

@@ -9,13 +9,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from esljax._checks import refuse
 from esljax.chain import Distances, chain, distances
 from esljax.entropy_production import MemberRates, from_velocities, member_rates
 from esljax.potentials import AbstractPotential, Driven
-from esljax.report import SpeedLimit, average, split, with_errors
+from esljax.report import SpeedLimit, average, jackknife_groups, split, with_errors
 from esljax.sharding import replicate
 from esljax.trajectory import Trajectory, check_runs, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
@@ -72,12 +71,10 @@ def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: 
     members = trajectory.positions.shape[1]
     # A group must take as many members from the one half as from the other.
     unit = 2 if debias else 1
-    groups = min(members // unit, jackknife)
-    size = members // groups // unit * unit if groups else 0
-    if members - size < 2 * unit or groups < 2:
+    kept = jackknife_groups(members, jackknife, unit=unit, least=2 * unit)
+    if kept is None:
         return report
-    left_out = np.arange(groups * size).reshape(groups, size)
-    kept = np.stack([np.setdiff1d(np.arange(members), group) for group in left_out])
+    groups, size = kept.shape[0], members - kept.shape[1]
 
     def without(kept_and_solved):
         # The fields stay as they were fitted: what a member adds to a fit is of second order in σ.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.integrate import quad, simpson, solve_ivp
 from scipy.sparse import diags
+from scipy.special import ndtri
 from scipy.stats import norm
 
 
@@ -75,6 +76,30 @@ class Diffusion:
         levels = (np.arange(200_000) + 0.5) / 200_000
         first, last = (np.interp(levels, *_increasing(rank, edges)) for rank in ranks)
         return float(np.mean((first - last) ** 2))
+
+
+@dataclass(frozen=True)
+class FallingCloud:
+    """A cloud on top of the double well Φ = b((θ/w)² - 1)² that falls into both wells, off center so that they do not share it evenly."""
+
+    barrier: float = 2.0
+    width: float = 2.0
+    temperature: float = 0.3
+    clock: float = 1.5
+    mean: float = 0.3
+    deviation: float = 0.5
+
+    def numbers(self):
+        """(Σ, L², W2²) at a constant learning rate in unit training time."""
+        energy = lambda x: self.barrier * ((x / self.width) ** 2 - 1) ** 2  # noqa: E731
+        law = Diffusion(energy, self.temperature, normal_density(self.mean, self.deviation), -6, 6)
+        dissipation, length_squared, distance = law.path(self.clock)
+        return self.clock * dissipation, length_squared, distance
+
+    def start(self, members):
+        """Evenly spread over the law, in random order: the start adds no noise of its own."""
+        ranks = np.random.default_rng(0).permutation(members)
+        return np.float32(self.mean + self.deviation * ndtri((ranks + 0.5) / members)[:, None])
 
 
 def _increasing(ranks, edges):

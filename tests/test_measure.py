@@ -1,17 +1,23 @@
 """`esljax measure`: a run from disk against numbers by hand and against `speed_limit`, its files, its exit codes and its refusals."""
 
+import collections
 import json
+import re
 import tomllib
+from typing import ClassVar
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from esljax import cli, recordings
+from esljax.measurement import transport_problems
 from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
 from esljax.trajectory import recorded
-from esljax.transport import ExactTransport, GaussianTransport, Projected, SlicedTransport
+from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Projected, SlicedTransport, Solution
 from esljax.velocity import TransportVelocity
 
 NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric")
@@ -161,6 +167,59 @@ def test_numbers_not_to_be_trusted_are_exit_code_1(tmp_path, capsys):
     assert "did not converge: do not trust these numbers" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["transport_converged"] is False
+
+
+class Counting(AbstractTransport):
+    """Counts the problems that are solved in earnest, by their members."""
+
+    is_metric: ClassVar[bool] = True
+    solved: collections.Counter = eqx.field(static=True)
+
+    def solve(self, x, y):
+        def count(x):
+            self.solved[x.shape[0]] += 1
+            return np.float32(0)
+
+        # Once for each problem of a batch.
+        nothing = jax.pure_callback(count, jax.ShapeDtypeStruct((), np.float32), x, vmap_method="sequential")
+        return Solution(jnp.mean(jnp.sum((x - y) ** 2, axis=1)) + nothing, jnp.asarray(True))
+
+    def map(self, x, y):
+        return y + 0 * self.solve(x, y).squared
+
+
+class Tally(collections.Counter):
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize("links", [4, 3])
+@pytest.mark.parametrize(("jackknife", "debias"), [(0, False), (3, False), (32, True)])
+@pytest.mark.parametrize("maps", [False, True])
+def test_problems_are_foretold(links, jackknife, debias, maps):
+    members = 12
+    transport = Counting(Tally())
+    path = recorded(np.float32(wandering(links=links, members=members)))
+    velocity = TransportVelocity(transport) if maps else None
+    jax.block_until_ready(speed_limit(path, transport=transport, velocity=velocity, jackknife=jackknife, debias=debias))
+    whole = sum(count for size, count in transport.solved.items() if size > members // 2)
+    found = whole, transport.solved.total() - whole
+    assert found == transport_problems(links + 1, members, maps=maps, jackknife=jackknife, debias=debias)
+
+
+def test_says_beforehand_how_long_it_will_take(tmp_path, capsys):
+    """The default of 32 groups of 64 members, five snapshots and debiasing: 33 · (4 + 1 + 2) and 33 · 3 · 5 problems."""
+    np.savez(tmp_path / "run.npz", positions=wandering(members=64))
+    assert cli.main(["measure", str(tmp_path / "run.npz"), "--transport", "gaussian", "--out", str(tmp_path / "out")]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()[:3]
+    assert first == "231 transport problems of up to 64 members and 495 of up to 32."
+    each, half, whole = map(
+        float,
+        re.fullmatch(
+            r"A batch of them took (\S+) s each and (\S+) s for the smaller ones: about (\S+) seconds in all, and some to compile.", second
+        ).groups(),
+    )
+    assert whole == pytest.approx(231 * each + 495 * half, rel=0.05, abs=0.05)
+    assert third.startswith("5 snapshots of 64 members")
 
 
 def test_members_that_do_not_move(tmp_path):

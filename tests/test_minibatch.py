@@ -50,6 +50,7 @@ def test_gradient_and_noise_are_those_of_the_data(run):
     # A square of one batch's gradient would be off by the variance, which is many errors.
     assert np.all(variance.mean(axis=1) > 10 * scatter)
     np.testing.assert_allclose(spread, squared.std(axis=1, ddof=1) / 4, rtol=0.3)
+    np.testing.assert_allclose(noise.variance_error, variance.std(axis=1, ddof=1) / 4, rtol=0.3)
 
 
 def test_the_floor_is_what_steps_spread(run):
@@ -57,10 +58,13 @@ def test_the_floor_is_what_steps_spread(run):
     _, variance = truth(potential, path)
     per_snapshot = variance.mean(axis=1)
     # Four links of five steps of rate .2, each a quarter of the time.
-    expected = sum(5 * 0.2**2 * (a + b) / 2 / 0.25 for a, b in itertools.pairwise(per_snapshot))
+    of_members = sum(5 * 0.2**2 * (a + b) / 2 / 0.25 for a, b in itertools.pairwise(variance))
+    expected = of_members.mean()
     noise = minibatch_noise(path, potential, key=jax.random.key(2), pairs=200)
     assert abs(float(noise.floor) - expected) < 0.03 * expected
     np.testing.assert_allclose(noise.temperature, 0.2 * per_snapshot / (2 * path.positions.shape[2]), rtol=0.05)
+    np.testing.assert_allclose(noise.floor_error, of_members.std(ddof=1) / 4, rtol=0.3)
+    np.testing.assert_allclose(noise.temperature_error, noise.variance_error * noise.temperature / noise.variance, rtol=1e-5)
     assert "Batches contribute up to" in str(noise)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import oracles_fokker_planck
 import pytest
 import systems
-from scipy.special import ndtri
 
 from esljax.dynamics import Langevin, ProbabilityFlow
 from esljax.fields import KernelVelocity
@@ -78,17 +77,12 @@ def test_its_law_in_a_double_well_is_that_of_langevin(velocity):
 @pytest.mark.slow
 def test_the_numbers_of_a_double_well_are_those_of_the_fokker_planck_equation():
     """Σ, L² and W2² within 3 %, from 2000 members that carry no noise: a cloud on the top falls into both wells."""
-    barrier, width, heat, clock, n = 2.0, 2.0, 0.3, 1.5, 2000
-    law = oracles_fokker_planck.Diffusion(
-        lambda x: barrier * ((x / width) ** 2 - 1) ** 2, heat, oracles_fokker_planck.normal_density(0.3, 0.5), -6, 6
-    )
-    dissipation, length_squared, distance = law.path(clock)
-    start = np.float32(0.3 + 0.5 * ndtri((np.arange(n) + 0.5) / n)[:, None])
-    rule = ProbabilityFlow(clock / 200, heat, KernelVelocity())
-    path = simulate(DoubleWell(barrier, width), rule, np.random.default_rng(0).permutation(start), steps=200, snapshots=200, key=KEY)
+    cloud = oracles_fokker_planck.FallingCloud()
+    rule = ProbabilityFlow(cloud.clock / 200, cloud.temperature, KernelVelocity())
+    path = simulate(DoubleWell(cloud.barrier, cloud.width), rule, cloud.start(2000), steps=200, snapshots=200, key=KEY)
     report = speed_limit(path, transport=ExactTransport(), velocity=PathVelocity(), jackknife=0)
     found = (report.entropy_production, report.length_squared, report.w2_squared)
-    np.testing.assert_allclose(found, (clock * dissipation, length_squared, distance), rtol=0.03)
+    np.testing.assert_allclose(found, cloud.numbers(), rtol=0.03)
 
 
 def test_no_noise_and_no_key_in_it():

@@ -12,6 +12,11 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
 # These compile every estimator, for a minute or two each.
 LONG = {"coverage", "free_energy_balance", "measure_digits", "velocity_accuracy"}
+# What `esljax measure` says it reads, and how often it is called.
+MEASUREMENTS = {
+    "measure_adam": ("5 snapshots of 4 members, 2410 parameters each", 2),
+    "measure_numpy": ("4 snapshots of 5 members, 6 parameters each", 1),
+}
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -35,7 +40,25 @@ def test_scripts(script, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 3, "a table"
-    assert set(json.loads((tmp_path / "numbers.json").read_text())["about"]) == {"jax", "python", "device", "cores"}
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert set(numbers["about"]) == {"jax", "python", "device", "cores"}
+    assert all(found["exit_code"] == 0 for found in dictionaries(numbers, "exit_code"))
+    if script.stem in MEASUREMENTS:
+        said, times = MEASUREMENTS[script.stem]
+        assert done.stdout.count(said) == times
+        reports = list(dictionaries(numbers, "w2_squared"))
+        assert len(reports) >= times
+        # Chains in a metric obey the limit on samples.
+        assert all(one["entropy_production"] > one["length_squared"] > one["w2_squared"] > 0 for one in reports)
+
+
+def dictionaries(numbers, key):
+    """Every dictionary in nested ones that has this key and a number under it."""
+    if isinstance(numbers, dict):
+        if isinstance(numbers.get(key), int | float):
+            yield numbers
+        for inner in numbers.values():
+            yield from dictionaries(inner, key)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
