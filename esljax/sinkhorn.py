@@ -1,6 +1,8 @@
 r"""The Sinkhorn divergence between two ensembles: entropic transport without its bias, smooth in everything."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import equinox as eqx
@@ -9,9 +11,11 @@ import jax.numpy as jnp
 
 from esljax._checks import as_float, check_positive, check_positive_int, refuse
 from esljax._matrix import product
-from esljax._ott import ott
 from esljax._types import Array, Float, Scalar
 from esljax.transport import AbstractTransport, Solution, recentred, solution
+
+# Iterations between two looks at the error: a sum over all members, which devices that share them would have to wait for.
+EVERY = 10
 
 
 class SinkhornTransport(AbstractTransport):
@@ -43,6 +47,7 @@ class SinkhornTransport(AbstractTransport):
     epsilon: Scalar = eqx.field(converter=as_float)
     threshold: float = eqx.field(static=True, default=1e-4)
     max_iterations: int = eqx.field(static=True, default=5000)
+    chunk: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
         if jnp.ndim(self.epsilon) != 0:
@@ -50,30 +55,137 @@ class SinkhornTransport(AbstractTransport):
         check_positive("epsilon", self.epsilon)
         check_positive("threshold", self.threshold)
         check_positive_int("max_iterations", self.max_iterations)
+        if self.chunk is not None:
+            check_positive_int("chunk", self.chunk)
 
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         x, y = recentred(x, y)
-        across, within_x, within_y = self._entropic(x, y), self._entropic(x, x, symmetric=True), self._entropic(y, y, symmetric=True)
-        answer = solution(across.squared - within_x.squared / 2 - within_y.squared / 2)
-        return Solution(answer.squared, answer.converged & across.converged & within_x.converged & within_y.converged)
+        (across, reached), (within_x, reached_x), (within_y, reached_y) = (
+            _entropic(self, *pair, symmetric) for *pair, symmetric in ((x, y, False), (x, x, True), (y, y, True))
+        )
+        answer = solution(across - within_x / 2 - within_y / 2)
+        return Solution(answer.squared, answer.converged & (reached * reached_x * reached_y > 0))
 
     def map(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n d"]:
         """The mean partner of each member of x under the plan of OT_ε (barycentric). Between x and itself this is not the identity but a
         contraction of the size of ε; the difference of two maps from one x is free of it to first order. Shape (n, d).
 
-        **Differentiation:** forward and reverse, implicitly through the potential; one dense (m, m) linear system.
+        **Differentiation:** forward and reverse, implicitly through the potential; one dense (m, m) linear system. Refused with a `chunk`.
         """
         center = jnp.mean(x, axis=0)
-        cost = _cost(x - center, y - center)
-        epsilon = self.epsilon.astype(cost.dtype)
-        potential, _ = _potential(cost, epsilon, self.threshold, self.max_iterations, symmetric=False)
-        return product(jax.nn.softmax((potential - cost) / epsilon, axis=1), y)
+        near_x, near_y = x - center, y - center
+        epsilon = self.epsilon.astype(x.dtype)
+        g, _ = _potential(self, near_x, near_y, False)
+        return _by_rows(lambda rows: product(jax.nn.softmax((g - _cost(rows, near_y)) / epsilon, axis=1), y), near_x, self.chunk)
 
-    def _entropic(self, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool = False) -> Solution:
-        cost = _cost(x, y)
-        epsilon = self.epsilon.astype(cost.dtype)
-        potential, converged = _potential(cost, epsilon, self.threshold, self.max_iterations, symmetric)
-        return Solution(_semi_dual(potential, cost, epsilon), converged)
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _entropic(transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool) -> tuple[Scalar, Scalar]:
+    """OT_ε = max_g mean_j g_j + mean_i softmin_j(|x_i - y_j|² - g_j), and whether it was reached: 1 or 0."""
+    g, reached = _potential(transport, x, y, symmetric)
+    return _dual(g, transport, x, y), reached
+
+
+@_entropic.defjvp
+def _(symmetric, primals, tangents):
+    # At the maximum the derivative in g is zero, so that a first derivative holds g. A second one differentiates this rule, and g with it.
+    g, reached = _potential(*primals, symmetric)
+    value, slope = jax.jvp(functools.partial(_dual, g), primals, tangents)
+    return (value, reached), (slope, jnp.zeros_like(reached))
+
+
+def _dual(g: Float[Array, " m"], transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar:
+    return jnp.mean(g) + jnp.mean(_partner(g, x, y, transport.epsilon.astype(x.dtype), transport.chunk))
+
+
+def _potential(
+    transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool
+) -> tuple[Float[Array, " m"], Scalar]:
+    """The g that maximises the semi-dual, of mean 0, and whether it was reached: 1 or 0, because derivative rules want floating outputs."""
+    if transport.chunk is not None:
+        return _potential_in_blocks(transport, x, y, symmetric)
+    epsilon = transport.epsilon.astype(x.dtype)
+    cost = _cost(x, y)
+
+    def sweep(g):
+        return _soft_min((cost - _soft_min(cost - g, epsilon)[:, None]).T, epsilon)
+
+    def half_sweep(g):
+        return _soft_min(cost - g, epsilon)
+
+    def iterate(_, start):
+        return _iterated(transport, half_sweep if symmetric else sweep, start, epsilon, symmetric)
+
+    def residual(g):
+        # One sweep leaves g where it is, up to the constant that the last term pins.
+        return g - sweep(g) + jnp.mean(g)
+
+    def solve_tangent(linear, b):
+        return jnp.linalg.solve(jax.jacobian(linear)(b), b)
+
+    return jax.lax.custom_root(residual, jnp.zeros_like(cost[0]), iterate, solve_tangent, has_aux=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _potential_in_blocks(
+    transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool
+) -> tuple[Float[Array, " m"], Scalar]:
+    """The same without a matrix: every sweep makes the costs anew."""
+    epsilon = transport.epsilon.astype(x.dtype)
+
+    def half_sweep(g):
+        return _partner(g, x, y, epsilon, transport.chunk)
+
+    def sweep(g):
+        return _partner(half_sweep(g), y, x, epsilon, transport.chunk)
+
+    return _iterated(transport, half_sweep if symmetric else sweep, jnp.zeros_like(y[:, 0]), epsilon, symmetric)
+
+
+@_potential_in_blocks.defjvp
+def _(symmetric, primals, tangents):
+    # The implicit derivative would need the matrix; saying nothing would leave a second derivative without one of its terms.
+    raise refuse("chunk", "be None for second derivatives and for derivatives of `map`", f"is {primals[0].chunk}")
+
+
+def _iterated(
+    transport: SinkhornTransport, sweep: Callable[[Array], Array], start: Float[Array, " m"], epsilon: Scalar, symmetric: bool
+) -> tuple[Float[Array, " m"], Scalar]:
+    """Sweeps until the plan of g and its partner has the right marginals. No derivative goes through them."""
+    # Between a cloud and itself the two potentials are one, and half a step of both at a time finds it in tens of iterations; taking turns
+    # stalls where ε is below the spacing of the members. The rows are then as wrong as the columns; else they are exact.
+    step, wrong = (0.5, 2) if symmetric else (1.0, 1)
+
+    def body(state):
+        iteration, g, after, _ = state
+        g, after = jax.lax.fori_loop(0, EVERY, lambda _, pair: ((h := pair[0] + step * (pair[1] - pair[0])), sweep(h)), (g, after))
+        # The plan of g has the column sums exp((g - sweep(g))/ε)/m.
+        return iteration + EVERY, g, after, wrong * jnp.mean(jnp.abs(jnp.expm1((g - after) / epsilon)))
+
+    def unfinished(state):
+        return (state[0] < transport.max_iterations) & (state[-1] > transport.threshold)
+
+    inf = jnp.asarray(jnp.inf, start.dtype)
+    _, g, _, error = jax.lax.while_loop(unfinished, body, (0, start, sweep(start), inf))
+    return g - jnp.mean(g), (error <= transport.threshold).astype(g.dtype)
+
+
+def _partner(g: Float[Array, " m"], x: Float[Array, "n d"], y: Float[Array, "m d"], epsilon: Scalar, chunk: int | None) -> Float[Array, " n"]:
+    """The f with which the plan of f and g has the right row sums."""
+    return _by_rows(lambda rows: _soft_min(_cost(rows, y) - g, epsilon), x, chunk)
+
+
+def _by_rows(fn: Callable[[Array], Array], x: Float[Array, "n d"], chunk: int | None) -> Float[Array, "n ..."]:
+    """fn(x) for a function of rows that stand for themselves, by at most `chunk` of them at a time; its derivative is made likewise."""
+    if chunk is None:
+        return fn(x)
+    n, d = x.shape
+    blocks = -(-n // chunk)
+    rows = -(-n // blocks)  # even blocks, so that padding adds less than one row to each
+    padded = jnp.pad(x, ((0, blocks * rows - n), (0, 0))).reshape(blocks, rows, d)
+    # Without the checkpoint a reverse sweep would keep the weights of every block: the matrix after all.
+    answers = jax.lax.map(jax.checkpoint(fn), padded)
+    return answers.reshape(-1, *answers.shape[2:])[:n]
 
 
 def _cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
@@ -84,45 +196,3 @@ def _cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]
 def _soft_min(cost: Float[Array, "n m"], epsilon: Scalar) -> Float[Array, " n"]:
     """-ε log of the mean over j of exp(-cost_ij/ε)."""
     return -epsilon * (jax.nn.logsumexp(-cost / epsilon, axis=1) - math.log(cost.shape[1]))
-
-
-def _dual(g: Float[Array, " m"], cost: Float[Array, "n m"], epsilon: Scalar) -> Scalar:
-    return jnp.mean(g) + jnp.mean(_soft_min(cost - g, epsilon))
-
-
-@jax.custom_jvp
-def _semi_dual(g: Float[Array, " m"], cost: Float[Array, "n m"], epsilon: Scalar) -> Scalar:
-    """OT_ε = max_g mean_j g_j + mean_i softmin_j(cost_ij - g_j), for g at the maximum."""
-    return _dual(g, cost, epsilon)
-
-
-@_semi_dual.defjvp
-def _(primals, tangents):
-    # At the maximum the derivative in g is zero: saying so spares a first derivative the linear solve behind dg; a second one has it.
-    _, dcost, depsilon = tangents
-    g, cost, epsilon = primals
-    return jax.jvp(lambda cost, epsilon: _dual(g, cost, epsilon), (cost, epsilon), (dcost, depsilon))
-
-
-def _potential(
-    cost: Float[Array, "n m"], epsilon: Scalar, threshold: float, max_iterations: int, symmetric: bool
-) -> tuple[Float[Array, " m"], Array]:
-    """The g that maximises the semi-dual, of mean 0, and whether it was reached: the iterations are ott's, the derivative is implicit."""
-    pieces = ott()
-    # Between a cloud and itself the two potentials are one, and half a step of both at a time finds it in tens of iterations; taking turns
-    # stalls where ε is below the spacing of the members.
-    turns = {"parallel_dual_updates": True, "momentum": pieces.Momentum(start=0, value=0.5)} if symmetric else {}
-
-    def iterate(_, g):
-        out = pieces.solve(pieces.Geometry(cost_matrix=cost, epsilon=epsilon), threshold=threshold, max_iterations=max_iterations, **turns)
-        return (out.g - jnp.mean(out.g)).astype(g.dtype), out.converged.astype(g.dtype)  # custom_root wants floating outputs only
-
-    def residual(g):
-        # One sweep leaves g where it is, up to the constant that the last term pins.
-        return g - _soft_min((cost - _soft_min(cost - g, epsilon)[:, None]).T, epsilon) + jnp.mean(g)
-
-    def solve_tangent(linear, b):
-        return jnp.linalg.solve(jax.jacobian(linear)(b), b)
-
-    potential, converged = jax.lax.custom_root(residual, jnp.zeros_like(cost[0]), iterate, solve_tangent, has_aux=True)
-    return potential, converged > 0
