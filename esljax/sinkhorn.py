@@ -170,7 +170,9 @@ def _iterated(
     return g - jnp.mean(g), (error <= transport.threshold).astype(g.dtype)
 
 
-def _partner(g: Float[Array, " m"], x: Float[Array, "n d"], y: Float[Array, "m d"], epsilon: Scalar, chunk: int | None) -> Float[Array, " n"]:
+def _partner(
+    g: Float[Array, " m"], x: Float[Array, "n d"], y: Float[Array, "m d"], epsilon: Scalar, chunk: int | None
+) -> Float[Array, " n"]:
     """The f with which the plan of f and g has the right row sums."""
     return _by_rows(lambda rows: _soft_min(_cost(rows, y) - g, epsilon), x, chunk)
 
