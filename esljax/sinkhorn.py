@@ -3,7 +3,7 @@ r"""The Sinkhorn divergence between two ensembles: entropic transport without it
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import equinox as eqx
 import jax
@@ -16,6 +16,8 @@ from esljax.transport import AbstractTransport, Solution, recentred, solution
 
 # Iterations between two looks at the error: a sum over all members, which devices that share them would have to wait for.
 EVERY = 10
+
+Potentials: TypeAlias = Callable[[Array], Array]
 
 
 class SinkhornTransport(AbstractTransport):
@@ -30,9 +32,12 @@ class SinkhornTransport(AbstractTransport):
     **Args:** `epsilon`: ε > 0 in units of θ², a leaf of the pytree, chosen once per run (`.05` of the mean squared distance is a usual
     start) and never from the data within it. `threshold`: the largest error of the column sums of P, in total mass, at
     which the iterations stop. `max_iterations`: how many of them at most; a problem that needs more comes back with `converged` False.
-    **Raises:** `InputError` if ε or `threshold` is not positive or `max_iterations` not a positive integer.
+    `chunk`: None keeps the (n, m) costs, twice or more; a number makes them anew in every iteration for that many members at a time, with
+    the same answers, in memory for two or three times `chunk` rows of them instead, and none that grows with nm. 256 is a usual number,
+    `Projected` a way to cheaper costs where d is large. The time grows with nm either way, and roughly with 1/ε.
+    **Raises:** `InputError` if ε or `threshold` is not positive or `max_iterations` or `chunk` not a positive integer.
     **Differentiation:** forward and reverse in x, y and ε, by the envelope theorem, and again: second derivatives solve one dense (m, m)
-    linear system, good to m of a thousand or two. The error of the gradient is of the order of `threshold`.
+    linear system, good to m of a thousand or two, and are refused with a `chunk`. The error of the gradient is of the order of `threshold`.
     **Reference:** Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences", AISTATS 2019.
 
     **Example:**
@@ -40,6 +45,9 @@ class SinkhornTransport(AbstractTransport):
         >>> import jax.numpy as jnp
         >>> x = jnp.array([[0.0], [2.0]])
         >>> round(float(SinkhornTransport(epsilon=0.1).squared(x, x + 1.0)), 4)
+        1.0
+        >>> x = jnp.linspace(0.0, 1.0, 3000)[:, None]
+        >>> round(float(SinkhornTransport(epsilon=0.1, chunk=256).squared(x, x + 1.0)), 4)
         1.0
     """
 
@@ -107,23 +115,23 @@ def _potential(
     epsilon = transport.epsilon.astype(x.dtype)
     cost = _cost(x, y)
 
-    def sweep(g):
-        return _soft_min((cost - _soft_min(cost - g, epsilon)[:, None]).T, epsilon)
-
-    def half_sweep(g):
+    def to_f(g):
         return _soft_min(cost - g, epsilon)
 
+    def to_g(f):
+        return _soft_min((cost - f[:, None]).T, epsilon)
+
     def iterate(_, start):
-        return _iterated(transport, half_sweep if symmetric else sweep, start, epsilon, symmetric)
+        return _iterated(transport, to_f, to_g, x[:, 0], symmetric)
 
     def residual(g):
         # One sweep leaves g where it is, up to the constant that the last term pins.
-        return g - sweep(g) + jnp.mean(g)
+        return g - to_g(to_f(g)) + jnp.mean(g)
 
     def solve_tangent(linear, b):
         return jnp.linalg.solve(jax.jacobian(linear)(b), b)
 
-    return jax.lax.custom_root(residual, jnp.zeros_like(cost[0]), iterate, solve_tangent, has_aux=True)
+    return jax.lax.custom_root(residual, jnp.zeros_like(y[:, 0]), iterate, solve_tangent, has_aux=True)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -133,13 +141,13 @@ def _potential_in_blocks(
     """The same without a matrix: every sweep makes the costs anew."""
     epsilon = transport.epsilon.astype(x.dtype)
 
-    def half_sweep(g):
+    def to_f(g):
         return _partner(g, x, y, epsilon, transport.chunk)
 
-    def sweep(g):
-        return _partner(half_sweep(g), y, x, epsilon, transport.chunk)
+    def to_g(f):
+        return _partner(f, y, x, epsilon, transport.chunk)
 
-    return _iterated(transport, half_sweep if symmetric else sweep, jnp.zeros_like(y[:, 0]), epsilon, symmetric)
+    return _iterated(transport, to_f, to_g, x[:, 0], symmetric)
 
 
 @_potential_in_blocks.defjvp
@@ -149,24 +157,32 @@ def _(symmetric, primals, tangents):
 
 
 def _iterated(
-    transport: SinkhornTransport, sweep: Callable[[Array], Array], start: Float[Array, " m"], epsilon: Scalar, symmetric: bool
+    transport: SinkhornTransport, to_f: Potentials, to_g: Potentials, like_f: Float[Array, " n"], symmetric: bool
 ) -> tuple[Float[Array, " m"], Scalar]:
-    """Sweeps until the plan of g and its partner has the right marginals. No derivative goes through them."""
+    """Each potential from the other in turn, from f = 0, until the plan has the right marginals. No derivative goes through this."""
+    epsilon = transport.epsilon.astype(like_f.dtype)
     # Between a cloud and itself the two potentials are one, and half a step of both at a time finds it in tens of iterations; taking turns
     # stalls where ε is below the spacing of the members. The rows are then as wrong as the columns; else they are exact.
     step, wrong = (0.5, 2) if symmetric else (1.0, 1)
 
+    def one(_, state):
+        g, after = state
+        g = g + step * (after - g)
+        return g, to_f(g) if symmetric else to_g(to_f(g))
+
     def body(state):
-        iteration, g, after, _ = state
-        g, after = jax.lax.fori_loop(0, EVERY, lambda _, pair: ((h := pair[0] + step * (pair[1] - pair[0])), sweep(h)), (g, after))
-        # The plan of g has the column sums exp((g - sweep(g))/ε)/m.
-        return iteration + EVERY, g, after, wrong * jnp.mean(jnp.abs(jnp.expm1((g - after) / epsilon)))
+        iteration, (g, after), _ = state
+        g, after = jax.lax.fori_loop(0, EVERY, one, (g, after))
+        # The plan of g and its partner has the column sums exp((g - after)/ε)/m.
+        return iteration + EVERY, (g, after), wrong * jnp.mean(jnp.abs(jnp.expm1((g - after) / epsilon)))
 
     def unfinished(state):
-        return (state[0] < transport.max_iterations) & (state[-1] > transport.threshold)
+        iteration, _, error = state
+        return (iteration < transport.max_iterations) & (error > transport.threshold)
 
-    inf = jnp.asarray(jnp.inf, start.dtype)
-    _, g, _, error = jax.lax.while_loop(unfinished, body, (0, start, sweep(start), inf))
+    after = to_g(jnp.zeros_like(like_f))
+    start = 0, (jnp.zeros_like(after), after), jnp.asarray(jnp.inf, after.dtype)
+    _, (g, _), error = jax.lax.while_loop(unfinished, body, start)
     return g - jnp.mean(g), (error <= transport.threshold).astype(g.dtype)
 
 
