@@ -68,9 +68,9 @@ class SinkhornTransport(AbstractTransport):
 
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         x, y = recentred(x, y)
-        (across, reached), (within_x, reached_x), (within_y, reached_y) = (
-            _entropic(self, *pair, symmetric) for *pair, symmetric in ((x, y, False), (x, x, True), (y, y, True))
-        )
+        across, reached = _entropic(self, x, y, False)
+        within_x, reached_x = _entropic(self, x, x, True)
+        within_y, reached_y = _entropic(self, y, y, True)
         answer = solution(across - within_x / 2 - within_y / 2)
         return Solution(answer.squared, answer.converged & (reached * reached_x * reached_y > 0))
 
@@ -97,7 +97,8 @@ def _entropic(transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Arr
 @_entropic.defjvp
 def _(symmetric, primals, tangents):
     # At the maximum the derivative in g is zero, so that a first derivative holds g. A second one differentiates this rule, and g with it.
-    g, reached = _potential(*primals, symmetric)
+    transport, x, y = primals
+    g, reached = _potential(transport, x, y, symmetric)
     value, slope = jax.jvp(functools.partial(_dual, g), primals, tangents)
     return (value, reached), (slope, jnp.zeros_like(reached))
 
