@@ -17,7 +17,7 @@ import timing
 from esljax.sinkhorn import SinkhornTransport
 from esljax.transport import Solution
 
-HEADER = f"{'n':>8}{'matrix, MB':>12}{'value, s':>12}{'memory, MB':>12}{'with gradient, s':>18}{'memory, MB':>12}{'squared':>10}{'converged':>11}"
+HEADER = ("n", "matrix, MB", "value, s", "memory, MB", "and gradient, s", "memory, MB", "squared", "converged")
 
 
 def row(n: int, d: int, chunk: int, rounds: int) -> dict[str, float | bool]:
@@ -33,8 +33,8 @@ def row(n: int, d: int, chunk: int, rounds: int) -> dict[str, float | bool]:
     numbers: dict[str, float | bool] = {"matrix_megabytes": 4e-6 * n**2}
     for name, fn in (("value", value), ("gradient", jax.value_and_grad(value, (0, 1), has_aux=True))):
         compiled = jax.jit(fn).lower(x, y).compile()
-        numbers[f"{name}_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
         numbers[f"{name}_seconds"] = statistics.median(timing.seconds(lambda compiled=compiled: compiled(x, y)) for _ in range(rounds))
+        numbers[f"{name}_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
     (squared, solution), _ = compiled(x, y)
     return {**numbers, "squared": float(squared), "converged": bool(solution.converged)}
 
@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float | bool]
     sizes, chunk, rounds = ([40], 16, 1) if arguments.smoke else (arguments.n, arguments.chunk, 3)
 
     table = {}
-    print(HEADER)
+    print("".join(f"{word:>16}" for word in HEADER))
     for n in sizes:
         numbers = table[str(n)] = row(n, 10, chunk, rounds)
+        megabytes, value, value_mb, gradient, gradient_mb, squared, converged = numbers.values()
         print(
-            f"{n:>8}{numbers['matrix_megabytes']:>12.4g}{numbers['value_seconds']:>12.3g}{numbers['value_megabytes']:>12.4g}"
-            f"{numbers['gradient_seconds']:>18.3g}{numbers['gradient_megabytes']:>12.4g}{numbers['squared']:>10.4f}{numbers['converged']!s:>11}",
+            f"{n:>16}{megabytes:>16.4g}{value:>16.3g}{value_mb:>16.3g}{gradient:>16.3g}{gradient_mb:>16.3g}{squared:>16.4f}{converged!s:>16}",
             flush=True,
         )
     print(f"d = 10, blocks of {chunk} members, medians of {rounds}")
