@@ -14,7 +14,5 @@ def ott() -> types.SimpleNamespace:
     with jax.ensure_compile_time_eval(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
         from ott.geometry.geometry import Geometry
-        from ott.solvers.linear import solve
-        from ott.solvers.linear.acceleration import Momentum
         from ott.tools.unreg import hungarian
-    return types.SimpleNamespace(Geometry=Geometry, Momentum=Momentum, hungarian=hungarian, solve=solve)
+    return types.SimpleNamespace(Geometry=Geometry, hungarian=hungarian)

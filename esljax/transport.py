@@ -330,7 +330,7 @@ def _compiled_solve(transport: AbstractTransport, x: Any, y: Any) -> Solution:
 def solution(squared: Scalar, solved: Array | bool = True) -> Solution:
     """A factor rather than a choice, so that what has no finite answer has no finite derivative either."""
     finite = jnp.isfinite(squared) & solved
-    return Solution(squared * jnp.where(finite, 1.0, jnp.nan), finite)
+    return Solution(squared * jnp.where(finite, jnp.ones_like(squared), jnp.full_like(squared, jnp.nan)), finite)
 
 
 def recentred(x: Array, y: Array) -> tuple[Array, Array]:

@@ -25,6 +25,7 @@ def test_there_is_something_to_run():
         "benchmark_gradient",
         "benchmark_simulation",
         "benchmark_transport",
+        "large_transport",
         "measure_adam",
         "measure_numpy",
         *LONG,
