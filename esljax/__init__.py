@@ -5,9 +5,10 @@ between start and end, the epistemic speed limit (Okanohara, arXiv 2601.17607). 
 sides, and optimizes schedules toward the limit by gradient.
 """
 
-from esljax import datasets, gaussian, models, recordings
+from esljax import datasets, executors, gaussian, models, recordings
 from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
+from esljax.configuration import RunConfig
 from esljax.density import (
     AbstractDensity,
     AbstractLogDensity,
@@ -33,6 +34,7 @@ from esljax.minibatch import MinibatchNoise, minibatch_noise
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
 from esljax.report import Interval, SpeedLimit, Split
+from esljax.runs import run
 from esljax.schedules import (
     AbstractSchedule,
     Constant,
@@ -47,6 +49,10 @@ from esljax.scores import FlowVelocity, HistogramVelocity, KDEVelocity
 from esljax.simulation import simulate
 from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
+from esljax.study import Study
+from esljax.study_run import LostWorkersError, run_study
+from esljax.study_store import open_study
+from esljax.study_summary import summarize
 from esljax.trajectory import Trajectory, recorded
 from esljax.transport import (
     AbstractTransport,
@@ -110,6 +116,7 @@ __all__ = [
     "Knots",
     "Langevin",
     "Linear",
+    "LostWorkersError",
     "Mapped",
     "MinibatchNoise",
     "Mixture",
@@ -120,26 +127,33 @@ __all__ = [
     "ProbabilityFlow",
     "Projected",
     "Quadratic",
+    "RunConfig",
     "SinkhornTransport",
     "SlicedTransport",
     "Solution",
     "SpeedLimit",
     "Split",
+    "Study",
     "Trajectory",
     "TransportVelocity",
     "TransportedEntropy",
     "Velocity",
     "WarmupStableDecay",
     "datasets",
+    "executors",
     "free_energy",
     "gaussian",
     "minibatch_noise",
     "models",
+    "open_study",
     "optimize",
     "principal_directions",
     "random_directions",
     "recorded",
     "recordings",
+    "run",
+    "run_study",
     "simulate",
     "speed_limit",
+    "summarize",
 ]
