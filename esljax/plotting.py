@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from esljax._checks import refuse
 from esljax.comparison import Judgment
@@ -103,6 +104,9 @@ def _plot_along(along: str, groups: Sequence[Group], values: Mapping[str, list],
             axes.set_xticks(range(len(values[along])), [_value(value) for value in values[along]], rotation=20)
         elif along and _wide(values[along], 8):
             axes.set_xscale("log")
+            if len(values[along]) <= 8:
+                axes.set_xticks(values[along], [_value(value) for value in values[along]])
+            axes.xaxis.set_minor_formatter(NullFormatter())
         if _wide(heights, 30):
             axes.set_yscale("log")
         elif min(heights) >= 0:

@@ -183,7 +183,8 @@ class Study:
             dataclasses.replace(self.base, **first).check()
         first = {name: values[0] for name, values in self.grid.items()}
         for name, values in numbers.items():
-            for value in values:
+            # Of many seeds the ends say it all; other numbers may also be no numbers.
+            for value in (min(values), max(values)) if name == "seed" else values:
                 dataclasses.replace(self.base, **first | {name: value}).check()
 
 
@@ -247,9 +248,8 @@ def _spread(name: str, values: Any) -> Any:
     spread = (np.geomspace if scale == "log" else np.linspace)(start, stop, values["num"])
     # Twelve digits are more than any result has, and a value can then be asked for as it is written.
     spread = [float(f"{value:.12g}") for value in spread]
-    if isinstance(_FIELDS[name].default if name in _FIELDS else 0.0, int) and all(value.is_integer() for value in spread):
-        return [int(value) for value in spread]
-    return spread
+    whole = isinstance(_FIELDS[name].default if name in _FIELDS else 0.0, int)
+    return [int(value) if whole and value.is_integer() else value for value in spread]
 
 
 def _at(place: str, config: RunConfig) -> None:

@@ -107,12 +107,12 @@ def open_study(path: str | Path) -> Any:
     """
     xarray = _xarray()
     path = Path(path)
-    _study(path, _open(path, "r"))
+    study = read_study(path)
     dataset = xarray.open_zarr(path, chunks=None, consolidated=False)
     # Strings of the type that every selection by label understands.
     strings = {name: dataset[name].astype(object) for name in dataset.variables if dataset[name].dtype.kind not in "iufb"}
     ordered = [*names(True), "converged", "done", "reason"]
-    return dataset.assign(strings)[[name for name in ordered if name in dataset]]
+    return dataset.assign(strings).set_coords(list(study.coordinates))[[name for name in ordered if name in dataset]]
 
 
 def _study(path: Path, group: Any) -> Study:
