@@ -102,7 +102,7 @@ def _plot_along(along: str, groups: Sequence[Group], values: Mapping[str, list],
         axes.set(xlabel=_label(along), ylabel=title)
         if _named(values, along):
             axes.set_xticks(range(len(values[along])), [_value(value) for value in values[along]], rotation=20)
-        elif along and _wide(values[along], 8):
+        elif along and _wide(values[along], 4):
             axes.set_xscale("log")
             if len(values[along]) <= 8:
                 axes.set_xticks(values[along], [_value(value) for value in values[along]])

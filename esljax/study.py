@@ -113,8 +113,8 @@ class Study:
         for name in reversed(list(self.grid)):
             length = min(len(self.grid[name]), room) if name in NUMBERS else 1
             block.append(length)
-            # A block goes on along the next field only where it is whole along this one.
-            room = room // length if length == len(self.grid[name]) else 1 if name in NUMBERS else room
+            # Where a block is not whole along this field, no room is left along the next.
+            room //= length
         return tuple(reversed(block))
 
     def slices(self, task_size: int) -> list["Slice"]:

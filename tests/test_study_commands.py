@@ -193,9 +193,10 @@ def begun(store, process, least=1):
     raise TimeoutError(f"{store} has no runs")
 
 
-def test_ctrl_c_leaves_a_store_to_go_on_with(tmp_path, environment, capsys):
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_a_store_to_go_on_with(processes, tmp_path, environment, capsys):
     (tmp_path / "study.toml").write_text(LONG)
-    arguments = command("run", "study.toml", "--task-size", "1")
+    arguments = command("run", "study.toml", "--task-size", "1", "--processes", processes)
     process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         begun(tmp_path / "study.zarr", process)
