@@ -5,10 +5,11 @@ between start and end, the epistemic speed limit (Okanohara, arXiv 2601.17607). 
 sides, and optimizes schedules toward the limit by gradient.
 """
 
-from esljax import datasets, gaussian, models, recordings
+from esljax import datasets, executors, gaussian, models, recordings
 from esljax._checks import InputError
 from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
 from esljax.checkpoints import Checkpoints, Terminated
+from esljax.configuration import RunConfig
 from esljax.density import (
     AbstractDensity,
     AbstractLogDensity,
@@ -34,6 +35,7 @@ from esljax.minibatch import MinibatchNoise, minibatch_noise
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
 from esljax.report import Interval, SpeedLimit, Split
+from esljax.runs import run
 from esljax.schedules import (
     AbstractSchedule,
     Constant,
@@ -49,6 +51,10 @@ from esljax.sharding import member_mesh
 from esljax.simulation import simulate
 from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
+from esljax.study import Study
+from esljax.study_run import LostWorkersError, run_study
+from esljax.study_store import open_study
+from esljax.study_summary import summarize
 from esljax.trajectory import Trajectory, recorded
 from esljax.transport import (
     AbstractTransport,
@@ -113,6 +119,7 @@ __all__ = [
     "Knots",
     "Langevin",
     "Linear",
+    "LostWorkersError",
     "Mapped",
     "MinibatchNoise",
     "Mixture",
@@ -123,11 +130,13 @@ __all__ = [
     "ProbabilityFlow",
     "Projected",
     "Quadratic",
+    "RunConfig",
     "SinkhornTransport",
     "SlicedTransport",
     "Solution",
     "SpeedLimit",
     "Split",
+    "Study",
     "Terminated",
     "Trajectory",
     "TransportVelocity",
@@ -135,16 +144,21 @@ __all__ = [
     "Velocity",
     "WarmupStableDecay",
     "datasets",
+    "executors",
     "free_energy",
     "gaussian",
     "member_mesh",
     "minibatch_noise",
     "models",
+    "open_study",
     "optimize",
     "principal_directions",
     "random_directions",
     "recorded",
     "recordings",
+    "run",
+    "run_study",
     "simulate",
     "speed_limit",
+    "summarize",
 ]

@@ -17,17 +17,26 @@ import tyro
 
 from esljax import storage
 from esljax._checks import InputError, refuse
-from esljax.comparison import Judgment, Problem, final_loss, judge, match_endpoint, ratio, usual_shapes
-from esljax.configuration import CheckConfig, MeasureConfig, OptimizeConfig, enable, from_toml
+from esljax.comparison import Judgment, final_loss, judge, match_endpoint, ratio, usual_shapes
+from esljax.configuration import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    CheckConfig,
+    MeasureConfig,
+    OptimizeConfig,
+    enable,
+    from_toml,
+)
 from esljax.measurement import measure
-from esljax.models import mlp
 from esljax.optimization import Iteration, Optimum, optimize
 from esljax.plotting import plot_schedules, plot_speed_limit
-from esljax.potentials import FlaxLoss
 from esljax.references import run_checks
+from esljax.report import concise
+from esljax.runs import make_problem
 from esljax.schedules import Constant, Knots
-
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+from esljax.study_cli import StudyConfig, study
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         config = _parse(arguments)
         if isinstance(config, OptimizeConfig):
             return _optimize(config)
+        if isinstance(config, StudyConfig):
+            return study(config)
         return _measure(config) if isinstance(config, MeasureConfig) else _check(config)
     except InputError as error:
         print(f"esljax: {error}", file=sys.stderr)
@@ -48,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
 
 
-def _parse(arguments: list[str]) -> OptimizeConfig | MeasureConfig | CheckConfig:
+def _parse(arguments: list[str]) -> OptimizeConfig | MeasureConfig | StudyConfig | CheckConfig:
     defaults = {"optimize": OptimizeConfig(), "measure": MeasureConfig()}
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     for i, argument in enumerate(arguments if command in defaults else []):
@@ -59,10 +70,11 @@ def _parse(arguments: list[str]) -> OptimizeConfig | MeasureConfig | CheckConfig
     commands = (
         Annotated[OptimizeConfig, tyro.conf.subcommand("optimize", default=defaults["optimize"])]
         | Annotated[MeasureConfig, tyro.conf.subcommand("measure", default=defaults["measure"])]
+        | Annotated[StudyConfig, tyro.conf.subcommand("study")]
         | Annotated[CheckConfig, tyro.conf.subcommand("check", default=CheckConfig())]
     )
     description = "Learning as irreversible transport: how far is a training run from the epistemic speed limit?"
-    return tyro.cli(commands, prog="esljax", description=description, args=arguments)
+    return tyro.cli(commands, prog="esljax", description=description, args=arguments, config=(tyro.conf.OmitSubcommandPrefixes,))
 
 
 class _Result(NamedTuple):
@@ -99,18 +111,7 @@ def _optimize(config: OptimizeConfig) -> int:
 def _compare(config: OptimizeConfig, progress: "_Progress") -> _Result:
     """Match every shape to the target, optimize the knots, judge all on held-out keys."""
     data_key, match_key, search_key, judge_key = jax.random.split(jax.random.key(config.seed), 4)
-    data = config.load_data()
-    classes = int(max(data.train.labels.max(), data.test.labels.max())) + 1
-    model = mlp(data.train.inputs.shape[1], *config.hidden, classes)
-    problem = Problem(
-        potential=FlaxLoss(model, data.train, batch_size=config.batch_size, l2=config.l2),
-        test=data.test,
-        temperature=config.temperature,
-        transport=config.make_transport(data_key),
-        members=config.members,
-        steps=config.steps,
-        snapshots=config.snapshots,
-    )
+    problem = make_problem(config, config.make_transport(data_key))
     match_keys = jax.random.split(match_key, config.match_runs)
     judge_keys = jax.random.split(judge_key, config.judge_runs)
     learning_time = config.rate * config.steps
@@ -238,21 +239,12 @@ def _table(judgments: Mapping[str, Judgment]) -> rich.table.Table:
         report = judgment.report
         table.add_row(
             name.replace("_", " "),
-            *(_concise(getattr(report, number), getattr(report.standard_error, number)) for number in _NUMBERS),
+            *(concise(getattr(report, number), getattr(report.standard_error, number)) for number in _NUMBERS),
             "unknown" if report.noise_floor is None else f"{float(report.noise_floor):.2g}",
-            _concise(judgment.final_loss, judgment.final_loss_error),
-            _concise(judgment.test_accuracy, judgment.test_accuracy_error),
+            concise(judgment.final_loss, judgment.final_loss_error),
+            concise(judgment.test_accuracy, judgment.test_accuracy_error),
         )
     return table
-
-
-def _concise(value: Any, error: Any) -> str:
-    """Concise notation: 76.717(50) is 76.717 ± 0.050."""
-    value, error = float(value), float(error)
-    if not np.isfinite(value) or not np.isfinite(error) or error <= 0:
-        return f"{value:.4g}"
-    digits = max(0, 1 - int(np.floor(np.log10(error))))
-    return f"{value:.{digits}f}({error * 10**digits:.0f})"
 
 
 def _verdict(judgments: Mapping[str, Judgment], result: _Result, missed: bool) -> str:

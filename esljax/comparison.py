@@ -59,7 +59,7 @@ class Problem(eqx.Module):
     """A learning problem that differs from run to run only in the schedule and the key.
 
     **Args:** `potential`: the training objective. `test`: held-out examples. `temperature`: T, a schedule or a number. `transport`: the
-    geometry of Σ and W2². `members`: n. `steps`: K. `snapshots`: J.
+    geometry of Σ and W2². `members`: n. `steps`: K. `snapshots`: J. `jackknife`: as in `speed_limit`.
     """
 
     potential: FlaxLoss
@@ -69,6 +69,7 @@ class Problem(eqx.Module):
     members: int = eqx.field(static=True)
     steps: int = eqx.field(static=True)
     snapshots: int = eqx.field(static=True)
+    jackknife: int = eqx.field(static=True, default=0)
 
     def run(self, learning_rate: AbstractSchedule, key: Key) -> Outcome:
         """Train an ensemble from fresh initializations. Differentiable in `learning_rate`, by `HessianAdjoint`."""
@@ -77,7 +78,7 @@ class Problem(eqx.Module):
         rule = Langevin(learning_rate, self.temperature)
         path = simulate(self.potential, rule, start, steps=self.steps, snapshots=self.snapshots, key=path_key)
         return Outcome(
-            report=speed_limit(path, transport=self.transport, jackknife=0),
+            report=speed_limit(path, transport=self.transport, jackknife=self.jackknife),
             final_loss=jnp.mean(self.potential(path.final)),
             test_accuracy=jnp.mean(self.potential.accuracy(path.final, self.test)),
         )

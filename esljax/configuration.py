@@ -2,6 +2,7 @@
 
 import dataclasses
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,21 +12,18 @@ import tyro
 
 from esljax import datasets
 from esljax._checks import InputError, check_choice, check_nonnegative, check_positive, check_positive_int, refuse
-from esljax._types import Array
+from esljax._types import Array, ScalarLike
 from esljax.sinkhorn import SinkhornTransport
 from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, SlicedTransport
 
+# What the commands exit with.
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
 
 @dataclasses.dataclass(frozen=True)
-class OptimizeConfig:
-    """Compare the usual learning-rate schedules with one found by gradient, at matched final loss, against the epistemic speed limit.
+class TrainingConfig:
+    """What every training run has: data, network, ensemble, steps, noise, and the geometry that it is measured in."""
 
-    Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input; 130 interrupted (if the optimization had begun,
-    the best schedule so far is judged and written first).
-    """
-
-    out: Path = Path("esljax-optimize")
-    """Folder for report.json, config.toml, schedules.png and speed_limit.png; made if it does not exist."""
     data: Literal["digits", "moons", "teacher"] = "digits"
     """Data set: scikit-learn's digits, two moons, or a random teacher network."""
     hidden: tuple[int, ...] = (32,)
@@ -37,42 +35,33 @@ class OptimizeConfig:
     snapshots: int = 20
     """Links between the snapshots of a run; must divide the steps."""
     batch_size: int = 256
-    """Examples per step and member, drawn with replacement."""
+    """Examples per step and member, drawn with replacement; 0 for all of them."""
     temperature: float = 1e-7
     """Temperature of the injected noise, in units of the loss."""
     l2: float = 1e-4
     """Weight decay: l2/2 times the squared norm of the parameters is added to the loss."""
     rate: float = 0.25
-    """Learning rate of the constant schedule that sets the target, per step."""
-    target: float | None = None
-    """Mean final training loss that all schedules must meet; by default that of the constant schedule at `rate`."""
-    knots: int = 12
-    """Knots of the optimized log learning rate."""
-    iterations: int = 40
-    """Gradient steps of the optimization."""
+    """Learning rate per step: all of a constant schedule, the peak of another."""
     transport: Literal["exact", "gaussian", "sliced", "sinkhorn"] = "exact"
     """Geometry of entropy production and distance."""
     epsilon: float = 1.0
     """Entropic regularization of the sinkhorn transport, in squared parameters."""
     directions: int = 64
     """Directions of the sliced transport."""
-    judge_runs: int = 5
-    """Held-out runs (initializations, batches and noise) that judge each schedule."""
-    match_runs: int = 2
-    """Runs whose mean loss is matched to the target."""
     seed: int = 0
-    """Seed of everything random; the same seed gives the same report on the same machine and versions."""
+    """Seed of everything random; the same seed gives the same numbers on the same machine and versions."""
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point type."""
-    config: Path | None = None
-    """TOML file with any of these settings; flags override it."""
-    quiet: bool = False
-    """Print nothing but errors."""
 
-    def check(self) -> "OptimizeConfig":
-        """Refuse what cannot run, before any computation, in one sentence."""
-        for name, least in _LEAST.items():
-            check_positive_int(name, getattr(self, name), least)
+    def check_training(self) -> None:
+        """Refuse a run that cannot be, before any computation, in one sentence."""
+        for name in ("members", "steps", "snapshots", "batch_size", "directions", "seed"):
+            check_positive_int(name, getattr(self, name), _LEAST[name])
+        if self.seed >= 2**32:
+            raise refuse("seed", "be below 2**32, where the keys of single precision repeat themselves", f"is {self.seed}")
+        for name in ("rate", "epsilon", "temperature", "l2"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+                raise refuse(name, "be a number", f"is {getattr(self, name)!r}")
         for name in ("rate", "epsilon"):
             check_positive(name, getattr(self, name))
         for name in ("temperature", "l2"):
@@ -80,34 +69,94 @@ class OptimizeConfig:
         for name in ("rate", "epsilon", "temperature", "l2"):
             if not np.isfinite(getattr(self, name)):
                 raise refuse(name, "be finite", f"is {getattr(self, name)}")
-        if self.target is not None and not 0 < self.target < np.inf:
-            raise refuse("target", "be a positive loss", f"is {self.target}")
         if self.steps % self.snapshots:
             raise refuse("snapshots", f"divide the {self.steps} steps", f"is {self.snapshots}")
+        if not isinstance(self.hidden, tuple):
+            raise refuse("hidden", "be a tuple of integers", f"is {self.hidden!r}")
         for width in self.hidden:
             check_positive_int("hidden", width)
         for name in ("data", "transport", "dtype"):
             check_choice(name, getattr(self, name), _CHOICES[name])
-        _check_out(self.out)
-        return self
 
     def load_data(self) -> datasets.Dataset:
         return {"digits": datasets.digits, "moons": datasets.two_moons, "teacher": datasets.teacher}[self.data]()
 
     def make_transport(self, key: Array) -> AbstractTransport:
-        return _make_transport(self.transport, self.epsilon, self.directions, key)
+        return make_transport(self.transport, self.epsilon, self.directions, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(TrainingConfig):
+    """One training run held against the speed limit: a point of a `Study`.
+
+    **Example:**
+
+        >>> RunConfig(data="moons", hidden=(4,), schedule="cosine", rate=0.5).members
+        32
+    """
+
+    schedule: Literal["constant", "linear_decay", "cosine", "warmup_stable_decay", "exponential_decay"] = "constant"
+    """Shape of the learning rate over training time; `rate` is its peak."""
+    jackknife: int = 0
+    """The most groups of members left out in turn for standard errors of this one run, each of which repeats all transports; 0 for none."""
+
+    def check(self) -> "RunConfig":
+        """Refuse what cannot run, before any computation, in one sentence."""
+        self.check_training()
+        check_choice("schedule", self.schedule, _CHOICES["schedule"])
+        check_positive_int("jackknife", self.jackknife, 0)
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as TOML and JSON know them; reading them back gives the same run."""
-        settings = dataclasses.asdict(self)
-        settings.pop("config")
-        return {**settings, "out": str(self.out), "hidden": list(self.hidden)}
+        return _settings(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizeConfig(TrainingConfig):
+    """Compare the usual learning-rate schedules with one found by gradient, at matched final loss, against the epistemic speed limit.
+
+    Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input; 130 interrupted (if the optimization had begun,
+    the best schedule so far is judged and written first).
+    """
+
+    out: Path = Path("esljax-optimize")
+    """Folder for report.json, config.toml, schedules.png and speed_limit.png; made if it does not exist."""
+    target: float | None = None
+    """Mean final training loss that all schedules must meet; by default that of the constant schedule at `rate`."""
+    knots: int = 12
+    """Knots of the optimized log learning rate."""
+    iterations: int = 40
+    """Gradient steps of the optimization."""
+    judge_runs: int = 5
+    """Held-out runs (initializations, batches and noise) that judge each schedule."""
+    match_runs: int = 2
+    """Runs whose mean loss is matched to the target."""
+    config: Path | None = None
+    """TOML file with any of these settings; flags override it."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+    def check(self) -> "OptimizeConfig":
+        """Refuse what cannot run, before any computation, in one sentence."""
+        for name in ("knots", "iterations", "judge_runs", "match_runs"):
+            check_positive_int(name, getattr(self, name), _LEAST[name])
+        self.check_training()
+        if self.target is not None and not 0 < self.target < np.inf:
+            raise refuse("target", "be a positive loss", f"is {self.target}")
+        _check_out(self.out)
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as TOML and JSON know them; reading them back gives the same run."""
+        return _settings(self)
 
 
 _CHOICES = {
     "data": ("digits", "moons", "teacher"),
     "transport": ("exact", "gaussian", "sliced", "sinkhorn"),
     "velocity": ("none", "transport"),
+    "schedule": ("constant", "linear_decay", "cosine", "warmup_stable_decay", "exponential_decay"),
     "dtype": ("float32", "float64"),
 }
 
@@ -118,7 +167,7 @@ _LEAST = {
     "members": 2,
     "steps": 1,
     "snapshots": 1,
-    "batch_size": 1,
+    "batch_size": 0,
     "knots": 2,
     "iterations": 1,
     "directions": 1,
@@ -186,13 +235,11 @@ class MeasureConfig:
         return self
 
     def make_transport(self, key: Array) -> AbstractTransport:
-        return _make_transport(self.transport, self.epsilon, self.directions, key)
+        return make_transport(self.transport, self.epsilon, self.directions, key)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as TOML and JSON know them; reading them back gives the same report."""
-        settings = dataclasses.asdict(self)
-        settings.pop("config")
-        return {**settings, "recording": str(self.recording), "out": str(self.out)}
+        return _settings(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,21 +261,31 @@ def from_toml(path: Path, kind: type[Config]) -> Config:
 
     **Raises:** `InputError` for a missing or broken file, an unknown key, or a value of the wrong type.
     """
+    content = read_toml(path)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.name != "config"}
+    return kind(**converted(content, fields, str(path)), config=path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. **Raises:** `InputError` if it cannot be read or is none."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise refuse("config", "be a readable file", f"{path} gives: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise refuse("config", "be valid TOML", f"{path} is not: {error}") from error
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.name != "config"}
-    for key, value in content.items():
+
+
+def converted(content: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], place: str) -> dict[str, Any]:
+    """The values of a table as the fields of a configuration want them. **Raises:** `InputError` for an unknown key or a wrong type."""
+    for key in content:
         if key not in fields:
-            raise InputError(f"Key `{key}` of {path} is unknown; the known keys are {', '.join(fields)}.")
-        content[key] = _convert(key, value, fields[key].default, path)
-    return kind(**content, config=path)
+            raise InputError(f"Key `{key}` of {place} is unknown; the known keys are {', '.join(fields)}.")
+    return {key: convert(key, value, fields[key].default, place) for key, value in content.items()}
 
 
-def _convert(key: str, value: Any, default: Any, path: Path) -> Any:
+def convert(key: str, value: Any, default: Any, place: str) -> Any:
+    """A value as the field `key` wants it, which is told by its default. **Raises:** `InputError` for a wrong type."""
     if key in _CHOICES:
         check_choice(key, value, _CHOICES[key])
         return value
@@ -241,11 +298,18 @@ def _convert(key: str, value: Any, default: Any, path: Path) -> Any:
         return tuple(value)
     if type(value) is not kind:
         said = {tuple: "list of integers", str: "string", Path: "string"}.get(kind, kind.__name__)
-        raise refuse(key, f"be a {said} in {path}", f"is {value!r}")
+        raise refuse(key, f"be a {said} in {place}", f"is {value!r}")
     return value
 
 
-def _make_transport(name: str, epsilon: float, directions: int, key: Array) -> AbstractTransport:
+def _settings(config: Any) -> dict[str, Any]:
+    """What a configuration holds, in types that TOML and JSON know; the file that it came from is not part of it."""
+    plain = lambda value: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value  # noqa: E731
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items() if name != "config"}
+
+
+def make_transport(name: str, epsilon: ScalarLike, directions: int, key: Array) -> AbstractTransport:
+    """The transport of that name; `epsilon` and `key`, which few of them look at, may be traced."""
     if name == "exact":
         return ExactTransport()
     if name == "gaussian":

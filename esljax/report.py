@@ -265,6 +265,15 @@ def average(reports: SpeedLimit) -> SpeedLimit:
     return with_errors(mean, errors, f"spread over {runs} independent runs", runs - 1)
 
 
+def concise(value: float | Array, error: float | Array) -> str:
+    """Concise notation: 76.717(50) is 76.717 ± 0.050. Without an error, four digits."""
+    value, error = float(value), float(error)
+    if not np.isfinite(value) or not np.isfinite(error) or error <= 0:
+        return f"{value:.4g}"
+    digits = max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{value:.{digits}f}({error * 10**digits:.0f})"
+
+
 def _quantile(probability: float, freedom: int) -> float:
     """The quantile of Student's t above its median, by halving the angle arctan(t/√ν), in which the law of ν whole degrees of freedom is a
     finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4)."""

@@ -1,14 +1,19 @@
-"""Results on disk: whole files or none, and what made them."""
+"""Results on disk: whole files or none, what made them, and who is writing."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+
+from esljax._checks import InputError, refuse
 
 _PACKAGES = ("esljax", "jax", "jaxlib", "flax", "optax", "ott-jax", "equinox", "numpy", "scikit-learn")
 
@@ -18,6 +23,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 
+def commit() -> str | None:
+    """The git commit that this package is checked out at, with a + if files have changed since; None outside of git."""
+    folder = Path(__file__).parent
+    told = []
+    for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", ".")):
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        told.append(done.stdout.strip())
+    return told[0] + "+" * bool(told[1])
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write strict JSON: a number that is not finite becomes null."""
     _write(path, json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
@@ -25,7 +43,87 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_toml(path: Path, content: dict[str, Any]) -> None:
     """Write TOML; keys whose value is None are left out."""
-    _write(path, tomli_w.dumps({key: value for key, value in content.items() if value is not None}))
+    _write(path, toml({key: value for key, value in content.items() if value is not None}))
+
+
+def toml(content: dict[str, Any]) -> str:
+    """The content as TOML."""
+    return tomli_w.dumps(content)
+
+
+def holder(lock: Path) -> dict[str, Any] | None:
+    """Who holds a lock: its `pid`, `host` and what else it said; None if nobody does."""
+    try:
+        told = json.loads(lock.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return told if told["host"] != platform.node() or _alive(told["pid"]) else None
+
+
+@contextlib.contextmanager
+def locked(lock: Path, argument: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Hold a lock file that says which process of which host is writing; a dead process of this host loses it.
+
+    **Yields:** a function that adds to what the lock file says.
+    **Raises:** `InputError`, about `argument`, while another process holds it.
+    """
+    import fcntl  # of Unix alone: the rest of the package runs without
+
+    must = "have no other writer"
+    while True:
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise refuse(argument, "be in a folder that can be written", f"{lock.parent} gives: {error.strerror}") from error
+        try:
+            # The kernel drops this with the process, however that ends; what the file says is for people and other hosts.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _same(handle, lock):
+                break
+        except BlockingIOError:
+            os.close(handle)
+            told = holder(lock) or {}
+            raise refuse(argument, must, f"process {told.get('pid')} of {told.get('host')} is writing it") from None
+        # The last holder has removed the file between our two calls.
+        os.close(handle)
+    try:
+        told = holder(lock)
+        if told is not None and told["host"] != platform.node():
+            raise InputError(
+                f"Argument `{argument}` must {must}, but process {told['pid']} of {told['host']} says it is writing it; "
+                f"if that process is dead, delete {lock}."
+            )
+        ours = {"pid": os.getpid(), "host": platform.node()}
+
+        def say(more: dict[str, Any]) -> None:
+            text = json.dumps({**ours, **more}).encode()
+            os.truncate(handle, 0)
+            os.pwrite(handle, text, 0)
+
+        say({})
+        try:
+            yield say
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _same(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _write(path: Path, text: str) -> None:

@@ -30,7 +30,11 @@ FLOORS = (
     ("speed_limit", "free_energy"),
     ("optimization",),
     ("comparison", "recordings", "configuration"),
-    ("plotting", "references", "measurement"),
+    ("runs", "references", "measurement"),
+    ("study", "executors", "study_summary"),
+    ("study_store", "plotting"),
+    ("study_run",),
+    ("study_cli",),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -48,17 +52,26 @@ FENCES = {
     "scipy": {"comparison"},
     "tomli_w": {"storage"},
     "matplotlib": {"plotting"},
-    "rich": {"cli", "references"},
+    "rich": {"cli", "references", "study_cli"},
     # Settings are the flags; only `cli` parses them.
-    "tyro": {"cli", "configuration"},
+    "tyro": {"cli", "configuration", "study_cli"},
     "safetensors": {"recordings"},
     "orbax": {"recordings", "checkpoints"},
-    "zarr": {"recordings"},
+    "zarr": {"recordings", "study_store"},
+    "xarray": {"study_store"},
+    "distributed": {"executors"},
+    "dask_jobqueue": {"executors"},
 }
 # Where the name to install is another.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "ott": "ott-jax", "tomli_w": "tomli-w", "orbax": "orbax-checkpoint"}
-# What only an extra of the same name installs.
-EXTRAS = {"zarr"}
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "ott": "ott-jax",
+    "tomli_w": "tomli-w",
+    "orbax": "orbax-checkpoint",
+    "dask_jobqueue": "dask-jobqueue",
+}
+# What only extras install, and which.
+EXTRAS = {"zarr": ("zarr", "studies"), "xarray": ("studies",), "distributed": ("cluster",), "dask-jobqueue": ("cluster",)}
 
 LONGEST = 600
 
@@ -213,10 +226,11 @@ def test_the_map_names_what_exists():
 def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {re.match(r"[\w-]+", requirement).group().lower() for requirement in project["dependencies"]}
-    assert {DISTRIBUTIONS.get(library, library) for library in EVERYWHERE | set(FENCES)} - EXTRAS <= names
-    assert not EXTRAS & names
-    for extra in EXTRAS:
-        assert any(requirement.startswith(extra) for requirement in project["optional-dependencies"][extra])
+    assert {DISTRIBUTIONS.get(library, library) for library in EVERYWHERE | set(FENCES)} - set(EXTRAS) <= names
+    assert not set(EXTRAS) & names
+    for library, extras in EXTRAS.items():
+        for extra in extras:
+            assert any(requirement.startswith(library) for requirement in project["optional-dependencies"][extra])
 
 
 def _libraries(source: str) -> set[str]:

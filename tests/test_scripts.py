@@ -28,9 +28,10 @@ def test_there_is_something_to_run():
         "large_transport",
         "measure_adam",
         "measure_numpy",
+        "study_scaling",
         *LONG,
     }
-    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart"]
+    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_study"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""A study run to its end: tasks go to an executor, and this process alone writes what comes back."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from esljax import storage
+from esljax._checks import check_positive_int, refuse
+from esljax.executors import InProcess, capacity
+from esljax.runs import Task, failed, fitting_width, work
+from esljax.study import Slice, Study
+from esljax.study_store import DONE, FAILED, TO_DO, StudyStore, check_memory, lock_path, open_for_writing, open_study
+
+
+class Progress(NamedTuple):
+    """How far a study is: runs of all, runs done and failed, and how many of both this call has run."""
+
+    runs: int
+    done: int
+    failed: int
+    fresh: int
+
+
+class LostWorkersError(RuntimeError):
+    """The workers ended before the study did; what they had finished is kept."""
+
+
+def run_study(
+    study: Study,
+    out: str | Path,
+    *,
+    executor: Executor | None = None,
+    task_size: int | None = None,
+    width: int | None = None,
+    retry: bool = False,
+    watch: Callable[[Progress], Any] = lambda progress: None,
+) -> Any:
+    """Run what is left of a study and return its results. It can be interrupted or killed at any time and called again.
+
+    The numbers of a run are a function of its own settings: alone, in another study, in tasks of another size, in another process of the
+    same machine they are the same bits, as long as `width` is 1, and otherwise the same up to rounding.
+
+    **Args:**
+    - `study`: what to run.
+    - `out`: the Zarr store of the results, made if it does not exist.
+    - `executor`: where tasks run, from `esljax.executors` or any `concurrent.futures.Executor`; by default in this process.
+    - `task_size`: the most runs in a task. Results are kept task by task. By default 32, or what the store was made with.
+    - `width`: how many runs of a task go side by side in one program: by default 1 on a CPU, and as many as fit the memory of an
+      accelerator (a cluster's workers do as this process would).
+    - `retry`: whether to run again what has failed.
+    - `watch`: is called with the `Progress` at the start and after each task.
+
+    **Returns:** `open_study(out)`, an `xarray.Dataset`. A run that failed is marked there with its reason.
+    **Raises:** `InputError`, before anything runs, if `out` is no store of this study or another process is writing it, or if the study
+    needs more disk or memory than there is; `LostWorkersError` if a pool or a cluster ends before the study does.
+
+    **Example:**
+
+        >>> import tempfile
+        >>> from esljax.configuration import RunConfig
+        >>> base = RunConfig(data="moons", hidden=(4,), members=4, steps=10, snapshots=5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     results = run_study(Study(base, grid={"rate": [0.1, 0.2], "seed": range(3)}), folder + "/study.zarr").load()
+        >>> dict(results.sizes), int((results.done == 1).sum())
+        ({'rate': 2, 'seed': 3}, 6)
+    """
+    if not isinstance(study, Study):
+        raise refuse("study", "be a Study", f"is {study!r}")
+    for name, value in (("task_size", task_size), ("width", width)):
+        if value is not None:
+            check_positive_int(name, value)
+    executor = InProcess() if executor is None else executor
+    if not isinstance(executor, Executor):
+        raise refuse("executor", "be a concurrent.futures.Executor", f"is {executor!r}")
+    out = Path(out)
+    with storage.locked(lock_path(out), "out") as say:
+        store = open_for_writing(out, study, task_size or 32)
+        slices = study.slices(task_size or store.task_size)
+        check_memory(study, slices)
+        if retry:
+            store.forget(np.flatnonzero(store.done == FAILED))
+        state = store.done
+        fresh = 0
+        say({"started": time.time(), "before": int(np.sum(state != TO_DO))})
+        watch(_progress(state, fresh))
+        waiting = [part for part in slices if np.any(state[part.indices] == TO_DO)]
+        for part, task, future in _completed(executor, waiting, lambda part: _task(study, part, width)):
+            fresh += _keep(store, state, part, task, future)
+            watch(_progress(state, fresh))
+    return open_study(out)
+
+
+def _task(study: Study, part: Slice, width: int | None) -> Task:
+    points = tuple(study.point(int(i)) for i in part.indices)
+    return Task(points, part.length, width or fitting_width(points[0], part.length))
+
+
+def _completed(executor: Executor, slices: list[Slice], task_of: Callable[[Slice], Task]) -> Iterator[tuple[Slice, Task, Future]]:
+    """Slices with their futures in the order in which they finish; only so many are under way as keep the workers busy."""
+    most, left = capacity(executor), iter(slices)
+    running: dict[Future, tuple[Slice, Task]] = {}
+    while True:
+        while len(running) < most and (part := next(left, None)) is not None:
+            task = task_of(part)
+            try:
+                running[executor.submit(work, task)] = (part, task)
+            except (BrokenExecutor, RuntimeError) as error:
+                raise _lost(error) from error
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield *running.pop(future), future
+
+
+def _keep(store: StudyStore, state: np.ndarray, part: Slice, task: Task, future: Future) -> int:
+    """Write what was still to do of a task, and say how many runs that was."""
+    try:
+        rows = future.result()
+    except (BrokenExecutor, CancelledError) as error:
+        raise _lost(error) from error
+    except Exception as error:
+        # The task's own errors come back as rows: this one is of its worker, such as one that has died once too often.
+        rows = failed(task, f"the worker failed: {(str(error).splitlines() or [type(error).__name__])[0][:300]}")
+    left = state[part.indices] == TO_DO
+    chosen = rows._replace(
+        numbers={name: values[left] for name, values in rows.numbers.items()},
+        converged=rows.converged[left],
+        reasons=tuple(reason for reason, wanted in zip(rows.reasons, left, strict=True) if wanted),
+    )
+    store.write(part.indices[left], chosen)
+    state[part.indices[left]] = np.where([bool(reason) for reason in chosen.reasons], FAILED, DONE)
+    return int(left.sum())
+
+
+def _progress(state: np.ndarray, fresh: int) -> Progress:
+    return Progress(state.size, int(np.sum(state == DONE)), int(np.sum(state == FAILED)), fresh)
+
+
+def _lost(error: BaseException) -> LostWorkersError:
+    said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return LostWorkersError(f"The workers ended before the study did ({said}); what is done is kept, and the same call goes on from there.")

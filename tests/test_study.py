@@ -1,0 +1,579 @@
+"""Studies: what they describe, what they refuse, what is in the store, and that no number depends on what it was run with."""
+
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import Future
+
+import jax
+import numpy as np
+import pytest
+import zarr
+
+import esljax as esl
+from esljax import comparison, executors, runs, study_store
+from esljax.plotting import plot_study
+from esljax.study_run import run_study
+
+BASE = esl.RunConfig(data="moons", hidden=(4,), members=8, steps=10, snapshots=5, batch_size=32)
+GRID = {"rate": [0.1, 0.4, 1.6], "members": [6, 8], "schedule": ["constant", "cosine"], "seed": [3, 1]}
+DIMENSIONS = {"rate": 3, "members": 2, "schedule": 2, "seed": 2}
+QUANTITIES = {
+    *("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric"),
+    *("learning_time", "final_loss", "test_accuracy", "noise_floor"),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    """The numbers are of tiny networks; what is compiled is the same program less its optimizations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def grid_store(tmp_path_factory):
+    """A study of 24 runs in two shapes, in tasks of at most 5 runs: (its path, the progress that it told)."""
+    path, seen = tmp_path_factory.mktemp("grid") / "grid.zarr", []
+    run_study(esl.Study(BASE, grid=GRID), path, task_size=5, watch=seen.append)
+    return path, seen
+
+
+# --- What a study describes ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination():
+    study = esl.Study(BASE, grid={"rate": np.array([0.1, 0.2]), "hidden": [(4,), (3, 2)], "seed": range(3)})
+    assert study.dimensions == {"rate": 2, "hidden": 2, "seed": 3}
+    assert study.size == 12
+    seen = [(study.point(i).rate, study.point(i).hidden, study.point(i).seed) for i in range(12)]
+    assert len(set(seen)) == 12
+    assert seen[1] == (0.1, (4,), 1)
+    assert seen[3] == (0.1, (3, 2), 0)
+    assert seen[6] == (0.2, (4,), 0)
+    assert all(study.point(i).steps == BASE.steps for i in range(12))
+
+
+def test_points_are_as_listed():
+    study = esl.Study(BASE, points=[{"rate": 0.3}, {"seed": 4, "members": 6}])
+    assert study.dimensions == {"point": 2}
+    assert [dataclasses.asdict(study.point(i)) for i in range(2)] == [
+        dataclasses.asdict(BASE) | {"rate": 0.3},
+        dataclasses.asdict(BASE) | {"seed": 4, "members": 6},
+    ]
+    assert study.coordinates == {"members": ("point", (8, 6)), "rate": ("point", (0.3, 0.25)), "seed": ("point", (0, 4))}
+
+
+@pytest.mark.parametrize("task_size", [1, 2, 5, 8, 1000])
+@pytest.mark.parametrize("listed", [False, True])
+def test_slices_hold_every_run_once_and_one_shape_each(task_size, listed):
+    study = esl.Study(BASE, grid=GRID)
+    if listed:
+        fields = ("rate", "members", "seed")
+        study = esl.Study(BASE, points=[{name: getattr(study.point(i), name) for name in fields} for i in range(24)])
+    slices = study.slices(task_size)
+    assert sorted(np.concatenate([part.indices for part in slices])) == list(range(24))
+    for part in slices:
+        assert len(part.indices) <= part.length <= task_size
+        assert len({runs.shape_of(study.point(int(i))) for i in part.indices}) == 1
+    assert len({(runs.shape_of(study.point(int(part.indices[0]))), part.length) for part in slices}) == 2, "one program for each shape"
+
+
+def test_a_task_of_a_grid_is_one_chunk():
+    study = esl.Study(BASE, grid=GRID)
+    for task_size in (1, 3, 5, 100):
+        chunk = np.array(study.chunks(task_size))
+        for part in study.slices(task_size):
+            places = np.array(np.unravel_index(part.indices, (3, 2, 2, 2))) // chunk[:, None]
+            assert (places == places[:, :1]).all()
+
+
+TOML = """
+[base]
+data = "moons"
+hidden = [4]
+temperature = 0
+
+[grid]
+rate = {start = 0.05, stop = 0.8, num = 5, scale = "log"}
+l2 = {start = 0, stop = 1, num = 3}
+members = {start = 8, stop = 64, num = 4, scale = "log"}
+hidden = [[4], [8, 8]]
+seed = {range = [5, 8]}
+"""
+
+
+def test_toml(tmp_path):
+    (tmp_path / "study.toml").write_text(TOML)
+    study = esl.Study.from_toml(tmp_path / "study.toml")
+    assert study.base == esl.RunConfig(data="moons", hidden=(4,), temperature=0.0)
+    assert study.grid == {
+        "rate": (0.05, 0.1, 0.2, 0.4, 0.8),
+        "l2": (0.0, 0.5, 1.0),
+        "members": (8, 16, 32, 64),
+        "hidden": ((4,), (8, 8)),
+        "seed": (5, 6, 7),
+    }
+    again = esl.Study.from_dict(study.as_dict())
+    assert again == study
+    assert study.difference(again) is None
+    (tmp_path / "points.toml").write_text("[[points]]\nrate = 0.1\n[[points]]\nhidden = [3]\nseed = 2\n")
+    study = esl.Study.from_toml(tmp_path / "points.toml")
+    assert study.points == ({"rate": 0.1}, {"hidden": (3,), "seed": 2})
+    assert esl.Study.from_dict(study.as_dict()) == study
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"grid": {"learning_rate": [0.1]}}, "Argument `grid` must be one of 'data', .*'learning_rate'"),
+        ({"grid": {}}, "Argument `grid` must name a field .* neither"),
+        ({"grid": {"rate": [0.1]}, "points": [{"rate": 0.1}]}, "Argument `grid` must name a field .* both"),
+        ({"grid": {"rate": []}}, "Argument `grid.rate` must hold at least one value"),
+        ({"grid": {"rate": 0.1}}, "Argument `grid.rate` must be a list of values, but is 0.1"),
+        ({"grid": {"schedule": "cosine"}}, "Argument `grid.schedule` must be a list of values"),
+        ({"grid": {"rate": [0.1, 0.2, 0.1]}}, "Argument `grid.rate` must hold each value once, but holds 0.1 twice"),
+        ({"grid": {"seed": [0, 1.5]}}, "Argument `seed` must be a int in grid.seed, but is 1.5"),
+        ({"grid": {"seed": [0, True]}}, "Argument `seed` must be a int in grid.seed, but is True"),
+        ({"grid": {"rate": ["fast"]}}, "Argument `rate` must be a float in grid.rate, but is 'fast'"),
+        ({"grid": {"rate": [0.1, -0.1]}}, "Argument `rate` must be greater than 0, but is -0.1"),
+        ({"grid": {"rate": [0.1, math.nan]}}, "Argument `rate` must be greater than 0"),
+        ({"grid": {"schedule": ["constant", "sawtooth"]}}, "Argument `schedule` must be one of .*'sawtooth'"),
+        ({"grid": {"steps": [10, 12]}}, "Argument `snapshots` must divide the 12 steps, but is 5"),
+        ({"grid": {"seed": [2**32]}}, r"Argument `seed` must be below 2\*\*32"),
+        ({"grid": {"hidden": [[4], 8]}}, "Argument `hidden` must be a list of integers in grid.hidden, but is 8"),
+        (
+            {"grid": {"rate": [0.1], "seed": range(10**12)}},
+            "`grid` must hold at most 10,000,000 runs, but holds 1,000,000,000,000",
+        ),
+        ({"points": [{"rate": 0.1}, {}]}, r"Argument `points\[1\]` must be a table of at least one field"),
+        ({"points": [{"rate": 0.1}, {"rat": 0.1}]}, r"Argument `points\[1\]` must be one of .*'rat'"),
+        ({"points": [{"rate": 0.1}, {"rate": 0}]}, r"In points\[1\]: Argument `rate` must be greater than 0"),
+        ({"base": {"rate": 0.1}, "grid": {"seed": [0]}}, "Argument `base` must be a RunConfig"),
+        ({"base": dataclasses.replace(BASE, hidden=[4]), "grid": {"seed": [0]}}, "Argument `hidden` must be a tuple"),
+        ({"base": dataclasses.replace(BASE, rate="1"), "grid": {"seed": [0]}}, "Argument `rate` must be a number"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(given, sentence, refused):
+    refused(lambda: esl.Study(**{"base": BASE, **given}), sentence)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[bas]\nrate = 1", "Key `bas` of .*study.toml is unknown; the known keys are base, grid, points"),
+        ("[base]\nrates = 1", r"Key `rates` of \[base\] of .*study.toml is unknown"),
+        ("[base]\nrate = 'x'\n[grid]\nseed = [0]", "Argument `rate` must be a float in .*study.toml, but is 'x'"),
+        ("grid = 3", "Argument `grid` must be a table in .*study.toml, but is 3"),
+        ("points = 3", "Argument `points` must be a list of tables in .*study.toml, but is 3"),
+        ("[grid]\nseed = {range = [0]}", "Argument `grid.seed` must have a range of two integers"),
+        ("[grid]\nseed = {range = [3, 3]}", "Argument `grid.seed` must hold at least one value"),
+        ("[grid]\nrate = {start = 1, stop = 2}", "Argument `grid.rate` must be a list, {range"),
+        ("[grid]\nrate = {start = 1, stop = 2, num = 1}", "Argument `grid.rate.num` must be an integer of at least 2"),
+        ("[grid]\nrate = {start = 0, stop = 2, num = 3, scale = 'log'}", "Argument `grid.rate` must have positive ends"),
+        ("[grid]\nrate = {start = 1, stop = 2, num = 3, scale = 'cube'}", "Argument `grid.rate.scale` must be one of"),
+        ("[grid]\nmembers = {start = 8, stop = 9, num = 3}", "Argument `members` must be a int in grid.members, but is 8.5"),
+        ("[grid\n", "Argument `config` must be valid TOML"),
+    ],
+)
+def test_what_a_file_cannot_say(content, sentence, tmp_path, refused):
+    (tmp_path / "study.toml").write_text(content)
+    refused(lambda: esl.Study.from_toml(tmp_path / "study.toml"), sentence)
+
+
+# --- The numbers --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_the_simulation_that_it_says():
+    """Rebuilt from the public pieces."""
+    config = dataclasses.replace(BASE, schedule="cosine", rate=0.7, temperature=1e-3, l2=0.01, seed=5)
+    outcome = esl.run(config)
+    data = esl.datasets.two_moons()
+    potential = esl.FlaxLoss(esl.models.mlp(2, 4, 2), data.train, batch_size=32, l2=0.01)
+    run_key, _ = jax.random.split(jax.random.key(5))
+    start_key, path_key = jax.random.split(run_key)
+    start = potential.init(members=8, key=start_key)
+    path = esl.simulate(potential, esl.Langevin(esl.Cosine(0.7), 1e-3), start, steps=10, snapshots=5, key=path_key)
+    report = esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
+    for name in QUANTITIES - {"final_loss", "test_accuracy"}:
+        # Reductions of another program round otherwise; what is a difference is off by that of its terms.
+        error = 1e-5 * float(report.entropy_production)
+        np.testing.assert_allclose(getattr(outcome.report, name), getattr(report, name), rtol=1e-5, atol=error, err_msg=name)
+    np.testing.assert_allclose(outcome.final_loss, potential(path.final).mean(), rtol=1e-5)
+    np.testing.assert_allclose(outcome.test_accuracy, potential.accuracy(path.final, data.test).mean(), rtol=1e-5)
+
+
+def test_a_study_holds_the_same_bits_as_each_run_alone(grid_store):
+    """In tasks of five, with padding, beside other rates, schedules and seeds."""
+    results = esl.open_study(grid_store[0])
+    study = esl.Study(BASE, grid=GRID)
+    for index in (0, 7, 13, 22):
+        config = study.point(index)
+        outcome = esl.run(config)
+        stored = results.sel(rate=config.rate, members=config.members, schedule=config.schedule, seed=config.seed)
+        for name in QUANTITIES - {"final_loss", "test_accuracy"}:
+            assert float(stored[name]) == float(getattr(outcome.report, name)), name
+        assert float(stored["final_loss"]) == float(outcome.final_loss)
+        assert float(stored["test_accuracy"]) == float(outcome.test_accuracy)
+    assert np.unique(results["entropy_production"]).size == 24
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_no_number_depends_on_how_it_was_batched(listed, grid_store, tmp_path):
+    """Other tasks and other company: the same bits, because one run after another goes through the same operations."""
+    first = esl.open_study(grid_store[0]).load()
+    study = esl.Study(BASE, grid=GRID)
+    if listed:
+        study = esl.Study(BASE, points=[{name: getattr(study.point(i), name) for name in GRID} for i in reversed(range(24))])
+    second = run_study(study, tmp_path / "second.zarr", task_size=4 if listed else 3).load()
+    for name in QUANTITIES:
+        theirs = second[name].values[::-1] if listed else second[name].values.reshape(-1)
+        np.testing.assert_array_equal(first[name].values.reshape(-1), theirs, err_msg=name)
+
+
+def test_side_by_side_is_the_same_to_rounding(grid_store, tmp_path):
+    """Four at a time are vectorized in another order of additions: single precision, ten steps; differences are off by their terms'."""
+    first = esl.open_study(grid_store[0]).sel(members=8).load()
+    second = run_study(esl.Study(BASE, grid={name: GRID[name] for name in ("rate", "schedule", "seed")}), tmp_path / "s.zarr", width=4)
+    scale = first["entropy_production"].values
+    for name in QUANTITIES:
+        off = np.abs(first[name].values - second[name].values) / np.maximum(scale, np.abs(first[name].values))
+        assert off.max() < 3e-6, name
+
+
+def test_all_slices_of_a_shape_share_one_program(tmp_path, monkeypatch):
+    traced = []
+    plain = runs._one
+    monkeypatch.setattr(runs, "_one", lambda *given: traced.append(1) or plain(*given))
+    base, counts = dataclasses.replace(BASE, members=7), []
+    study = esl.Study(base, grid={"rate": [0.1, 0.2], "schedule": ["constant", "cosine"], "temperature": [0, 1e-3], "seed": range(3)})
+    run_study(study, tmp_path / "study.zarr", task_size=5, watch=lambda progress: counts.append(len(traced)))
+    assert len(counts) > 8
+    assert counts[0] == 0
+    assert set(counts[1:]) == {counts[1]}, "nothing is traced after the first task"
+
+
+def test_jackknife_errors_are_those_of_the_run(tmp_path):
+    base = dataclasses.replace(BASE, members=6, jackknife=6)
+    results = run_study(esl.Study(base, grid={"seed": [2]}), tmp_path / "study.zarr")
+    errors = esl.run(dataclasses.replace(base, seed=2)).report.standard_error
+    for name in ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric"):
+        assert float(results[f"{name}_error"][0]) == float(getattr(errors, name)) > 0
+        assert "standard error" in results[f"{name}_error"].attrs["long_name"]
+    assert esl.summarize(results)[0].errors["gap"] == float(errors.gap)
+
+
+@pytest.mark.parametrize("transport", ["sliced", "sinkhorn", "gaussian"])
+def test_every_transport_is_that_of_its_point(transport, tmp_path):
+    """ε differs within a task; the directions of the sliced transport are drawn from the seed."""
+    base = dataclasses.replace(BASE, transport=transport, directions=3, seed=4)
+    results = run_study(esl.Study(base, grid={"epsilon": [0.5, 2.0]}), tmp_path / "study.zarr")
+    problem = runs.make_problem(base, esl.ExactTransport())
+    run_key, transport_key = jax.random.split(jax.random.key(4))
+    found = []
+    for epsilon in (0.5, 2.0):
+        made = {"sliced": lambda: esl.SlicedTransport(3, transport_key), "gaussian": esl.GaussianTransport}
+        chosen = made.get(transport, lambda epsilon=epsilon: esl.SinkhornTransport(epsilon))()
+        outcome = dataclasses.replace(problem, transport=chosen).run(problem.table(esl.Constant(base.rate)), run_key)
+        stored = results.sel(epsilon=epsilon)
+        np.testing.assert_allclose(float(stored["w2_squared"]), outcome.report.w2_squared, rtol=1e-4)
+        np.testing.assert_allclose(float(stored["entropy_production"]), outcome.report.entropy_production, rtol=1e-3)
+        found.append(float(stored["w2_squared"]))
+    assert (found[0] != found[1]) == (transport == "sinkhorn")
+    assert np.isnan(results["noise_floor"]).all(), "known for the exact transport alone"
+    assert (results["done"] == 1).all(), "and its absence is no failure"
+
+
+def test_double_precision_stays_within_its_runs(tmp_path):
+    results = run_study(esl.Study(BASE, grid={"dtype": ["float32", "float64"]}), tmp_path / "study.zarr")
+    single, double = results["w2_squared"].values
+    assert single == np.float32(single)
+    assert double != np.float32(double)
+    assert not jax.config.jax_enable_x64
+
+
+def test_schedules_are_those_that_are_compared():
+    field = next(field for field in dataclasses.fields(esl.RunConfig) if field.name == "schedule")
+    assert field.type.__args__ == tuple(comparison.usual_shapes())
+
+
+@pytest.mark.slow
+def test_memory_is_estimated_within_a_factor_of_three():
+    """Against what XLA says that the compiled run needs."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    for config in (BASE, dataclasses.replace(BASE, data="teacher", hidden=(32,), members=16, batch_size=0)):
+        problem = runs._problem(runs.shape_of(config), config.dtype)
+        numbers = jax.tree.map(lambda x: x[0], runs._numbers(problem, (config,)))
+        needed = runs._alone.lower(problem, runs.shape_of(config), numbers).compile().compiled.memory_analysis().temp_size_in_bytes
+        assert 1 / 3 < runs.memory(config) / needed < 3
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_width_is_one_on_a_cpu_and_what_fits_elsewhere():
+    assert runs.fitting_width(BASE, 32) == 1
+    assert runs.fitting_width(BASE, 32, budget=5.5 * runs.memory(BASE)) == 5
+    assert runs.fitting_width(BASE, 32, budget=1e15) == 32
+    assert runs.fitting_width(BASE, 32, budget=1.0) == 1
+
+
+# --- The store ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_store_is_labelled(grid_store):
+    path, _ = grid_store
+    results = esl.open_study(path)
+    assert dict(results.sizes) == DIMENSIONS
+    assert {name: list(results[name].values) for name in GRID} == GRID
+    assert set(results.data_vars) == QUANTITIES | {"converged", "done", "reason"}
+    for name in QUANTITIES:
+        assert results[name].dims == tuple(GRID)
+        assert results[name].attrs["units"]
+        assert results[name].attrs["long_name"]
+    assert results["done"].dtype == np.int8
+    assert (results["done"] == 1).all()
+    assert results["converged"].all()
+    assert (results["reason"] == "").all()
+    np.testing.assert_allclose(results["gap"], results["entropy_production"] - results["w2_squared"], rtol=1e-4, atol=1e-6)
+    assert esl.Study.from_dict(tomllib.loads(results.attrs["study"])) == esl.Study(BASE, grid=GRID)
+    assert json.loads(results.attrs["versions"])["jax"] == jax.__version__
+    assert set(results.attrs) == {"version", "study", "task_size", "created", "versions", "commit"}
+    assert json.loads((path / "zarr.json").read_text())["zarr_format"] == 3
+    assert zarr.open_group(path, mode="r")["gap"].chunks == (1, 1, 2, 2)
+    assert not list(path.parent.glob("*.lock"))
+    assert float(results.sel(rate=0.4, schedule="cosine", members=6, seed=1)["w2_squared"]) > 0
+
+
+def test_progress_is_told_task_by_task(grid_store):
+    seen = grid_store[1]
+    assert [progress.done for progress in seen] == list(range(0, 25, 4))
+    assert [progress.fresh for progress in seen] == list(range(0, 25, 4))
+    assert all(progress.runs == 24 and progress.failed == 0 for progress in seen)
+
+
+class Counting(executors.InProcess):
+    """Keeps the points that it ran, and ends where it is told to."""
+
+    def __init__(self, most=10**9):
+        self.points, self.most = [], most
+
+    def submit(self, fn, /, *args) -> Future:
+        if self.most == 0:
+            raise KeyboardInterrupt
+        self.most -= 1
+        self.points += args[0].points
+        return super().submit(fn, *args)
+
+
+def test_a_stopped_study_goes_on_where_it_was(grid_store, tmp_path):
+    study, first, second = esl.Study(BASE, grid=GRID), Counting(most=2), Counting()
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study, tmp_path / "study.zarr", task_size=5, executor=first)
+    half = esl.open_study(tmp_path / "study.zarr").load()
+    assert int((half["done"] == 1).sum()) == len(first.points) == 8
+    assert np.isnan(half["gap"].values[half["done"].values == 0]).all()
+    # The task size is the store's.
+    results = run_study(study, tmp_path / "study.zarr", executor=second).load()
+    assert len(second.points) == 16
+    assert not set(first.points) & set(second.points)
+    same(results, esl.open_study(grid_store[0]).load())
+    assert run_study(study, tmp_path / "study.zarr", executor=(third := Counting())).equals(results)
+    assert third.points == []
+
+
+def same(results, others):
+    """Every number, reason and mark is the same, bit for bit."""
+    for name in others.data_vars:
+        np.testing.assert_array_equal(results[name].values, others[name].values, err_msg=name)
+
+
+@pytest.mark.parametrize("written", [0, 1, 7, 11, 12])
+def test_what_is_done_is_on_disk(written, grid_store, tmp_path, monkeypatch):
+    """The writer ends between any two files of a task: no run counts as done whose numbers are not there."""
+    study, calls = esl.Study(BASE, grid=GRID), []
+    plain = zarr.Array.set_coordinate_selection
+
+    def dies(self, *given, **more):
+        if len(calls) == written:
+            raise KeyboardInterrupt
+        calls.append(self.name)
+        plain(self, *given, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zarr.Array, "set_coordinate_selection", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, tmp_path / "study.zarr", task_size=5)
+    assert not (esl.open_study(tmp_path / "study.zarr")["done"] != 0).any()
+    same(run_study(study, tmp_path / "study.zarr").load(), esl.open_study(grid_store[0]).load())
+
+
+def test_a_failed_run_is_kept_with_its_reason(tmp_path):
+    study = esl.Study(BASE, points=[{"seed": 1}, {"rate": 1e30}, {"seed": 2}])
+    results = run_study(study, tmp_path / "study.zarr")
+    assert results["done"].values.tolist() == [1, 2, 1]
+    assert results["reason"].values.tolist()[::2] == ["", ""]
+    assert "diverged: the final loss is nan" in str(results["reason"].values[1])
+    assert np.isfinite(results["gap"].values[[0, 2]]).all()
+    assert results["rate"].values.tolist() == [0.25, 1e30, 0.25]
+    assert [(group.settings, group.runs) for group in esl.summarize(results)] == [({"rate": 0.25}, 2), ({"rate": 1e30}, 0)]
+
+
+def test_a_failed_task_is_kept_and_run_again_if_asked(tmp_path, monkeypatch):
+    study = esl.Study(BASE, grid={"members": [5, 6], "seed": [0, 1]})
+    plain = runs.make_problem
+
+    def breaks(config, *given):
+        if config.members == 5:
+            raise MemoryError("no room\nfor it")
+        return plain(config, *given)
+
+    runs._problem.cache_clear()
+    monkeypatch.setattr(runs, "make_problem", breaks)
+    results = run_study(study, tmp_path / "study.zarr")
+    assert results["done"].values.tolist() == [[2, 2], [1, 1]]
+    assert set(results["reason"].values[0]) == {"MemoryError: no room"}
+    monkeypatch.setattr(runs, "make_problem", plain)
+    assert run_study(study, tmp_path / "study.zarr")["done"].values.tolist() == [[2, 2], [1, 1]]
+    again = run_study(study, tmp_path / "study.zarr", retry=True, executor=(counting := Counting()))
+    assert again["done"].values.tolist() == [[1, 1], [1, 1]]
+    assert (again["reason"] == "").all()
+    assert [point.members for point in counting.points] == [5, 5]
+
+
+def test_another_study_is_refused(grid_store, refused, tmp_path):
+    path, _ = grid_store
+    other = {**GRID, "rate": [0.1, 0.4, 1.7]}
+    refused(
+        lambda: run_study(esl.Study(BASE, grid=other), path), r"Argument `out` must be the store of this study, but .* grid.rate, \[0.1"
+    )
+    refused(
+        lambda: run_study(esl.Study(dataclasses.replace(BASE, l2=0.5), grid=GRID), path), "differs in base.l2, 0.0001 there and 0.5 here"
+    )
+    refused(lambda: run_study(esl.Study(BASE, grid=dict(reversed(GRID.items()))), path), "differs in the order of its dimensions")
+    refused(lambda: run_study(esl.Study(BASE, points=[{"seed": 1}]), path), "differs in points, absent there and .*seed")
+    (tmp_path / "file.zarr").write_text("precious")
+    refused(lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "file.zarr"), "must be the store of a study")
+    zarr.create_group(tmp_path / "other.zarr")
+    refused(lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "other.zarr"), "must be the store of a study")
+    refused(lambda: esl.open_study(tmp_path / "nothing.zarr"), "must be the store of a study, but there is nothing at")
+    refused(lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "no" / "s.zarr"), "Argument `out` must be in a folder")
+    assert (tmp_path / "file.zarr").read_text() == "precious"
+
+
+def test_wrong_types_are_refused(tmp_path, refused):
+    study = esl.Study(BASE, grid=GRID)
+    refused(lambda: run_study(GRID, tmp_path / "s.zarr"), "Argument `study` must be a Study")
+    refused(lambda: run_study(study, tmp_path / "s.zarr", task_size=0), "Argument `task_size` must be an integer of at least 1")
+    refused(lambda: run_study(study, tmp_path / "s.zarr", width=-1), "Argument `width` must be an integer of at least 1")
+    refused(lambda: run_study(study, tmp_path / "s.zarr", executor=4), "Argument `executor` must be a concurrent.futures.Executor")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_is_refused(tmp_path, refused, monkeypatch):
+    study = esl.Study(BASE, grid={"seed": range(100_000)})
+    usage = type("Usage", (), {"free": 5e6})
+    with monkeypatch.context() as patched:
+        patched.setattr(study_store.shutil, "disk_usage", lambda path: usage)
+        refused(lambda: run_study(study, tmp_path / "s.zarr"), "Argument `out` must have room for 100,000 runs, about .* has 5.0 MB left")
+    with monkeypatch.context() as patched:
+        patched.setattr(study_store, "available_memory", lambda: 2e7)
+        refused(lambda: run_study(study, tmp_path / "s.zarr"), r"`grid` must fit in memory, here 20.0 MB, but its 100,000 runs need")
+    vast = esl.Study(BASE, grid={"members": [8, 10_000_000]})
+    refused(lambda: run_study(vast, tmp_path / "v.zarr"), "Argument `members` must fit in memory, .* 10000000 members .* need about")
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_one_writer_at_a_time(tmp_path, refused):
+    """A second writer is refused while the first lives, and takes over when it has been killed."""
+    study, lock = esl.Study(BASE, grid={"seed": [0]}), tmp_path / "study.zarr.lock"
+    hold = (
+        "import sys, time; from pathlib import Path; from esljax.storage import locked\n"
+        f"with locked(Path({str(lock)!r}), 'out'): print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        refused(
+            lambda: run_study(study, tmp_path / "study.zarr"),
+            f"Argument `out` must have no other writer, but process {holder.pid} of {platform.node()} is writing it",
+        )
+        assert not (tmp_path / "study.zarr").exists()
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert json.loads(lock.read_text())["pid"] == holder.pid, "left behind"
+    assert (run_study(study, tmp_path / "study.zarr")["done"] == 1).all()
+    lock.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    refused(lambda: run_study(study, tmp_path / "study.zarr"), "process 1 of elsewhere says it is writing it; .* delete .*study.zarr.lock")
+    assert lock.exists()
+
+
+def test_leftovers_of_a_killed_writer_are_cleared(tmp_path):
+    study = esl.Study(BASE, grid={"seed": [0]})
+    (tmp_path / "study.zarr.123.part").mkdir()
+    run_study(study, tmp_path / "study.zarr")
+    (tmp_path / "study.zarr" / "gap" / "c" / "0.abc.partial").write_text("half")
+    run_study(study, tmp_path / "study.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["study.zarr"]
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    refused(lambda: run_study(esl.Study(BASE, grid={"seed": [0]}), tmp_path / "s.zarr"), r"zarr, which is not installed: pip install")
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with (
+        pytest.raises(esl.InputError, match=r"distributed, which is not installed: pip install 'esljax\[cluster\]'"),
+        executors.scheduler("x"),
+    ):
+        pass
+
+
+# --- What it says -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_means_are_over_the_seeds(grid_store):
+    results = esl.open_study(grid_store[0])
+    groups = esl.summarize(results)
+    assert len(groups) == 12
+    for group in (groups[0], groups[7]):
+        stored = results.sel(**group.settings)["gap"].values
+        assert group.runs == 2
+        np.testing.assert_allclose(group.means["gap"], stored.mean())
+        np.testing.assert_allclose(group.errors["gap"], abs(stored[0] - stored[1]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("grid", "rows", "scales"),
+    [
+        ({"rate": [0.1, 0.4, 1.6], "members": [6, 8], "seed": [3, 1]}, 2, ["log", "linear"]),
+        ({"schedule": ["constant", "cosine"]}, 1, ["linear"]),
+        ({"seed": [1]}, 1, ["linear"]),
+    ],
+)
+def test_figures(grid, rows, scales, grid_store, tmp_path):
+    results = esl.open_study(grid_store[0])
+    fixed = {"schedule": "constant", "members": 8, "rate": 0.1, "seed": 3}
+    some = results.sel({name: values for name, values in grid.items()}).sel(
+        {name: fixed[name] for name in fixed if name not in grid}, drop=True
+    )
+    figure = plot_study(esl.summarize(some))
+    figure.savefig(tmp_path / "figure.png")
+    panels = figure.axes
+    assert len(panels) == 3 * rows
+    assert [axes.get_xscale() for axes in panels[::3]] == scales
+    assert [axes.get_ylabel() for axes in panels[:3]] == ["entropy production $\\Sigma$", "$W_2^2$, the limit", "gap $\\Sigma - W_2^2$"]
+    if rows == 2:
+        drawn = panels[0].lines[0].get_xydata()
+        means = results.sel(members=6, schedule="constant")["entropy_production"].mean("seed")
+        np.testing.assert_allclose(drawn, np.stack([[0.1, 0.4, 1.6], means.values], axis=1))
+        assert [text.get_text() for text in panels[2].get_legend().get_texts()] == ["6", "8"]
+
+
+def test_nothing_to_plot_is_refused(refused):
+    refused(lambda: plot_study([]), "Argument `study` must have runs that are done")

@@ -1,0 +1,358 @@
+"""The commands of studies, and what happens to one that is interrupted, killed, or spread over processes and machines that die."""
+
+import json
+import os
+import random
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+import tomllib
+from concurrent.futures import BrokenExecutor
+
+import jax
+import numpy as np
+import pytest
+
+import esljax as esl
+from esljax import cli, executors, runs, study_store
+from esljax.study_run import run_study
+
+SMALL = """
+[base]
+data = "moons"
+hidden = [4]
+members = 6
+steps = 10
+snapshots = 5
+batch_size = 32
+
+[grid]
+rate = [0.1, 0.4, 1.6]
+seed = {range = [0, 8]}
+"""
+# Long enough a run to be met in the middle.
+LONG = SMALL.replace("steps = 10", "steps = 2000")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Of processes of their own: compiled as here, and once for all of them."""
+    return {
+        **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "study.toml").write_text(SMALL)
+    code = cli.main(["study", "run", str(folder / "study.toml"), "--task-size", "6"])
+    return code, folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The store of the long study, run to its end at once."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "study.toml").write_text(LONG)
+    assert cli.main(["study", "run", str(folder / "study.toml"), "--task-size", "1", "--quiet"]) == 0
+    return folder / "study.zarr"
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "esljax", "study", *map(str, arguments)]
+
+
+def same(path, other):
+    """Every number, reason and mark of two stores is the same, bit for bit."""
+    found, wanted = esl.open_study(path).load(), esl.open_study(other).load()
+    assert set(found.variables) == set(wanted.variables)
+    for name in wanted.variables:
+        np.testing.assert_array_equal(found[name].values, wanted[name].values, err_msg=name)
+
+
+# --- The commands -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_run_writes_its_store_beside_the_file(small, capsys):
+    code, folder = small
+    assert code == 0
+    results = esl.open_study(folder / "study.zarr")
+    assert dict(results.sizes) == {"rate": 3, "seed": 8}
+    assert (results["done"] == 1).all()
+    assert results.attrs["task_size"] == 6
+    assert cli.main(["study", "run", str(folder / "study.zarr")]) == 0
+    assert "24 of 24 runs done in" in capsys.readouterr().out
+
+
+def test_status(small, capsys):
+    _, folder = small
+    for named in ("study.toml", "study.zarr"):
+        assert cli.main(["study", "status", str(folder / named)]) == 0
+        said = capsys.readouterr().out
+        assert "24 runs (rate 3 × seed 8)" in said
+        assert "24 done, 0 failed, 0 to do" in said
+
+
+def test_show(small, capsys):
+    _, folder = small
+    assert cli.main(["study", "show", str(folder / "study.toml"), "--rows", "2"]) == 0
+    said = capsys.readouterr().out
+    gap = esl.open_study(folder / "study.zarr")["gap"].sel(rate=0.1)
+    row = next(line.split() for line in said.splitlines() if line.startswith("0.1 "))
+    assert row[1] == "8"
+    value, error = re.fullmatch(r"([\d.]+)\((\d+)\)", row[5]).groups()
+    scale = 10 ** -len(value.partition(".")[2])
+    assert abs(float(value) - float(gap.mean())) < scale
+    assert abs(int(error) * scale - float(gap.std(ddof=1)) / np.sqrt(8)) < scale
+    assert "… and 1 more; --rows 3 shows all." in said
+
+
+def test_plot(small, capsys):
+    _, folder = small
+    assert cli.main(["study", "plot", str(folder / "study.toml")]) == 0
+    assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert "24 runs" in capsys.readouterr().out
+    assert cli.main(["study", "plot", str(folder / "study.toml"), "--out", str(folder / "no" / "figure.png")]) == 2
+    assert "Argument `out` must be a figure that can be written" in capsys.readouterr().err
+
+
+def test_failed_runs_are_told_and_the_exit_code_is_1(tmp_path, capsys):
+    (tmp_path / "study.toml").write_text(SMALL.replace("[0.1, 0.4, 1.6]", "[0.1, 1e30]").replace("[0, 8]", "[0, 3]"))
+    assert cli.main(["study", "run", str(tmp_path / "study.toml")]) == 1
+    said = capsys.readouterr().out
+    assert "3 of 6 runs done, 3 failed" in said
+    assert "3 failed: diverged: the final loss is nan" in said
+    cli.main(["study", "show", str(tmp_path / "study.toml")])
+    assert re.search(r"^1e\+30 +0( +-){9}", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run", "nowhere.toml"], "Argument `config` must be a readable file"),
+        (["run", "bad.toml"], "Key `rates` of [base] of bad.toml is unknown"),
+        (["run", "study.toml", "--task-size", "0"], "Argument `task_size` must be an integer of at least 1"),
+        (["run", "study.toml", "--processes", "-1"], "Argument `processes` must be an integer of at least 0"),
+        (["run", "study.toml", "--processes", "2", "--slurm", "1"], "Argument `slurm` must stand without processes"),
+        (["run", "study.toml", "--out", "study.toml"], "Argument `path` must be the store of a study"),
+        (
+            ["run", "study.toml", "--scheduler", "tcp://127.0.0.1:9"],
+            "Argument `scheduler` must be the address of a dask scheduler that answers",
+        ),
+        (["run", "study.toml", "--scheduler", "no such"], "Argument `scheduler` must be the address of a dask scheduler"),
+        (["status", "study.toml"], "Argument `path` must be the store of a study, but there is nothing at study.zarr"),
+        (["show", "nowhere.zarr"], "Argument `path` must be the store of a study"),
+        (["plot", "."], "Argument `path` must be the store of a study"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(executors, "_PATIENCE", 1)
+    (tmp_path / "study.toml").write_text(SMALL)
+    (tmp_path / "bad.toml").write_text("[base]\nrates = 3")
+    assert cli.main(["study", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"esljax: {sentence}")
+    assert error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"study.toml", "bad.toml"}, "refused before anything is written"
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["study", "start"]) == 2
+    assert "start" in capsys.readouterr().err
+    assert cli.main(["study"]) == 2
+
+
+# --- What ends it -------------------------------------------------------------------------------------------------------------------------
+
+
+def begun(store, process, least=1):
+    """Wait until a process has finished some runs of a store."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if store.exists() and int((esl.open_study(store)["done"] != 0).sum()) >= least:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise TimeoutError(f"{store} has no runs")
+
+
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_leaves_a_store_to_go_on_with(processes, tmp_path, environment, capsys):
+    (tmp_path / "study.toml").write_text(LONG)
+    arguments = command("run", "study.toml", "--task-size", "1", "--processes", processes)
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        begun(tmp_path / "study.zarr", process)
+        assert cli.main(["study", "status", str(tmp_path / "study.toml")]) == 0
+        assert re.search(rf"process {process.pid} of .* is running it, about \d+ (s|min) left", capsys.readouterr().out)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert re.fullmatch(r"esljax: interrupted; \d+ of 24 runs done in study.zarr, and the same command goes on from there.\n", error)
+    assert not (tmp_path / "study.zarr.lock").exists()
+    cli.main(["study", "status", str(tmp_path / "study.toml")])
+    assert "nothing is running it; go on by: esljax study run" in capsys.readouterr().out
+
+
+def killed_again_and_again(folder, environment, kills):
+    """Kill the study at random moments, then let it end; how many of the kills came before its end."""
+    store, codes = folder / "study.zarr", []
+    for _ in range(kills):
+        process = subprocess.Popen(command("run", "study.toml", "--task-size", "1", "--quiet"), cwd=folder, env=environment)
+        # Some while it starts or makes the store, most in the middle of its tasks.
+        if random.random() < 0.8:
+            done = int((esl.open_study(store)["done"] != 0).sum()) if store.exists() else 0
+            begun(store, process, least=min(done + random.randrange(4), 23))
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        codes.append(process.wait())
+    subprocess.run(command("run", "study.toml", "--task-size", "1", "--quiet"), cwd=folder, env=environment, timeout=300, check=True)
+    return codes.count(-signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(15, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(kills, whole, tmp_path, environment):
+    (tmp_path / "study.toml").write_text(LONG)
+    assert killed_again_and_again(tmp_path, environment, kills) >= 2
+    same(tmp_path / "study.zarr", whole)
+    contents = []
+    for store in (tmp_path / "study.zarr", whole):
+        contents.append({path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()})
+        about = json.loads(contents[-1].pop((store / "zarr.json").relative_to(store)))
+        assert about["attributes"].pop("created")
+        contents[-1]["about"] = about
+    assert contents[0] == contents[1], "file by file"
+
+
+# --- Where it runs ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_processes_of_this_machine_give_the_same_bits(whole, tmp_path, environment):
+    (tmp_path / "study.toml").write_text(LONG)
+    arguments = command("run", "study.toml", "--processes", "2", "--task-size", "1")
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "24 of 24 runs done in study.zarr" in done.stdout
+    same(tmp_path / "study.zarr", whole)
+
+
+class Dying(executors.InProcess):
+    """A pool whose worker dies at its second task."""
+
+    def submit(self, fn, /, *args):
+        self.tasks = getattr(self, "tasks", 0) + 1
+        future = super().submit(fn, *args)
+        if self.tasks == 2:
+            future = type(future)()
+            future.set_exception(BrokenExecutor("a child died"))
+        return future
+
+
+def test_a_pool_that_ends_early_is_told(small, tmp_path):
+    study = esl.Study.from_toml(small[1] / "study.toml")
+    with pytest.raises(esl.LostWorkersError, match=r"The workers ended before the study did \(a child died\); what is done is kept"):
+        run_study(study, tmp_path / "study.zarr", task_size=6, executor=Dying())
+    assert int((esl.open_study(tmp_path / "study.zarr")["done"] == 1).sum()) == 6
+    run_study(study, tmp_path / "study.zarr")
+    same(tmp_path / "study.zarr", small[1] / "study.zarr")
+
+
+@pytest.fixture
+def dask_cluster(tmp_path, environment):
+    """A scheduler and two workers in processes of their own: (address, workers)."""
+    file, dask = tmp_path / "scheduler.json", [sys.executable, "-m", "dask"]
+    quiet = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    processes = [
+        subprocess.Popen(
+            [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file), "--no-dashboard"], **quiet
+        )
+    ]
+    try:
+        deadline = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for name in ("first", "second"):
+            worker = ["worker", "--scheduler-file", str(file), "--no-nanny", "--nthreads", "1", "--no-dashboard", "--name", name]
+            processes.append(subprocess.Popen([*dask, *worker], **quiet))
+        yield json.loads(file.read_text())["address"], processes[1:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_a_dask_worker_that_is_killed_costs_nothing_but_time(dask_cluster, whole, tmp_path, monkeypatch):
+    """Two real workers, one killed by SIGKILL with a task in its hands: every run is there, written once, with the bits of this process."""
+    address, workers = dask_cluster
+    study = esl.Study.from_dict(tomllib.loads(LONG))
+    written, killed = [], []
+    plain = study_store.StudyStore.write
+    monkeypatch.setattr(study_store.StudyStore, "write", lambda self, i, rows: written.extend(i.tolist()) or plain(self, i, rows))
+
+    def watch(progress):
+        if progress.fresh >= 4 and not killed:
+            workers[0].kill()
+            killed.append(progress.fresh)
+
+    with executors.scheduler(address) as executor:
+        run_study(study, tmp_path / "study.zarr", executor=executor, task_size=1, watch=watch)
+    assert killed
+    assert killed[0] < 24
+    assert workers[0].wait(timeout=10) == -signal.SIGKILL
+    assert workers[1].poll() is None
+    assert sorted(written) == list(range(24))
+    same(tmp_path / "study.zarr", whole)
+
+
+SBATCH = """#!/bin/sh
+# A SLURM of one machine: the job script runs at once, in the background.
+script=$(mktemp)
+cat "$1" > "$script"
+setsid sh "$script" > /dev/null 2>&1 &
+echo $! >> {folder}/jobs
+echo "Submitted batch job $!"
+"""
+
+
+@pytest.mark.slow
+def test_slurm_jobs(small, tmp_path, environment):
+    """With an `sbatch` that runs its script here."""
+    for name, content in (("sbatch", SBATCH.format(folder=tmp_path)), ("scancel", '#!/bin/sh\nkill -- -"$1"\n')):
+        (tmp_path / name).write_text(content)
+        (tmp_path / name).chmod(stat.S_IRWXU)
+    (tmp_path / "jobqueue.yaml").write_text("jobqueue:\n  slurm:\n    cores: 1\n    memory: 4GB\n    processes: 1\n    interface: lo\n")
+    (tmp_path / "study.toml").write_text(SMALL)
+    given = {**environment, "PATH": f"{tmp_path}:{environment['PATH']}", "DASK_CONFIG": str(tmp_path)}
+    arguments = command("run", "study.toml", "--slurm", "2", "--task-size", "6")
+    done = subprocess.run(arguments, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "jobs").read_text().split()) == 2
+    same(tmp_path / "study.zarr", small[1] / "study.zarr")
+
+
+def test_a_task_travels_as_plain_data():
+    """What a worker is sent: a few hundred bytes a run, and no array."""
+    import pickle
+
+    task = runs.Task((esl.RunConfig(),) * 32, 32, 1)
+    assert len(pickle.dumps(task)) < 32 * 500
+    assert pickle.loads(pickle.dumps(task)) == task
