@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+from jax.sharding import Mesh
 
 from esljax._checks import InputError, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Keys, Scalar
@@ -31,6 +32,7 @@ from esljax.schedules import (
     WarmupStableDecay,
     as_schedule,
 )
+from esljax.sharding import replicate
 from esljax.simulation import simulate
 from esljax.speed_limit import speed_limit
 from esljax.transport import AbstractTransport
@@ -60,6 +62,7 @@ class Problem(eqx.Module):
 
     **Args:** `potential`: the training objective. `test`: held-out examples. `temperature`: T, a schedule or a number. `transport`: the
     geometry of Σ and W2². `members`: n. `steps`: K. `snapshots`: J. `jackknife`: as in `speed_limit`.
+    `mesh`: the devices that share the members.
     """
 
     potential: FlaxLoss
@@ -70,18 +73,20 @@ class Problem(eqx.Module):
     steps: int = eqx.field(static=True)
     snapshots: int = eqx.field(static=True)
     jackknife: int = eqx.field(static=True, default=0)
+    mesh: Mesh | None = eqx.field(static=True, default=None)
 
     def run(self, learning_rate: AbstractSchedule, key: Key) -> Outcome:
         """Train an ensemble from fresh initializations. Differentiable in `learning_rate`, by `HessianAdjoint`."""
         start_key, path_key = jax.random.split(key)
         start = self.potential.init(members=self.members, key=start_key).astype(self.potential.inputs.dtype)
         rule = Langevin(learning_rate, self.temperature)
-        path = simulate(self.potential, rule, start, steps=self.steps, snapshots=self.snapshots, key=path_key)
-        return Outcome(
+        path = simulate(self.potential, rule, start, steps=self.steps, snapshots=self.snapshots, key=path_key, mesh=self.mesh)
+        outcome = Outcome(
             report=speed_limit(path, transport=self.transport, jackknife=self.jackknife),
             final_loss=jnp.mean(self.potential(path.final)),
             test_accuracy=jnp.mean(self.potential.accuracy(path.final, self.test)),
         )
+        return replicate(outcome, self.mesh)
 
     def table(self, schedule: AbstractSchedule) -> Knots:
         """The same rates as `schedule` at every step, in one form for all schedules, so that all share one compiled run."""

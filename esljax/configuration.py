@@ -117,7 +117,7 @@ class OptimizeConfig(TrainingConfig):
     """Compare the usual learning-rate schedules with one found by gradient, at matched final loss, against the epistemic speed limit.
 
     Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input; 130 interrupted (if the optimization had begun,
-    the best schedule so far is judged and written first).
+    the best schedule so far is judged and written first); 143 told to end (SIGTERM), and saved. However it ends, --resume finishes it.
     """
 
     out: Path = Path("esljax-optimize")
@@ -132,6 +132,20 @@ class OptimizeConfig(TrainingConfig):
     """Held-out runs (initializations, batches and noise) that judge each schedule."""
     match_runs: int = 2
     """Runs whose mean loss is matched to the target."""
+    resume: bool = False
+    """Finish the run of the same settings that was killed or interrupted in `out`; the numbers are those of a run that was not."""
+    checkpoint_every: float = 60.0
+    """Least seconds between two checkpoints, kept in `out` until the run is done."""
+    devices: int | None = None
+    """Devices that share the members; all of them by default."""
+    distributed: bool = False
+    """Run as one of several processes that share the members, found from the environment (Cloud TPU, SLURM) or by the next three."""
+    coordinator: str | None = None
+    """Address and port of the first process."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is, from 0."""
     config: Path | None = None
     """TOML file with any of these settings; flags override it."""
     quiet: bool = False
@@ -144,6 +158,13 @@ class OptimizeConfig(TrainingConfig):
         self.check_training()
         if self.target is not None and not 0 < self.target < np.inf:
             raise refuse("target", "be a positive loss", f"is {self.target}")
+        check_nonnegative("checkpoint_every", self.checkpoint_every)
+        for name, least in (("devices", 1), ("processes", 1), ("process", 0)):
+            if getattr(self, name) is not None:
+                check_positive_int(name, getattr(self, name), least)
+        for name in ("coordinator", "processes", "process"):
+            if getattr(self, name) is not None and not self.distributed:
+                raise refuse(name, "come with --distributed", "stands alone")
         _check_out(self.out)
         return self
 
@@ -161,7 +182,10 @@ _CHOICES = {
 }
 
 # What may be left out has no default to tell its type.
-_OPTIONAL = {"target": float, "recording": Path}
+_OPTIONAL = {"target": float, "recording": Path, "devices": int, "coordinator": str, "processes": int, "process": int}
+
+# What says how a command runs, not what it computes.
+_MANNER = ("config", "resume", "devices", "distributed", "coordinator", "processes", "process")
 
 _LEAST = {
     "members": 2,
@@ -303,9 +327,9 @@ def convert(key: str, value: Any, default: Any, place: str) -> Any:
 
 
 def _settings(config: Any) -> dict[str, Any]:
-    """What a configuration holds, in types that TOML and JSON know; the file that it came from is not part of it."""
+    """What a configuration holds, in types that TOML and JSON know; how and from where it is run is not part of it."""
     plain = lambda value: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value  # noqa: E731
-    return {name: plain(value) for name, value in dataclasses.asdict(config).items() if name != "config"}
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items() if name not in _MANNER}
 
 
 def make_transport(name: str, epsilon: ScalarLike, directions: int, key: Array) -> AbstractTransport:

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from esljax._types import Array, Float
 from esljax.comparison import Outcome, Problem, usual_shapes
@@ -73,7 +74,7 @@ class Task:
     width: int
 
 
-def make_problem(config: TrainingConfig, transport: AbstractTransport, jackknife: int = 0) -> Problem:
+def make_problem(config: TrainingConfig, transport: AbstractTransport, jackknife: int = 0, mesh: Mesh | None = None) -> Problem:
     """The learning problem of a configuration, in jax's present floating type."""
     data = config.load_data()
     classes = int(max(data.train.labels.max(), data.test.labels.max())) + 1
@@ -87,6 +88,7 @@ def make_problem(config: TrainingConfig, transport: AbstractTransport, jackknife
         steps=config.steps,
         snapshots=config.snapshots,
         jackknife=jackknife,
+        mesh=mesh,
     )
 
 

@@ -34,7 +34,7 @@ FLOORS = (
     ("study", "executors", "study_summary"),
     ("study_store", "plotting"),
     ("study_run",),
-    ("study_cli",),
+    ("study_cli", "optimize_cli"),
     ("cli",),
     ("__main__", "__init__"),
 )
@@ -52,7 +52,7 @@ FENCES = {
     "scipy": {"comparison"},
     "tomli_w": {"storage"},
     "matplotlib": {"plotting"},
-    "rich": {"cli", "references", "study_cli"},
+    "rich": {"cli", "references", "study_cli", "optimize_cli"},
     # Settings are the flags; only `cli` parses them.
     "tyro": {"cli", "configuration", "study_cli"},
     "safetensors": {"recordings"},

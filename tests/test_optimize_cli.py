@@ -1,0 +1,128 @@
+"""`esljax optimize` that is killed, told to end, and shared by processes: the same report in the end."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from esljax import cli
+from esljax.checkpoints import TERMINATED
+
+SMALL = """
+data = "moons"
+hidden = [4]
+members = 4
+steps = 20
+snapshots = 5
+batch_size = 32
+knots = 4
+iterations = 15
+judge_runs = 2
+match_runs = 1
+transport = "gaussian"
+checkpoint_every = 0
+"""
+
+
+def command(folder: Path, out: str, *more: str) -> list[str]:
+    program = "import sys; from esljax.cli import main; sys.exit(main(sys.argv[1:]))"
+    return [sys.executable, "-c", program, "optimize", "--config", str(folder / "small.toml"), "--out", str(folder / out), *more]
+
+
+def report(folder: Path, out: str) -> dict:
+    found = json.loads((folder / out / "report.json").read_text())
+    return {"target": found["target_loss"], "schedules": found["schedules"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("optimize")
+    (folder / "small.toml").write_text(SMALL)
+    assert subprocess.run(command(folder, "undisturbed", "--quiet"), timeout=300).returncode in (0, 1)
+    return folder
+
+
+def test_a_finished_run_leaves_no_checkpoints(folder):
+    assert not (folder / "undisturbed" / "checkpoints").exists()
+
+
+def ended_by(folder: Path, out: str, number: int, stage: str) -> int:
+    """Start the command, end it by a signal when a stage has been saved, and return its exit code."""
+    with subprocess.Popen(command(folder, out, "--quiet"), stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list((folder / out / "checkpoints" / stage).glob("[1-9]*")):
+            time.sleep(0.02)
+        process.send_signal(number)
+    return process.returncode
+
+
+@pytest.mark.parametrize("stage", ["matching", "search"])
+def test_killed_it_is_finished_by_resume_with_the_same_numbers(folder, stage, capsys):
+    out = f"killed in {stage}"
+    assert ended_by(folder, out, signal.SIGKILL, stage) == -signal.SIGKILL
+    if stage == "search":
+        # Another run in the folder would lose this one, and other settings would not finish it.
+        given = ["optimize", "--config", str(folder / "small.toml"), "--out", str(folder / out)]
+        assert cli.main(given) == 2
+        assert "without an unfinished run, or be given with --resume" in capsys.readouterr().err
+        assert cli.main([*given, "--rate", "0.3", "--resume"]) == 2
+        assert "whose rate is 0.25, not 0.3" in capsys.readouterr().err
+    assert subprocess.run(command(folder, out, "--quiet", "--resume"), timeout=300).returncode in (0, 1)
+    assert report(folder, out) == report(folder, "undisturbed")
+
+
+def test_told_to_end_it_exits_with_its_own_code(folder):
+    assert ended_by(folder, "told", signal.SIGTERM, "search") == TERMINATED
+    assert not (folder / "told" / "report.json").exists()
+    assert subprocess.run(command(folder, "told", "--quiet", "--resume"), timeout=300).returncode in (0, 1)
+    assert report(folder, "told") == report(folder, "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--devices", "0"], "`devices` must be an integer of at least 1"),
+        (["--devices", "3"], "`devices` must be between 1 and 1"),
+        (["--process", "1"], "`process` must come with --distributed"),
+        (["--checkpoint-every", "-1"], "`checkpoint_every` must be at least 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, flags, sentence):
+    assert cli.main(["optimize", "--out", str(tmp_path / "out"), *flags]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_what_cannot_run_leaves_nothing_to_finish(folder, capsys):
+    given = ["optimize", "--config", str(folder / "small.toml"), "--out", str(folder / "unreachable"), "--quiet"]
+    for _ in range(2):
+        assert cli.main([*given, "--target", "1e-9"]) == 2
+        assert "be a loss that" in capsys.readouterr().err
+
+
+def test_two_processes_share_a_run(folder):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    flags = ["--quiet", "--distributed", "--coordinator", address, "--processes", "2", "--process"]
+    started = [subprocess.Popen(command(folder, "shared", *flags, str(index))) for index in range(2)]
+    try:
+        assert {process.wait(timeout=300) for process in started} <= {0, 1}
+    finally:
+        for process in started:
+            process.kill()
+    for name, schedule in report(folder, "undisturbed")["schedules"].items():
+        shared = report(folder, "shared")["schedules"][name]
+        assert shared["learning_rates"] == pytest.approx(schedule["learning_rates"], rel=1e-4)
+        assert shared["entropy_production"] == pytest.approx(schedule["entropy_production"], rel=1e-4)
+
+
+@pytest.fixture(autouse=True)
+def _restore_precision():
+    before = jax.config.jax_enable_x64
+    yield
+    jax.config.update("jax_enable_x64", before)
