@@ -99,8 +99,7 @@ class Session:
             self._compare(about)
             arrays, rest = eqx.partition(like(step), eqx.is_array)
             leaves, structure = jax.tree.flatten(arrays)
-            here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            abstract = {_name(i): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_lies(x) or here) for i, x in enumerate(leaves)}
+            abstract = {_name(i): _stored(x) for i, x in enumerate(leaves)}
             try:
                 found = self._manager.restore(step, args=_orbax().Composite(state=_orbax().StandardRestore(abstract)))["state"]
             except Exception as error:
@@ -108,7 +107,7 @@ class Session:
                 continue
             self._at = step
             # What lay nowhere in particular must not come back bound to one device.
-            back = [found[_name(i)] if _lies(x) is not None else jnp.asarray(np.asarray(found[_name(i)])) for i, x in enumerate(leaves)]
+            back = [found[_name(i)] if _placed(x) else jnp.asarray(found[_name(i)]) for i, x in enumerate(leaves)]
             return step, eqx.combine(structure.unflatten(back), rest)
         if steps:
             raise refuse("checkpoints", "hold at least one checkpoint that can be read", f"{self._settings.folder} holds none")
@@ -124,7 +123,7 @@ class Session:
         due, told = self._agreed(time.monotonic() - self._last >= self._settings.every, self._told)
         if (due or told or last) and step > self._at:
             arrays = jax.tree.leaves(eqx.filter(state, eqx.is_array))
-            saved = {_name(i): jnp.asarray(x) for i, x in enumerate(arrays)}
+            saved = {_name(i): x if _placed(x) else np.asarray(x) for i, x in enumerate(arrays)}
             self._manager.save(
                 step, args=_orbax().Composite(state=_orbax().StandardSave(saved), about=_orbax().JsonSave(self._about)), force=True
             )
@@ -248,9 +247,13 @@ def _filled(cell: Any) -> bool:
     return True
 
 
-def _lies(x: Any) -> Any:
-    """Where an array was put, if anyone put it anywhere."""
-    return x.sharding if isinstance(x, jax.Array) and x.committed else None
+def _placed(x: Any) -> bool:
+    """Whether anyone put an array anywhere in particular. What nobody did is the same in every process, and kept as numbers alone."""
+    return isinstance(x, jax.Array) and x.committed
+
+
+def _stored(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if _placed(x) else np.zeros(x.shape, x.dtype)
 
 
 def _name(i: int) -> str:
