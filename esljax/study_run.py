@@ -142,6 +142,4 @@ def _progress(state: np.ndarray, fresh: int) -> Progress:
 
 def _lost(error: BaseException) -> LostWorkersError:
     said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    return LostWorkersError(
-        f"The workers ended before the study did ({said}); what is done is kept, and the same call goes on from there."
-    )
+    return LostWorkersError(f"The workers ended before the study did ({said}); what is done is kept, and the same call goes on from there.")
