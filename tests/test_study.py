@@ -155,13 +155,24 @@ def test_toml(tmp_path):
         ({"points": [{"rate": 0.1}, {"rat": 0.1}]}, r"Argument `points\[1\]` must be one of .*'rat'"),
         ({"points": [{"rate": 0.1}, {"rate": 0}]}, r"In points\[1\]: Argument `rate` must be greater than 0"),
         ({"base": {"rate": 0.1}, "grid": {"seed": [0]}}, "Argument `base` must be a RunConfig"),
-        ({"base": dataclasses.replace(BASE, hidden=[4]), "grid": {"seed": [0]}}, "Argument `hidden` must be a tuple"),
-        ({"base": dataclasses.replace(BASE, rate="1"), "grid": {"seed": [0]}}, "Argument `rate` must be a number"),
     ],
     ids=str,
 )
 def test_what_cannot_be_is_refused(given, sentence, refused):
     refused(lambda: esl.Study(**{"base": BASE, **given}), sentence)
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ({"hidden": [4]}, "Argument `hidden` must be a tuple of integers"),
+        ({"rate": "1"}, "Argument `rate` must be a number, but is '1'"),
+        ({"batch_size": -1}, "Argument `batch_size` must be an integer of at least 0"),
+    ],
+    ids=str,
+)
+def test_a_base_that_cannot_be_is_refused(field, sentence, refused):
+    refused(lambda: esl.Study(dataclasses.replace(BASE, **field), grid={"seed": [0]}), sentence)
 
 
 @pytest.mark.parametrize(
