@@ -381,6 +381,13 @@ class Counting(executors.InProcess):
         return super().submit(fn, *args)
 
 
+class Idle(executors.InProcess):
+    """For what is refused before anything runs."""
+
+    def submit(self, fn, /, *args) -> Future:
+        raise AssertionError("a task was run")
+
+
 def test_a_stopped_study_goes_on_where_it_was(grid_store, tmp_path):
     study, first, second = esl.Study(BASE, grid=GRID), Counting(most=2), Counting()
     with pytest.raises(KeyboardInterrupt):
@@ -490,10 +497,16 @@ def test_what_does_not_fit_is_refused(tmp_path, refused, monkeypatch):
     usage = type("Usage", (), {"free": 5e6})
     with monkeypatch.context() as patched:
         patched.setattr(study_store.shutil, "disk_usage", lambda path: usage)
-        refused(lambda: run_study(study, tmp_path / "s.zarr"), "Argument `out` must have room for 100,000 runs, about .* has 5.0 MB left")
+        refused(
+            lambda: run_study(study, tmp_path / "s.zarr", executor=Idle()),
+            "Argument `out` must have room for 100,000 runs, about .* has 5.0 MB left",
+        )
     with monkeypatch.context() as patched:
         patched.setattr(study_store, "available_memory", lambda: 2e7)
-        refused(lambda: run_study(study, tmp_path / "s.zarr"), r"`grid` must fit in memory, here 20.0 MB, but its 100,000 runs need")
+        refused(
+            lambda: run_study(study, tmp_path / "s.zarr", executor=Idle()),
+            r"`grid` must fit in memory, here 20.0 MB, but its 100,000 runs need",
+        )
     vast = esl.Study(BASE, grid={"members": [8, 10_000_000]})
     refused(lambda: run_study(vast, tmp_path / "v.zarr"), "Argument `members` must fit in memory, .* 10000000 members .* need about")
     assert not (tmp_path / "s.zarr").exists()
