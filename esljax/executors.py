@@ -29,7 +29,7 @@ class InProcess(Executor):
         return future
 
 
-def capacity(executor: Executor) -> float:
+def capacity(executor: Executor) -> int | float:
     """How many tasks an executor should have at a time, so that no worker waits and not all tasks are copied at once."""
     if isinstance(executor, InProcess):
         return 1

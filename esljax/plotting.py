@@ -132,9 +132,9 @@ def _named(values: Mapping[str, list], name: str) -> bool:
     return bool(name) and isinstance(values[name][0], str)
 
 
-def _wide(seen: Sequence[float], ratio: float) -> bool:
+def _wide(seen: Sequence[Any], ratio: int) -> bool:
     """Whether positive numbers span more than a linear scale can show."""
-    return min(seen) > 0 and max(seen) / min(seen) >= ratio
+    return bool(min(seen) > 0 and max(seen) >= ratio * min(seen))
 
 
 def _shades(lines: Sequence[Any]) -> list:

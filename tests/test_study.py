@@ -38,9 +38,9 @@ def _quick_compilation():
 
 @pytest.fixture(scope="module")
 def grid_store(tmp_path_factory):
-    """A study of 24 runs in two shapes, in tasks of at most 5 runs: (its path, the progress that it told)."""
+    """A study of 24 runs in two shapes, in tasks of at most 8 runs: (its path, the progress that it told)."""
     path, seen = tmp_path_factory.mktemp("grid") / "grid.zarr", []
-    run_study(esl.Study(BASE, grid=GRID), path, task_size=5, watch=seen.append)
+    run_study(esl.Study(BASE, grid=GRID), path, task_size=8, watch=seen.append)
     return path, seen
 
 
@@ -155,13 +155,24 @@ def test_toml(tmp_path):
         ({"points": [{"rate": 0.1}, {"rat": 0.1}]}, r"Argument `points\[1\]` must be one of .*'rat'"),
         ({"points": [{"rate": 0.1}, {"rate": 0}]}, r"In points\[1\]: Argument `rate` must be greater than 0"),
         ({"base": {"rate": 0.1}, "grid": {"seed": [0]}}, "Argument `base` must be a RunConfig"),
-        ({"base": dataclasses.replace(BASE, hidden=[4]), "grid": {"seed": [0]}}, "Argument `hidden` must be a tuple"),
-        ({"base": dataclasses.replace(BASE, rate="1"), "grid": {"seed": [0]}}, "Argument `rate` must be a number"),
     ],
     ids=str,
 )
 def test_what_cannot_be_is_refused(given, sentence, refused):
     refused(lambda: esl.Study(**{"base": BASE, **given}), sentence)
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ({"hidden": [4]}, "Argument `hidden` must be a tuple of integers"),
+        ({"rate": "1"}, "Argument `rate` must be a number, but is '1'"),
+        ({"batch_size": -1}, "Argument `batch_size` must be an integer of at least 0"),
+    ],
+    ids=str,
+)
+def test_a_base_that_cannot_be_is_refused(field, sentence, refused):
+    refused(lambda: esl.Study(dataclasses.replace(BASE, **field), grid={"seed": [0]}), sentence)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +221,10 @@ def test_a_run_is_the_simulation_that_it_says():
 
 
 def test_a_study_holds_the_same_bits_as_each_run_alone(grid_store):
-    """In tasks of five, with padding, beside other rates, schedules and seeds."""
+    """In tasks of eight, with padding, beside other rates, schedules and seeds."""
     results = esl.open_study(grid_store[0])
     study = esl.Study(BASE, grid=GRID)
-    for index in (0, 7, 13, 22):
+    for index in (0, 9, 13, 22):
         config = study.point(index)
         outcome = esl.run(config)
         stored = results.sel(rate=config.rate, members=config.members, schedule=config.schedule, seed=config.seed)
@@ -231,7 +242,7 @@ def test_no_number_depends_on_how_it_was_batched(listed, grid_store, tmp_path):
     study = esl.Study(BASE, grid=GRID)
     if listed:
         study = esl.Study(BASE, points=[{name: getattr(study.point(i), name) for name in GRID} for i in reversed(range(24))])
-    second = run_study(study, tmp_path / "second.zarr", task_size=4 if listed else 3).load()
+    second = run_study(study, tmp_path / "second.zarr", task_size=8 if listed else 3).load()
     for name in QUANTITIES:
         theirs = second[name].values[::-1] if listed else second[name].values.reshape(-1)
         np.testing.assert_array_equal(first[name].values.reshape(-1), theirs, err_msg=name)
@@ -344,15 +355,15 @@ def test_the_store_is_labelled(grid_store):
     assert json.loads(results.attrs["versions"])["jax"] == jax.__version__
     assert set(results.attrs) == {"version", "study", "task_size", "created", "versions", "commit"}
     assert json.loads((path / "zarr.json").read_text())["zarr_format"] == 3
-    assert zarr.open_group(path, mode="r")["gap"].chunks == (1, 1, 2, 2)
+    assert zarr.open_group(path, mode="r")["gap"].chunks == (2, 1, 2, 2)
     assert not list(path.parent.glob("*.lock"))
     assert float(results.sel(rate=0.4, schedule="cosine", members=6, seed=1)["w2_squared"]) > 0
 
 
 def test_progress_is_told_task_by_task(grid_store):
     seen = grid_store[1]
-    assert [progress.done for progress in seen] == list(range(0, 25, 4))
-    assert [progress.fresh for progress in seen] == list(range(0, 25, 4))
+    assert [progress.done for progress in seen] == [0, 8, 16, 20, 24]
+    assert [progress.fresh for progress in seen] == [0, 8, 16, 20, 24]
     assert all(progress.runs == 24 and progress.failed == 0 for progress in seen)
 
 
@@ -370,16 +381,23 @@ class Counting(executors.InProcess):
         return super().submit(fn, *args)
 
 
+class Idle(executors.InProcess):
+    """For what is refused before anything runs."""
+
+    def submit(self, fn, /, *args) -> Future:
+        raise AssertionError("a task was run")
+
+
 def test_a_stopped_study_goes_on_where_it_was(grid_store, tmp_path):
     study, first, second = esl.Study(BASE, grid=GRID), Counting(most=2), Counting()
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, tmp_path / "study.zarr", task_size=5, executor=first)
+        run_study(study, tmp_path / "study.zarr", task_size=8, executor=first)
     half = esl.open_study(tmp_path / "study.zarr").load()
-    assert int((half["done"] == 1).sum()) == len(first.points) == 8
+    assert int((half["done"] == 1).sum()) == len(first.points) == 16
     assert np.isnan(half["gap"].values[half["done"].values == 0]).all()
     # The task size is the store's.
     results = run_study(study, tmp_path / "study.zarr", executor=second).load()
-    assert len(second.points) == 16
+    assert len(second.points) == 8
     assert not set(first.points) & set(second.points)
     same(results, esl.open_study(grid_store[0]).load())
     assert run_study(study, tmp_path / "study.zarr", executor=(third := Counting())).equals(results)
@@ -407,7 +425,7 @@ def test_what_is_done_is_on_disk(written, grid_store, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(zarr.Array, "set_coordinate_selection", dies)
         with pytest.raises(KeyboardInterrupt):
-            run_study(study, tmp_path / "study.zarr", task_size=5)
+            run_study(study, tmp_path / "study.zarr", task_size=8)
     assert not (esl.open_study(tmp_path / "study.zarr")["done"] != 0).any()
     same(run_study(study, tmp_path / "study.zarr").load(), esl.open_study(grid_store[0]).load())
 
@@ -479,10 +497,16 @@ def test_what_does_not_fit_is_refused(tmp_path, refused, monkeypatch):
     usage = type("Usage", (), {"free": 5e6})
     with monkeypatch.context() as patched:
         patched.setattr(study_store.shutil, "disk_usage", lambda path: usage)
-        refused(lambda: run_study(study, tmp_path / "s.zarr"), "Argument `out` must have room for 100,000 runs, about .* has 5.0 MB left")
+        refused(
+            lambda: run_study(study, tmp_path / "s.zarr", executor=Idle()),
+            "Argument `out` must have room for 100,000 runs, about .* has 5.0 MB left",
+        )
     with monkeypatch.context() as patched:
         patched.setattr(study_store, "available_memory", lambda: 2e7)
-        refused(lambda: run_study(study, tmp_path / "s.zarr"), r"`grid` must fit in memory, here 20.0 MB, but its 100,000 runs need")
+        refused(
+            lambda: run_study(study, tmp_path / "s.zarr", executor=Idle()),
+            r"`grid` must fit in memory, here 20.0 MB, but its 100,000 runs need",
+        )
     vast = esl.Study(BASE, grid={"members": [8, 10_000_000]})
     refused(lambda: run_study(vast, tmp_path / "v.zarr"), "Argument `members` must fit in memory, .* 10000000 members .* need about")
     assert not (tmp_path / "s.zarr").exists()
