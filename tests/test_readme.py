@@ -10,10 +10,11 @@ import esljax as esl
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_example_runs(capsys):
-    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, example, _ = EXAMPLES
     small = example.replace("members=16", "members=4").replace("steps=100", "steps=20").replace("iterations=20", "iterations=2")
     assert small != example
     exec(compile(small, "README.md", "exec"), {})
@@ -22,9 +23,17 @@ def test_example_runs(capsys):
     assert "Optimum: value" in printed
 
 
+def test_mesh_runs():
+    """The example of many devices, on those that there are."""
+    example, _, _ = EXAMPLES
+    key = jax.random.key(0)
+    names = {"esl": esl, "key": key, "potential": esl.Quadratic(1.0), "rule": esl.Langevin(0.01, 0.01)}
+    exec(compile(example, "README.md", "exec"), names | {"start": jax.random.normal(key, (8, 2))})
+
+
 def test_measures_run():
     """The second example, on members that draw batches of a small data set."""
-    _, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, _, example = EXAMPLES
     key = jax.random.key(0)
     inputs = jax.random.normal(key, (32, 2))
     potential = esl.FlaxLoss(esl.models.mlp(2, 2), (inputs, (inputs[:, 0] > 0).astype(int)), batch_size=8, l2=0.1)
@@ -36,7 +45,7 @@ def test_measures_run():
 
 
 def test_example_is_short():
-    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, example, _ = EXAMPLES
     statements = [line for line in example.splitlines() if line.strip()]
     assert len(statements) <= 16
 

@@ -25,6 +25,7 @@ def test_there_is_something_to_run():
         "benchmark_gradient",
         "benchmark_simulation",
         "benchmark_transport",
+        "compile_tpu",
         "large_transport",
         "measure_adam",
         "measure_numpy",
@@ -38,6 +39,8 @@ def test_there_is_something_to_run():
     "script", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in SCRIPTS], ids=lambda path: path.stem
 )
 def test_scripts(script, tmp_path):
+    if script.stem == "compile_tpu":
+        pytest.importorskip("libtpu")
     command = [sys.executable, str(script), "--smoke", "--out", "numbers.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
