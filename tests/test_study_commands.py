@@ -120,6 +120,7 @@ def test_show(small, capsys):
     assert abs(float(value) - float(gap.mean())) < scale
     assert abs(int(error) * scale - float(gap.std(ddof=1)) / np.sqrt(8)) < scale
     assert "… and 1 more; --rows 3 shows all." in said
+    assert [line.split()[0] for line in said.splitlines() if "(" in line] == ["0.1", "0.4"]
 
 
 def test_plot(small, capsys):
