@@ -120,7 +120,7 @@ def _potential(
         return _soft_min(cost - g, epsilon)
 
     def to_g(f):
-        return _soft_min((cost - f[:, None]).T, epsilon)
+        return _soft_min(cost - f[:, None], epsilon, axis=0)
 
     def iterate(_, start):
         return _iterated(transport, to_f, to_g, x[:, 0], symmetric)
@@ -212,6 +212,6 @@ def _cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]
     return jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1) - 2 * product(x, y.T)
 
 
-def _soft_min(cost: Float[Array, "n m"], epsilon: Scalar) -> Float[Array, " n"]:
-    """-ε log of the mean over j of exp(-cost_ij/ε)."""
-    return -epsilon * (jax.nn.logsumexp(-cost / epsilon, axis=1) - math.log(cost.shape[1]))
+def _soft_min(cost: Float[Array, "n m"], epsilon: Scalar, axis: int = 1) -> Float[Array, " rest"]:
+    """-ε log of the mean over one axis of exp(-cost_ij/ε)."""
+    return -epsilon * (jax.nn.logsumexp(-cost / epsilon, axis=axis) - math.log(cost.shape[axis]))
