@@ -107,3 +107,12 @@ def test_double_well_with_noise():
     assert report.entropy_production_chain > 1.1 * report.entropy_production
     moments = {"transport": GaussianTransport(), "velocity": AffineVelocity(), "potential": potential}
     assert speed_limit(run(0), jackknife=0, **moments).entropy_production < 0.9 * truth[0]
+
+
+def test_few_members_in_one_dimension_do_not_fool_the_cross_validation():
+    """Halves of 25 Gaussian members, whose best field is affine: the best of 25 kernels must not win by chance and blow up."""
+    keys = jax.random.split(jax.random.key(7), 60)
+    draw = lambda key: 1.2131 + 0.65683 * jax.random.normal(key, (50, 1))  # noqa: E731
+    ratios = jax.jit(lambda keys: jax.lax.map(lambda key: KernelVelocity()(draw(key), -draw(key), 0.1).squared / 1.7257, keys))(keys)
+    assert float(jnp.min(ratios)) > 0
+    assert abs(float(jnp.mean(ratios)) - 1) < 5 * float(jnp.std(ratios)) / 60**0.5
