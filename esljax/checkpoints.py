@@ -60,7 +60,7 @@ class Checkpoints:
 
     folder: str | Path
     resume: bool = False
-    every: float = 60.0
+    every: float | int = 60.0
 
     def __post_init__(self):
         check_nonnegative("every", self.every)
