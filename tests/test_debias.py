@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from esljax.chain import debiased
+from esljax.chain import chain, distances
 from esljax.report import average
 from esljax.speed_limit import speed_limit
 from esljax.trajectory import recorded
@@ -18,6 +18,12 @@ from esljax.velocity import TransportVelocity
 
 KEY = jax.random.key(0)
 DEBIASED = ("debiased_entropy_production", "debiased_w2_squared", "debiased_gap", "gap_lower", "gap_upper")
+
+
+def debiased(trajectory, transport):
+    """Σ and W2² without their bias, as reports have them."""
+    report = chain(trajectory, transport, distances(trajectory, transport, debias=True))
+    return report.debiased_entropy_production, report.debiased_w2_squared
 
 
 def wandering(n, d=2, links=4, seed=0):
