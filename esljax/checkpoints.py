@@ -113,17 +113,20 @@ class Session:
             raise refuse("checkpoints", "hold at least one checkpoint that can be read", f"{self._settings.folder} holds none")
         return None
 
-    def offer(self, step: int, state: Any, *, last: bool = False) -> None:
+    def offer(self, step: int, state: Callable[[], Any], *, last: bool = False) -> None:
         """Save the state after `step` rounds if it is time to, if it is the last one, or if the process was told to end.
 
+        **Args:** `state`: makes the state; called only if it is saved.
         **Raises:** `Terminated` in the last case.
         """
         if self._manager is None or self._settings is None:
             return
         due, told = self._agreed(time.monotonic() - self._last >= self._settings.every, self._told)
         if (due or told or last) and step > self._at:
-            arrays = jax.tree.leaves(eqx.filter(state, eqx.is_array))
+            arrays = jax.tree.leaves(eqx.filter(state(), eqx.is_array))
             saved = {_name(i): x if _placed(x) else np.asarray(x) for i, x in enumerate(arrays)}
+            if step in self._manager.all_steps():
+                self._manager.delete(step)  # it was passed over
             self._manager.save(
                 step, args=_orbax().Composite(state=_orbax().StandardSave(saved), about=_orbax().JsonSave(self._about)), force=True
             )
@@ -153,7 +156,6 @@ class Session:
     def _passed_over(self, step: int, error: Exception) -> None:
         said = (str(error) or type(error).__name__).splitlines()[0]
         folder = self._settings.folder if self._settings is not None else ""
-        self._manager.delete(step)  # its place is needed again
         warnings.warn(f"The checkpoint of round {step} in {folder} cannot be read and is passed over: {said}", RuntimeWarning, stacklevel=3)
 
 

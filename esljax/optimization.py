@@ -178,10 +178,10 @@ def optimize(
                 if i in ends:
                     best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
                 done, kept = i + 1, (moving, state, dual, best, last_good)
-                saved.offer(done, (kept, _table(rows, best)), last=done == iterations)
+                saved.offer(done, lambda kept=kept: (kept, _table(rows, kept[3])), last=done == iterations)
         except KeyboardInterrupt:
             interrupted = True
-            saved.offer(done, (kept, _table(rows[:done], best)), last=True)
+            saved.offer(done, lambda: (kept, _table(rows[:done], best)), last=True)
             message = f"Interrupted after {len(rows)} of {iterations} iterations; this is the best so far."
             best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
     values, residuals, norms = zip(*rows, strict=True) if rows else ((), (), ())

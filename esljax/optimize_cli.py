@@ -26,7 +26,7 @@ from esljax.configuration import DONE, FAILED, INTERRUPTED, OptimizeConfig, enab
 from esljax.optimization import Iteration, Optimum, optimize
 from esljax.plotting import plot_schedules, plot_speed_limit
 from esljax.report import concise
-from esljax.runs import make_problem
+from esljax.runs import WITH_ERROR, make_problem
 from esljax.schedules import Constant, Knots
 from esljax.sharding import member_mesh
 
@@ -49,10 +49,11 @@ def optimize_command(config: OptimizeConfig) -> int:
     # The table has ten columns: let a narrow terminal break its lines rather than its numbers.
     console.width = max(console.width, 136)
     kept = config.out / "checkpoints"
-    if any(kept.glob("*/*")) and not config.resume:
+    unfinished = any(kept.glob("*/*"))
+    if unfinished and not config.resume:
         raise refuse("out", "be a folder without an unfinished run, or be given with --resume to finish it", f"{config.out} holds one")
     config.out.mkdir(parents=True, exist_ok=True)
-    if first:
+    if first and not unfinished:
         storage.write_toml(config.out / "config.toml", config.as_dict())
     try:
         with _Progress(config, console) as progress, _ending():
@@ -136,7 +137,7 @@ def _compare(config: OptimizeConfig, progress: "_Progress", kept: Path) -> _Resu
                 raise refuse("rate", "leave the constant schedule stable", f"is {config.rate:g}: its final loss is {target}")
         for name, shape in list(shapes.items())[done:]:
             matched.append(match(shape, name, target))
-            saved.offer(len(matched), (jnp.asarray(target), matched), last=len(matched) == len(shapes))
+            saved.offer(len(matched), lambda: (jnp.asarray(target), matched), last=len(matched) == len(shapes))
     matched = dict(zip(shapes, matched, strict=True))
     progress.phase("optimizing")
     knots = Knots(jnp.full(config.knots, jnp.mean(matched["constant"].values)))
@@ -223,9 +224,6 @@ class _Progress:
         self.bar.update(self.task, advance=1.3 * self.config.judge_runs, numbers=numbers)
 
 
-_NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric")
-
-
 def _report(config: OptimizeConfig, target: float, judgments: Mapping[str, Judgment], wall: float) -> dict[str, Any]:
     return {
         "target_loss": target,
@@ -240,7 +238,7 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
     report = judgment.report
     rates = judgment.schedule.values[:-1]
     return {
-        **{name: float(getattr(report, name)) for name in _NUMBERS},
+        **{name: float(getattr(report, name)) for name in WITH_ERROR},
         "final_loss": float(judgment.final_loss),
         "test_accuracy": float(judgment.test_accuracy),
         "learning_time": None if report.learning_time is None else float(report.learning_time),
@@ -248,7 +246,7 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
         "transport_converged": bool(report.converged),
         "learning_rates": [float(rate) for rate in rates],
         "standard_error": {
-            **{name: float(getattr(report.standard_error, name)) for name in _NUMBERS},
+            **{name: float(getattr(report.standard_error, name)) for name in WITH_ERROR},
             "final_loss": float(judgment.final_loss_error),
             "test_accuracy": float(judgment.test_accuracy_error),
             # The rates are given, not estimated.
@@ -268,7 +266,7 @@ def _table(judgments: Mapping[str, Judgment]) -> rich.table.Table:
         report = judgment.report
         table.add_row(
             name.replace("_", " "),
-            *(concise(getattr(report, number), getattr(report.standard_error, number)) for number in _NUMBERS),
+            *(concise(getattr(report, number), getattr(report.standard_error, number)) for number in WITH_ERROR),
             "unknown" if report.noise_floor is None else f"{float(report.noise_floor):.2g}",
             concise(judgment.final_loss, judgment.final_loss_error),
             concise(judgment.test_accuracy, judgment.test_accuracy_error),

@@ -152,8 +152,7 @@ def _features(observe: Any, positions: Array) -> Array:
 
 def _survive(checkpoints, potential, rule, positions, key, steps, snapshots, observe, gradient, mesh) -> Trajectory:
     """The same run link by link, each in one compiled program, with a chance to be saved after each."""
-    compiled = eqx.filter_jit(_scan)
-    controls = eqx.filter_jit(_controls)(rule, steps, positions.dtype)
+    controls = _compiled_controls(rule, steps, positions.dtype)
     eqx.filter_eval_shape(_check_functions, potential, positions, key, observe)
     linked = jax.tree.map(lambda x: x.reshape(snapshots, 1, -1, *x.shape[1:]), (jnp.arange(steps), controls))
     features = eqx.filter_eval_shape(_features, observe, positions)
@@ -167,14 +166,16 @@ def _survive(checkpoints, potential, rule, positions, key, steps, snapshots, obs
         done, (positions, kept) = saved.restore(like) or (0, like(0))
         pieces = [kept]
         for j in range(done, snapshots):
-            positions, piece = compiled(
-                potential, rule, positions, key, jax.tree.map(lambda x, j=j: x[j], linked), steps, observe, gradient
-            )
+            inside = jax.tree.map(lambda x, j=j: x[j], linked)
+            positions, piece = _compiled_scan(potential, rule, positions, key, inside, steps, observe, gradient)
             pieces.append(piece)
             jax.block_until_ready(positions)
-            saved.offer(j + 1, (positions, _joined(pieces)), last=j + 1 == snapshots)
-    last = eqx.filter_jit(_last)(potential, positions, key, steps, observe, gradient)
+            saved.offer(j + 1, lambda end=positions: (end, _joined(pieces)), last=j + 1 == snapshots)
+    last = _compiled_last(potential, positions, key, steps, observe, gradient)
     return _trajectory(positions, _joined(pieces), last, controls, observe, mesh)
+
+
+_compiled_controls, _compiled_scan, _compiled_last = map(eqx.filter_jit, (_controls, _scan, _last))
 
 
 def _joined(pieces: list[tuple[Array, Array]]) -> tuple[Array, ...]:

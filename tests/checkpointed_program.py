@@ -2,7 +2,7 @@
 
     python checkpointed_program.py OUT.npz FOLDER [--devices N] [--pause SECONDS]
 
-Prints "round" after each iteration of the search, so that a test may kill it in the middle.
+Prints a line before the simulation, after it, and after each iteration of the search, so that a test may kill it in the middle.
 """
 
 import argparse
@@ -44,6 +44,7 @@ def main() -> None:
         print("round", seen.iteration, flush=True)
         time.sleep(asked.pause)
 
+    print("starts", flush=True)
     path = simulate(esl.Cosine(0.3), key, esl.Checkpoints(asked.folder / "run", resume=True, every=0))
     print("simulated", flush=True)
     optimum = esl.optimize(

@@ -1,5 +1,7 @@
 """Fixtures that every test file may use."""
 
+import contextlib
+import os
 import re
 
 import jax
@@ -45,9 +47,34 @@ def refused(request):
     return check
 
 
-@pytest.fixture
-def quick_compilation():
-    """For tests that compile much and compute little."""
+@contextlib.contextmanager
+def _hardly_optimized():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def quick_compilation():
+    """For tests that compile much and compute little."""
+    with _hardly_optimized():
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation_of_all():
+    """The same for all of a file and its fixtures."""
+    with _hardly_optimized():
+        yield
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Of processes that a test starts: compiled hardly optimized, and once for all of them."""
+    return {
+        **os.environ,
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }

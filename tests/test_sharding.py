@@ -1,5 +1,6 @@
 """Members on many devices and in several processes: the same numbers, and no more talk between devices than the design says."""
 
+import os
 import re
 import socket
 import subprocess
@@ -22,22 +23,29 @@ PROGRAM = Path(__file__).with_name("sharded_program.py")
 ROUNDING = 1e-6
 
 
+@pytest.fixture(scope="module", params=["quick", pytest.param("optimized", marks=pytest.mark.slow)])
+def compiled(request, environment) -> dict[str, str]:
+    """How the processes compile."""
+    return environment if request.param == "quick" else dict(os.environ)
+
+
 @pytest.fixture(scope="module")
-def devices(tmp_path_factory) -> dict[str, np.ndarray]:
+def devices(tmp_path_factory, compiled) -> dict[str, np.ndarray]:
     """One process with eight fake devices."""
     out = tmp_path_factory.mktemp("devices") / "found.npz"
-    subprocess.run([sys.executable, PROGRAM, out, "1,8", "8"], check=True, timeout=600)
+    subprocess.run([sys.executable, PROGRAM, out, "1,8", "8"], env=compiled, check=True, timeout=600)
     return dict(np.load(out))
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> dict[str, np.ndarray]:
+def processes(tmp_path_factory, compiled) -> dict[str, np.ndarray]:
     """Two processes that find each other over loopback, with one device each."""
     out = tmp_path_factory.mktemp("processes") / "found.npz"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    started = [subprocess.Popen([sys.executable, PROGRAM, out, "2", "1", address, "2", str(index)]) for index in range(2)]
+    asked = [sys.executable, PROGRAM, out, "2", "1", address, "2"]
+    started = [subprocess.Popen([*asked, str(index)], env=compiled) for index in range(2)]
     try:
         assert [process.wait(timeout=600) for process in started] == [0, 0]
     finally:

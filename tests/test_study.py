@@ -27,12 +27,8 @@ QUANTITIES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """The numbers are of tiny networks; what is compiled is the same program less its optimizations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+# The networks are tiny; what is compiled is the same program less its optimizations.
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The commands of studies, and what happens to one that is interrupted, killed, or spread over processes and machines that die."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -12,7 +11,6 @@ import time
 import tomllib
 from concurrent.futures import BrokenExecutor
 
-import jax
 import numpy as np
 import pytest
 
@@ -37,23 +35,7 @@ seed = {range = [0, 8]}
 LONG = SMALL.replace("steps = 10", "steps = 2000")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Of processes of their own: compiled as here, and once for all of them."""
-    return {
-        **os.environ,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 
 
 @pytest.fixture(scope="module")
