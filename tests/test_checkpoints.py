@@ -265,6 +265,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(kills, tmp_path, un
     same_files(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_terminated_it_exits_with_its_own_code_and_goes_on(tmp_path, undisturbed, environment):
     out = tmp_path / "out.npz"
     ended = command(out, tmp_path / "kept", "--pause", "0.2")

@@ -27,6 +27,7 @@ knots = 5
 iterations = 12
 judge_runs = 3
 """
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 NAMES = {"constant", "linear_decay", "cosine", "warmup_stable_decay", "exponential_decay", "optimized"}
 NUMBERS = {
     "entropy_production",

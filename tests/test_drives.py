@@ -161,6 +161,7 @@ def test_members_do_the_work_and_produce_the_entropy_of_the_references(name):
     assert abs(limit.gap - (sigma - distance)) < 5 * limit.standard_error.gap
 
 
+@pytest.mark.slow
 def test_the_search_over_a_drive_finds_the_jumps():
     """Members in one point at T = 0: the work on the mean, whose least value and drive are those of O6."""
     start, steps = np.zeros((4, 1), np.float32), 40

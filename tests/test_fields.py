@@ -73,7 +73,7 @@ def test_stationary_circulation_of_plain_samples(case):
     np.testing.assert_allclose(jnp.mean(apart), truth, rtol=0.05)  # all of it housekeeping
 
 
-@pytest.mark.parametrize("name", ["affine", *FLEXIBLE])
+@pytest.mark.parametrize("name", ["affine", *(pytest.param(x, marks=[pytest.mark.slow] * (x == "network")) for x in FLEXIBLE)])
 def test_nothing_moves_at_equilibrium(name):
     x = (np.random.default_rng(1).normal(size=(2000, 2)) * 0.5**0.5).astype(np.float32)
     found = (AffineVelocity() if name == "affine" else FLEXIBLE[name]())(x, -x, 0.5)

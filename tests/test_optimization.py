@@ -25,6 +25,7 @@ from esljax.speed_limit import speed_limit
 from esljax.transport import GaussianTransport
 
 KEY = jax.random.key(3)
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 
 
 # Known schedules
@@ -67,7 +68,7 @@ class _Bare(eqx.Module):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("d", [1, 10])
+@pytest.mark.parametrize("d", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_default_finds_the_schedule_of_constant_speed(d):
     optimum = optimize(objective_of(d, True), cosine_start(), key=KEY, iterations=200)
     length_squared = oracles.O3_PATH[d][1]

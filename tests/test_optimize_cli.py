@@ -65,7 +65,7 @@ def ended_by(folder: Path, out: str, environment: dict[str, str], number: int, s
     return process.returncode
 
 
-@pytest.mark.parametrize("stage", ["matching", "search"])
+@pytest.mark.parametrize("stage", [pytest.param("matching", marks=pytest.mark.slow), "search"])
 def test_killed_it_is_finished_by_resume_with_the_same_numbers(folder, environment, stage, capsys):
     out = f"killed in {stage}"
     assert ended_by(folder, out, environment, signal.SIGKILL, stage) == -signal.SIGKILL
@@ -109,6 +109,7 @@ def test_what_cannot_run_leaves_nothing_to_finish(folder, capsys):
         assert "be a loss that" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_run(folder, environment):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
