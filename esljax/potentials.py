@@ -256,6 +256,9 @@ class FlaxLoss(AbstractPotential):
     - `loss`: `"cross_entropy"` (labels are class indices), `"squared_error"`, or `fn(outputs (m, ...), labels) -> (m,)`.
     - `l2`: weight decay, at least 0.
     - `batch_size`: examples per step and member, drawn with replacement, or None for all of them.
+    - `dtype`: the floating type that the model computes in, such as `"bfloat16"` for the matrix units of a TPU or GPU; by default that of
+      the positions. Positions, noise, loss, weight decay, work and transport keep the type of the positions in any case: the model sees
+      rounded copies of the parameters and inputs, and its outputs and gradients are widened again.
 
     **Raises:** `InputError` for state, labels out of range, NaN in the data, or a model that does not accept the inputs.
     **Differentiation:** in the position, to any order that the model allows, and in `l2` and `inputs`.
@@ -268,6 +271,7 @@ class FlaxLoss(AbstractPotential):
     network: "_Network" = eqx.field(static=True)
     loss: Callable[[Array, Array], Array] = eqx.field(static=True)
     batch_size: int | None = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
 
     def __init__(
         self,
@@ -277,6 +281,7 @@ class FlaxLoss(AbstractPotential):
         loss: str | Callable[[Array, Array], Array] = "cross_entropy",
         l2: float = 0.0,
         batch_size: int | None = None,
+        dtype: Any = None,
     ):
         if len(data) != 2:
             raise refuse("data", "be (inputs (m, ...), labels (m, ...))", f"is {len(data)} array" + "s" * (len(data) > 1))
@@ -290,6 +295,9 @@ class FlaxLoss(AbstractPotential):
             check_positive_int("batch_size", batch_size)
         if not callable(loss):
             check_choice("loss", loss, tuple(_LOSSES))
+        if dtype is not None and (not isinstance(dtype, str | type | np.dtype) or not jnp.issubdtype(dtype, jnp.floating)):
+            raise refuse("dtype", "be a floating type such as 'bfloat16', or None", f"is {dtype!r}")
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.network = _network(model, inputs[:1])
         outputs = self.network.output_shape(inputs[:1])
         if loss == "cross_entropy":
@@ -309,7 +317,7 @@ class FlaxLoss(AbstractPotential):
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         inputs, labels = (self.inputs, self.labels) if batch is None else (self.inputs[batch], self.labels[batch])
-        misfit = jnp.mean(self.loss(self.network.apply(position, inputs.astype(position.dtype)), labels))
+        misfit = jnp.mean(self.loss(self._outputs(position, inputs), labels))
         return misfit + self.l2.astype(position.dtype) / 2 * jnp.sum(position**2)
 
     def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
@@ -339,10 +347,14 @@ class FlaxLoss(AbstractPotential):
 
     def predict(self, positions: Float[Array, "*batch d"], inputs: Shaped[Array, "m ..."]) -> Array:
         """The model's outputs (..., m, classes) on `inputs` at positions (..., d)."""
-        apply = lambda position: self.network.apply(position, inputs.astype(position.dtype))  # noqa: E731
+        apply = lambda position: self._outputs(position, inputs)  # noqa: E731
         for _ in range(positions.ndim - 1):
             apply = jax.vmap(apply)
         return apply(positions)
+
+    def _outputs(self, position: Float[Array, " d"], inputs: Array) -> Array:
+        inside = position.dtype if self.dtype is None else self.dtype
+        return self.network.apply(position.astype(inside), inputs.astype(inside)).astype(position.dtype)
 
     def accuracy(self, positions: Float[Array, "*batch d"], data: Any) -> Float[Array, "*batch"]:
         """The share of examples in `data` whose largest output is the label, one number for each position (..., d)."""

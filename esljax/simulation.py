@@ -175,7 +175,9 @@ def _survive(checkpoints, potential, rule, positions, key, steps, snapshots, obs
     return _trajectory(positions, _joined(pieces), last, controls, observe, mesh)
 
 
-_compiled_controls, _compiled_scan, _compiled_last = map(eqx.filter_jit, (_controls, _scan, _last))
+_compiled_controls = eqx.filter_jit(_controls)
+_compiled_scan = eqx.filter_jit(_scan)
+_compiled_last = eqx.filter_jit(_last)
 
 
 def _joined(pieces: list[tuple[Array, Array]]) -> tuple[Array, ...]:
