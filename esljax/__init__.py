@@ -31,6 +31,7 @@ from esljax.entropy import (
 )
 from esljax.fields import KernelVelocity, NetworkVelocity
 from esljax.free_energy import FreeEnergy, TransportedEntropy, free_energy
+from esljax.memory import Plan, plan
 from esljax.minibatch import MinibatchNoise, minibatch_noise
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
 from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
@@ -127,6 +128,7 @@ __all__ = [
     "NetworkVelocity",
     "Optimum",
     "PathVelocity",
+    "Plan",
     "ProbabilityFlow",
     "Projected",
     "Quadratic",
@@ -152,6 +154,7 @@ __all__ = [
     "models",
     "open_study",
     "optimize",
+    "plan",
     "principal_directions",
     "random_directions",
     "recorded",

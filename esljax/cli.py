@@ -22,11 +22,12 @@ from esljax.configuration import (
     CheckConfig,
     MeasureConfig,
     OptimizeConfig,
+    PlanConfig,
     enable,
     from_toml,
 )
 from esljax.measurement import measure
-from esljax.optimize_cli import optimize_command
+from esljax.optimize_cli import optimize_command, plan_command
 from esljax.plotting import plot_speed_limit
 from esljax.references import run_checks
 from esljax.study_cli import StudyConfig, study
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config = _parse(arguments)
+        if isinstance(config, PlanConfig):
+            return plan_command(config)
         if isinstance(config, OptimizeConfig):
             return optimize_command(config)
         if isinstance(config, StudyConfig):
@@ -55,8 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
 
 
-def _parse(arguments: list[str]) -> OptimizeConfig | MeasureConfig | StudyConfig | CheckConfig:
-    defaults = {"optimize": OptimizeConfig(), "measure": MeasureConfig()}
+def _parse(arguments: list[str]) -> OptimizeConfig | PlanConfig | MeasureConfig | StudyConfig | CheckConfig:
+    defaults = {"optimize": OptimizeConfig(), "plan": PlanConfig(), "measure": MeasureConfig()}
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     for i, argument in enumerate(arguments if command in defaults else []):
         if argument == "--config" and i + 1 < len(arguments):
@@ -65,6 +68,7 @@ def _parse(arguments: list[str]) -> OptimizeConfig | MeasureConfig | StudyConfig
             defaults[command] = from_toml(Path(argument.removeprefix("--config=")), type(defaults[command]))
     commands = (
         Annotated[OptimizeConfig, tyro.conf.subcommand("optimize", default=defaults["optimize"])]
+        | Annotated[PlanConfig, tyro.conf.subcommand("plan", default=defaults["plan"])]
         | Annotated[MeasureConfig, tyro.conf.subcommand("measure", default=defaults["measure"])]
         | Annotated[StudyConfig, tyro.conf.subcommand("study")]
         | Annotated[CheckConfig, tyro.conf.subcommand("check", default=CheckConfig())]

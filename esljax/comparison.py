@@ -18,8 +18,10 @@ from jax.sharding import Mesh
 
 from esljax._checks import InputError, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Keys, Scalar
+from esljax.adjoint import AbstractGradient, HessianAdjoint
 from esljax.datasets import Examples
 from esljax.dynamics import Langevin
+from esljax.memory import Plan, plan
 from esljax.potentials import FlaxLoss
 from esljax.report import SpeedLimit, average
 from esljax.schedules import (
@@ -62,7 +64,7 @@ class Problem(eqx.Module):
 
     **Args:** `potential`: the training objective. `test`: held-out examples. `temperature`: T, a schedule or a number. `transport`: the
     geometry of Σ and W2². `members`: n. `steps`: K. `snapshots`: J. `jackknife`: as in `speed_limit`.
-    `mesh`: the devices that share the members.
+    `mesh`: the devices that share the members. `gradient`: how to differentiate a run.
     """
 
     potential: FlaxLoss
@@ -74,19 +76,43 @@ class Problem(eqx.Module):
     snapshots: int = eqx.field(static=True)
     jackknife: int = eqx.field(static=True, default=0)
     mesh: Mesh | None = eqx.field(static=True, default=None)
+    gradient: AbstractGradient = HessianAdjoint()
 
     def run(self, learning_rate: AbstractSchedule, key: Key) -> Outcome:
-        """Train an ensemble from fresh initializations. Differentiable in `learning_rate`, by `HessianAdjoint`."""
+        """Train an ensemble from fresh initializations. Differentiable in `learning_rate`, by `gradient`."""
         start_key, path_key = jax.random.split(key)
         start = self.potential.init(members=self.members, key=start_key).astype(self.potential.inputs.dtype)
         rule = Langevin(learning_rate, self.temperature)
-        path = simulate(self.potential, rule, start, steps=self.steps, snapshots=self.snapshots, key=path_key, mesh=self.mesh)
+        path = simulate(
+            self.potential,
+            rule,
+            start,
+            steps=self.steps,
+            snapshots=self.snapshots,
+            key=path_key,
+            gradient=self.gradient,
+            mesh=self.mesh,
+        )
         outcome = Outcome(
             report=speed_limit(path, transport=self.transport, jackknife=self.jackknife),
             final_loss=jnp.mean(self.potential(path.final)),
             test_accuracy=jnp.mean(self.potential.accuracy(path.final, self.test)),
         )
         return replicate(outcome, self.mesh)
+
+    def plan(self, *, devices: int = 1, differentiated: bool = True) -> Plan:
+        """The memory that one run takes on each device, with its gradient if `differentiated`."""
+        start = jax.eval_shape(lambda key: self.potential.init(members=self.members, key=key), jax.random.key(0))
+        return plan(
+            self.potential,
+            jax.ShapeDtypeStruct(start.shape, self.potential.inputs.dtype),
+            steps=self.steps,
+            snapshots=self.snapshots,
+            transport=self.transport,
+            gradient=self.gradient,
+            devices=devices,
+            differentiated=differentiated,
+        )
 
     def table(self, schedule: AbstractSchedule) -> Knots:
         """The same rates as `schedule` at every step, in one form for all schedules, so that all share one compiled run."""

@@ -48,14 +48,18 @@ class TrainingConfig:
     """Entropic regularization of the sinkhorn transport, in squared parameters."""
     directions: int = 64
     """Directions of the sliced transport."""
+    chunk: int = 0
+    """Members whose distances the sinkhorn transport holds at a time; 0 for all, in memory for the square of their number."""
     seed: int = 0
     """Seed of everything random; the same seed gives the same numbers on the same machine and versions."""
     dtype: Literal["float32", "float64"] = "float32"
     """Floating-point type."""
+    model_dtype: Literal["same", "bfloat16"] = "same"
+    """Floating-point type that the network computes in; all else is in `dtype`."""
 
     def check_training(self) -> None:
         """Refuse a run that cannot be, before any computation, in one sentence."""
-        for name in ("members", "steps", "snapshots", "batch_size", "directions", "seed"):
+        for name in ("members", "steps", "snapshots", "batch_size", "directions", "chunk", "seed"):
             check_positive_int(name, getattr(self, name), _LEAST[name])
         if self.seed >= 2**32:
             raise refuse("seed", "be below 2**32, where the keys of single precision repeat themselves", f"is {self.seed}")
@@ -75,14 +79,14 @@ class TrainingConfig:
             raise refuse("hidden", "be a tuple of integers", f"is {self.hidden!r}")
         for width in self.hidden:
             check_positive_int("hidden", width)
-        for name in ("data", "transport", "dtype"):
+        for name in ("data", "transport", "dtype", "model_dtype"):
             check_choice(name, getattr(self, name), _CHOICES[name])
 
     def load_data(self) -> datasets.Dataset:
         return {"digits": datasets.digits, "moons": datasets.two_moons, "teacher": datasets.teacher}[self.data]()
 
     def make_transport(self, key: Array) -> AbstractTransport:
-        return make_transport(self.transport, self.epsilon, self.directions, key)
+        return make_transport(self.transport, self.epsilon, self.directions, self.chunk, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +134,9 @@ class OptimizeConfig(TrainingConfig):
     """Gradient steps of the optimization."""
     judge_runs: int = 5
     """Held-out runs (initializations, batches and noise) that judge each schedule."""
+    recompute: bool = False
+    """Keep the states of about twice the root of the number of steps for the gradient and compute the others again, instead of keeping
+    all."""
     match_runs: int = 2
     """Runs whose mean loss is matched to the target."""
     resume: bool = False
@@ -173,19 +180,38 @@ class OptimizeConfig(TrainingConfig):
         return _settings(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanConfig(OptimizeConfig):
+    """Foretell the memory that `esljax optimize` with these settings takes on each device. Nothing is run.
+
+    Exit codes: 0 it fits; 2 it does not, with what to change, or bad input.
+    """
+
+    memory: float | None = None
+    """Gigabytes of each device; by default those of the devices here."""
+
+    def check(self) -> "PlanConfig":
+        """Refuse what cannot run, in one sentence."""
+        super().check()
+        if self.memory is not None:
+            check_positive("memory", self.memory)
+        return self
+
+
 _CHOICES = {
     "data": ("digits", "moons", "teacher"),
     "transport": ("exact", "gaussian", "sliced", "sinkhorn"),
     "velocity": ("none", "transport"),
     "schedule": ("constant", "linear_decay", "cosine", "warmup_stable_decay", "exponential_decay"),
     "dtype": ("float32", "float64"),
+    "model_dtype": ("same", "bfloat16"),
 }
 
 # What may be left out has no default to tell its type.
-_OPTIONAL = {"target": float, "recording": Path, "devices": int, "coordinator": str, "processes": int, "process": int}
+_OPTIONAL = {"target": float, "recording": Path, "memory": float, "devices": int, "coordinator": str, "processes": int, "process": int}
 
 # What says how a command runs, not what it computes.
-_MANNER = ("config", "resume", "devices", "distributed", "coordinator", "processes", "process")
+_MANNER = ("memory", "config", "resume", "devices", "distributed", "coordinator", "processes", "process")
 
 _LEAST = {
     "members": 2,
@@ -195,6 +221,7 @@ _LEAST = {
     "knots": 2,
     "iterations": 1,
     "directions": 1,
+    "chunk": 0,
     "judge_runs": 2,
     "match_runs": 1,
     "seed": 0,
@@ -227,6 +254,8 @@ class MeasureConfig:
     """Entropic regularization of the sinkhorn transport, in squared coordinates."""
     directions: int = 64
     """Directions of the sliced transport."""
+    chunk: int = 0
+    """Members whose distances the sinkhorn transport holds at a time; 0 for all, in memory for the square of their number."""
     velocity: Literal["none", "transport"] = "none"
     """What Σ is made from: 'none' for the chain of distances, 'transport' for velocities by the transport's maps between snapshots."""
     jackknife: int = 32
@@ -246,7 +275,7 @@ class MeasureConfig:
         """Refuse what cannot run, before anything is read, in one sentence."""
         if self.recording is None:
             raise refuse("recording", "be a file of snapshots or a folder of checkpoints", "is not given")
-        for name, least in (("coordinates", 1), ("directions", 1), ("jackknife", 0), ("seed", 0)):
+        for name, least in (("coordinates", 1), ("directions", 1), ("chunk", 0), ("jackknife", 0), ("seed", 0)):
             check_positive_int(name, getattr(self, name), least)
         check_positive("epsilon", self.epsilon)
         if not np.isfinite(self.epsilon):
@@ -259,7 +288,7 @@ class MeasureConfig:
         return self
 
     def make_transport(self, key: Array) -> AbstractTransport:
-        return make_transport(self.transport, self.epsilon, self.directions, key)
+        return make_transport(self.transport, self.epsilon, self.directions, self.chunk, key)
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as TOML and JSON know them; reading them back gives the same report."""
@@ -277,7 +306,7 @@ class CheckConfig:
     """Print failures only."""
 
 
-Config = TypeVar("Config", OptimizeConfig, MeasureConfig)
+Config = TypeVar("Config", OptimizeConfig, PlanConfig, MeasureConfig)
 
 
 def from_toml(path: Path, kind: type[Config]) -> Config:
@@ -332,7 +361,7 @@ def _settings(config: Any) -> dict[str, Any]:
     return {name: plain(value) for name, value in dataclasses.asdict(config).items() if name not in _MANNER}
 
 
-def make_transport(name: str, epsilon: ScalarLike, directions: int, key: Array) -> AbstractTransport:
+def make_transport(name: str, epsilon: ScalarLike, directions: int, chunk: int, key: Array) -> AbstractTransport:
     """The transport of that name; `epsilon` and `key`, which few of them look at, may be traced."""
     if name == "exact":
         return ExactTransport()
@@ -340,7 +369,7 @@ def make_transport(name: str, epsilon: ScalarLike, directions: int, key: Array) 
         return GaussianTransport()
     if name == "sliced":
         return SlicedTransport(directions, key)
-    return SinkhornTransport(epsilon)
+    return SinkhornTransport(epsilon, chunk=chunk or None)
 
 
 def _check_out(out: Path) -> None:

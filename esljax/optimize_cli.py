@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from esljax import storage
 from esljax._checks import InputError, refuse
 from esljax.checkpoints import Checkpoints, Terminated, session
-from esljax.comparison import Judgment, final_loss, judge, match_endpoint, ratio, usual_shapes
-from esljax.configuration import DONE, FAILED, INTERRUPTED, OptimizeConfig, enable
+from esljax.comparison import Judgment, Problem, final_loss, judge, match_endpoint, ratio, usual_shapes
+from esljax.configuration import DONE, FAILED, INTERRUPTED, OptimizeConfig, PlanConfig, enable
+from esljax.memory import memory_of_a_device
 from esljax.optimization import Iteration, Optimum, optimize
 from esljax.plotting import plot_schedules, plot_speed_limit
 from esljax.report import concise
@@ -80,6 +81,22 @@ def optimize_command(config: OptimizeConfig) -> int:
     return FAILED if missed else DONE
 
 
+def plan_command(config: PlanConfig) -> int:
+    """Run the command and return its exit code."""
+    config.check()
+    enable(config.dtype)
+    devices = config.devices or jax.device_count()
+    planned = _problem(config, jax.random.key(config.seed)).plan(devices=devices)
+    if not config.quiet:
+        print(planned)
+    planned.check(memory_of_a_device() if config.memory is None else config.memory * 1e9)
+    return DONE
+
+
+def _problem(config: OptimizeConfig, key: Any, mesh: Mesh | None = None) -> Problem:
+    return make_problem(config, config.make_transport(key), mesh=mesh, recompute=config.recompute)
+
+
 def _join(config: OptimizeConfig) -> None:
     """Find the other processes, if there are any."""
     if not config.distributed:
@@ -111,7 +128,9 @@ def _ending() -> Iterator[None]:
 def _compare(config: OptimizeConfig, progress: "_Progress", kept: Path) -> _Result:
     """Match every shape to the target, optimize the knots, judge all on held-out keys; each stage can be taken up where it ended."""
     data_key, match_key, search_key, judge_key = jax.random.split(jax.random.key(config.seed), 4)
-    problem = make_problem(config, config.make_transport(data_key), mesh=_mesh(config))
+    mesh = _mesh(config)
+    problem = _problem(config, data_key, mesh)
+    problem.plan(devices=1 if mesh is None else mesh.size).check(memory_of_a_device())
     match_keys = jax.random.split(match_key, config.match_runs)
     judge_keys = jax.random.split(judge_key, config.judge_runs)
     learning_time = config.rate * config.steps

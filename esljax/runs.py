@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from esljax._types import Array, Float
+from esljax.adjoint import HessianAdjoint
 from esljax.comparison import Outcome, Problem, usual_shapes
 from esljax.configuration import RunConfig, TrainingConfig, make_transport
 from esljax.models import mlp
@@ -74,13 +75,21 @@ class Task:
     width: int
 
 
-def make_problem(config: TrainingConfig, transport: AbstractTransport, jackknife: int = 0, mesh: Mesh | None = None) -> Problem:
+def make_problem(
+    config: TrainingConfig, transport: AbstractTransport, jackknife: int = 0, mesh: Mesh | None = None, recompute: bool = False
+) -> Problem:
     """The learning problem of a configuration, in jax's present floating type."""
     data = config.load_data()
     classes = int(max(data.train.labels.max(), data.test.labels.max())) + 1
     model = mlp(data.train.inputs.shape[1], *config.hidden, classes)
     return Problem(
-        potential=FlaxLoss(model, data.train, batch_size=config.batch_size or None, l2=config.l2),
+        potential=FlaxLoss(
+            model,
+            data.train,
+            batch_size=config.batch_size or None,
+            l2=config.l2,
+            dtype=None if config.model_dtype == "same" else config.model_dtype,
+        ),
         test=data.test,
         temperature=config.temperature,
         transport=transport,
@@ -89,6 +98,7 @@ def make_problem(config: TrainingConfig, transport: AbstractTransport, jackknife
         snapshots=config.snapshots,
         jackknife=jackknife,
         mesh=mesh,
+        gradient=HessianAdjoint(checkpoint=recompute),
     )
 
 
@@ -155,18 +165,12 @@ def shape_of(config: RunConfig) -> RunConfig:
 
 def memory(config: RunConfig) -> int:
     """About how many bytes one run takes while it runs, from its shapes alone."""
-    item = 8 if config.dtype == "float64" else 4
-    examples, tests, features, classes = _data_shape(config.data)
-    sizes = (features, *config.hidden, classes)
-    d = sum((first + 1) * second for first, second in itertools.pairwise(sizes))
-    n, links = config.members, config.snapshots
-    # Snapshots and the pairs that the chain takes of them; θ, force, kick and noise of a step.
-    states = (1 + links + 2 * 1.5 * links + 6) * n * d
-    # Forward and backward through a batch, or forward through all examples for the final loss and the accuracy.
-    batch = (config.batch_size or examples) * (features + 3 * sum(sizes[1:]))
-    outputs = max(examples, tests) * 2 * sum(sizes[1:])
-    costs = 3 * 1.5 * links * n * n
-    return int(item * (states + n * max(batch, outputs) + costs))
+    try:
+        with jax.enable_x64(config.dtype == "float64"):
+            return _problem(shape_of(config), config.dtype).plan(differentiated=False).total
+    except Exception:
+        # What cannot even be made takes nothing; its task will say why.
+        return 0
 
 
 def fitting_width(config: RunConfig, length: int, budget: float | None = None) -> int:
@@ -177,7 +181,7 @@ def fitting_width(config: RunConfig, length: int, budget: float | None = None) -
             return 1
         # Where a device does not tell, half of what the smallest accelerators have.
         budget = float((device.memory_stats() or {}).get("bytes_limit", 8e9)) / 2
-    return int(np.clip(budget // memory(config), 1, length))
+    return int(np.clip(budget // max(memory(config), 1), 1, length))
 
 
 class _Numbers(NamedTuple):
@@ -208,7 +212,7 @@ def _one(problem: Problem, shape: RunConfig, numbers: _Numbers) -> Outcome:
         (
             Constant(numbers.temperature),
             numbers.l2,
-            make_transport(shape.transport, numbers.epsilon, shape.directions, transport_key),
+            make_transport(shape.transport, numbers.epsilon, shape.directions, shape.chunk, transport_key),
         ),
     )
     return problem.run(Knots(numbers.rates, "linear"), run_key)
@@ -261,10 +265,3 @@ def _reason(numbers: dict[str, float]) -> str:
 def _problem(shape: RunConfig, dtype: str) -> Problem:
     """A problem of that shape, whose numbers are replaced run by run. jax computes in `dtype` already; here it is a key of the cache."""
     return make_problem(shape, shape.make_transport(jax.random.key(0)), shape.jackknife)
-
-
-@functools.cache
-def _data_shape(name: str) -> tuple[int, int, int, int]:
-    data = RunConfig(data=name).load_data()  # pyright: ignore[reportArgumentType]
-    classes = int(max(data.train.labels.max(), data.test.labels.max())) + 1
-    return len(data.train.labels), len(data.test.labels), data.train.inputs.shape[1], classes

@@ -18,6 +18,7 @@ import numpy as np
 from esljax import storage
 from esljax._checks import InputError, refuse
 from esljax.configuration import RunConfig
+from esljax.memory import memory_of_the_machine, size
 from esljax.runs import QUANTITIES, WITH_ERROR, Quantity, Rows, memory, names
 from esljax.study import Study
 
@@ -193,11 +194,12 @@ def _check_room(path: Path, study: Study, task_size: int) -> None:
     on_disk = variables * max(8 * study.size, _BLOCK * chunks)
     free = shutil.disk_usage(path.parent).free
     if on_disk > free:
-        raise refuse("out", f"have room for {study.size:,} runs, about {_size(on_disk)}", f"{path.parent} has {_size(free)} left")
+        raise refuse("out", f"have room for {study.size:,} runs, about {size(on_disk)}", f"{path.parent} has {size(free)} left")
     # Its numbers once read, and a list of its tasks.
     in_memory = variables * 8 * study.size + 200 * study.size
-    if in_memory > available_memory():
-        raise refuse("grid", f"fit in memory, here {_size(available_memory())}", f"its {study.size:,} runs need about {_size(in_memory)}")
+    here = memory_of_the_machine()
+    if in_memory > here:
+        raise refuse("grid", f"fit in memory, here {size(here)}", f"its {study.size:,} runs need about {size(in_memory)}")
 
 
 def check_memory(study: Study, slices: Any) -> None:
@@ -205,21 +207,9 @@ def check_memory(study: Study, slices: Any) -> None:
     for part in slices:
         config: RunConfig = study.point(int(part.indices[0]))
         needed = memory(config)
-        if needed > available_memory():
+        if needed > memory_of_the_machine():
             what = f"{config.members} members of hidden {config.hidden} over {config.snapshots} snapshots"
-            raise refuse("members", f"fit in memory, here {_size(available_memory())}", f"{what} need about {_size(needed)}")
-
-
-def available_memory() -> float:
-    """The bytes of memory that this machine has."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return np.inf
-
-
-def _size(count: int | float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+            raise refuse("members", f"fit in memory, here {size(memory_of_the_machine())}", f"{what} need about {size(needed)}")
 
 
 def _zarr() -> ModuleType:

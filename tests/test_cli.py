@@ -193,9 +193,10 @@ def test_interrupting_the_optimization_keeps_the_best_so_far(tmp_path):
             if not sent and re.search(r"optimizing ([5-9]|\d\d)/100000", seen):
                 process.send_signal(signal.SIGINT)
                 sent = True
-        code = process.wait(timeout=30)
+        code = process.wait(timeout=120)
     finally:
         process.kill()
+        process.wait()
         os.close(ours)
     assert sent, seen[-2000:]
     assert code == 130

@@ -26,7 +26,7 @@ FLOORS = (
     ("dynamics", "adjoint", "scores", "fields", "sinkhorn"),
     ("simulation",),
     ("chain", "minibatch"),
-    ("entropy_production",),
+    ("entropy_production", "memory"),
     ("speed_limit", "free_energy"),
     ("optimization",),
     ("comparison", "recordings", "configuration"),

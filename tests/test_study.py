@@ -343,7 +343,7 @@ def test_what_does_not_fit_is_refused(tmp_path, refused, monkeypatch):
             "Argument `out` must have room for 100,000 runs, about .* has 5.0 MB left",
         )
     with monkeypatch.context() as patched:
-        patched.setattr(study_store, "available_memory", lambda: 2e7)
+        patched.setattr(study_store, "memory_of_the_machine", lambda: 2e7)
         refused(
             lambda: run_study(study, tmp_path / "s.zarr", executor=Idle()),
             r"`grid` must fit in memory, here 20.0 MB, but its 100,000 runs need",

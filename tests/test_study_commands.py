@@ -178,7 +178,7 @@ def begun(store, process, least=1):
 
 @pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_leaves_a_store_to_go_on_with(processes, tmp_path, environment, capsys):
-    (tmp_path / "study.toml").write_text(LONG)
+    (tmp_path / "study.toml").write_text(LONG.replace("2000", "20000"))
     arguments = command("run", "study.toml", "--task-size", "1", "--processes", processes)
     process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
