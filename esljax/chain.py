@@ -58,7 +58,8 @@ def distances(trajectory: Trajectory, transport: AbstractTransport, *, debias: b
             return jax.lax.map(lambda kept: way(transport, x[kept], y[kept]), subsets)
 
         first, second = np.array(pairs).T
-        found = map_pairs(of_pair, (transport, subsets), trajectory.positions, first, second, trajectory.mesh)
+        positions, mesh = trajectory.positions, trajectory.mesh
+        found = map_pairs(of_pair, (transport, subsets), positions, first, second, mesh, in_turn=transport.in_turn)
         return found if subsets is None else jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), found)
 
     plain = solve(lambda transport, x, y: transport.solve(x, y), pairs + coarse)

@@ -383,7 +383,7 @@ def _chain(trajectory: Trajectory, stride: int, spans: Array, transport: Abstrac
     """D of every link, or of every `stride` of them, from the transport between its ends."""
     ends = np.arange(0, trajectory.positions.shape[0], stride)
     solve = lambda transport, x, y: transport.solve(x, y).squared  # noqa: E731
-    squared = map_pairs(solve, transport, trajectory.positions, ends[:-1], ends[1:], trajectory.mesh)
+    squared = map_pairs(solve, transport, trajectory.positions, ends[:-1], ends[1:], trajectory.mesh, in_turn=transport.in_turn)
     return jnp.where(spans > 0, squared / jnp.where(spans > 0, spans, 1), 0)
 
 

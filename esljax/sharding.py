@@ -6,6 +6,7 @@ turned, once, from members to snapshots (an all-to-all), so that each device sol
 whole history.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from esljax._checks import known, refuse
@@ -92,6 +94,26 @@ def replicate(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda x: put(x) if eqx.is_array(x) else x, tree)
 
 
+# Numbers in the pairs that a device solves side by side (256 MB in float32): small problems fill it together, large ones by themselves.
+AT_ONCE = 2**26
+
+
+_KEPT = "kept"
+
+
+def keep(tree: Any) -> Any:
+    """Marks what a derivative of `map_pairs` needs and should not have to find again, such as who is whose partner."""
+    return jax.tree.map(lambda x: checkpoint_name(x, _KEPT), tree)
+
+
+def side_by_side(pairs: int, n: int, d: int, in_turn: bool, platform: str) -> int:
+    """How many of a device's pairs of ensembles (n, d) are solved at once; the others wait, and so does the memory they need."""
+    if in_turn and platform == "cpu":
+        return 1
+    rounds = math.ceil(pairs * n * max(n, d) / AT_ONCE)
+    return math.ceil(pairs / rounds)
+
+
 def map_pairs(
     function: Callable[[Any, Array, Array], Any],
     shared: Any,
@@ -99,25 +121,42 @@ def map_pairs(
     first: Sequence[int] | np.ndarray,
     second: Sequence[int] | np.ndarray,
     mesh: Mesh | None,
+    *,
+    in_turn: bool = False,
 ) -> Any:
     """`function(shared, x, y)` for every pair of snapshots (x, y), stacked; each device of the mesh takes its share of the pairs.
 
+    **Args:** `in_turn`: whether a CPU takes its pairs one after the other, as `AbstractTransport.in_turn` says.
     **Differentiation:** as `function`, in `shared` and in the snapshots.
     """
     pairs = np.stack([np.asarray(first), np.asarray(second)])
-    count = pairs.shape[1]
-    each = jax.vmap(function, in_axes=(None, 0, 0))
+    count, devices = pairs.shape[1], 1 if mesh is None else mesh.size
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    share = math.ceil(count / devices)
+    together = side_by_side(share, *snapshots.shape[1:], in_turn, platform)
+    share = math.ceil(share / together) * together
+    # Some pairs are solved twice, so that every device has as many in every round.
+    x, y = (snapshots[ends[np.arange(share * devices) % count]] for ends in pairs)
+
+    def solve(shared, x, y):
+        one = lambda pair: function(shared, *pair)  # noqa: E731
+        if together == share:
+            return jax.vmap(one)((x, y))
+        # Problems that wait for each other shall not leave all they went through to the reverse sweep.
+        one = jax.checkpoint(one, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+        return jax.lax.map(one, (x, y), batch_size=together if together > 1 else None)
+
     if mesh is None:
-        return each(shared, snapshots[pairs[0]], snapshots[pairs[1]])
-    # Some pairs are solved twice, so that every device has as many.
-    pairs = pairs[:, np.arange(-(-count // mesh.size) * mesh.size) % count]
-    arrays, rest = eqx.partition(shared, eqx.is_array)
-    across, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
-    solve = jax.shard_map(
-        lambda arrays, x, y: each(eqx.combine(arrays, rest), x, y),
-        mesh=mesh,
-        in_specs=(whole, across, across),
-        out_specs=across,
-        check_vma=False,
-    )
-    return jax.tree.map(lambda x: x[:count], solve(arrays, snapshots[pairs[0]], snapshots[pairs[1]]))
+        found = solve(shared, x, y)
+    else:
+        arrays, rest = eqx.partition(shared, eqx.is_array)
+        across, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+        spread = jax.shard_map(
+            lambda arrays, x, y: solve(eqx.combine(arrays, rest), x, y),
+            mesh=mesh,
+            in_specs=(whole, across, across),
+            out_specs=across,
+            check_vma=False,
+        )
+        found = spread(arrays, x, y)
+    return jax.tree.map(lambda x: x[:count], found)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from esljax._checks import as_float, check_positive, check_positive_int, refuse
 from esljax._matrix import product
 from esljax._types import Array, Float, Scalar
+from esljax.sharding import keep
 from esljax.transport import AbstractTransport, Solution, recentred, solution
 
 # Iterations between two looks at the error: a sum over all members, which devices that share them would have to wait for.
@@ -98,7 +99,7 @@ def _entropic(transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Arr
 def _(symmetric, primals, tangents):
     # At the maximum the derivative in g is zero, so that a first derivative holds g. A second one differentiates this rule, and g with it.
     transport, x, y = primals
-    g, reached = _potential(transport, x, y, symmetric)
+    g, reached = keep(_potential(transport, x, y, symmetric))
     value, slope = jax.jvp(functools.partial(_dual, g), primals, tangents)
     return (value, reached), (slope, jnp.zeros_like(reached))
 

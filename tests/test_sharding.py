@@ -1,5 +1,6 @@
 """Members on many devices and in several processes: the same numbers, and no more talk between devices than the design says."""
 
+import functools
 import os
 import re
 import socket
@@ -13,10 +14,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from esljax import sharding
 from esljax.dynamics import Langevin
 from esljax.potentials import Quadratic
 from esljax.sharding import choose_mesh, map_pairs, member_mesh, shard_members
 from esljax.simulation import simulate
+from esljax.sinkhorn import SinkhornTransport
+from esljax.transport import ExactTransport, GaussianTransport
 
 PROGRAM = Path(__file__).with_name("sharded_program.py")
 # float32 sums in another order: a few units in the last place.
@@ -135,12 +139,64 @@ def test_a_mesh_of_one_changes_nothing():
     assert isinstance(meshed.positions.sharding, NamedSharding)
 
 
-def test_pairs_are_mapped_in_order_on_a_mesh_and_off_it():
+@pytest.mark.parametrize("at_once", [1, 12, 100])
+@pytest.mark.parametrize("in_turn", [True, False])
+@pytest.mark.parametrize("meshed", [True, False])
+def test_pairs_are_mapped_in_order(at_once, in_turn, meshed, monkeypatch):
+    """On a mesh and off it, together, one by one, and two by two (the last of them with one that is solved already)."""
+    monkeypatch.setattr(sharding, "AT_ONCE", at_once)
     snapshots = jnp.arange(24.0).reshape(4, 3, 2)
     function = lambda scale, x, y: scale * jnp.sum(x - 2 * y)  # noqa: E731
-    expected = [3 * np.sum(snapshots[i] - 2 * snapshots[j]) for i, j in ((0, 3), (2, 1), (1, 1))]
-    for mesh in (None, member_mesh(1)):
-        np.testing.assert_allclose(map_pairs(function, jnp.array(3.0), snapshots, [0, 2, 1], [3, 1, 1], mesh), expected)
+    mapped = lambda scale: map_pairs(  # noqa: E731
+        function, scale, snapshots, [0, 2, 1], [3, 1, 1], member_mesh(1) if meshed else None, in_turn=in_turn
+    )
+    expected = [np.sum(snapshots[i] - 2 * snapshots[j]) for i, j in ((0, 3), (2, 1), (1, 1))]
+    np.testing.assert_allclose(mapped(jnp.array(3.0)), 3 * np.array(expected))
+    np.testing.assert_allclose(jax.grad(lambda scale: jnp.sum(mapped(scale)))(3.0), sum(expected))
+
+
+def test_how_many_pairs_are_solved_at_once():
+    together = functools.partial(sharding.side_by_side, in_turn=False, platform="gpu")
+    assert together(31, 32, 2410) == 31
+    assert together(31, 100_000, 10) == 1
+    assert together(31, 2048, 2048) == 16
+    assert together(4, 10**6, 10) == 1
+    assert sharding.side_by_side(31, 8, 2, in_turn=True, platform="cpu") == 1
+    assert sharding.side_by_side(31, 8, 2, in_turn=True, platform="tpu") == 31
+
+
+def test_pairs_that_wait_leave_little_to_the_reverse_sweep(monkeypatch):
+    """The memory of a gradient grows with the pairs by their ends, and by little that a problem went through."""
+    x = jax.ShapeDtypeStruct((21, 64, 50), jnp.float32)
+    first = np.arange(20)
+
+    def needed(transport, at_once):
+        monkeypatch.setattr(sharding, "AT_ONCE", at_once)
+        squared = lambda x: jnp.sum(  # noqa: E731
+            map_pairs(lambda transport, *pair: transport.solve(*pair).squared, transport, x, first, first + 1, None)
+        )
+        return jax.jit(jax.grad(squared)).lower(x).compile().memory_analysis().temp_size_in_bytes / (20 * 64 * 50 * 4)
+
+    for transport in (SinkhornTransport(1.0, chunk=8), SinkhornTransport(1.0), ExactTransport()):
+        assert needed(transport, 1) < 6.5 < needed(transport, 2**26)
+
+
+def test_a_cpu_factorizes_no_stacks():
+    """Two stacks of factorizations side by side may wait for each other forever, on a machine of two cores and jaxlib 0.10."""
+    positions = jax.random.normal(jax.random.key(0), (5, 50, 3))
+
+    def squared(positions, in_turn):
+        solve = lambda transport, x, y: transport.solve(x, y).squared  # noqa: E731
+        return jnp.sum(map_pairs(solve, GaussianTransport(), positions, [0, 1, 2, 3], [1, 2, 3, 4], None, in_turn=in_turn))
+
+    def ranks(in_turn):
+        text = jax.jit(jax.grad(functools.partial(squared, in_turn=in_turn))).lower(positions).compile().as_text()
+        results = re.findall(r"= \(?f32\[([\d,]*)\].*lapack_s(?:geqrf|orgqr|gesdd)", text)
+        assert len(results) >= 3
+        return {result.count(",") + 1 for result in results}
+
+    assert ranks(GaussianTransport().in_turn) == {2}
+    assert ranks(False) == {3}
 
 
 def test_sharding_of_an_axis_within_and_outside_of_jit():
