@@ -15,6 +15,7 @@ from esljax.chain import compared
 from esljax.configuration import MeasureConfig
 from esljax.recordings import read, read_matrix
 from esljax.report import SpeedLimit, jackknife_groups
+from esljax.sharding import map_pairs
 from esljax.sinkhorn import SinkhornTransport
 from esljax.speed_limit import speed_limit
 from esljax.trajectory import Trajectory, recorded
@@ -97,7 +98,7 @@ def _foretell(
     whole, halved = transport_problems(positions.shape[0], members, maps=maps, jackknife=jackknife, debias=debias)
     halves = f" and {halved} of up to {members // 2}" if halved else ""
     tell(f"{whole} transport problems of up to {members} members{halves}.")
-    # Batches as the chain has them: some problems are much harder than others, and a batch waits for its hardest.
+    # As the chain solves them: some problems are much harder than others, and a batch waits for its hardest.
     pairs, coarse = compared(positions.shape[0] - 1)
     each = _seconds(transport, positions, positions, pairs + coarse)
     half = _seconds(transport, positions[:, 0 : members // 2 * 2 : 2], positions[:, 1::2], pairs) if halved else 0.0
@@ -110,10 +111,15 @@ def _foretell(
 def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int, int]]) -> float:
     """Seconds for each problem of a batch between these snapshots, once it is compiled."""
     first, second = np.array(pairs).T
-    solve = eqx.filter_jit(lambda transport, x, y: jax.vmap(transport.solve)(x, y).squared)
-    jax.block_until_ready(solve(transport, x[first], y[second]))
+    snapshots, squared = jnp.concatenate([x, y]), lambda transport, x, y: transport.solve(x, y).squared
+
+    @eqx.filter_jit
+    def solve(transport, snapshots):
+        return map_pairs(squared, transport, snapshots, first, len(x) + second, None, in_turn=transport.in_turn)
+
+    jax.block_until_ready(solve(transport, snapshots))
     started = time.perf_counter()
-    jax.block_until_ready(solve(transport, x[first], y[second]))
+    jax.block_until_ready(solve(transport, snapshots))
     return (time.perf_counter() - started) / len(pairs)
 
 

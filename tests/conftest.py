@@ -10,6 +10,9 @@ import pytest
 
 from esljax import InputError
 
+# Several test processes share one accelerator: none may take all of its memory at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def released():

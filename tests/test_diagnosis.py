@@ -22,6 +22,7 @@ from esljax.trajectory import Trajectory
 from esljax.transport import ExactTransport, GaussianTransport, Projected, SlicedTransport
 from esljax.velocity import AffineVelocity
 
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 KEY = jax.random.key(0)
 
 

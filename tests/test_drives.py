@@ -86,6 +86,7 @@ def value_and_gradient(driven, rule, positions, mode):
     return eqx.filter_value_and_grad(value)((driven, rule))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64", "quick_compilation")
 def test_all_ways_of_differentiating_agree_in_the_drive_and_with_central_differences():
     driven, rule, positions = arguments()

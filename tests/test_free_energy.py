@@ -22,6 +22,8 @@ from esljax.simulation import simulate
 from esljax.transport import GaussianTransport, Mapped
 from esljax.velocity import AffineVelocity, TransportVelocity
 
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
+
 KEY = jax.random.key(7)
 
 
@@ -243,7 +245,7 @@ def test_jit_and_vmap_change_nothing():
     assert {x.dtype for x in jax.tree.leaves(alone)} == {np.dtype(np.float32)}
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", ["gaussian", "along the velocity"])
 def test_gradient_of_a_whole_run_is_the_central_difference(name):
     start = np.random.default_rng(3).normal(size=(9, 2))

@@ -37,7 +37,7 @@ def once(velocity, given):
 # Contracts
 
 
-@every
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("flow", "kde"))) for name in VELOCITIES])
 @pytest.mark.usefixtures("quick_compilation")
 def test_compiled_is_uncompiled_and_vmap_is_a_loop(name):
     velocity = VELOCITIES[name]()

@@ -10,8 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
-# Most of these compile every estimator, for a minute or two each.
-LONG = {"coverage", "free_energy_balance", "measure_digits", "study_scaling", "velocity_accuracy"}
+# Most of these compile every estimator, for a minute or two each; benchmarks compile several ways of doing one thing.
+LONG = {
+    "benchmark_device",
+    "benchmark_gradient",
+    "benchmark_simulation",
+    "coverage",
+    "free_energy_balance",
+    "large_model",
+    "measure_digits",
+    "study_scaling",
+    "velocity_accuracy",
+}
 # What `esljax measure` says it reads, and how often it is called.
 MEASUREMENTS = {
     "measure_adam": ("5 snapshots of 4 members, 2410 parameters each", 2),
@@ -22,8 +32,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 def test_there_is_something_to_run():
     assert {path.stem for path in SCRIPTS} >= {
-        "benchmark_gradient",
-        "benchmark_simulation",
         "benchmark_transport",
         "compile_tpu",
         "large_transport",

@@ -59,7 +59,8 @@ def processes(tmp_path_factory, compiled) -> dict[str, np.ndarray]:
 
 
 def compared(found: dict[str, np.ndarray], other: dict[str, np.ndarray], size: int, kind: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    pairs = [(found[name], other[f"{size} {name[2:]}"]) for name in found if name.startswith("1 ") and kind in name]
+    names = [name for name in found if name.startswith("1 ") and kind in name]
+    pairs = [(found[name], other[f"{size} {name[2:]}"]) for name in names if f"{size} {name[2:]}" in other]
     assert pairs
     return pairs
 

@@ -15,6 +15,8 @@ from esljax.speed_limit import speed_limit
 from esljax.transport import ExactTransport, GaussianTransport, Mapped, Projected
 from esljax.velocity import AffineVelocity, PathVelocity, Snapshot, TransportVelocity
 
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
+
 VELOCITIES = {
     "affine": lambda: AffineVelocity(),
     "kernel": lambda: KernelVelocity(landmarks=8, bandwidths=(0.5, 2.0), penalties=(1e-3, 1e-1), folds=2),
@@ -42,7 +44,6 @@ def estimate(velocity, snapshot):
 # The contract of every estimator
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("network", "kernel"))) for name in VELOCITIES])
 def test_contract(name):
     velocity, traces = VELOCITIES[name](), 0
@@ -70,7 +71,6 @@ def test_contract(name):
     assert found[0].note in str(found[0])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", VELOCITIES)
 @pytest.mark.parametrize("case", ["without noise", "point mass", "members that agree in part"])
 def test_finite_values_and_gradients_at_the_edges(name, case):
@@ -91,7 +91,7 @@ def test_finite_values_and_gradients_at_the_edges(name, case):
         np.testing.assert_allclose(value, np.sum(np.asarray(truth) ** 2), rtol=1e-4)
 
 
-@pytest.mark.usefixtures("x64", "quick_compilation")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("velocity", [AffineVelocity(), pytest.param("kernel", marks=pytest.mark.slow)], ids=["affine", "kernel"])
 def test_gradients_are_finite_differences(velocity):
     # One bandwidth and one penalty, so that the choice does not jump.
