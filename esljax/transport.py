@@ -200,7 +200,21 @@ class SlicedTransport(AbstractTransport):
         return jnp.concatenate(jnp.linalg.qr(normal)[0], axis=1)[:, : self.directions]
 
 
-class Mapped(AbstractTransport):
+class _Elsewhere(AbstractTransport):
+    """Another transport, in other coordinates."""
+
+    transport: AbstractTransport
+
+    @property
+    def is_metric(self) -> bool:
+        return self.transport.is_metric
+
+    @property
+    def in_turn(self) -> bool:
+        return self.transport.in_turn
+
+
+class Mapped(_Elsewhere):
     """Another transport, of the features `map(θ)` of each member: a metric on laws of features, blind to what the map does not see.
 
     **Args:** `transport`: any other. `map`: from one member, shape (d,), to its features, shape (p,); a pytree or a function of jax.
@@ -215,16 +229,7 @@ class Mapped(AbstractTransport):
         4.0
     """
 
-    transport: AbstractTransport
     map: Callable[[Float[Array, " d"]], Float[Array, " p"]]
-
-    @property
-    def is_metric(self) -> bool:
-        return self.transport.is_metric
-
-    @property
-    def in_turn(self) -> bool:
-        return self.transport.in_turn
 
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         x, y = jax.vmap(self.map)(x), jax.vmap(self.map)(y)
@@ -287,7 +292,7 @@ def _check_coordinates(coordinates: int, d: int, members: int) -> None:
         raise refuse("coordinates", f"be at most {members}, the members of all snapshots together", f"is {coordinates}")
 
 
-class Projected(AbstractTransport):
+class Projected(_Elsewhere):
     """Another transport, of the coordinates θ @ `matrix`. With orthonormal columns every metric here then bounds its full self from below.
 
     **Args:** `transport`: any other. `matrix`: shape (d, p), a leaf of the pytree.
@@ -302,20 +307,11 @@ class Projected(AbstractTransport):
         9.0
     """
 
-    transport: AbstractTransport
     matrix: Float[Array, "d p"] = eqx.field(converter=as_float)
 
     def __check_init__(self):
         if jnp.ndim(self.matrix) != 2 or jnp.size(self.matrix) == 0:
             raise refuse("matrix", "have shape (d, p)", f"has shape {jnp.shape(self.matrix)}")
-
-    @property
-    def is_metric(self) -> bool:
-        return self.transport.is_metric
-
-    @property
-    def in_turn(self) -> bool:
-        return self.transport.in_turn
 
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         if len(self.matrix) != x.shape[1]:
