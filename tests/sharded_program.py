@@ -30,7 +30,7 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
     from jax.experimental.multihost_utils import process_allgather
 
     import esljax as esl
-    from esljax.sharding import shard_members
+    from esljax.sharding import choose_mesh, shard_members
 
     key = jax.random.key(0)
     data = esl.datasets.digits()
@@ -99,6 +99,9 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         found[f"{size} optimum"] = np.asarray(optimum.controls)
 
     if not processes:
+        # What was put somewhere stays there; what was not goes everywhere.
+        assert choose_mesh(None, jax.device_put(points, jax.devices()[1])) is None
+        assert choose_mesh(None, jax.numpy.asarray(points)).size == len(jax.devices())
         mesh = esl.member_mesh()
         start = shard_members(weights, mesh)
         # A run needs no word between devices, its gradient one sum at the end, and distances only the turn of the history.

@@ -59,6 +59,7 @@ def test_gradients_are_widened():
     position = network(None).init(members=1, key=KEY)[0]
     wide, narrow = (network(dtype).energy_and_gradient(position) for dtype in (None, "bfloat16"))
     assert narrow[0].dtype == narrow[1].dtype == jnp.float32
+    assert network("bfloat16").predict(position, digits().test.inputs[:2]).dtype == jnp.float32
     assert 0 < float(jnp.linalg.norm(narrow[1] - wide[1]) / jnp.linalg.norm(wide[1])) < 0.02
 
 
