@@ -133,7 +133,8 @@ def map_pairs(
     count, devices = pairs.shape[1], 1 if mesh is None else mesh.size
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     share = math.ceil(count / devices)
-    together = side_by_side(share, *snapshots.shape[1:], in_turn, platform)
+    n, d = snapshots.shape[1:]
+    together = side_by_side(share, n, d, in_turn, platform)
     share = math.ceil(share / together) * together
     # Some pairs are solved twice, so that every device has as many in every round.
     x, y = (snapshots[ends[np.arange(share * devices) % count]] for ends in pairs)
