@@ -192,4 +192,4 @@ def memory_of_the_machine() -> float:
 
 def size(count: int | float) -> str:
     """A number of bytes for readers."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

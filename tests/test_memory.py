@@ -93,7 +93,7 @@ def test_devices_share_what_they_can():
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_to_change(settings, remedy, refused):
-    refused(lambda: problem(**settings).plan().check(1e8), f"`members` must fit in 0.1 GB a device .*{remedy}.* or use more devices")
+    refused(lambda: problem(**settings).plan().check(1e8), f"`members` must fit in 100.0 MB a device .*{remedy}.* or use more devices")
 
 
 def test_bad_input_is_one_sentence(refused):
@@ -106,7 +106,7 @@ def test_the_command(capsys, tmp_path):
     assert said.startswith("32 members of 2410 numbers on 4 devices")
     assert re.search(r"adjoint +32\.5 MB", said)  # 200 times positions, noise and batches of 8 members
     assert cli.main(["plan", "--memory", "0.1"]) == 2
-    assert "must fit in 0.1 GB a device" in capsys.readouterr().err
+    assert "must fit in 100.0 MB a device" in capsys.readouterr().err
     assert cli.main(["plan", "--memory", "-1"]) == 2
     assert "`memory` must be greater than 0" in capsys.readouterr().err
     out = tmp_path / "out"
