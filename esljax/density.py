@@ -11,6 +11,7 @@ same members flatters itself: fit on one half and evaluate on the other.
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -46,8 +47,20 @@ class AbstractLogDensity(eqx.Module):
         """∇log q̂ at one point."""
 
 
+class AbstractSmoother(eqx.Module):
+    """A density whose kernels or bins average more than members."""
+
+    @abc.abstractmethod
+    def smooth(self, positions: Float[Array, "n d"], values: Float[Array, "n p"]) -> Callable[[Array], Array]:
+        """The local mean of what the members carry, a function of one position (d,) with values (p,): a pytree, differentiable once.
+        `positions` are those the density was fitted to."""
+
+
 class AbstractDensity(eqx.Module):
     """A way to fit a density to an ensemble. Calls look like `KernelDensity().fit(positions).log_density(x)`."""
+
+    # Whether a fit takes every fifth member, the first included, only to stop by.
+    spares_a_fifth: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod
@@ -198,7 +211,7 @@ def _reference_bandwidth(n: int, d: int, derivatives: int) -> float:
     return (4 / ((d + 2 * derivatives + 2) * n)) ** (1 / (d + 2 * derivatives + 4))
 
 
-class Kernels(AbstractLogDensity):
+class Kernels(AbstractLogDensity, AbstractSmoother):
     """What `KernelDensity` fits."""
 
     frame: Frame
@@ -214,6 +227,9 @@ class Kernels(AbstractLogDensity):
 
     def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         return self.frame.gradient((self.average(x, self.members) - self.frame.into(x)) / self.bandwidth**2)
+
+    def smooth(self, positions: Float[Array, "n d"], values: Float[Array, "n p"]) -> Callable[[Array], Array]:
+        return eqx.Partial(self.average, values=values)
 
     def average(self, x: Float[Array, " d"], values: Float[Array, "n p"]) -> Float[Array, " p"]:
         """The mean of what each member carries, weighted by its kernel at x (Nadaraya and Watson)."""
@@ -253,7 +269,7 @@ class HistogramDensity(AbstractDensity):
         return Histogram(counts, empty.lower, empty.width), state
 
 
-class Histogram(AbstractLogDensity):
+class Histogram(AbstractLogDensity, AbstractSmoother):
     """What `HistogramDensity` fits."""
 
     counts: Float[Array, "..."]
@@ -272,14 +288,25 @@ class Histogram(AbstractLogDensity):
         return jnp.where(inside, logs, -jnp.inf)
 
     def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
-        inside = jnp.clip(x, self.lower, self.lower + self.width * len(self.counts))
-        return jax.grad(self._spline)(inside)
+        return jax.grad(lambda x: self._spline(jnp.log(self.counts + 0.5), self._inside(x)))(x)
 
-    def _spline(self, x: Float[Array, " d"]) -> Scalar:
+    def smooth(self, positions: Float[Array, "n d"], values: Float[Array, "n p"]) -> Callable[[Array], Array]:
+        """Means over each bin, drawn to 0 by half a member, through the same spline."""
+        sums = jnp.zeros((*self.counts.shape, values.shape[1]), values.dtype).at[tuple(self.bin(positions).T)].add(values)
+        return eqx.Partial(self._mean, sums / (self.counts + 0.5)[..., None])
+
+    def _mean(self, table: Float[Array, "..."], x: Float[Array, " d"]) -> Float[Array, " p"]:
+        return self._spline(table, self._inside(x))
+
+    def _inside(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
+        return jnp.clip(x, self.lower, self.lower + self.width * len(self.counts))
+
+    def _spline(self, table: Float[Array, "..."], x: Float[Array, " d"]) -> Float[Array, "..."]:
         # Beyond its edges the table goes on as a straight line.
-        patch = jnp.pad(jnp.log(self.counts + 0.5), 1, mode="reflect", reflect_type="odd")
+        axes = len(x)
+        patch = jnp.pad(table, [(1, 1)] * axes + [(0, 0)] * (table.ndim - axes), mode="reflect", reflect_type="odd")
         corner = self.bin(x)
-        patch = jax.lax.dynamic_slice(patch, corner, (3,) * len(x))
+        patch = jax.lax.dynamic_slice(patch, [*corner, *[0] * (table.ndim - axes)], (*(3,) * axes, *table.shape[axes:]))
         offset = (x - self.lower) / self.width - corner - 0.5
         for t in offset:
             patch = jnp.tensordot(jnp.stack([(0.5 - t) ** 2 / 2, 0.75 - t**2, (0.5 + t) ** 2 / 2]), patch, axes=1)
@@ -301,6 +328,7 @@ class FlowDensity(AbstractDensity):
     **Reference:** De Cao, Aziz and Titov, "Block neural autoregressive flow", UAI 2019. The flow itself is flowjax's.
     """
 
+    spares_a_fifth: ClassVar[bool] = True
     key: Key
     layers: int = eqx.field(static=True, default=2)
     width: int = eqx.field(static=True, default=8)
@@ -325,7 +353,7 @@ class FlowDensity(AbstractDensity):
     def estimate(self, positions: Float[Array, "n d"], state: list[Array]) -> tuple[AbstractLogDensity, list[Array]]:
         frame = Frame.of(positions)
         members = frame.into(positions)
-        chosen = jnp.arange(len(members)) % 5 > 0
+        chosen = jnp.arange(len(members)) % 5 > 0  # `spares_a_fifth`
         optimizer = optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps))
 
         def losses(parameters):

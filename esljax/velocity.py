@@ -162,8 +162,12 @@ def variational(field: AbstractField, snapshot: Snapshot) -> tuple[Array, Array,
 
 def halves(snapshot: Snapshot) -> tuple[Snapshot, Snapshot]:
     """Every second member, and the others."""
-    take = lambda rows: Snapshot(snapshot.positions[rows], snapshot.drift[rows], snapshot.diffusion)  # noqa: E731
-    return take(slice(0, None, 2)), take(slice(1, None, 2))
+    return rows(snapshot, slice(0, None, 2)), rows(snapshot, slice(1, None, 2))
+
+
+def rows(snapshot: Snapshot, which: Any) -> Snapshot:
+    """Some of the members: a slice or a NumPy mask."""
+    return Snapshot(snapshot.positions[which], snapshot.drift[which], snapshot.diffusion)
 
 
 def interleave(even: Array, odd: Array) -> Array:

@@ -56,6 +56,8 @@ def cases(n: int, d: int, chosen: Sequence[str]) -> list[tuple[str, esl.Abstract
     ]
     if d == 1 or n <= 50:
         found.append(("exact chain", esl.ExactTransport(), None))
+    if d <= 3:
+        found.append(("histogram velocity", esl.GaussianTransport(), esl.HistogramVelocity()))
     return [case for case in found if any(case[0].startswith(name) for name in chosen)]
 
 

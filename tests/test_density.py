@@ -170,6 +170,18 @@ def test_the_score_of_a_histogram_is_that_of_a_parabola(x64):
         np.testing.assert_allclose(score, [-(u - 3.0) / 2 / 0.5, -(v - 5.0) / 3 / 2.0], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("name", ["kernels for a score", "histogram"])
+def test_local_means(name):
+    """Of a sine with noise about it; and of nothing but a number, which kernels return and bins draw to 0 by half a member."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 1)).astype(np.float32)
+    values = np.column_stack([np.sin(2 * x[:, 0]) + 0.3 * rng.normal(size=len(x)), np.full(len(x), 3.0)]).astype(np.float32)
+    smooth = DENSITIES[name]().fit(x).smooth(jnp.asarray(x), jnp.asarray(values))
+    means = jax.vmap(smooth)(jnp.linspace(-1, 1, 21)[:, None])
+    np.testing.assert_allclose(means[:, 0], np.sin(2 * np.linspace(-1, 1, 21)), atol=0.15)
+    np.testing.assert_allclose(means[:, 1], 3.0, rtol=0.01 if name == "histogram" else 1e-5)
+
+
 def test_a_short_flow_gains_on_its_start():
     """In one dimension, a skewed law: a few steps raise the likelihood of fresh members."""
     x, fresh = (np.random.default_rng(seed).gamma(1.0, size=(400, 1)).astype(np.float32) for seed in range(2))

@@ -37,7 +37,8 @@ def once(velocity, given):
 # Contracts
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("flow", "kde"))) for name in VELOCITIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VELOCITIES)
 @pytest.mark.usefixtures("quick_compilation")
 def test_compiled_is_uncompiled_and_vmap_is_a_loop(name):
     velocity = VELOCITIES[name]()
@@ -136,17 +137,13 @@ def test_two_modes_that_diffuse_freely(name):
         ratios.append(float(answer.squared) / truth)
         errors.append(float(answer.standard_error) / truth)
         assert float(AffineVelocity()(x, jnp.zeros_like(x), 1.0).squared) < 0.1 * truth
-    assert abs(np.mean(ratios) - 1) < 0.1
+    assert -0.1 < np.mean(ratios) - 1 < 3 * np.mean(errors) / np.sqrt(len(ratios))
     # What `standard_error` says is what comes out over seeds.
     if name != "flow":
         assert 0.4 < np.std(ratios, ddof=1) / np.mean(errors) < 2.0
 
 
-# σ/truth - 1, averaged over 6 seeds at n = 2000 and granted beside the spread: kernels and bins are at home in few dimensions.
-GRANTED = {("kde", 1): 0.02, ("kde", 2): 0.02, ("kde", 10): 0.11, ("histogram", 1): 0.03, ("histogram", 2): 0.09}
-
-
-@pytest.mark.parametrize(("name", "d"), GRANTED)
+@pytest.mark.parametrize(("name", "d"), [("kde", 1), ("kde", 2), ("kde", 10), ("histogram", 1), ("histogram", 2)])
 @pytest.mark.parametrize("end", [False, True])
 def test_an_ornstein_uhlenbeck_snapshot(name, d, end):
     """O1 at its start and at its end: against the members' true velocities, so that their own sampling does not count."""
@@ -160,10 +157,11 @@ def test_an_ornstein_uhlenbeck_snapshot(name, d, end):
         sampled = np.sum(true**2, axis=1)
         ratios.append(float(answer.squared) / sampled.mean())
         errors.append(np.std(np.asarray(answer.contributions) - sampled) / np.sqrt(2000) / sampled.mean())
-    assert abs(np.mean(ratios) - 1) < GRANTED[name, d] + 5 * np.mean(errors) / np.sqrt(3)
+    assert abs(np.mean(ratios) - 1) < 0.01 * (2 if d == 10 else 1) + 3 * np.mean(errors) / np.sqrt(3)
 
 
-def test_kernels_stay_below_and_follow_a_drift_that_is_not_linear():
+@pytest.mark.parametrize("name", ["kde", "histogram"])
+def test_means_stay_below_and_follow_a_drift_that_is_not_linear(name):
     """A double well's equilibrium, displaced by .3: σ = ∫ p (Φ'(x + .3) - Φ'(x))², of which affine fields miss a fifth."""
     force = lambda x: -8 * x * (x**2 - 1)  # noqa: E731
     grid = np.linspace(-3, 3, 60001)
@@ -172,7 +170,7 @@ def test_kernels_stay_below_and_follow_a_drift_that_is_not_linear():
     true = force(grid + 0.3) - force(grid)
     truth = np.sum(weight * true**2)
     x = np.random.default_rng(0).choice(grid, size=(2000, 1), p=weight) + 0.3
-    answer = KDEVelocity()(x.astype(np.float32), force(x).astype(np.float32), 0.5)
+    answer = VELOCITIES[name]()(x.astype(np.float32), force(x).astype(np.float32), 0.5)
     error = float(answer.standard_error)
     assert -0.1 * truth - 5 * error < float(answer.squared) - truth < 5 * error
     below = AffineVelocity()(x.astype(np.float32), force(x).astype(np.float32), 0.5).squared
@@ -182,20 +180,49 @@ def test_kernels_stay_below_and_follow_a_drift_that_is_not_linear():
 
 @pytest.mark.parametrize("name", ["kde", "histogram"])
 def test_nothing_moves_at_equilibrium(name):
-    """A Gaussian at rest, whose drift alone has σ = 1: kernels answer 0 from below."""
+    """A Gaussian at rest, whose drift alone has σ = 1."""
     x = np.random.default_rng(0).normal(size=(2000, 1)).astype(np.float32)
     answer = VELOCITIES[name]()(x, -x, 1.0)
-    low, high = (-0.06, 5 * float(answer.standard_error)) if name == "kde" else (0.0, 0.3)
-    assert low <= float(answer.squared) < high
+    assert -0.01 < float(answer.squared) < 3 * float(answer.standard_error) + 0.002
+
+
+@pytest.mark.parametrize("name", ["kde", "histogram"])
+def test_a_drift_that_scatters_about_its_mean_moves_nothing_more(name):
+    """The drift of a projected law is no function of its positions. Only its mean at each place moves the law: σ = 1, where the score
+    plugged in would answer 5."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 1)).astype(np.float32)
+    answer = VELOCITIES[name]()(x, 1 - x + 2 * rng.normal(size=x.shape), 1.0)
+    assert abs(float(answer.squared) - 1) < 4 * float(answer.standard_error)
+    assert float(answer.standard_error) < 0.12
+
+
+def test_few_members_in_many_dimensions_fall_back_on_their_moments():
+    """A Gaussian displaced in 10 dimensions: 400 members know little of their density, and the answer is the affine one."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 10)).astype(np.float32)
+    answer, affine = (velocity(x, 1 - x, 1.0) for velocity in (KDEVelocity(), AffineVelocity()))
+    np.testing.assert_allclose(affine.squared, 10, rtol=0.1)
+    np.testing.assert_allclose(answer.squared, affine.squared, rtol=0.02)
+
+
+@pytest.mark.parametrize("name", ["kde", "histogram"])
+@pytest.mark.parametrize("n", [4, 9, 30, 32])
+def test_few_members_are_answered_by_their_affine_field(name, n):
+    """No half with fewer than four members to spare is asked for a density."""
+    given = snapshot(n=n)
+    answer, affine = (velocity(given.positions, given.drift, given.diffusion) for velocity in (VELOCITIES[name](), AffineVelocity()))
+    assert np.isfinite(float(answer.squared))
+    assert np.isclose(answer.squared, affine.squared, rtol=1e-5) == (n < 32)
 
 
 def test_what_each_estimator_says_of_itself():
     given = snapshot()
-    for name, bound, resolved in (("kde", "lower", True), ("histogram", "none", False)):
+    for name in ("kde", "histogram"):
         velocity = VELOCITIES[name]()
         answer = velocity(given.positions, given.drift, given.diffusion)
-        assert (answer.bound, answer.gradient_contributions) == (bound, None)
-        assert (answer.divergence is not None) == resolved
+        assert (answer.bound, answer.gradient_contributions) == ("lower", None)
+        assert answer.divergence is not None
         assert velocity.needs_drift
         assert not velocity.moments_only
     assert "leave-one-out" in str(KDEVelocity()(given.positions, given.drift, given.diffusion))
