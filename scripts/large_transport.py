@@ -1,6 +1,6 @@
 """Seconds and memory of the Sinkhorn divergence between two ensembles too large for the matrix of their distances, in d = 10.
 
-    python scripts/large_transport.py [--smoke] [--n 1000 3000 10000] [--chunk 256] [--out FILE.json]
+    python scripts/large_transport.py [--smoke] [--n 1000 3000 10000] [--chunk 256] [--rounds 3] [--out FILE.json]
 
 float32, two shifted Gaussian clouds, ε = .05 of the mean squared distance. Memory is the temporary memory of the compiled program, as the
 compiler counts it; beside it stands what one (n, n) matrix would take. For an accelerator: `--n 100000 --chunk 1024`.
@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float | bool]
     parser = timing.parser(__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, nargs="+", default=[1000, 3000, 10000], help="members of either ensemble")
     parser.add_argument("--chunk", type=int, default=256, help="members whose distances are held at a time")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each program")
     arguments = parser.parse_args(argv)
-    sizes, chunk, rounds = ([40], 16, 1) if arguments.smoke else (arguments.n, arguments.chunk, 3)
+    sizes, chunk, rounds = ([40], 16, 1) if arguments.smoke else (arguments.n, arguments.chunk, arguments.rounds)
 
     table = {}
     print("".join(f"{word:>16}" for word in HEADER))
