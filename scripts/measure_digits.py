@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rows[f"{p} principal: chain of moments"] = (path, {"transport": moments})
         rows[f"{p} principal: affine velocity"] = (path, {"transport": moments, "velocity": esl.AffineVelocity(), **of_run})
         rows[f"{p} principal: kernel velocity"] = (path, {"transport": whole, "velocity": esl.KernelVelocity(), **of_run})
+        rows[f"{p} principal: kde velocity"] = (path, {"transport": whole, "velocity": esl.KDEVelocity(), **of_run})
+        if p <= 3:
+            rows[f"{p} principal: histogram velocity"] = (path, {"transport": whole, "velocity": esl.HistogramVelocity(), **of_run})
         rows[f"{p} principal: transport velocity"] = (path, {"transport": whole, "velocity": esl.TransportVelocity(exact)})
     table = {}
     print(f"{'law and estimator':<42}{'Σ':>17}{'L²':>9}{'W2²':>9}{'housekeeping':>14}{'Σ debiased':>12}{'W2² debiased':>14}  findings")
