@@ -34,7 +34,7 @@ from esljax.entropy_production import learning_clock, member_rates
 from esljax.potentials import AbstractPotential, Driven
 from esljax.report import jackknife_groups
 from esljax.sharding import map_pairs
-from esljax.trajectory import Trajectory, check_runs, stack
+from esljax.trajectory import Trajectory, check_runs, on_devices, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
 from esljax.velocity import AbstractVelocity
 
@@ -274,6 +274,7 @@ def free_energy(
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
     _check(trajectory, potential, entropy, velocity, transport)
+    trajectory = on_devices(trajectory)
     if trajectory.positions.ndim == 3:
         return _of_one(trajectory, potential, entropy, velocity, transport, jackknife)
     return _of_several(trajectory, potential, entropy, velocity, transport)

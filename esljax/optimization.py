@@ -7,6 +7,7 @@ max(0, λ + μ r) and λ + μ h, and repeat. Candidates are compared on keys tha
 Source: Hestenes (1969), Powell (1969); Nocedal and Wright, Numerical Optimization (2006), ch. 17.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
 
 from esljax._checks import as_float, check_key, check_nonnegative, check_positive, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.checkpoints import Checkpoints, session
+from esljax.sharding import find_mesh, replicate
 
 
 class Equality(NamedTuple):
@@ -94,6 +97,7 @@ def optimize(
     penalty: float = 10.0,
     callback: Callable[[Iteration], None] | None = None,
     checkpoints: Checkpoints | None = None,
+    mesh: Mesh | None = None,
 ) -> Optimum:
     """Minimize `objective` over the floating leaves of `controls` by gradient.
 
@@ -109,6 +113,8 @@ def optimize(
     - `callback`: sees an `Iteration` after each; what it raises ends the search, and `KeyboardInterrupt` ends it with the best so far.
     - `checkpoints`: where to save the search between iterations, so that it survives its process; see `Checkpoints`. Taken up again it
       ends with the very bits of a search that nothing disturbed.
+    - `mesh`: the devices that every run in `objective` is spread over, such as `member_mesh()`, as if all of it stood under
+      `jax.set_mesh`. By default each run lies where its own `mesh` or its `positions` say.
 
     **Returns:** `Optimum`. A value or gradient that is not finite, or explodes, ends the search: the best so far is returned and `message`
     names the iteration and the likely cause.
@@ -131,7 +137,10 @@ def optimize(
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
         raise refuse("optimizer", "be an optax optimizer", f"is {optimizer!r}")
     check_key("key", key)
+    mesh = find_mesh(mesh, None)
     controls = jax.tree.map(lambda leaf: as_float(leaf) if isinstance(leaf, float | np.floating) else leaf, controls)
+    # Laid out from the start as they will come back, so that each step compiles once.
+    controls, key = replicate((controls, key), mesh)
     moving, fixed = eqx.partition(controls, eqx.is_inexact_array)
     if not jax.tree.leaves(moving):
         raise refuse("controls", "have at least one floating-point leaf to optimize", "has none")
@@ -142,18 +151,20 @@ def optimize(
     held_out = jax.vmap(lambda i: jax.random.fold_in(key, i))(iterations + jnp.arange(validation))
     run = {"iterations": iterations, "rounds": rounds, "validation": validation, "tolerance": tolerance, "penalty": penalty}
     run |= {"objective": objective, "controls": controls, "optimizer": optimizer, "key": key}
-    with session(checkpoints, run) as saved:
+    within = jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
+    with within, session(checkpoints, run) as saved:
         best = _Candidate(moving, *search.judge(moving, held_out))
         equalities = search.equalities(moving)
         # An objective that starts at 0 has no scale of its own.
         scale = jnp.where(best.value == 0, 1, jnp.abs(best.value))
         dual = _Dual(jnp.zeros_like(best.residuals), as_float(penalty).astype(best.value.dtype), scale)
-        state, last_good, rows = search.optimizer.init(moving), moving, []
+        state, dual = replicate((search.optimizer.init(moving), dual), mesh)
+        last_good, rows = moving, []
         message, interrupted = "Ran all iterations.", False
         kept = (moving, state, dual, best, last_good)
         restored = saved.restore(lambda done: (kept, _table([(0.0, best.residuals, 0.0)] * done, best)))
         if restored is None:
-            done, dual = 0, search.first_multipliers(moving, state, dual, equalities, jax.random.fold_in(key, 0))
+            done, dual = 0, replicate(search.first_multipliers(moving, state, dual, equalities, jax.random.fold_in(key, 0)), mesh)
         else:
             done, ((moving, state, dual, best, last_good), table) = restored
             rows = [(float(value), np.asarray(residuals), float(norm)) for value, residuals, norm in zip(*table, strict=True)]
@@ -311,8 +322,8 @@ class _Search(eqx.Module):
 
         The gradients of f and of each residual come from the compiled step itself, with multipliers (0, ...), (1, 0, ...), and so on.
         """
-        weak = as_float(1e-6).astype(dual.penalty.dtype)
-        units = [jnp.zeros_like(dual.multipliers), *jnp.eye(dual.multipliers.size, dtype=dual.multipliers.dtype)]
+        weak, none = jnp.full_like(dual.penalty, 1e-6), jnp.zeros_like(dual.multipliers)
+        units = [none, *(none.at[i].set(1) for i in range(none.size))]
         seen = [self.step(moving, state, dual._replace(multipliers=unit, penalty=weak), key)[2] for unit in units]
         of_value, *sums = (np.asarray(ravel_pytree(each.gradients)[0]) for each in seen)
         if not sums or not np.all(np.isfinite([of_value, *sums])):

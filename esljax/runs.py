@@ -165,12 +165,7 @@ def shape_of(config: RunConfig) -> RunConfig:
 
 def memory(config: RunConfig) -> int:
     """About how many bytes one run takes while it runs, from its shapes alone."""
-    try:
-        with jax.enable_x64(config.dtype == "float64"):
-            return _problem(shape_of(config), config.dtype).plan(differentiated=False).total
-    except Exception:
-        # What cannot even be made takes nothing; its task will say why.
-        return 0
+    return _memory(shape_of(config))
 
 
 def fitting_width(config: RunConfig, length: int, budget: float | None = None) -> int:
@@ -259,6 +254,16 @@ def _reason(numbers: dict[str, float]) -> str:
     if "final_loss" in bad:
         return f"diverged: the final loss is {numbers['final_loss']:g}; the likely cause is a learning rate that is too high"
     return f"not finite: {', '.join(bad)}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _memory(shape: RunConfig) -> int:
+    try:
+        with jax.enable_x64(shape.dtype == "float64"):
+            return _problem(shape, shape.dtype).plan(differentiated=False).total
+    except Exception:
+        # What cannot even be made takes nothing; its task will say why.
+        return 0
 
 
 @functools.lru_cache(maxsize=16)

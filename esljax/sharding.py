@@ -8,17 +8,20 @@ whole history.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from esljax._checks import known, refuse
 from esljax._types import Array, Float
+
+AnyMesh: TypeAlias = Mesh | AbstractMesh
+"""Devices by name or, inside `jit` under `jax.set_mesh`, only their number and kind."""
 
 
 def member_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
@@ -48,50 +51,85 @@ def member_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.asarray(devices), ("members",), axis_types=(AxisType.Auto,))
 
 
-def choose_mesh(mesh: Any, positions: Any) -> Mesh | None:
-    """The mesh for an ensemble (n, d): the one asked for; else where it lies already; else all local devices. None for one device.
+def choose_mesh(mesh: Any, positions: Any) -> AnyMesh | None:
+    """The mesh for an ensemble (n, d), as `find_mesh` finds it; None for one device.
 
     **Raises:** `InputError` if the members cannot be shared evenly.
     """
-    if mesh is None:
-        if not isinstance(positions, jax.Array) or not known(positions):
-            return None
-        lies = positions.sharding
-        if isinstance(lies, NamedSharding) and lies.mesh.size > 1:
-            mesh = lies.mesh
-        elif positions.committed or len(jax.local_devices()) == 1:
-            return None
-        else:
-            mesh = member_mesh(jax.local_devices())
-    if not isinstance(mesh, Mesh):
-        raise refuse("mesh", "be a jax.sharding.Mesh such as member_mesh()", f"is {mesh!r}")
+    mesh = find_mesh(mesh, positions)
     members = positions.shape[0]
-    if members % mesh.size:
+    if mesh is not None and members % mesh.size:
         fewer = next(count for count in range(mesh.size, 0, -1) if members % count == 0)
         raise refuse(
             "positions",
             f"hold a multiple of {mesh.size} members, to be shared by as many devices (or be given mesh=member_mesh({fewer}))",
             f"holds {members}",
         )
-    # Within this package the compiler, not the types, keeps track of what lies where.
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return mesh
 
 
-def shard_members(x: Any, mesh: Mesh | None, axis: int = 0) -> Array:
+def find_mesh(mesh: Any, x: Any) -> AnyMesh | None:
+    """The mesh asked for; else the one that `x` lies on already; else that of `jax.set_mesh`; else all local devices. None for one device.
+
+    **Raises:** `InputError` if what is asked for is no mesh, or another than that of `jax.set_mesh`, which jax would not compile.
+    """
+    if mesh is not None and not isinstance(mesh, AnyMesh):
+        raise refuse("mesh", "be a jax.sharding.Mesh such as member_mesh()", f"is {mesh!r}")
+    ambient = jax.sharding.get_abstract_mesh()
+    # Within a shard_map there is only the share of one device.
+    ambient = None if ambient.empty or AxisType.Manual in ambient.axis_types else ambient
+    visible = isinstance(x, jax.Array) and known(x)
+    if mesh is None and visible and isinstance(x.sharding, NamedSharding) and x.sharding.mesh.size > 1:
+        mesh = x.sharding.mesh
+    elif mesh is None and ambient is not None:
+        mesh = _mesh_that_is_set()
+    elif mesh is None and visible and not x.committed and x.device in (local := jax.local_devices()) and len(local) > 1:
+        mesh = member_mesh(local)
+    if mesh is None:
+        return None
+    mesh = _automatic(mesh)
+    if ambient is not None and mesh.abstract_mesh != ambient:
+        told = [f"{dict(each.shape)} with {'/'.join(kind.name.lower() for kind in each.axis_types)} axes" for each in (ambient, mesh)]
+        raise refuse("mesh", f"be that of jax.set_mesh, with auto axes as member_mesh() has them: set is {told[0]}", f"is {told[1]}")
+    return mesh
+
+
+def _mesh_that_is_set() -> AnyMesh:
+    try:
+        return jax.sharding.get_mesh()
+    except ValueError:  # inside jit, where jax tells no more than this
+        return jax.sharding.get_abstract_mesh()
+
+
+def _automatic(mesh: AnyMesh) -> AnyMesh:
+    """The same devices. Within this package the compiler, not the types, keeps track of what lies where."""
+    axes = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=axes) if isinstance(mesh, Mesh) else mesh.update(axis_types=axes)
+
+
+def shard_members(x: Any, mesh: AnyMesh | None, axis: int = 0) -> Array:
     """An array with its member axis across the mesh, within `jit` or outside of it."""
     if mesh is None:
         return jnp.asarray(x)
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
-    return jax.device_put(x, sharding) if known(x) else jax.lax.with_sharding_constraint(x, sharding)
+    return _put(x, sharding)
 
 
-def replicate(tree: Any, mesh: Mesh | None) -> Any:
+def replicate(tree: Any, mesh: AnyMesh | None) -> Any:
     """A copy of every array on each device, within `jit` or outside of it."""
     if mesh is None:
         return tree
     sharding = NamedSharding(mesh, PartitionSpec())
-    put = lambda x: jax.device_put(x, sharding) if known(x) else jax.lax.with_sharding_constraint(x, sharding)  # noqa: E731
-    return jax.tree.map(lambda x: put(x) if eqx.is_array(x) else x, tree)
+    return jax.tree.map(lambda x: _put(x, sharding) if eqx.is_array(x) else x, tree)
+
+
+def _put(x: Any, sharding: NamedSharding) -> Array:
+    if not known(x) or not isinstance(sharding.mesh, Mesh):
+        return jax.lax.with_sharding_constraint(jnp.asarray(x), sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        # To devices of other processes jax puts numbers only.
+        return jax.random.wrap_key_data(jax.device_put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    return jax.device_put(x, sharding)
 
 
 # Numbers in the pairs that a device solves side by side (256 MB in float32): small problems fill it together, large ones by themselves.
@@ -120,7 +158,7 @@ def map_pairs(
     snapshots: Float[Array, "snapshots n d"],
     first: Sequence[int] | np.ndarray,
     second: Sequence[int] | np.ndarray,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     *,
     in_turn: bool = False,
 ) -> Any:
@@ -131,7 +169,7 @@ def map_pairs(
     """
     pairs = np.stack([np.asarray(first), np.asarray(second)])
     count, devices = pairs.shape[1], 1 if mesh is None else mesh.size
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
     share = math.ceil(count / devices)
     n, d = snapshots.shape[1:]
     together = side_by_side(share, n, d, in_turn, platform)

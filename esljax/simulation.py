@@ -47,9 +47,9 @@ def simulate(
     - `snapshots`: J, the number of links between snapshots; it must divide `steps`.
     - `observe`: a function of one member (d,) to its features (p,), stored in place of positions when d is large.
     - `gradient`: how to differentiate, `HessianAdjoint()` by default; see `esljax.adjoint`.
-    - `mesh`: the devices that share the members, such as `member_mesh()`; by default those that `positions` lies on, or all local ones if
-      it was not placed anywhere. Inside `jit` it must be given. The numbers are the same on any number of devices.
-
+    - `mesh`: the devices that share the members, such as `member_mesh()`; by default those that `positions` lies on, those of
+      `jax.set_mesh`, or all local ones if it was not placed anywhere. Inside `jit` one of the first two must be said, or a single device
+      runs it all. The numbers are the same on any number of devices.
     - `checkpoints`: where to save the run between snapshots, so that it survives its process; see `Checkpoints`. Taken up again it ends
       with the very bits of a run that nothing disturbed, on any number of devices. Not inside `jit` or `grad`.
 

@@ -9,6 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from esljax._checks import refuse
 from esljax.chain import Distances, chain, distances
@@ -16,7 +17,7 @@ from esljax.entropy_production import MemberRates, from_velocities, member_rates
 from esljax.potentials import AbstractPotential, Driven
 from esljax.report import SpeedLimit, average, jackknife_groups, split, with_errors
 from esljax.sharding import replicate
-from esljax.trajectory import Trajectory, check_runs, stack
+from esljax.trajectory import Trajectory, check_runs, on_devices, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
 from esljax.velocity import AbstractVelocity
 
@@ -29,6 +30,7 @@ def speed_limit(
     potential: AbstractPotential | Driven | None = None,
     jackknife: int = 32,
     debias: bool = False,
+    mesh: Mesh | None = None,
 ) -> SpeedLimit:
     """Hold a run against the speed limit Σ ≥ L² ≥ W2².
 
@@ -42,6 +44,8 @@ def speed_limit(
       chain. The errors of several runs are taken over the runs.
     - `debias`: whether to add estimates whose sampling bias is removed by splitting the members in two, of Σ by the chain and of W2², and
       with them an interval of the gap between an estimate that errs below and one that errs above. Members must be independent.
+    - `mesh`: the devices that share the pairs of snapshots, of which there may be any number; by default those of the run, or all local
+      ones if it lies on none in particular. Inside `jit` those of the run, or of `jax.set_mesh`.
 
     **Returns:** `SpeedLimit`; `print` shows it with a verdict. Of several runs, the mean of each number.
     **Raises:** `InputError` for members that are not finite, fewer than two of them, runs of different shapes, and pairs of `velocity` and
@@ -59,6 +63,7 @@ def speed_limit(
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
     _check_pair(trajectory, transport, velocity, potential)
+    trajectory = on_devices(trajectory, mesh)
     if trajectory.positions.ndim == 3:
         return _of_one(trajectory, transport, velocity, potential, jackknife, debias)
     return _of_several(trajectory, transport, velocity, potential, debias)

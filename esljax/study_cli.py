@@ -52,6 +52,8 @@ class RunStudyConfig:
     """Runs side by side in one program; 0 for one on a CPU and as many as fit the memory of an accelerator."""
     retry: bool = False
     """Run again what has failed."""
+    reuse: tuple[Path, ...] = ()
+    """Stores of other studies, whose finished runs are taken over where all their settings are the same: to extend a study."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -128,6 +130,7 @@ def _run(config: RunStudyConfig) -> int:
                     task_size=None if is_store else config.task_size,
                     width=config.width or None,
                     retry=config.retry,
+                    reuse=config.reuse,
                     watch=bar.watch,
                 )
         except KeyboardInterrupt:

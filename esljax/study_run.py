@@ -1,7 +1,7 @@
 """A study run to its end: tasks go to an executor, and this process alone writes what comes back."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ def run_study(
     task_size: int | None = None,
     width: int | None = None,
     retry: bool = False,
+    reuse: Sequence[str | Path] = (),
     watch: Callable[[Progress], Any] = lambda progress: None,
 ) -> Any:
     """Run what is left of a study and return its results. It can be interrupted or killed at any time and called again.
@@ -52,11 +53,14 @@ def run_study(
     - `width`: how many runs of a task go side by side in one program: by default 1 on a CPU, and as many as fit the memory of an
       accelerator (a cluster's workers do as this process would).
     - `retry`: whether to run again what has failed.
+    - `reuse`: other stores, whose finished runs are taken over where their settings are the same. So a study is extended by more seeds or
+      rates: describe the larger one, and reuse the store of the smaller.
     - `watch`: is called with the `Progress` at the start and after each task.
 
     **Returns:** `open_study(out)`, an `xarray.Dataset`. A run that failed is marked there with its reason.
-    **Raises:** `InputError`, before anything runs, if `out` is no store of this study or another process is writing it, or if the study
-    needs more disk or memory than there is; `LostWorkersError` if a pool or a cluster ends before the study does.
+    **Raises:** `InputError`, before anything runs, if `out` is no store of this study or another process is writing it, if one of `reuse`
+    is no store or was made with other versions, or if the study needs more disk or memory than there is; `LostWorkersError` if a pool or
+    a cluster ends before the study does.
 
     **Example:**
 
@@ -74,6 +78,8 @@ def run_study(
         if value is not None:
             check_positive_int(name, value)
     executor = InProcess() if executor is None else executor
+    if isinstance(reuse, str | Path):
+        raise refuse("reuse", "be a list of stores", f"is {str(reuse)!r}")
     if not isinstance(executor, Executor):
         raise refuse("executor", "be a concurrent.futures.Executor", f"is {executor!r}")
     out = Path(out)
@@ -83,11 +89,14 @@ def run_study(
         check_memory(study, slices)
         if retry:
             store.forget(np.flatnonzero(store.done == FAILED))
+        for other in reuse:
+            store.adopt(Path(other))
         state = store.done
         fresh = 0
         say({"started": time.time(), "before": int(np.sum(state != TO_DO))})
         watch(_progress(state, fresh))
-        waiting = [part for part in slices if np.any(state[part.indices] == TO_DO)]
+        left = (part._replace(indices=part.indices[state[part.indices] == TO_DO]) for part in slices)
+        waiting = [part for part in left if part.indices.size]
         for part, task, future in _completed(executor, waiting, lambda part: _task(study, part, width)):
             fresh += _keep(store, state, part, task, future)
             watch(_progress(state, fresh))
@@ -117,7 +126,7 @@ def _completed(executor: Executor, slices: list[Slice], task_of: Callable[[Slice
 
 
 def _keep(store: StudyStore, state: np.ndarray, part: Slice, task: Task, future: Future) -> int:
-    """Write what was still to do of a task, and say how many runs that was."""
+    """Write the runs of a task, and say how many they were."""
     try:
         rows = future.result()
     except (BrokenExecutor, CancelledError) as error:
@@ -125,15 +134,9 @@ def _keep(store: StudyStore, state: np.ndarray, part: Slice, task: Task, future:
     except Exception as error:
         # The task's own errors come back as rows: this one is of its worker, such as one that has died once too often.
         rows = failed(task, f"the worker failed: {(str(error).splitlines() or [type(error).__name__])[0][:300]}")
-    left = state[part.indices] == TO_DO
-    chosen = rows._replace(
-        numbers={name: values[left] for name, values in rows.numbers.items()},
-        converged=rows.converged[left],
-        reasons=tuple(reason for reason, wanted in zip(rows.reasons, left, strict=True) if wanted),
-    )
-    store.write(part.indices[left], chosen)
-    state[part.indices[left]] = np.where([bool(reason) for reason in chosen.reasons], FAILED, DONE)
-    return int(left.sum())
+    store.write(part.indices, rows)
+    state[part.indices] = np.where([bool(reason) for reason in rows.reasons], FAILED, DONE)
+    return len(part.indices)
 
 
 def _progress(state: np.ndarray, fresh: int) -> Progress:

@@ -58,6 +58,28 @@ class StudyStore:
         done = np.where([bool(reason) for reason in rows.reasons], FAILED, DONE).astype(np.int8)
         self._group["done"].set_coordinate_selection(places, done)
 
+    def adopt(self, path: Path) -> int:
+        """Take over from another store the runs that are to do here and done there, with equal settings, and say how many they were.
+
+        **Raises:** `InputError` if there is no store, or if it was made with versions that numbers depend on and that are not these.
+        """
+        other = StudyStore(path, _open(path, "r"))
+        _check_versions(path, other._group, self._group)
+        there = {other.study.point(int(i)): i for i in np.flatnonzero(other.done == DONE)}
+        pairs = [(i, there[point]) for i in np.flatnonzero(self.done == TO_DO) if (point := self.study.point(int(i))) in there]
+        if pairs:
+            about = {name: other._group.attrs[name] for name in ("created", "commit")}
+            self._group.attrs["reused"] = {**self._group.attrs.get("reused", {}), str(path): about}
+            here, found = np.array(pairs).T
+            self.write(here, other.read(found, names(self.study.has_errors)))
+        return len(pairs)
+
+    def read(self, indices: np.ndarray, wanted: tuple[str, ...]) -> Rows:
+        """The rows of some runs; NaN for the standard errors of runs that were asked for none."""
+        chosen = lambda name: self._group[name][...].reshape(-1)[indices]  # noqa: E731
+        numbers = {name: chosen(name) if name in self._group else np.full(len(indices), np.nan) for name in wanted}
+        return Rows(numbers, chosen("converged"), tuple(str(reason) for reason in chosen("reason")))
+
     def forget(self, indices: np.ndarray) -> None:
         """Count some runs as to do again."""
         self._group["done"].set_coordinate_selection(np.unravel_index(indices, self._shape), np.zeros(len(indices), np.int8))
@@ -101,7 +123,7 @@ def open_study(path: str | Path) -> Any:
     **Args:** `path`: of the store.
     **Returns:** an `xarray.Dataset`, read as it is asked for. Its dimensions are the fields of the grid, or `point`; its variables the
     numbers of each run, NaN where there are none yet, with units and names in words; `done` (0 to do, 1 done, 2 failed), `reason` of what
-    failed, `converged`. Its attributes tell the study as TOML, versions, commit and time.
+    failed, `converged`. Its attributes tell the study as TOML, versions, commit and time, and the same of stores that runs were taken from.
     **Raises:** `InputError` if there is no such store, or xarray is not installed.
 
     **Example:** `open_study("study.zarr").w2_squared.mean("seed")`
@@ -124,6 +146,13 @@ def _study(path: Path, group: Any) -> Study:
     if version != _VERSION:
         raise refuse("path", f"be a store of version {_VERSION}", f"{path} has version {version}")
     return Study.from_dict(content, str(path))
+
+
+def _check_versions(path: Path, theirs: Any, ours: Any) -> None:
+    then, now = (json.loads(group.attrs["versions"]) for group in (theirs, ours))
+    for name in ("esljax", "jax", "jaxlib"):
+        if then.get(name) != now.get(name):
+            raise refuse("reuse", f"be a store made with {name} {now.get(name)}, as this one is", f"{path} was made with {then.get(name)}")
 
 
 def _open(path: Path, mode: Any) -> Any:

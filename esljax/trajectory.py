@@ -1,5 +1,6 @@
 """An ensemble at several training times: what a simulation returns, what a recording becomes, and what every measure reads."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,10 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh
 
 from esljax._checks import InputError, check_finite, known, refuse
 from esljax._types import Array, ArrayLike, Float, Shaped
+from esljax.sharding import AnyMesh, find_mesh, replicate, shard_members
 
 
 class Trajectory(eqx.Module):
@@ -31,7 +33,7 @@ class Trajectory(eqx.Module):
     """The positions at s = 1, also of an observed run; of recorded features the last ones."""
     observed: bool = eqx.field(static=True)
     """Whether `positions` holds features instead of positions."""
-    mesh: Mesh | None = eqx.field(static=True, default=None)
+    mesh: AnyMesh | None = eqx.field(static=True, default=None)
     """The devices that share the members, if there are several."""
 
     def __str__(self) -> str:
@@ -101,6 +103,20 @@ def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
     if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
         raise refuse("trajectory", "hold runs of one shape", f"holds {len(trajectories)} runs with positions of shapes {sorted(shapes)}")
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
+
+
+def on_devices(trajectory: Trajectory, mesh: AnyMesh | None = None) -> Trajectory:
+    """The same run on the devices that shall measure it: those of `mesh`, else its own, else those that `find_mesh` finds for it."""
+    # What `jit` has made under `jax.set_mesh` knows its devices by its arrays alone.
+    own = None if isinstance(trajectory.mesh, AbstractMesh) else trajectory.mesh
+    found = find_mesh(own if mesh is None else mesh, trajectory.positions)
+    if found is None or found == trajectory.mesh:
+        return trajectory
+    # Pairs of snapshots are what devices will share; until then members lie where they can.
+    divides = trajectory.positions.shape[-2] % found.size == 0
+    lay = lambda x: shard_members(x, found, axis=x.ndim - 2) if divides else replicate(x, found)  # noqa: E731
+    rest = {name: replicate(getattr(trajectory, name), found) for name in ("times", "energies", "rates", "temperatures")}
+    return dataclasses.replace(trajectory, positions=lay(trajectory.positions), final=lay(trajectory.final), mesh=found, **rest)
 
 
 def check_runs(trajectory: Trajectory, jackknife: int) -> None:

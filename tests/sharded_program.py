@@ -89,20 +89,45 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             found[f"{size} gradient {name}"] = np.asarray(slope(rates))
         slope = jax.jit(jax.grad(functools.partial(gap, potential=network, start=weights, transport=esl.ExactTransport(), mesh=mesh)))
         found[f"{size} gradient network"] = np.asarray(slope(rates))
-        optimum = esl.optimize(
-            lambda rates, key, mesh=mesh: gap(jnp.exp(rates), trap, points, esl.GaussianTransport(), mesh),
-            jnp.log(rates),
-            key=key,
-            iterations=2,
-            rounds=1,
-        )
+        # A recording lies nowhere in particular, and a run in an objective where the optimization is told to spread it.
+        recording = esl.recorded(found[f"{size} positions trap"])
+        report = esl.speed_limit(recording, transport=esl.GaussianTransport(), jackknife=0, mesh=mesh)
+        assert len(report.gap.sharding.device_set) == size
+        found[f"{size} report recorded"] = np.array([report.entropy_production, report.length_squared, report.w2_squared])
+
+        def objective(rates, key, size=size):
+            path = simulate(trap, jnp.exp(rates), jax.random.normal(key, (16, 5)), None)
+            traced.append(size)
+            assert path.mesh.size == size
+            return esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=0).gap
+
+        traced = []
+        optimum = esl.optimize(objective, jnp.log(rates), key=key, iterations=2, rounds=1, mesh=mesh)
         found[f"{size} optimum"] = np.asarray(optimum.controls)
+        # The judge, the shapes and the step; arrays that come back from the devices otherwise than they went there would compile again.
+        assert len(traced) == 3
 
     if not processes:
         # What was put somewhere stays there; what was not goes everywhere.
         assert choose_mesh(None, jax.device_put(points, jax.devices()[1])) is None
         assert choose_mesh(None, jax.numpy.asarray(points)).size == len(jax.devices())
         mesh = esl.member_mesh()
+        with jax.set_mesh(mesh):
+            for path in (simulate(trap, rates, points, None), jax.jit(lambda start: simulate(trap, rates, start, None))(points)):
+                assert path.positions.sharding.shard_shape(path.positions.shape)[1] == 2
+                np.testing.assert_array_equal(path.positions, found["8 positions trap"])
+        # What `jit` returned knows its devices by its arrays alone; it is measured on them, or on others.
+        for there in (None, esl.member_mesh(3)):
+            report = esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=0, mesh=there)
+            assert len(report.gap.sharding.device_set) == (8 if there is None else 3)
+            np.testing.assert_allclose(report.entropy_production, found["8 report recorded"][0], rtol=1e-6)
+        found["refusals"] = []
+        for set_mesh in (mesh, jax.make_mesh((8,), ("members",))):
+            with jax.set_mesh(set_mesh):
+                try:
+                    simulate(trap, rates, points, esl.member_mesh(4))
+                except esl.InputError as error:
+                    found["refusals"].append(str(error))
         start = shard_members(weights, mesh)
         # A run needs no word between devices, its gradient one sum at the end, and distances only the turn of the history.
         path = jax.jit(lambda start: simulate(network, rates, start, mesh))(start)

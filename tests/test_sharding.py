@@ -16,6 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from esljax import sharding
 from esljax.dynamics import Langevin
+from esljax.optimization import optimize
 from esljax.potentials import Quadratic
 from esljax.sharding import choose_mesh, map_pairs, member_mesh, shard_members
 from esljax.simulation import simulate
@@ -96,6 +97,14 @@ def test_no_device_gathers_the_history(devices):
     assert max(largest.values()) <= 2410
 
 
+def test_a_mesh_beside_that_of_set_mesh_is_refused(devices):
+    """jax would say it in the terms of its compiler."""
+    said = "Argument `mesh` must be that of jax.set_mesh, with auto axes as member_mesh() has them: set is {'members': 8} with "
+    automatic, explicit = devices["refusals"]
+    assert automatic == said + "auto axes, but is {'members': 4} with auto axes."
+    assert explicit == said + "explicit axes, but is {'members': 4} with auto axes."
+
+
 def on_one_device() -> jax.Array:
     return jax.random.normal(jax.random.key(0), (6, 2))
 
@@ -108,6 +117,7 @@ def on_one_device() -> jax.Array:
         (lambda: member_mesh([]), "`devices` must name at least one device"),
         (lambda: member_mesh(jax.devices() * 2), "`devices` must name at least one device, each once"),
         (lambda: choose_mesh("cpu", on_one_device()), "`mesh` must be a jax.sharding.Mesh"),
+        (lambda: optimize(lambda x, key: x**2, 1.0, key=jax.random.key(0), iterations=1, mesh=2), "`mesh` must be a jax.sharding.Mesh"),
     ],
 )
 def test_bad_input_is_one_sentence(call, sentence, refused):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -302,6 +303,55 @@ def test_a_failed_task_is_kept_and_run_again_if_asked(tmp_path, monkeypatch):
     assert again["done"].values.tolist() == [[1, 1], [1, 1]]
     assert (again["reason"] == "").all()
     assert [point.members for point in counting.points] == [5, 5]
+
+
+def test_a_study_is_extended_by_the_runs_of_another(grid_store, tmp_path):
+    """Of a larger grid only what is new is run, and the numbers are those of a study that reused nothing."""
+    path, _ = grid_store
+    larger = esl.Study(dataclasses.replace(BASE, rate=0.1), grid={"members": [6], "schedule": ["cosine", "constant"], "seed": [1, 2, 3]})
+    fresh = run_study(larger, tmp_path / "fresh.zarr").load()
+    results = run_study(larger, tmp_path / "study.zarr", reuse=[path], executor=(counting := Counting()))
+    assert {(point.schedule, point.seed) for point in counting.points} == {("cosine", 2), ("constant", 2)}
+    same(results.load(), fresh)
+    assert list(results.attrs["reused"]) == [str(path)]
+    assert results.attrs["reused"][str(path)]["created"] == esl.open_study(path).attrs["created"]
+    assert "reused" not in fresh.attrs
+    # Of runs that were not asked for standard errors there are none.
+    rows = study_store.StudyStore(path, zarr.open_group(path, mode="r")).read(np.array([3]), ("gap", "gap_error"))
+    assert rows.numbers["gap"] == esl.open_study(path)["gap"].values.reshape(-1)[3]
+    assert np.isnan(rows.numbers["gap_error"])
+
+
+def test_what_failed_is_not_reused(tmp_path):
+    failing = esl.Study(BASE, points=[{"rate": 1e30}, {"rate": 0.1}])
+    run_study(failing, tmp_path / "failing.zarr")
+    again = run_study(failing, tmp_path / "again.zarr", reuse=[tmp_path / "failing.zarr"], executor=(counting := Counting()))
+    assert [point.rate for point in counting.points] == [1e30]
+    assert again["done"].values.tolist() == [2, 1]
+
+
+def test_stores_that_cannot_be_reused_are_refused(grid_store, tmp_path, refused):
+    path, _ = grid_store
+    study = esl.Study(BASE, grid={"seed": [1]})
+    refused(lambda: run_study(study, tmp_path / "s.zarr", reuse=path), "Argument `reuse` must be a list of stores")
+    refused(lambda: run_study(study, tmp_path / "s.zarr", reuse=[tmp_path / "no.zarr"]), "must be the store of a study, but there is nothing")
+    shutil.copytree(path, tmp_path / "old.zarr")
+    about = zarr.open_group(tmp_path / "old.zarr").attrs
+    about["versions"] = json.dumps({**json.loads(about["versions"]), "jax": "0.1"})
+    refused(
+        lambda: run_study(study, tmp_path / "s.zarr", reuse=[tmp_path / "old.zarr"], executor=Idle()),
+        f"Argument `reuse` must be a store made with jax {jax.__version__}, as this one is, but .*old.zarr was made with 0.1",
+    )
+
+
+def test_memory_is_foretold_once_a_shape(tmp_path, monkeypatch):
+    """A study of very many runs starts at once."""
+    plans, plain = [], comparison.Problem.plan
+    monkeypatch.setattr(comparison.Problem, "plan", lambda self, **more: plans.append(self.members) or plain(self, **more))
+    runs._memory.cache_clear()
+    study = esl.Study(BASE, grid={"members": [6, 8], "rate": [0.1, 0.2], "seed": range(20)})
+    study_store.check_memory(study, study.slices(4))
+    assert plans == [6, 8]
 
 
 def test_another_study_is_refused(grid_store, refused, tmp_path):
