@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from esljax._checks import as_float, check_key, check_nonnegative, check_positive, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.checkpoints import Checkpoints, session
-from esljax.sharding import find_mesh, replicate
+from esljax.sharding import AnyMesh, find_mesh, replicate
 
 
 class Equality(NamedTuple):
@@ -97,7 +97,7 @@ def optimize(
     penalty: float = 10.0,
     callback: Callable[[Iteration], None] | None = None,
     checkpoints: Checkpoints | None = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> Optimum:
     """Minimize `objective` over the floating leaves of `controls` by gradient.
 

@@ -13,7 +13,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from esljax._checks import check_ensemble, check_finite, check_key, check_nonnegative, check_positive_int, refuse
 from esljax._types import Array, ArrayLike, Float, Key
@@ -21,7 +20,7 @@ from esljax.adjoint import AbstractGradient, HessianAdjoint
 from esljax.checkpoints import Checkpoints, session
 from esljax.dynamics import AbstractRule, Controls
 from esljax.potentials import AbstractPotential, Driven, potential_at
-from esljax.sharding import choose_mesh, shard_members
+from esljax.sharding import AnyMesh, choose_mesh, shard_members
 from esljax.trajectory import Trajectory
 
 
@@ -35,7 +34,7 @@ def simulate(
     snapshots: int = 20,
     observe: Callable[[Float[Array, " d"]], Float[Array, " p"]] | None = None,
     gradient: AbstractGradient | None = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Trajectory:
     """Move an ensemble through `steps` steps of `rule` in `potential` and keep evenly spaced snapshots.

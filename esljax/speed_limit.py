@@ -9,14 +9,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from esljax._checks import refuse
 from esljax.chain import Distances, chain, distances
 from esljax.entropy_production import MemberRates, from_velocities, member_rates
 from esljax.potentials import AbstractPotential, Driven
 from esljax.report import SpeedLimit, average, jackknife_groups, split, with_errors
-from esljax.sharding import replicate
+from esljax.sharding import AnyMesh, replicate
 from esljax.trajectory import Trajectory, check_runs, on_devices, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
 from esljax.velocity import AbstractVelocity
@@ -30,7 +29,7 @@ def speed_limit(
     potential: AbstractPotential | Driven | None = None,
     jackknife: int = 32,
     debias: bool = False,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> SpeedLimit:
     """Hold a run against the speed limit Σ ≥ L² ≥ W2².
 

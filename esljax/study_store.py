@@ -134,8 +134,11 @@ def open_study(path: str | Path) -> Any:
     dataset = xarray.open_zarr(path, chunks=None, consolidated=False)
     # Strings of the type that every selection by label understands.
     strings = {name: dataset[name].astype(object) for name in dataset.variables if dataset[name].dtype.kind not in "iufb"}
-    ordered = [*names(True), "converged", "done", "reason"]
-    return dataset.assign(strings).set_coords(list(study.coordinates))[[name for name in ordered if name in dataset]]
+    dataset = dataset.assign(strings)
+    ordered = [name for name in (*names(True), "converged", "done", "reason") if name in dataset]
+    # In the order of the study: a folder lists its files in an order of its own.
+    variables, coordinates = ({name: dataset[name].variable for name in some} for some in (ordered, study.coordinates))
+    return xarray.Dataset(variables, coordinates, dataset.attrs)
 
 
 def _study(path: Path, group: Any) -> Study:

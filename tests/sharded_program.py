@@ -95,13 +95,14 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         assert len(report.gap.sharding.device_set) == size
         found[f"{size} report recorded"] = np.array([report.entropy_production, report.length_squared, report.w2_squared])
 
-        def objective(rates, key, size=size):
+        traced = []
+
+        def objective(rates, key, size=size, traced=traced):
             path = simulate(trap, jnp.exp(rates), jax.random.normal(key, (16, 5)), None)
             traced.append(size)
             assert path.mesh.size == size
             return esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=0).gap
 
-        traced = []
         optimum = esl.optimize(objective, jnp.log(rates), key=key, iterations=2, rounds=1, mesh=mesh)
         found[f"{size} optimum"] = np.asarray(optimum.controls)
         # The judge, the shapes and the step; arrays that come back from the devices otherwise than they went there would compile again.

@@ -334,7 +334,9 @@ def test_stores_that_cannot_be_reused_are_refused(grid_store, tmp_path, refused)
     path, _ = grid_store
     study = esl.Study(BASE, grid={"seed": [1]})
     refused(lambda: run_study(study, tmp_path / "s.zarr", reuse=path), "Argument `reuse` must be a list of stores")
-    refused(lambda: run_study(study, tmp_path / "s.zarr", reuse=[tmp_path / "no.zarr"]), "must be the store of a study, but there is nothing")
+    refused(
+        lambda: run_study(study, tmp_path / "s.zarr", reuse=[tmp_path / "no.zarr"]), "must be the store of a study, but there is nothing"
+    )
     shutil.copytree(path, tmp_path / "old.zarr")
     about = zarr.open_group(tmp_path / "old.zarr").attrs
     about["versions"] = json.dumps({**json.loads(about["versions"]), "jax": "0.1"})
