@@ -7,7 +7,8 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ _PACKAGES = ("esljax", "jax", "jaxlib", "flax", "optax", "ott-jax", "equinox", "
 def versions() -> dict[str, str]:
     """The versions that a number depends on."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
+    """The first package of two `versions()` that differs, as "jax 0.1 there and 0.10.2 here"; None if none does."""
+    differing = (name for name in _PACKAGES if theirs.get(name) != ours.get(name))
+    return next((f"{name} {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here" for name in differing), None)
 
 
 def commit() -> str | None:
@@ -53,11 +60,20 @@ def toml(content: dict[str, Any]) -> str:
 
 def holder(lock: Path) -> dict[str, Any] | None:
     """Who holds a lock: its `pid`, `host` and what else it said; None if nobody does."""
+    import fcntl
+
     try:
-        told = json.loads(lock.read_text(encoding="utf-8"))
+        with lock.open(encoding="utf-8") as file:
+            told = json.load(file)
+            if told["host"] != platform.node():
+                return told
+            # The kernel knows who is alive; a number of a process may be another's by now.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return told
     except (OSError, ValueError):
         return None
-    return told if told["host"] != platform.node() or _alive(told["pid"]) else None
+    return None
 
 
 @contextlib.contextmanager
@@ -82,8 +98,11 @@ def locked(lock: Path, argument: str) -> Iterator[Callable[[dict[str, Any]], Non
                 break
         except BlockingIOError:
             os.close(handle)
-            told = holder(lock) or {}
-            raise refuse(argument, must, f"process {told.get('pid')} of {told.get('host')} is writing it") from None
+            if (told := holder(lock)) is not None:
+                raise refuse(argument, must, f"process {told['pid']} of {told['host']} is writing it") from None
+            # Somebody was only asking, or has not said yet who it is.
+            time.sleep(0.01)
+            continue
         # The last holder has removed the file between our two calls.
         os.close(handle)
     try:
@@ -114,16 +133,6 @@ def _same(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,22 +11,34 @@ import numpy as np
 from esljax import storage
 from esljax._checks import check_positive_int, refuse
 from esljax.executors import InProcess, capacity
-from esljax.runs import Task, failed, fitting_width, work
+from esljax.runs import Rows, Task, failed, fitting_width, work
 from esljax.study import Slice, Study
-from esljax.study_store import DONE, FAILED, TO_DO, StudyStore, check_memory, lock_path, open_for_writing, open_study
+from esljax.study_store import (
+    DONE,
+    FAILED,
+    TO_DO,
+    StudyStore,
+    check_memory,
+    find_store,
+    lock_path,
+    make_store,
+    open_study,
+    store_to_reuse,
+)
 
 
 class Progress(NamedTuple):
-    """How far a study is: runs of all, runs done and failed, and how many of both this call has run."""
+    """How far a study is: runs of all, runs done and failed, how many of both this call has run, and how many it took from other stores."""
 
     runs: int
     done: int
     failed: int
     fresh: int
+    taken: int
 
 
 class LostWorkersError(RuntimeError):
-    """The workers ended before the study did; what they had finished is kept."""
+    """The workers ended before the study did, or cannot take part in it; what they had finished is kept."""
 
 
 def run_study(
@@ -59,8 +71,8 @@ def run_study(
 
     **Returns:** `open_study(out)`, an `xarray.Dataset`. A run that failed is marked there with its reason.
     **Raises:** `InputError`, before anything runs, if `out` is no store of this study or another process is writing it, if one of `reuse`
-    is no store or was made with other versions, or if the study needs more disk or memory than there is; `LostWorkersError` if a pool or
-    a cluster ends before the study does.
+    is no store or has no run of this study, if either was made with other versions of what numbers depend on, or if the study needs more
+    disk or memory than there is; `LostWorkersError` if a pool or a cluster ends before the study does, or has other versions.
 
     **Example:**
 
@@ -82,25 +94,34 @@ def run_study(
         raise refuse("reuse", "be a list of stores", f"is {str(reuse)!r}")
     if not isinstance(executor, Executor):
         raise refuse("executor", "be a concurrent.futures.Executor", f"is {executor!r}")
-    out = Path(out)
+    # One store has one lock, whatever links lead to it.
+    out = Path(out).resolve()
     with storage.locked(lock_path(out), "out") as say:
-        store = open_for_writing(out, study, task_size or 32)
-        slices = study.slices(task_size or store.task_size)
-        check_memory(study, slices)
+        # What can be refused is, before anything is written.
+        store = find_store(out, study)
+        task_size = task_size or (store.task_size if store else 32)
+        others = [store_to_reuse(Path(other)) for other in reuse]
+        again = (TO_DO, FAILED) if retry else (TO_DO,)
+        slices = study.slices(task_size)
+        check_memory(study, slices if store is None else _left(slices, np.isin(store.done, again)))
+        store = store or make_store(out, study, task_size)
+        taken = sum(store.adopt(other) for other in others)
         if retry:
             store.forget(np.flatnonzero(store.done == FAILED))
-        for other in reuse:
-            store.adopt(Path(other))
         state = store.done
         fresh = 0
         say({"started": time.time(), "before": int(np.sum(state != TO_DO))})
-        watch(_progress(state, fresh))
-        left = (part._replace(indices=part.indices[state[part.indices] == TO_DO]) for part in slices)
-        waiting = [part for part in left if part.indices.size]
-        for part, task, future in _completed(executor, waiting, lambda part: _task(study, part, width)):
+        watch(_progress(state, fresh, taken))
+        for part, task, future in _completed(executor, _left(slices, state == TO_DO), lambda part: _task(study, part, width)):
             fresh += _keep(store, state, part, task, future)
-            watch(_progress(state, fresh))
+            watch(_progress(state, fresh, taken))
     return open_study(out)
+
+
+def _left(slices: list[Slice], wanted: np.ndarray) -> list[Slice]:
+    """What is wanted of each slice, for the same compiled program."""
+    left = (part._replace(indices=part.indices[wanted[part.indices]]) for part in slices)
+    return [part for part in left if part.indices.size]
 
 
 def _task(study: Study, part: Slice, width: int | None) -> Task:
@@ -110,13 +131,13 @@ def _task(study: Study, part: Slice, width: int | None) -> Task:
 
 def _completed(executor: Executor, slices: list[Slice], task_of: Callable[[Slice], Task]) -> Iterator[tuple[Slice, Task, Future]]:
     """Slices with their futures in the order in which they finish; only so many are under way as keep the workers busy."""
-    most, left = capacity(executor), iter(slices)
+    most, left, versions = capacity(executor), iter(slices), storage.versions()
     running: dict[Future, tuple[Slice, Task]] = {}
     while True:
         while len(running) < most and (part := next(left, None)) is not None:
             task = task_of(part)
             try:
-                running[executor.submit(work, task)] = (part, task)
+                running[executor.submit(work_alike, task, versions)] = (part, task)
             except (BrokenExecutor, RuntimeError) as error:
                 raise _lost(error) from error
         if not running:
@@ -129,7 +150,7 @@ def _keep(store: StudyStore, state: np.ndarray, part: Slice, task: Task, future:
     """Write the runs of a task, and say how many they were."""
     try:
         rows = future.result()
-    except (BrokenExecutor, CancelledError) as error:
+    except (BrokenExecutor, CancelledError, _OtherVersionsError) as error:
         raise _lost(error) from error
     except Exception as error:
         # The task's own errors come back as rows: this one is of its worker, such as one that has died once too often.
@@ -139,8 +160,20 @@ def _keep(store: StudyStore, state: np.ndarray, part: Slice, task: Task, future:
     return len(part.indices)
 
 
-def _progress(state: np.ndarray, fresh: int) -> Progress:
-    return Progress(state.size, int(np.sum(state == DONE)), int(np.sum(state == FAILED)), fresh)
+def _progress(state: np.ndarray, fresh: int, taken: int) -> Progress:
+    return Progress(state.size, int(np.sum(state == DONE)), int(np.sum(state == FAILED)), fresh, taken)
+
+
+class _OtherVersionsError(RuntimeError):
+    """A worker computes with other versions than this process."""
+
+
+def work_alike(task: Task, versions: dict[str, str]) -> Rows:
+    """`work`, by a worker that has the versions of the store."""
+    difference = storage.difference(storage.versions(), versions)
+    if difference is not None:
+        raise _OtherVersionsError(f"a worker has {difference}")
+    return work(task)
 
 
 def _lost(error: BaseException) -> LostWorkersError:

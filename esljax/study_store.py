@@ -20,7 +20,7 @@ from esljax._checks import InputError, refuse
 from esljax.configuration import RunConfig
 from esljax.memory import memory_of_the_machine, size
 from esljax.runs import QUANTITIES, WITH_ERROR, Quantity, Rows, memory, names
-from esljax.study import Study
+from esljax.study import Slice, Study
 
 TO_DO, DONE, FAILED = 0, 1, 2
 
@@ -31,58 +31,65 @@ _UNITS = {"temperature": "loss", "rate": "squared parameters per unit of loss an
 
 
 class StudyStore:
-    """A store open for writing, by a caller who holds its lock."""
+    """The store of a study; who writes to it holds its lock."""
 
     def __init__(self, path: Path, group: Any):
-        self.path, self._group = path, group
+        self.path, self.attributes = path, group.attrs
         self.study = _study(path, group)
+        # Opened once: each opening reads a file.
+        self._arrays = dict(group.arrays())
         self._shape = tuple(self.study.dimensions.values())
 
     @property
     def task_size(self) -> int:
         """The task size that the store was laid out for."""
-        return int(self._group.attrs["task_size"])
+        return int(self.attributes["task_size"])
 
     @property
     def done(self) -> np.ndarray:
         """What is there of each run, flat: `TO_DO`, `DONE` or `FAILED`."""
-        return self._group["done"][...].reshape(-1)
+        return self._arrays["done"][...].reshape(-1)
 
     def write(self, indices: np.ndarray, rows: Rows) -> None:
         """The rows of some runs, each in its place; `done` last."""
         places = np.unravel_index(indices, self._shape)
         for name, values in rows.numbers.items():
-            self._group[name].set_coordinate_selection(places, values)
-        self._group["converged"].set_coordinate_selection(places, rows.converged)
-        self._group["reason"].set_coordinate_selection(places, np.array(rows.reasons, dtype=object))
+            self._arrays[name].set_coordinate_selection(places, values)
+        self._arrays["converged"].set_coordinate_selection(places, rows.converged)
+        self._arrays["reason"].set_coordinate_selection(places, np.array(rows.reasons, dtype=object))
         done = np.where([bool(reason) for reason in rows.reasons], FAILED, DONE).astype(np.int8)
-        self._group["done"].set_coordinate_selection(places, done)
+        self._arrays["done"].set_coordinate_selection(places, done)
 
-    def adopt(self, path: Path) -> int:
+    def adopt(self, other: "StudyStore") -> int:
         """Take over from another store the runs that are to do here and done there, with equal settings, and say how many they were.
 
-        **Raises:** `InputError` if there is no store, or if it was made with versions that numbers depend on and that are not these.
+        **Raises:** `InputError` if no run there is one of this study, which then shares less with the other than was thought.
         """
-        other = StudyStore(path, _open(path, "r"))
-        _check_versions(path, other._group, self._group)
         there = {other.study.point(int(i)): i for i in np.flatnonzero(other.done == DONE)}
-        pairs = [(i, there[point]) for i in np.flatnonzero(self.done == TO_DO) if (point := self.study.point(int(i))) in there]
+        state = self.done
+        shared = [(i, there[point]) for i in range(self.study.size) if (point := self.study.point(i)) in there]
+        if not shared:
+            differs = self.study.difference(other.study)
+            why = f"differs in {differs}" if there and differs else "has no run that is done"
+            raise refuse("reuse", "hold runs of this study", f"{other.path} {why}")
+        pairs = [(here, found) for here, found in shared if state[here] == TO_DO]
         if pairs:
-            about = {name: other._group.attrs[name] for name in ("created", "commit")}
-            self._group.attrs["reused"] = {**self._group.attrs.get("reused", {}), str(path): about}
+            reused = json.loads(self.attributes.get("reused", "{}"))
+            reused[str(other.path)] = {name: other.attributes[name] for name in ("created", "commit")}
+            self.attributes["reused"] = json.dumps(reused)
             here, found = np.array(pairs).T
             self.write(here, other.read(found, names(self.study.has_errors)))
         return len(pairs)
 
     def read(self, indices: np.ndarray, wanted: tuple[str, ...]) -> Rows:
         """The rows of some runs; NaN for the standard errors of runs that were asked for none."""
-        chosen = lambda name: self._group[name][...].reshape(-1)[indices]  # noqa: E731
-        numbers = {name: chosen(name) if name in self._group else np.full(len(indices), np.nan) for name in wanted}
+        chosen = lambda name: self._arrays[name][...].reshape(-1)[indices]  # noqa: E731
+        numbers = {name: chosen(name) if name in self._arrays else np.full(len(indices), np.nan) for name in wanted}
         return Rows(numbers, chosen("converged"), tuple(str(reason) for reason in chosen("reason")))
 
     def forget(self, indices: np.ndarray) -> None:
         """Count some runs as to do again."""
-        self._group["done"].set_coordinate_selection(np.unravel_index(indices, self._shape), np.zeros(len(indices), np.int8))
+        self._arrays["done"].set_coordinate_selection(np.unravel_index(indices, self._shape), np.zeros(len(indices), np.int8))
 
 
 def lock_path(path: Path) -> Path:
@@ -90,25 +97,46 @@ def lock_path(path: Path) -> Path:
     return path.with_name(path.name + ".lock")
 
 
-def open_for_writing(path: Path, study: Study, task_size: int) -> StudyStore:
-    """The store of a study at `path`, made if there is none. The caller holds its lock.
+def find_store(path: Path, study: Study) -> StudyStore | None:
+    """The store of a study at `path`, to go on with; None if there is nothing. The caller holds its lock.
 
-    **Raises:** `InputError` if there is something else at `path`, the store of another study, or too little room for this one.
+    **Raises:** `InputError` if there is something else, the store of another study, or one made with other versions, whose numbers are not
+    those of these.
     """
-    zarr = _zarr()
+    _zarr()
+    if not path.name:
+        raise refuse("out", "be a folder of its own", f"is {path}")
     for leftover in path.parent.glob(f"{path.name}.*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
     if not path.exists():
-        _check_room(path, study, task_size)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        _make(zarr, part, study, task_size)
-        part.rename(path)
+        return None
     store = StudyStore(path, _open(path, "r+"))
     difference = study.difference(store.study)
     if difference is not None:
-        raise refuse("out", "be the store of this study", f"{path} differs in {difference}")
+        hint = f"which another store may take its runs from by --reuse {path.name}"
+        raise refuse("out", f"be the store of this study ({hint})", f"{path} differs in {difference}")
+    _check_versions("out", store)
     for leftover in path.rglob("*.partial"):
         leftover.unlink(missing_ok=True)
+    commits, now = store.attributes["commit"].split(", "), storage.commit() or ""
+    if now not in commits:
+        store.attributes["commit"] = ", ".join([*commits, now])
+    return store
+
+
+def make_store(path: Path, study: Study, task_size: int) -> StudyStore:
+    """A new store. The caller holds its lock. **Raises:** `InputError` if there is too little room for it."""
+    _check_room(path, study, task_size)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    _make(_zarr(), part, study, task_size)
+    part.rename(path)
+    return StudyStore(path, _open(path, "r+"))
+
+
+def store_to_reuse(path: Path) -> StudyStore:
+    """Another store whose runs may be taken over. **Raises:** `InputError` if there is none, or if it was made with other versions."""
+    store = StudyStore(path, _open(path, "r", "reuse"))
+    _check_versions("reuse", store)
     return store
 
 
@@ -151,21 +179,20 @@ def _study(path: Path, group: Any) -> Study:
     return Study.from_dict(content, str(path))
 
 
-def _check_versions(path: Path, theirs: Any, ours: Any) -> None:
-    then, now = (json.loads(group.attrs["versions"]) for group in (theirs, ours))
-    for name in ("esljax", "jax", "jaxlib"):
-        if then.get(name) != now.get(name):
-            raise refuse("reuse", f"be a store made with {name} {now.get(name)}, as this one is", f"{path} was made with {then.get(name)}")
+def _check_versions(argument: str, store: StudyStore) -> None:
+    difference = storage.difference(json.loads(store.attributes["versions"]), storage.versions())
+    if difference is not None:
+        raise refuse(argument, "be a store made with the versions that are here", f"{store.path} was made with {difference}")
 
 
-def _open(path: Path, mode: Any) -> Any:
+def _open(path: Path, mode: Any, argument: str = "path") -> Any:
     zarr = _zarr()
     if not path.exists():
-        raise refuse("path", "be the store of a study", f"there is nothing at {path}")
+        raise refuse(argument, "be the store of a study", f"there is nothing at {path}")
     try:
         return zarr.open_group(str(path), mode=mode, zarr_format=3)
     except (OSError, ValueError, KeyError) as error:
-        raise refuse("path", "be the store of a study", f"{path} is none") from error
+        raise refuse(argument, "be the store of a study", f"{path} is none") from error
 
 
 def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
@@ -234,7 +261,7 @@ def _check_room(path: Path, study: Study, task_size: int) -> None:
         raise refuse("grid", f"fit in memory, here {size(here)}", f"its {study.size:,} runs need about {size(in_memory)}")
 
 
-def check_memory(study: Study, slices: Any) -> None:
+def check_memory(study: Study, slices: list[Slice]) -> None:
     """Refuse a run that this machine cannot hold, by an estimate from its shapes."""
     for part in slices:
         config: RunConfig = study.point(int(part.indices[0]))
