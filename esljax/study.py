@@ -3,6 +3,7 @@
 The description alone, from Python or from a TOML file. `run_study` runs it and `open_study` reads what came out.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -36,7 +37,7 @@ class Study:
     **Args:**
     - `base`: the settings that all runs share.
     - `grid`: fields of `RunConfig` and the values of each; the runs are all combinations, and the fields the dimensions of the result.
-    - `points`: in place of a grid, one mapping of fields to values for each run; the result has the one dimension `point`.
+    - `points`: in place of a grid, one mapping of fields to values for each run, no two the same; the result has the one dimension `point`.
 
     **Raises:** `InputError` for an unknown field, a value of the wrong type, no values or the same value twice, a run that cannot be, and
     for both or neither of `grid` and `points`.
@@ -173,8 +174,12 @@ class Study:
     def _check_runs(self) -> None:
         """Every run of a list; of a grid every shape and every number, which are looked at apart."""
         if self.points:
+            seen: dict[RunConfig, int] = {}
             for i in range(len(self.points)):
                 _at(f"points[{i}]", self.point(i))
+                if (first := seen.setdefault(self.point(i), i)) != i:
+                    # Means over the seeds would take it for two runs.
+                    raise refuse(f"points[{i}]", "be another run than those before it", f"is the same as points[{first}]")
             return
         shapes = {name: values for name, values in self.grid.items() if name not in NUMBERS}
         numbers = {name: values for name, values in self.grid.items() if name in NUMBERS}
@@ -196,7 +201,7 @@ def _axis(name: str, values: Any) -> tuple:
         raise refuse(f"grid.{name}", "hold at least one value", "is empty")
     found = tuple(_value(name, value, f"grid.{name}") for value in values)
     if len(set(found)) < len(found):
-        twice = next(value for i, value in enumerate(found) if value in found[:i])
+        twice, _ = collections.Counter(found).most_common(1)[0]
         raise refuse(f"grid.{name}", "hold each value once", f"holds {twice!r} twice")
     return found
 
@@ -241,6 +246,8 @@ def _spread(name: str, values: Any) -> Any:
         if isinstance(end, bool) or not isinstance(end, int | float) or not math.isfinite(end):
             raise refuse(place, "have a finite number for start and for stop", f"has {end!r}")
     check_positive_int(f"{place}.num", values["num"], 2)
+    if values["num"] > _MOST:
+        raise refuse(f"{place}.num", f"be at most {_MOST:,}, the most runs of a study", f"is {values['num']:,}")
     scale = values.get("scale", "linear")
     check_choice(f"{place}.scale", scale, ("linear", "log"))
     if scale == "log" and not (start > 0 and stop > 0):

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import rich.console
-import rich.markup
 import rich.progress
 import rich.table
+import rich.text
 import tyro
 
 from esljax import executors, storage
@@ -33,7 +33,8 @@ class RunStudyConfig:
 
     It can be interrupted or killed at any time; the same command goes on from there.
 
-    Exit codes: 0 done; 1 some runs failed, or the workers ended; 2 bad input; 130 interrupted.
+    Exit codes: 0 done; 1 some runs failed or have transport problems that were not solved, or the workers or the disk ended; 2 bad input;
+    130 interrupted.
     """
 
     study: _Where
@@ -139,10 +140,14 @@ def _run(config: RunStudyConfig) -> int:
         except LostWorkersError as error:
             print(f"esljax: {error}", file=sys.stderr)
             return FAILED
+        except OSError as error:
+            print(f"esljax: ended by {error}; {bar.said()} in {out}, and the same command goes on from there.", file=sys.stderr)
+            return FAILED
     console.print(f"{bar.said()} in {out}", markup=False, highlight=False, soft_wrap=True)
-    for reason, count in _reasons(open_study(out)):
-        console.print(f"  {count} failed: {reason}", markup=False, highlight=False, soft_wrap=True)
-    return FAILED if bar.last.failed else DONE
+    doubts = _doubts(open_study(out))
+    for doubt in doubts:
+        console.print(f"  {doubt}", markup=False, highlight=False, soft_wrap=True)
+    return FAILED if doubts else DONE
 
 
 def _executor(config: RunStudyConfig) -> Any:
@@ -160,7 +165,7 @@ def _status(config: StudyStatusConfig) -> int:
     counts = {"done": int(np.sum(done == 1)), "failed": int(np.sum(done == 2)), "to do": int(np.sum(done == 0))}
     dimensions = " × ".join(f"{name} {length}" for name, length in dataset.sizes.items())
     said = [f"{path}: {done.size} runs ({dimensions})", ", ".join(f"{count} {name}" for name, count in counts.items())]
-    said += [f"  {count} failed: {reason}" for reason, count in _reasons(dataset)]
+    said += [f"  {doubt}" for doubt in _doubts(dataset)]
     writer = storage.holder(lock_path(path))
     if writer is not None:
         elapsed, fresh = time.time() - writer.get("started", time.time()), done.size - counts["to do"] - writer.get("before", 0)
@@ -175,39 +180,53 @@ def _status(config: StudyStatusConfig) -> int:
 def _show(config: ShowStudyConfig) -> int:
     check_positive_int("rows", config.rows)
     path = _existing(config.study)
-    dataset = open_study(path)
-    groups = summarize(dataset)
-    over = "means over the seeds; digits in parentheses: standard error of the last digits"
-    title = over if "seed" in dataset.coords else "digits in parentheses: standard error of the last digits"
-    table = rich.table.Table(title=f"{path}: {title}", title_justify="left", title_style="", box=None, pad_edge=False)
-    fields = [name for name in dataset.coords if name != "seed"]
+    groups = summarize(open_study(path))
+    fields = [name for name in groups[0].settings if len({group.settings[name] for group in groups}) > 1 or len(groups) == 1]
+    alike = ", ".join(f"{_words(name)} {_value(value)}" for name, value in groups[0].settings.items() if name not in fields)
+    over = "means over the seeds; " * any(group.asked > 1 for group in groups)
+    title = f"{path}{f', {alike}' if alike else ''}: {over}digits in parentheses: standard error of the last digits"
+    table = rich.table.Table(title=rich.text.Text(title), title_justify="left", title_style="", box=None, pad_edge=False)
     for name in fields:
-        table.add_column(str(name).replace("_", " "), justify="left", no_wrap=True)
-    numbers = {
-        "entropy_production": "Σ",
-        "length_squared": "L²",
-        "w2_squared": "W2²",
-        "gap": "gap",
-        "temporal": "temporal",
-        "geometric": "geometric",
-        "noise_floor": "Σ floor",
-        "final_loss": "final loss",
-        "test_accuracy": "accuracy",
-    }
-    for heading in ("runs", *numbers.values()):
+        table.add_column(_words(name), justify="left", no_wrap=True)
+    for heading in ("runs", *_NUMBERS.values()):
         table.add_column(heading, justify="right", no_wrap=True)
     for group in groups[: config.rows]:
-        settings = (f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ") for value in group.settings.values())
         floor = {"noise_floor": f"{group.means['noise_floor']:.2g}"}
-        cells = (floor.get(name) or concise(group.means[name], group.errors[name]) for name in numbers)
-        table.add_row(*settings, str(group.runs), *(cells if group.runs else ["-"] * len(numbers)))
+        cells = (floor.get(name) or concise(group.means[name], group.errors[name]) for name in _NUMBERS)
+        runs = str(group.runs) if group.runs == group.asked else f"{group.runs}/{group.asked}"
+        shown = cells if group.runs else ["-"] * len(_NUMBERS)
+        table.add_row(*(_value(group.settings[name]) for name in fields), runs + "*" * bool(group.unconverged), *shown)
     console = rich.console.Console()
     # Let a narrow terminal break the lines rather than the numbers.
-    console.width = max(console.width, 160)
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum)
     console.print(table)
+    if any(group.unconverged for group in groups[: config.rows]):
+        print("* Some transport problems were not solved: do not trust these numbers.")
     if len(groups) > config.rows:
         print(f"… and {len(groups) - config.rows} more; --rows {len(groups)} shows all.")
     return DONE
+
+
+_NUMBERS = {
+    "entropy_production": "Σ",
+    "length_squared": "L²",
+    "w2_squared": "W2²",
+    "gap": "gap",
+    "temporal": "temporal",
+    "geometric": "geometric",
+    "noise_floor": "Σ floor",
+    "final_loss": "final loss",
+    "test_accuracy": "accuracy",
+}
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _value(value: Any) -> str:
+    # As many digits as tell any two values of a study apart.
+    return f"{value:.12g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
 def _plot(config: PlotStudyConfig) -> int:
@@ -215,6 +234,7 @@ def _plot(config: PlotStudyConfig) -> int:
     dataset = open_study(path)
     out = config.out or path.with_suffix(".png")
     figure = plot_study(summarize(dataset))
+    out = out if out.suffix else out.with_suffix(".png")
     try:
         figure.savefig(out, dpi=150)
     except (OSError, ValueError) as error:
@@ -228,13 +248,25 @@ def _store(toml: Path) -> Path:
 
 
 def _existing(path: Path) -> Path:
-    return path if path.is_dir() or path.suffix != ".toml" else _store(path)
+    """The store that is meant, and a word if the file beside it tells of another study by now."""
+    if path.is_dir() or not (path.suffix == ".toml" or path.is_file()):
+        return path
+    store = _store(path)
+    if store.exists() and path.exists():
+        differs = Study.from_toml(path).difference(read_study(store))
+        if differs is not None:
+            print(f"esljax: {path} has changed since, in {differs}; this is what is in {store}.", file=sys.stderr)
+    return store
 
 
-def _reasons(dataset: Any) -> list[tuple[str, int]]:
-    failed = dataset["reason"].values[dataset["done"].values == 2]
-    reasons, counts = np.unique(failed.astype(str), return_counts=True)
-    return sorted(zip(reasons.tolist(), counts.tolist(), strict=True), key=lambda item: -item[1])
+def _doubts(dataset: Any) -> list[str]:
+    """What is wrong with the runs of a study, each with how many it concerns."""
+    state = dataset["done"].values
+    reasons, counts = np.unique(dataset["reason"].values[state == 2].astype(str), return_counts=True)
+    failed = sorted(zip(reasons.tolist(), counts.tolist(), strict=True), key=lambda item: -item[1])
+    unsolved = int(np.sum((state == 1) & ~dataset["converged"].values))
+    said = f"{unsolved} done, but with transport problems that were not solved: do not trust their numbers"
+    return [*(f"{count} failed: {reason}" for reason, count in failed), *[said] * bool(unsolved)]
 
 
 def _duration(seconds: float) -> str:
@@ -251,7 +283,7 @@ class _Bar:
             rich.progress.BarColumn(bar_width=32),
             rich.progress.TimeRemainingColumn(),
         )
-        self.console, self.last = console, Progress(0, 0, 0, 0)
+        self.console, self.last = console, Progress(0, 0, 0, 0, 0)
         self._bar = rich.progress.Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal)
         self._task: Any = None
         self._started = self._printed = time.monotonic()
@@ -265,7 +297,8 @@ class _Bar:
 
     def said(self) -> str:
         failed = f", {self.last.failed} failed" if self.last.failed else ""
-        return f"{self.last.done} of {self.last.runs} runs done{failed}"
+        taken = f", {self.last.taken} taken from other stores" if self.last.taken else ""
+        return f"{self.last.done} of {self.last.runs} runs done{failed}{taken}"
 
     def watch(self, progress: Progress) -> None:
         self.last = progress

@@ -94,17 +94,17 @@ def run_study(
         raise refuse("reuse", "be a list of stores", f"is {str(reuse)!r}")
     if not isinstance(executor, Executor):
         raise refuse("executor", "be a concurrent.futures.Executor", f"is {executor!r}")
-    # One store has one lock, whatever links lead to it.
+    # A path such as "." has no name before it is resolved.
     out = Path(out).resolve()
     with storage.locked(lock_path(out), "out") as say:
         # What can be refused is, before anything is written.
         store = find_store(out, study)
-        task_size = task_size or (store.task_size if store else 32)
-        others = [store_to_reuse(Path(other)) for other in reuse]
+        task_size = task_size or (32 if store is None else store.task_size)
+        others = [store_to_reuse(Path(other), study) for other in reuse]
         again = (TO_DO, FAILED) if retry else (TO_DO,)
         slices = study.slices(task_size)
         check_memory(study, slices if store is None else _left(slices, np.isin(store.done, again)))
-        store = store or make_store(out, study, task_size)
+        store = make_store(out, study, task_size) if store is None else store
         taken = sum(store.adopt(other) for other in others)
         if retry:
             store.forget(np.flatnonzero(store.done == FAILED))

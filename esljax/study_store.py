@@ -60,25 +60,21 @@ class StudyStore:
         done = np.where([bool(reason) for reason in rows.reasons], FAILED, DONE).astype(np.int8)
         self._arrays["done"].set_coordinate_selection(places, done)
 
-    def adopt(self, other: "StudyStore") -> int:
-        """Take over from another store the runs that are to do here and done there, with equal settings, and say how many they were.
+    def shared(self, study: Study) -> dict[int, int]:
+        """The runs that are done here and asked for there: their indices in that study, and in this one."""
+        done = {self.study.point(int(i)): int(i) for i in np.flatnonzero(self.done == DONE)}
+        return {i: done[point] for i in range(study.size) if (point := study.point(i)) in done}
 
-        **Raises:** `InputError` if no run there is one of this study, which then shares less with the other than was thought.
-        """
-        there = {other.study.point(int(i)): i for i in np.flatnonzero(other.done == DONE)}
+    def adopt(self, other: "StudyStore") -> int:
+        """Take over from another store the runs that are to do here and done there, and say how many they were."""
         state = self.done
-        shared = [(i, there[point]) for i in range(self.study.size) if (point := self.study.point(i)) in there]
-        if not shared:
-            differs = self.study.difference(other.study)
-            why = f"differs in {differs}" if there and differs else "has no run that is done"
-            raise refuse("reuse", "hold runs of this study", f"{other.path} {why}")
-        pairs = [(here, found) for here, found in shared if state[here] == TO_DO]
+        pairs = [(here, there) for here, there in other.shared(self.study).items() if state[here] == TO_DO]
         if pairs:
             reused = json.loads(self.attributes.get("reused", "{}"))
             reused[str(other.path)] = {name: other.attributes[name] for name in ("created", "commit")}
             self.attributes["reused"] = json.dumps(reused)
-            here, found = np.array(pairs).T
-            self.write(here, other.read(found, names(self.study.has_errors)))
+            here, there = np.array(pairs).T
+            self.write(here, other.read(there, names(self.study.has_errors)))
         return len(pairs)
 
     def read(self, indices: np.ndarray, wanted: tuple[str, ...]) -> Rows:
@@ -93,7 +89,10 @@ class StudyStore:
 
 
 def lock_path(path: Path) -> Path:
-    """The lock file of a store, beside it."""
+    """The lock file of a store, beside it: one, whatever links lead to the store."""
+    path = path.resolve()
+    if not path.name:
+        raise refuse("out", "be a folder of its own", f"is {path}")
     return path.with_name(path.name + ".lock")
 
 
@@ -104,8 +103,6 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
     those of these.
     """
     _zarr()
-    if not path.name:
-        raise refuse("out", "be a folder of its own", f"is {path}")
     for leftover in path.parent.glob(f"{path.name}.*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
     if not path.exists():
@@ -133,10 +130,13 @@ def make_store(path: Path, study: Study, task_size: int) -> StudyStore:
     return StudyStore(path, _open(path, "r+"))
 
 
-def store_to_reuse(path: Path) -> StudyStore:
-    """Another store whose runs may be taken over. **Raises:** `InputError` if there is none, or if it was made with other versions."""
+def store_to_reuse(path: Path, study: Study) -> StudyStore:
+    """Another store, to take runs over from. **Raises:** `InputError` if it is none, has other versions, or no run of this study."""
     store = StudyStore(path, _open(path, "r", "reuse"))
     _check_versions("reuse", store)
+    if not store.shared(study):
+        differs = study.difference(store.study) if np.any(store.done == DONE) else None
+        raise refuse("reuse", "hold runs of this study", f"{path} {f'differs in {differs}' if differs else 'has none that is done'}")
     return store
 
 

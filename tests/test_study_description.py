@@ -40,7 +40,7 @@ def test_points_are_as_listed():
 def test_slices_hold_every_run_once_and_one_shape_each(task_size, listed):
     study = esl.Study(BASE, grid=GRID)
     if listed:
-        fields = ("rate", "members", "seed")
+        fields = ("rate", "members", "schedule", "seed")
         study = esl.Study(BASE, points=[{name: getattr(study.point(i), name) for name in fields} for i in range(24)])
     slices = study.slices(task_size)
     assert sorted(np.concatenate([part.indices for part in slices])) == list(range(24))
@@ -104,6 +104,8 @@ def test_toml(tmp_path):
         ({"grid": {"rate": 0.1}}, "Argument `grid.rate` must be a list of values, but is 0.1"),
         ({"grid": {"schedule": "cosine"}}, "Argument `grid.schedule` must be a list of values"),
         ({"grid": {"rate": [0.1, 0.2, 0.1]}}, "Argument `grid.rate` must hold each value once, but holds 0.1 twice"),
+        ({"points": [{"seed": 1}, {"seed": 2}, {"seed": 1}]}, r"`points\[2\]` must be another run .* but is the same as points\[0\]"),
+        ({"points": [{"seed": 1}, {"seed": 1, "members": 8}]}, r"`points\[1\]` must be another run .* but is the same as points\[0\]"),
         ({"grid": {"seed": [0, 1.5]}}, "Argument `seed` must be a int in grid.seed, but is 1.5"),
         ({"grid": {"seed": [0, True]}}, "Argument `seed` must be a int in grid.seed, but is True"),
         ({"grid": {"rate": ["fast"]}}, "Argument `rate` must be a float in grid.rate, but is 'fast'"),
@@ -152,6 +154,7 @@ def test_a_base_that_cannot_be_is_refused(field, sentence, refused):
         ("[grid]\nseed = {range = [0]}", "Argument `grid.seed` must have a range of two integers"),
         ("[grid]\nseed = {range = [3, 3]}", "Argument `grid.seed` must hold at least one value"),
         ("[grid]\nrate = {start = 1, stop = 2}", "Argument `grid.rate` must be a list, {range"),
+        ("[grid]\nrate = {start = 1, stop = 2, num = 1000000000000}", "`grid.rate.num` must be at most 10,000,000"),
         ("[grid]\nrate = {start = 1, stop = 2, num = 1}", "Argument `grid.rate.num` must be an integer of at least 2"),
         ("[grid]\nrate = {start = 0, stop = 2, num = 3, scale = 'log'}", "Argument `grid.rate` must have positive ends"),
         ("[grid]\nrate = {start = 1, stop = 2, num = 3, scale = 'cube'}", "Argument `grid.rate.scale` must be one of"),

@@ -1,0 +1,209 @@
+"""The store of a study and the commands that read it, on numbers written by hand: nothing here is simulated."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import zarr
+
+import esljax as esl
+from esljax import cli, executors, runs, storage, study_run, study_store
+from esljax.study_run import run_study
+
+BASE = esl.RunConfig(data="moons", hidden=(4,), members=6, steps=10, snapshots=5, batch_size=32)
+TOML = """
+[base]
+data = "moons"
+hidden = [4]
+members = 6
+steps = 10
+snapshots = 5
+batch_size = 32
+
+[grid]
+rate = [0.1, 0.4]
+seed = [3, 1, 2]
+"""
+
+
+def rows(count: int, reasons=None, converged=True) -> runs.Rows:
+    """Numbers that say which run of a task and which quantity they are."""
+    numbers = {name: 100.0 * i + np.arange(count) for i, name in enumerate(runs.names(False))}
+    return runs.Rows(numbers, np.full(count, converged), reasons or ("",) * count)
+
+
+def written(path, study, *, done=None, **more) -> study_store.StudyStore:
+    store = study_store.make_store(path, study, 4)
+    count = study.size if done is None else done
+    store.write(np.arange(count), rows(count, **more))
+    return store
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A study of six runs, all of them done."""
+    (tmp_path / "study.toml").write_text(TOML)
+    written(tmp_path / "study.zarr", esl.Study.from_toml(tmp_path / "study.toml"))
+    return tmp_path
+
+
+class Idle(executors.InProcess):
+    """For what must not run anything."""
+
+    def submit(self, fn, /, *args):
+        raise AssertionError("a task was run")
+
+
+def said(command: str, folder, capsys, *more: str) -> tuple[int, str, str]:
+    code = cli.main(["study", command, str(folder / "study.toml"), *more])
+    return code, *capsys.readouterr()
+
+
+# --- What is refused ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_other_versions_do_not_go_on(folder, refused):
+    """Their numbers would stand beside these as if they were of one kind."""
+    attributes = zarr.open_group(folder / "study.zarr").attrs
+    attributes["versions"] = json.dumps({**json.loads(attributes["versions"]), "flax": "0.1"})
+    study = esl.Study.from_toml(folder / "study.toml")
+    refused(
+        lambda: run_study(study, folder / "study.zarr", executor=Idle()),
+        "`out` must be a store made with the versions that are here, but .*study.zarr was made with flax 0.1 there and .* here",
+    )
+
+
+def test_a_commit_that_goes_on_is_named(folder, monkeypatch):
+    monkeypatch.setattr(storage, "commit", lambda: "abc")
+    run_study(esl.Study.from_toml(folder / "study.toml"), folder / "study.zarr", executor=Idle())
+    first, second = esl.open_study(folder / "study.zarr").attrs["commit"].split(", ")
+    assert second == "abc" != first
+
+
+class Elsewhere(executors.InProcess):
+    """A worker that has another jax."""
+
+    def submit(self, fn, task, versions, /):
+        return super().submit(fn, task, {**versions, "jax": "0.1"})
+
+
+def test_a_worker_with_other_versions_takes_no_part(tmp_path):
+    study = esl.Study(BASE, grid={"seed": [1]})
+    with pytest.raises(esl.LostWorkersError, match=r"a worker has jax .* there and 0\.1 here"):
+        run_study(study, tmp_path / "study.zarr", executor=Elsewhere())
+    assert int(esl.open_study(tmp_path / "study.zarr")["done"].sum()) == study_store.TO_DO
+
+
+def test_what_is_refused_leaves_no_store(folder, refused):
+    vast = esl.Study(BASE, grid={"members": [6, 10_000_000]})
+    refused(lambda: run_study(vast, folder / "new.zarr", executor=Idle()), "`members` must fit in memory")
+    study = esl.Study(BASE, grid={"seed": [9]})
+    for other, sentence in (("nowhere.zarr", "there is nothing at"), ("study.zarr", "differs in grid.seed")):
+        refused(lambda other=other: run_study(study, folder / "new.zarr", reuse=[folder / other], executor=Idle()), sentence)
+    assert sorted(path.name for path in folder.iterdir()) == ["study.toml", "study.zarr"]
+
+
+def test_a_refused_retry_forgets_nothing(folder, refused):
+    study = esl.Study(BASE, grid={"seed": [1, 2]})
+    written(folder / "failed.zarr", study, reasons=("diverged", "diverged"))
+    refused(
+        lambda: run_study(study, folder / "failed.zarr", retry=True, reuse=[folder / "nowhere.zarr"], executor=Idle()),
+        "there is nothing at",
+    )
+    assert esl.open_study(folder / "failed.zarr")["done"].values.tolist() == [study_store.FAILED] * 2
+
+
+def test_a_grown_grid_is_told_how_to_go_on(folder, refused):
+    refused(
+        lambda: run_study(esl.Study(BASE, grid={"rate": [0.1, 0.4], "seed": [3, 1, 2, 4]}), folder / "study.zarr", executor=Idle()),
+        r"take its runs from by --reuse study.zarr\), but .* differs in grid.seed, \[3, 1, 2\] there and \[3, 1, 2, 4\] here",
+    )
+
+
+def test_a_link_to_a_store_is_the_store(folder, refused):
+    (folder / "link.zarr").symlink_to(folder / "study.zarr")
+    study = esl.Study.from_toml(folder / "study.toml")
+    with storage.locked(study_store.lock_path(folder / "study.zarr"), "out"):
+        refused(lambda: run_study(study, folder / "link.zarr", executor=Idle()), "`out` must have no other writer")
+    refused(lambda: run_study(study, "/", executor=Idle()), "`out` must be a folder of its own")
+
+
+# --- What is read -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_coordinates_come_in_the_order_of_the_study(tmp_path):
+    """And not in that of a folder's files, on which the lines of a figure would depend."""
+    grid = {"temperature": [0.1], "rate": [0.1, 0.2], "l2": [0.0, 0.1], "batch_size": [8, 4], "seed": [0]}
+    written(tmp_path / "study.zarr", esl.Study(BASE, grid=grid))
+    results = esl.open_study(tmp_path / "study.zarr")
+    assert list(results.coords) == list(results.sizes) == list(grid)
+    assert list(esl.summarize(results)[0].settings) == ["temperature", "rate", "l2", "batch_size"]
+    assert all(isinstance(value, str | int) for value in results.attrs.values()), "as other formats want them"
+
+
+def test_runs_that_were_not_solved_are_told(folder, capsys):
+    study = esl.Study.from_toml(folder / "study.toml")
+    shutil.rmtree(folder / "study.zarr")
+    store = written(folder / "study.zarr", study)
+    store.write(np.array([1, 2]), rows(2, converged=False))
+    store.write(np.array([5]), rows(1, reasons=("diverged",)))
+    for command, code in (("run", 1), ("status", 0)):
+        assert said(command, folder, capsys)[0] == code
+        found = cli.main(["study", command, str(folder / "study.toml")]), capsys.readouterr().out
+        assert "2 done, but with transport problems that were not solved: do not trust their numbers" in found[1]
+        assert "1 failed: diverged" in found[1]
+    _, shown, _ = said("show", folder, capsys)
+    assert [line.split()[:2] for line in shown.splitlines()[-3:-1]] == [["0.1", "3*"], ["0.4", "2/3"]]
+    assert "* Some transport problems were not solved" in shown
+
+
+def test_no_digit_is_cut_off(folder, capsys):
+    """However many settings vary; those that do not are said once."""
+    shutil.rmtree(folder / "study.zarr")
+    names = {"rate": [0.1234567, 0.1234568], "temperature": [0.1, 0.2], "members": [6, 8], "l2": [0.1, 0.2], "batch_size": [8, 16]}
+    study = esl.Study(BASE, grid={**names, "steps": [10, 20], "data": ["moons", "digits"], "dtype": ["float64"], "seed": [1]})
+    written(folder / "study.zarr", study)
+    _, shown, told = said("show", folder, capsys)
+    title, heading, row, *_ = shown.splitlines()
+    assert "dtype float64: digits in parentheses" in title
+    assert heading.split()[:4] == ["rate", "temperature", "members", "l2"]
+    assert row.split()[:2] == ["0.1234567", "0.1"]
+    assert "…" not in row + heading
+    assert "has changed since, in " in told
+
+
+def test_a_changed_file_is_told(folder, capsys):
+    (folder / "study.toml").write_text(TOML.replace("[3, 1, 2]", "[3, 1, 2, 4]"))
+    code, out, error = said("status", folder, capsys)
+    assert (code, "6 done, 0 failed, 0 to do" in out) == (0, True)
+    assert "study.toml has changed since, in grid.seed, [3, 1, 2] there and [3, 1, 2, 4] here; this is what is in" in error
+
+
+def test_a_study_in_a_file_of_another_name(folder, capsys):
+    (folder / "study.toml").rename(folder / "study.v2")
+    assert cli.main(["study", "status", str(folder / "study.v2")]) == 0
+    assert "6 done" in capsys.readouterr().out
+
+
+def test_a_number_of_a_process_is_no_writer(folder, capsys):
+    """A killed writer leaves its lock file, and its number may be another process's by now."""
+    lock = study_store.lock_path(folder / "study.zarr")
+    lock.write_text(json.dumps({"pid": os.getppid(), "host": os.uname().nodename}))
+    assert "is running it" not in said("status", folder, capsys)[1]
+    with storage.locked(lock, "out"):
+        assert f"process {os.getpid()} of " in said("status", folder, capsys)[1]
+
+
+def test_a_disk_that_ends_is_told(folder, capsys, monkeypatch):
+    shutil.rmtree(folder / "study.zarr")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(study_run, "_keep", full)
+    code, _, error = said("run", folder, capsys)
+    assert code == 1
+    assert error.startswith("esljax: ended by [Errno 28] No space left on device; 0 of 6 runs done in")
+    assert error.count("\n") == 1
