@@ -127,6 +127,7 @@ def test_a_link_to_a_store_is_the_store(folder, refused):
     study = esl.Study.from_toml(folder / "study.toml")
     with storage.locked(study_store.lock_path(folder / "study.zarr"), "out"):
         refused(lambda: run_study(study, folder / "link.zarr", executor=Idle()), "`out` must have no other writer")
+    assert study_store.lock_path(folder / "link.zarr") == study_store.lock_path(folder / "study.zarr")
     refused(lambda: run_study(study, "/", executor=Idle()), "`out` must be a folder of its own")
 
 
@@ -148,12 +149,15 @@ def test_runs_that_were_not_solved_are_told(folder, capsys):
     shutil.rmtree(folder / "study.zarr")
     store = written(folder / "study.zarr", study)
     store.write(np.array([1, 2]), rows(2, converged=False))
-    store.write(np.array([5]), rows(1, reasons=("diverged",)))
+    sentence = "2 done, but with transport problems that were not solved: do not trust their numbers"
     for command, code in (("run", 1), ("status", 0)):
-        assert said(command, folder, capsys)[0] == code
-        found = cli.main(["study", command, str(folder / "study.toml")]), capsys.readouterr().out
-        assert "2 done, but with transport problems that were not solved: do not trust their numbers" in found[1]
-        assert "1 failed: diverged" in found[1]
+        ended, out, _ = said(command, folder, capsys)
+        assert (ended, sentence in out, "failed:" in out) == (code, True, False)
+    # What failed has solved nothing either, but is told for itself.
+    store.write(np.array([5]), rows(1, reasons=("diverged",), converged=False))
+    out = said("status", folder, capsys)[1]
+    assert sentence in out
+    assert "1 failed: diverged" in out
     _, shown, _ = said("show", folder, capsys)
     assert [line.split()[:2] for line in shown.splitlines()[-3:-1]] == [["0.1", "3*"], ["0.4", "2/3"]]
     assert "* Some transport problems were not solved" in shown
@@ -162,14 +166,17 @@ def test_runs_that_were_not_solved_are_told(folder, capsys):
 def test_no_digit_is_cut_off(folder, capsys):
     """However many settings vary; those that do not are said once."""
     shutil.rmtree(folder / "study.zarr")
-    names = {"rate": [0.1234567, 0.1234568], "temperature": [0.1, 0.2], "members": [6, 8], "l2": [0.1, 0.2], "batch_size": [8, 16]}
-    study = esl.Study(BASE, grid={**names, "steps": [10, 20], "data": ["moons", "digits"], "dtype": ["float64"], "seed": [1]})
-    written(folder / "study.zarr", study)
+    one = {"rate": 0.1234567, "temperature": 0.1, "members": 6, "l2": 0.1, "steps": 10, "data": "moons", "transport": "exact"}
+    one |= {"directions": 16, "epsilon": 0.1, "schedule": "constant", "model_dtype": "same", "batch_size": 8}
+    two = {"rate": 0.1234568, "temperature": 0.2, "members": 8, "l2": 0.2, "steps": 20, "data": "digits", "transport": "sliced"}
+    two |= {"directions": 32, "epsilon": 0.2, "schedule": "warmup_stable_decay", "model_dtype": "bfloat16", "batch_size": 16}
+    written(folder / "study.zarr", esl.Study(BASE, points=[{**point, "dtype": "float64"} for point in (one, two)]))
     _, shown, told = said("show", folder, capsys)
     title, heading, row, *_ = shown.splitlines()
     assert "dtype float64: digits in parentheses" in title
-    assert heading.split()[:4] == ["rate", "temperature", "members", "l2"]
-    assert row.split()[:2] == ["0.1234567", "0.1"]
+    assert heading.split()[:5] == ["data", "members", "steps", "batch", "size"]
+    assert row.split()[:6] == ["moons", "6", "10", "8", "0.1", "0.1"]
+    assert "0.1234567 " in row
     assert "…" not in row + heading
     assert "has changed since, in " in told
 
