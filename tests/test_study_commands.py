@@ -121,7 +121,7 @@ def test_failed_runs_are_told_and_the_exit_code_is_1(tmp_path, capsys):
     assert "3 of 6 runs done, 3 failed" in said
     assert "3 failed: diverged: the final loss is nan" in said
     cli.main(["study", "show", str(tmp_path / "study.toml")])
-    assert re.search(r"^1e\+30 +0( +-){9}", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^1e\+30 +0/3( +-){9}", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
