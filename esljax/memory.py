@@ -99,7 +99,7 @@ def plan(
     `gradient`: as in `simulate`. `transport`: of the distances, or None to take none. `devices`: how many share the members; none has to
     be present.
     **Returns:** `Plan`: bytes on each device, if all are as those here are; print it. Nothing is computed and nothing compiled.
-    **Raises:** `InputError` if `devices`, `steps` or `snapshots` is not a positive integer.
+    **Raises:** `InputError` if `devices`, `steps` or `snapshots` is not a positive integer, or the members cannot be shared evenly.
 
     **Example:**
 
@@ -114,8 +114,10 @@ def plan(
     gradient = HessianAdjoint() if gradient is None else gradient
     (n, d), dtype = positions.shape, positions.dtype
     member = jax.ShapeDtypeStruct((d,), dtype)
+    if n % devices:
+        raise refuse("devices", f"divide the {n} members that they share", f"is {devices}")
     p = d if observe is None else jax.eval_shape(observe, member).shape[0]
-    mine = math.ceil(n / devices)
+    mine = n // devices
     state = mine * d * dtype.itemsize
     pairs = math.ceil(sum(map(len, compared(snapshots))) / devices)
     batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], potential.draw(jax.random.key(0), 1)))

@@ -98,6 +98,7 @@ def test_what_does_not_fit_is_refused_with_what_to_change(settings, remedy, refu
 
 def test_bad_input_is_one_sentence(refused):
     refused(lambda: problem().plan(devices=0), "`devices` must be an integer of at least 1")
+    refused(lambda: problem().plan(devices=3), "`devices` must divide the 32 members that they share, but is 3")
 
 
 def test_the_command(capsys, tmp_path):
