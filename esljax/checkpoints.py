@@ -99,15 +99,14 @@ class Session:
             self._compare(about)
             arrays, rest = eqx.partition(like(step), eqx.is_array)
             leaves, structure = jax.tree.flatten(arrays)
-            abstract = {_name(i): _stored(x) for i, x in enumerate(leaves)}
+            abstract = {name: _stored(x) for name, x in _numbered(leaves).items()}
             try:
                 found = self._manager.restore(step, args=_orbax().Composite(state=_orbax().StandardRestore(abstract)))["state"]
             except Exception as error:
                 self._passed_over(step, error)
                 continue
             self._at = step
-            # What lay nowhere in particular must not come back bound to one device.
-            back = [found[_name(i)] if _placed(x) else jnp.asarray(found[_name(i)]) for i, x in enumerate(leaves)]
+            back = [_as_it_was(found[_name(i)], x) if x.size else x for i, x in enumerate(leaves)]
             return step, eqx.combine(structure.unflatten(back), rest)
         if steps:
             raise refuse("checkpoints", "hold at least one checkpoint that can be read", f"{self._settings.folder} holds none")
@@ -123,8 +122,8 @@ class Session:
             return
         due, told = self._agreed(time.monotonic() - self._last >= self._settings.every, self._told)
         if (due or told or last) and step > self._at:
-            arrays = jax.tree.leaves(eqx.filter(state(), eqx.is_array))
-            saved = {_name(i): x if _placed(x) else np.asarray(x) for i, x in enumerate(arrays)}
+            arrays = _numbered(jax.tree.leaves(eqx.filter(state(), eqx.is_array)))
+            saved = {name: x if _placed(x) else np.asarray(x) for name, x in arrays.items()}
             if step in self._manager.all_steps():
                 self._manager.delete(step)  # it was passed over
             self._manager.save(
@@ -209,7 +208,7 @@ def describe(thing: Any) -> str:
 
 
 def _parts(thing: Any, seen: dict[int, Any]) -> Iterator[bytes]:
-    if isinstance(thing, jax.Array) and jnp.issubdtype(thing.dtype, jax.dtypes.prng_key):
+    if _is_key(thing):
         thing = jax.random.key_data(thing)
     if eqx.is_array(thing):
         yield f"{thing.dtype}{thing.shape}".encode()
@@ -256,6 +255,25 @@ def _placed(x: Any) -> bool:
 
 def _stored(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if _placed(x) else np.zeros(x.shape, x.dtype)
+
+
+def _numbered(leaves: list[Any]) -> dict[str, Any]:
+    """What Orbax accepts of the leaves, by their places: no keys, and no arrays without entries."""
+    return {_name(i): jax.random.key_data(x) if _is_key(x) else x for i, x in enumerate(leaves) if x.size}
+
+
+def _as_it_was(found: Any, like: Any) -> Any:
+    """An array read back, as the kind of array that was saved."""
+    if _is_key(like):
+        return jax.random.wrap_key_data(_as_it_was(found, jax.random.key_data(like)), impl=jax.random.key_impl(like))
+    if isinstance(like, jax.Array):
+        # What lay nowhere in particular must not come back bound to one device.
+        return found if _placed(like) else jnp.asarray(found)
+    return np.asarray(found)
+
+
+def _is_key(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _name(i: int) -> str:

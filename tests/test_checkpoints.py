@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from esljax import checkpoints as module
@@ -97,6 +98,33 @@ def test_a_search_goes_on_from_where_it_was(tmp_path):
     resumed = search(Checkpoints(tmp_path, resume=True, every=0), lambda at: seen.append(at.iteration))
     same(search(), resumed)
     assert seen == [7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [lambda x, key: noisy_parabola(x, key)[0], lambda x, key: (noisy_parabola(x, key)[0], (), jnp.sum(x))],
+    ids=["a scalar alone", "auxiliary without residuals"],
+)
+def test_a_search_without_constraints_goes_on(tmp_path, objective):
+    with pytest.raises(Stop):
+        search(Checkpoints(tmp_path, every=0), stopped_at(7), objective)
+    same(search(objective=objective), search(Checkpoints(tmp_path, resume=True, every=0), objective=objective))
+
+
+def test_an_optimizer_with_a_key_goes_on(tmp_path):
+    settings = {"optimizer": optax.noisy_sgd(0.01, key=jax.random.key(5)), "iterations": 6}
+    with pytest.raises(Stop):
+        search(Checkpoints(tmp_path, every=0), stopped_at(3), **settings)
+    same(search(**settings), search(Checkpoints(tmp_path, resume=True, every=0), **settings))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_history_comes_back_in_double_precision(tmp_path):
+    """The norm of the gradient has more digits than a value in half precision."""
+    objective = lambda x, key: (noisy_parabola(x, key)[0].astype(jnp.float16), jnp.sum(x) - 5.0)  # noqa: E731
+    with pytest.raises(Stop):
+        search(Checkpoints(tmp_path, every=0), stopped_at(7), objective)
+    same(search(objective=objective), search(Checkpoints(tmp_path, resume=True, every=0), objective=objective))
 
 
 def test_a_finished_run_is_read_and_not_run_again(tmp_path):
@@ -217,6 +245,24 @@ def test_interrupted_it_saves_and_gives_the_best_so_far(tmp_path):
 
     assert search(Checkpoints(tmp_path, every=3600), callback).interrupted
     same(search(), search(Checkpoints(tmp_path, resume=True)))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("from_where", ["step", "callback"])
+def test_interrupted_in_the_first_iteration_it_gives_the_start(tmp_path, monkeypatch, saved, from_where):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if from_where == "step":
+        monkeypatch.setattr(optax.tree, "norm", interrupt)
+    alone = lambda x, key: noisy_parabola(x, key)[0]  # noqa: E731
+    found = search(Checkpoints(tmp_path) if saved else None, interrupt, alone)
+    assert found.interrupted
+    assert len(found.history.value) == (from_where == "callback")
+    assert found.history.residuals.shape[1] == 0
+    monkeypatch.undo()
+    if saved:
+        same(search(objective=alone), search(Checkpoints(tmp_path, resume=True), objective=alone))
 
 
 # In processes that are really killed
