@@ -9,8 +9,6 @@ under another description would silently become a different run, so it is refuse
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import re
 import signal
 import threading
 import time
@@ -25,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_nonnegative, known, refuse
+from esljax._checks import check_nonnegative, is_key, known, refuse
+from esljax.description import describe
 from esljax.storage import versions
 
 TERMINATED = 143
@@ -191,63 +190,6 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
                 signal.signal(signal.SIGTERM, before)
 
 
-def describe(thing: Any) -> str:
-    """What two runs must have in common, short enough to read: a number as itself, anything else as its kind and a digest.
-
-    Arrays count by their contents, functions by their code and what they close over. Of an array that is spread over processes only the
-    shape counts.
-    """
-    if isinstance(thing, bool | int | float | str | None):
-        return repr(thing)
-    digest = hashlib.sha256()
-    for part in _parts(thing, {}):
-        digest.update(part)
-        digest.update(b"\0")
-    kind = f"{thing.dtype}{list(thing.shape)}" if eqx.is_array(thing) else getattr(thing, "__qualname__", type(thing).__name__)
-    return f"{kind} {digest.hexdigest()[:12]}"
-
-
-def _parts(thing: Any, seen: dict[int, Any]) -> Iterator[bytes]:
-    if _is_key(thing):
-        thing = jax.random.key_data(thing)
-    if eqx.is_array(thing):
-        yield f"{thing.dtype}{thing.shape}".encode()
-        if known(thing):
-            yield np.ascontiguousarray(thing).tobytes()
-        return
-    if id(thing) in seen:
-        return
-    if isinstance(thing, types.CodeType):
-        yield thing.co_code
-        inner = [thing.co_names, *thing.co_consts]
-    elif isinstance(thing, types.FunctionType):
-        yield thing.__qualname__.encode()
-        held = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
-        inner = [thing.__code__, *held, *(thing.__defaults__ or ())]
-    elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        yield type(thing).__qualname__.encode()
-        inner = [getattr(thing, field.name, None) for field in dataclasses.fields(thing)]
-    elif isinstance(thing, types.MethodType | functools.partial) or hasattr(thing, "__wrapped__"):
-        names = ("__self__", "__func__", "func", "args", "keywords", "__wrapped__")
-        inner = [getattr(thing, name) for name in names if hasattr(thing, name)]
-    else:
-        inner, structure = jax.tree.flatten(thing, is_leaf=lambda node: node is not thing)
-        # Where something lies in memory says nothing.
-        said = repr(thing) if len(inner) == 1 and inner[0] is thing else f"{structure}"
-        yield re.sub(r" at 0x[0-9a-f]+", "", said).encode()
-    seen[id(thing)] = thing  # kept, so that nothing else gets its number meanwhile
-    for part in inner:
-        yield from _parts(part, seen)
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
 def _placed(x: Any) -> bool:
     """Whether anyone put an array anywhere in particular. What nobody did is the same in every process, and kept as numbers alone."""
     return isinstance(x, jax.Array) and x.committed
@@ -259,21 +201,17 @@ def _stored(x: Any) -> Any:
 
 def _numbered(leaves: list[Any]) -> dict[str, Any]:
     """What Orbax accepts of the leaves, by their places: no keys, and no arrays without entries."""
-    return {_name(i): jax.random.key_data(x) if _is_key(x) else x for i, x in enumerate(leaves) if x.size}
+    return {_name(i): jax.random.key_data(x) if is_key(x) else x for i, x in enumerate(leaves) if x.size}
 
 
 def _as_it_was(found: Any, like: Any) -> Any:
     """An array read back, as the kind of array that was saved."""
-    if _is_key(like):
+    if is_key(like):
         return jax.random.wrap_key_data(_as_it_was(found, jax.random.key_data(like)), impl=jax.random.key_impl(like))
     if isinstance(like, jax.Array):
         # What lay nowhere in particular must not come back bound to one device.
         return found if _placed(like) else jnp.asarray(found)
     return np.asarray(found)
-
-
-def _is_key(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _name(i: int) -> str:
