@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_nonnegative, is_key, known, refuse
+from esljax._checks import InputError, check_nonnegative, is_key, known, refuse
 from esljax.description import describe
-from esljax.storage import versions
+from esljax.storage import locked, versions
 
 TERMINATED = 143
 """The exit code of a process that was told to end and has saved its run: 128 and the number of SIGTERM, as shells have it."""
@@ -119,7 +119,7 @@ class Session:
         """
         if self._manager is None or self._settings is None:
             return
-        due, told = self._agreed(time.monotonic() - self._last >= self._settings.every, self._told)
+        due, told = _agreed(time.monotonic() - self._last >= self._settings.every, self._told)
         if (due or told or last) and step > self._at:
             arrays = _numbered(jax.tree.leaves(eqx.filter(state(), eqx.is_array)))
             saved = {name: x if _placed(x) else np.asarray(x) for name, x in arrays.items()}
@@ -135,14 +135,6 @@ class Session:
     def told(self, *_: Any) -> None:
         """Take note that the process should end; the next offer will save and do so."""
         self._told = True
-
-    def _agreed(self, *flags: bool) -> list[bool]:
-        """Whether any process says so: all save together or none does."""
-        if jax.process_count() == 1:
-            return list(flags)
-        from jax.experimental.multihost_utils import process_allgather
-
-        return [bool(flag) for flag in np.any(process_allgather(np.asarray(flags)), axis=0)]
 
     def _compare(self, about: dict[str, str]) -> None:
         folder = self._settings.folder if self._settings is not None else ""
@@ -179,7 +171,8 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
     about = {name: describe(argument) for name, argument in run.items()}
     about |= {f"version of {name}": made[name] for name in ("esljax", "jax", "jaxlib")}
     options = _orbax().CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with _quiet(), _orbax().CheckpointManager(folder, options=options, item_names=("state", "about")) as manager:
+    manage = functools.partial(_orbax().CheckpointManager, folder, options=options, item_names=("state", "about"))
+    with alone(folder, "checkpoints"), _quiet(), manage() as manager:
         opened = Session(manager, checkpoints, about)
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, opened.told) if main else None
@@ -188,6 +181,34 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
         finally:
             if main:
                 signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, argument: str) -> Iterator[None]:
+    """Hold a folder, so that no other run writes into it meanwhile. Of several processes that share a run the first one holds it.
+
+    **Raises:** `InputError`, about `argument`, while another run holds it.
+    """
+    refusal = None
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            try:
+                # A run that was killed on one host goes on on another, with nobody there to delete its lock.
+                held.enter_context(locked(folder / ".lock", argument, elsewhere=False))
+            except InputError as error:
+                refusal = error
+        if any(_agreed(refusal is not None)):
+            raise refusal or refuse(argument, "have no other writer", "the first process says that it has one")
+        yield
+
+
+def _agreed(*flags: bool) -> list[bool]:
+    """Whether any process says so: all save together or none does."""
+    if jax.process_count() == 1:
+        return list(flags)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return [bool(flag) for flag in np.any(process_allgather(np.asarray(flags)), axis=0)]
 
 
 def _placed(x: Any) -> bool:

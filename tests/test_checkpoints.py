@@ -209,6 +209,21 @@ def test_bad_input_is_one_sentence(tmp_path, refused):
     refused(lambda: gradient(0.1), "left out inside jit, grad and vmap")
 
 
+def test_two_runs_do_not_write_one_folder(tmp_path, refused):
+    again = Checkpoints(tmp_path, resume=True)
+    with session(again, {}):
+        refused(lambda: run(again), f"`checkpoints` must have no other writer, but process {os.getpid()} of .* is writing it")
+    run(again)
+    assert [path.name for path in tmp_path.iterdir()] == ["6"]
+
+
+def test_what_was_killed_on_another_host_goes_on_on_this_one(tmp_path):
+    """Nobody is there to delete the lock that it has left."""
+    (tmp_path / ".lock").write_text('{"pid": 1, "host": "another"}')
+    run(Checkpoints(tmp_path, resume=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["6"]
+
+
 def test_told_to_end_it_saves_and_ends(tmp_path):
     def callback(seen):
         if seen.iteration == 4:
@@ -315,7 +330,7 @@ def test_it_goes_on_on_other_devices(tmp_path, undisturbed, environment):
     out = tmp_path / "out.npz"
     assert killed_after(2, 0, out, tmp_path / "kept", environment, "--devices", "8") == -signal.SIGKILL
     # Without the last of its checkpoints it has a link to go.
-    for step in sorted((tmp_path / "kept" / "run").iterdir(), key=lambda path: int(path.name))[-1:]:
+    for step in sorted((tmp_path / "kept" / "run").glob("[0-9]*"), key=lambda path: int(path.name))[-1:]:
         shutil.rmtree(step)
     finish(out, tmp_path / "kept", environment, "--devices", "4")
     with np.load(out) as found:
