@@ -39,6 +39,11 @@ def known(*arrays: Any) -> bool:
     return all(_here(leaf) for leaf in jax.tree.leaves(arrays))
 
 
+def is_key(x: Any) -> bool:
+    """Whether `x` holds keys made by `jax.random.key`."""
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def check_positive_int(argument: str, value: int, minimum: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise refuse(argument, f"be an integer of at least {minimum}", f"is {value!r}")
@@ -77,7 +82,7 @@ def check_ensemble(argument: str, x: Any, minimum_members: int = 1) -> None:
 
 
 def check_key(argument: str, key: Any) -> None:
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape != ():
+    if not is_key(key) or key.shape != ():
         raise refuse(argument, "be made by `jax.random.key`", f"is {key!r}")
 
 

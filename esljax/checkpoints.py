@@ -9,8 +9,6 @@ under another description would silently become a different run, so it is refuse
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import re
 import signal
 import threading
 import time
@@ -25,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_nonnegative, known, refuse
-from esljax.storage import versions
+from esljax._checks import InputError, check_nonnegative, is_key, known, refuse
+from esljax.description import describe
+from esljax.storage import locked, versions
 
 TERMINATED = 143
 """The exit code of a process that was told to end and has saved its run: 128 and the number of SIGTERM, as shells have it."""
@@ -99,15 +98,14 @@ class Session:
             self._compare(about)
             arrays, rest = eqx.partition(like(step), eqx.is_array)
             leaves, structure = jax.tree.flatten(arrays)
-            abstract = {_name(i): _stored(x) for i, x in enumerate(leaves)}
+            abstract = {name: _stored(x) for name, x in _numbered(leaves).items()}
             try:
                 found = self._manager.restore(step, args=_orbax().Composite(state=_orbax().StandardRestore(abstract)))["state"]
             except Exception as error:
                 self._passed_over(step, error)
                 continue
             self._at = step
-            # What lay nowhere in particular must not come back bound to one device.
-            back = [found[_name(i)] if _placed(x) else jnp.asarray(found[_name(i)]) for i, x in enumerate(leaves)]
+            back = [_as_it_was(found[_name(i)], x) if x.size else x for i, x in enumerate(leaves)]
             return step, eqx.combine(structure.unflatten(back), rest)
         if steps:
             raise refuse("checkpoints", "hold at least one checkpoint that can be read", f"{self._settings.folder} holds none")
@@ -121,10 +119,10 @@ class Session:
         """
         if self._manager is None or self._settings is None:
             return
-        due, told = self._agreed(time.monotonic() - self._last >= self._settings.every, self._told)
+        due, told = _agreed(time.monotonic() - self._last >= self._settings.every, self._told)
         if (due or told or last) and step > self._at:
-            arrays = jax.tree.leaves(eqx.filter(state(), eqx.is_array))
-            saved = {_name(i): x if _placed(x) else np.asarray(x) for i, x in enumerate(arrays)}
+            arrays = _numbered(jax.tree.leaves(eqx.filter(state(), eqx.is_array)))
+            saved = {name: x if _placed(x) else np.asarray(x) for name, x in arrays.items()}
             if step in self._manager.all_steps():
                 self._manager.delete(step)  # it was passed over
             self._manager.save(
@@ -137,14 +135,6 @@ class Session:
     def told(self, *_: Any) -> None:
         """Take note that the process should end; the next offer will save and do so."""
         self._told = True
-
-    def _agreed(self, *flags: bool) -> list[bool]:
-        """Whether any process says so: all save together or none does."""
-        if jax.process_count() == 1:
-            return list(flags)
-        from jax.experimental.multihost_utils import process_allgather
-
-        return [bool(flag) for flag in np.any(process_allgather(np.asarray(flags)), axis=0)]
 
     def _compare(self, about: dict[str, str]) -> None:
         folder = self._settings.folder if self._settings is not None else ""
@@ -181,7 +171,8 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
     about = {name: describe(argument) for name, argument in run.items()}
     about |= {f"version of {name}": made[name] for name in ("esljax", "jax", "jaxlib")}
     options = _orbax().CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    with _quiet(), _orbax().CheckpointManager(folder, options=options, item_names=("state", "about")) as manager:
+    manage = functools.partial(_orbax().CheckpointManager, folder, options=options, item_names=("state", "about"))
+    with alone(folder, "checkpoints"), _quiet(), manage() as manager:
         opened = Session(manager, checkpoints, about)
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, opened.told) if main else None
@@ -192,61 +183,32 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
                 signal.signal(signal.SIGTERM, before)
 
 
-def describe(thing: Any) -> str:
-    """What two runs must have in common, short enough to read: a number as itself, anything else as its kind and a digest.
+@contextlib.contextmanager
+def alone(folder: Path, argument: str) -> Iterator[None]:
+    """Hold a folder, so that no other run writes into it meanwhile. Of several processes that share a run the first one holds it.
 
-    Arrays count by their contents, functions by their code and what they close over. Of an array that is spread over processes only the
-    shape counts.
+    **Raises:** `InputError`, about `argument`, while another run holds it.
     """
-    if isinstance(thing, bool | int | float | str | None):
-        return repr(thing)
-    digest = hashlib.sha256()
-    for part in _parts(thing, {}):
-        digest.update(part)
-        digest.update(b"\0")
-    kind = f"{thing.dtype}{list(thing.shape)}" if eqx.is_array(thing) else getattr(thing, "__qualname__", type(thing).__name__)
-    return f"{kind} {digest.hexdigest()[:12]}"
+    refusal = None
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            try:
+                # A run that was killed on one host goes on on another, with nobody there to delete its lock.
+                held.enter_context(locked(folder / ".lock", argument, elsewhere=False))
+            except InputError as error:
+                refusal = error
+        if any(_agreed(refusal is not None)):
+            raise refusal or refuse(argument, "have no other writer", "the first process says that it has one")
+        yield
 
 
-def _parts(thing: Any, seen: dict[int, Any]) -> Iterator[bytes]:
-    if isinstance(thing, jax.Array) and jnp.issubdtype(thing.dtype, jax.dtypes.prng_key):
-        thing = jax.random.key_data(thing)
-    if eqx.is_array(thing):
-        yield f"{thing.dtype}{thing.shape}".encode()
-        if known(thing):
-            yield np.ascontiguousarray(thing).tobytes()
-        return
-    if id(thing) in seen:
-        return
-    if isinstance(thing, types.CodeType):
-        yield thing.co_code
-        inner = [thing.co_names, *thing.co_consts]
-    elif isinstance(thing, types.FunctionType):
-        yield thing.__qualname__.encode()
-        held = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
-        inner = [thing.__code__, *held, *(thing.__defaults__ or ())]
-    elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        yield type(thing).__qualname__.encode()
-        inner = [getattr(thing, field.name, None) for field in dataclasses.fields(thing)]
-    elif isinstance(thing, types.MethodType | functools.partial) or hasattr(thing, "__wrapped__"):
-        names = ("__self__", "__func__", "func", "args", "keywords", "__wrapped__")
-        inner = [getattr(thing, name) for name in names if hasattr(thing, name)]
-    else:
-        inner, structure = jax.tree.flatten(thing, is_leaf=lambda node: node is not thing)
-        # Where something lies in memory says nothing.
-        said = repr(thing) if len(inner) == 1 and inner[0] is thing else f"{structure}"
-        yield re.sub(r" at 0x[0-9a-f]+", "", said).encode()
-    seen[id(thing)] = thing  # kept, so that nothing else gets its number meanwhile
-    for part in inner:
-        yield from _parts(part, seen)
+def _agreed(*flags: bool) -> list[bool]:
+    """Whether any process says so: all save together or none does."""
+    if jax.process_count() == 1:
+        return list(flags)
+    from jax.experimental.multihost_utils import process_allgather
 
-
-def _filled(cell: Any) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
+    return [bool(flag) for flag in np.any(process_allgather(np.asarray(flags)), axis=0)]
 
 
 def _placed(x: Any) -> bool:
@@ -256,6 +218,21 @@ def _placed(x: Any) -> bool:
 
 def _stored(x: Any) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if _placed(x) else np.zeros(x.shape, x.dtype)
+
+
+def _numbered(leaves: list[Any]) -> dict[str, Any]:
+    """What Orbax accepts of the leaves, by their places: no keys, and no arrays without entries."""
+    return {_name(i): jax.random.key_data(x) if is_key(x) else x for i, x in enumerate(leaves) if x.size}
+
+
+def _as_it_was(found: Any, like: Any) -> Any:
+    """An array read back, as the kind of array that was saved."""
+    if is_key(like):
+        return jax.random.wrap_key_data(_as_it_was(found, jax.random.key_data(like)), impl=jax.random.key_impl(like))
+    if isinstance(like, jax.Array):
+        # What lay nowhere in particular must not come back bound to one device.
+        return found if _placed(like) else jnp.asarray(found)
+    return np.asarray(found)
 
 
 def _name(i: int) -> str:

@@ -195,7 +195,6 @@ def optimize(
             saved.offer(done, lambda: (kept, _table(rows[:done], best)), last=True)
             message = f"Interrupted after {len(rows)} of {iterations} iterations; this is the best so far."
             best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
-    values, residuals, norms = zip(*rows, strict=True) if rows else ((), (), ())
     return Optimum(
         controls=eqx.combine(best.controls, fixed),
         value=best.value,
@@ -204,17 +203,18 @@ def optimize(
         residuals_error=best.residuals_error,
         satisfied=bool(np.all(best.violations(equalities) <= tolerance)),
         multipliers=dual.multipliers * dual.scale,
-        history=History(np.asarray(values), np.asarray(residuals).reshape(len(rows), -1), np.asarray(norms)),
+        history=History(*_table(rows, best)),
         message=message,
         interrupted=interrupted,
     )
 
 
-def _table(rows: list[tuple], best: "_Candidate") -> tuple[Array, Array, Array]:
-    """The rows of the history as arrays, for a checkpoint."""
+def _table(rows: list[tuple], best: "_Candidate") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of the history as arrays, in the types that they were measured in, so that a checkpoint gives back the very bits."""
     values, residuals, norms = zip(*rows, strict=True) if rows else ((), (), ())
-    dtype = best.value.dtype
-    return jnp.asarray(values, dtype), jnp.asarray(residuals, dtype).reshape(len(rows), -1), jnp.asarray(norms, dtype)
+    # The number of residuals is said, for without rows it cannot be found.
+    table = np.asarray(residuals, best.residuals.dtype).reshape(len(rows), best.residuals.size)
+    return np.asarray(values, float), table, np.asarray(norms, float)
 
 
 def _default_optimizer(iterations: int) -> optax.GradientTransformation:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from esljax import storage
 from esljax._checks import InputError, refuse
-from esljax.checkpoints import Checkpoints, Terminated, session
+from esljax.checkpoints import Checkpoints, Terminated, alone, session
 from esljax.comparison import Judgment, Problem, final_loss, judge, match_endpoint, ratio, usual_shapes
 from esljax.configuration import DONE, FAILED, INTERRUPTED, OptimizeConfig, PlanConfig, enable
 from esljax.memory import memory_of_a_device
@@ -44,16 +44,22 @@ def optimize_command(config: OptimizeConfig) -> int:
     config.check()
     _join(config)
     enable(config.dtype)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with alone(config.out, "out"):
+        return _optimize(config, started)
+
+
+def _optimize(config: OptimizeConfig, started: float) -> int:
     # Of several processes each computes all, and the first one speaks and writes.
     first = jax.process_index() == 0
     console = rich.console.Console(quiet=config.quiet or not first)
     # The table has ten columns: let a narrow terminal break its lines rather than its numbers.
     console.width = max(console.width, 136)
     kept = config.out / "checkpoints"
-    unfinished = any(kept.glob("*/*"))
+    # What is half written is no checkpoint, and what is only locked has none yet.
+    unfinished = any(path.name.isdecimal() for path in kept.glob("*/*"))
     if unfinished and not config.resume:
         raise refuse("out", "be a folder without an unfinished run, or be given with --resume to finish it", f"{config.out} holds one")
-    config.out.mkdir(parents=True, exist_ok=True)
     if first and not unfinished:
         storage.write_toml(config.out / "config.toml", config.as_dict())
     try:
@@ -61,7 +67,7 @@ def optimize_command(config: OptimizeConfig) -> int:
             result = _compare(config, progress, kept)
     except InputError:
         # What cannot be run need not be finished either; what an earlier run has left is not ours to drop.
-        if not config.resume:
+        if first and not unfinished:
             shutil.rmtree(kept, ignore_errors=True)
         raise
     wall = time.perf_counter() - started

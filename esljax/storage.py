@@ -77,9 +77,11 @@ def holder(lock: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def locked(lock: Path, argument: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+def locked(lock: Path, argument: str, *, elsewhere: bool = True) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Hold a lock file that says which process of which host is writing; a dead process of this host loses it.
 
+    **Args:** `elsewhere`: whether to believe a file that names another host. Without, what the kernel says of the file is all that counts:
+    file systems that hosts share tell it of each other's locks, though not all do.
     **Yields:** a function that adds to what the lock file says.
     **Raises:** `InputError`, about `argument`, while another process holds it.
     """
@@ -107,7 +109,7 @@ def locked(lock: Path, argument: str) -> Iterator[Callable[[dict[str, Any]], Non
         os.close(handle)
     try:
         told = holder(lock)
-        if told is not None and told["host"] != platform.node():
+        if elsewhere and told is not None and told["host"] != platform.node():
             raise InputError(
                 f"Argument `{argument}` must {must}, but process {told['pid']} of {told['host']} says it is writing it; "
                 f"if that process is dead, delete {lock}."

@@ -12,13 +12,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from esljax import checkpoints as module
-from esljax.checkpoints import TERMINATED, Checkpoints, Terminated, describe, session
+from esljax.checkpoints import TERMINATED, Checkpoints, Terminated, session
 from esljax.dynamics import Langevin
 from esljax.optimization import optimize
-from esljax.potentials import FromFunction, Quadratic
+from esljax.potentials import Quadratic
 from esljax.schedules import Constant, Cosine
 from esljax.simulation import simulate
 from esljax.storage import versions
@@ -97,6 +98,33 @@ def test_a_search_goes_on_from_where_it_was(tmp_path):
     resumed = search(Checkpoints(tmp_path, resume=True, every=0), lambda at: seen.append(at.iteration))
     same(search(), resumed)
     assert seen == [7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [lambda x, key: noisy_parabola(x, key)[0], lambda x, key: (noisy_parabola(x, key)[0], (), jnp.sum(x))],
+    ids=["a scalar alone", "auxiliary without residuals"],
+)
+def test_a_search_without_constraints_goes_on(tmp_path, objective):
+    with pytest.raises(Stop):
+        search(Checkpoints(tmp_path, every=0), stopped_at(7), objective)
+    same(search(objective=objective), search(Checkpoints(tmp_path, resume=True, every=0), objective=objective))
+
+
+def test_an_optimizer_with_a_key_goes_on(tmp_path):
+    settings = {"optimizer": optax.noisy_sgd(0.01, key=jax.random.key(5)), "iterations": 6}
+    with pytest.raises(Stop):
+        search(Checkpoints(tmp_path, every=0), stopped_at(3), **settings)
+    same(search(**settings), search(Checkpoints(tmp_path, resume=True, every=0), **settings))
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_history_comes_back_in_double_precision(tmp_path):
+    """The norm of the gradient has more digits than a value in half precision."""
+    objective = lambda x, key: (noisy_parabola(x, key)[0].astype(jnp.float16), jnp.sum(x) - 5.0)  # noqa: E731
+    with pytest.raises(Stop):
+        search(Checkpoints(tmp_path, every=0), stopped_at(7), objective)
+    same(search(objective=objective), search(Checkpoints(tmp_path, resume=True, every=0), objective=objective))
 
 
 def test_a_finished_run_is_read_and_not_run_again(tmp_path):
@@ -181,19 +209,19 @@ def test_bad_input_is_one_sentence(tmp_path, refused):
     refused(lambda: gradient(0.1), "left out inside jit, grad and vmap")
 
 
-def test_runs_are_told_apart_by_what_they_are_made_of():
-    def make(scale, power=2):
-        return lambda x: scale * jnp.sum(x**power)
+def test_two_runs_do_not_write_one_folder(tmp_path, refused):
+    again = Checkpoints(tmp_path, resume=True)
+    with session(again, {}):
+        refused(lambda: run(again), f"`checkpoints` must have no other writer, but process {os.getpid()} of .* is writing it")
+    run(again)
+    assert [path.name for path in tmp_path.iterdir()] == ["6"]
 
-    assert describe(make(1.0)) == describe(make(1.0))
-    assert describe(make(1.0)) != describe(make(2.0))
-    assert describe(make(1.0)) != describe(make(1.0, power=4))
-    assert describe(FromFunction(make(1.0))) == describe(FromFunction(make(1.0)))
-    assert describe(FromFunction(make(1.0))) != describe(FromFunction(make(3.0)))
-    assert describe(jnp.zeros(2)) == describe(np.zeros(2, np.float32)) != describe(np.zeros(2))
-    assert describe(jax.random.key(0)) != describe(jax.random.key(1))
-    assert " at 0x" not in describe(lambda: None)
-    assert describe(3) == "3"
+
+def test_what_was_killed_on_another_host_goes_on_on_this_one(tmp_path):
+    """Nobody is there to delete the lock that it has left."""
+    (tmp_path / ".lock").write_text('{"pid": 1, "host": "another"}')
+    run(Checkpoints(tmp_path, resume=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["6"]
 
 
 def test_told_to_end_it_saves_and_ends(tmp_path):
@@ -217,6 +245,24 @@ def test_interrupted_it_saves_and_gives_the_best_so_far(tmp_path):
 
     assert search(Checkpoints(tmp_path, every=3600), callback).interrupted
     same(search(), search(Checkpoints(tmp_path, resume=True)))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("from_where", ["step", "callback"])
+def test_interrupted_in_the_first_iteration_it_gives_the_start(tmp_path, monkeypatch, saved, from_where):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    if from_where == "step":
+        monkeypatch.setattr(optax.tree, "norm", interrupt)
+    alone = lambda x, key: noisy_parabola(x, key)[0]  # noqa: E731
+    found = search(Checkpoints(tmp_path) if saved else None, interrupt, alone)
+    assert found.interrupted
+    assert len(found.history.value) == (from_where == "callback")
+    assert found.history.residuals.shape[1] == 0
+    monkeypatch.undo()
+    if saved:
+        same(search(objective=alone), search(Checkpoints(tmp_path, resume=True), objective=alone))
 
 
 # In processes that are really killed
@@ -284,7 +330,7 @@ def test_it_goes_on_on_other_devices(tmp_path, undisturbed, environment):
     out = tmp_path / "out.npz"
     assert killed_after(2, 0, out, tmp_path / "kept", environment, "--devices", "8") == -signal.SIGKILL
     # Without the last of its checkpoints it has a link to go.
-    for step in sorted((tmp_path / "kept" / "run").iterdir(), key=lambda path: int(path.name))[-1:]:
+    for step in sorted((tmp_path / "kept" / "run").glob("[0-9]*"), key=lambda path: int(path.name))[-1:]:
         shutil.rmtree(step)
     finish(out, tmp_path / "kept", environment, "--devices", "4")
     with np.load(out) as found:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("_types",),
     ("_checks", "_matrix", "_ott"),
-    ("diagnosis", "schedules", "density", "sharding", "storage"),
+    ("diagnosis", "schedules", "density", "sharding", "storage", "description"),
     ("report", "checkpoints"),
     ("potentials", "datasets", "models", "gaussian"),
     ("transport", "velocity", "entropy", "trajectory"),

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from esljax import cli
-from esljax.checkpoints import TERMINATED
+from esljax.checkpoints import TERMINATED, alone
 
 SMALL = """
 data = "moons"
@@ -107,6 +107,35 @@ def test_what_cannot_run_leaves_nothing_to_finish(folder, capsys):
     for _ in range(2):
         assert cli.main([*given, "--target", "1e-9"]) == 2
         assert "be a loss that" in capsys.readouterr().err
+
+
+def test_two_commands_do_not_write_one_folder(tmp_path, capsys):
+    kept = tmp_path / "checkpoints"
+    (kept / "search").mkdir(parents=True)
+    with alone(tmp_path, "out"):
+        assert cli.main(["optimize", "--out", str(tmp_path), "--quiet"]) == 2
+    assert "`out` must have no other writer" in capsys.readouterr().err
+    assert not (tmp_path / "config.toml").exists()
+    assert kept.exists()
+
+
+def test_a_refused_resumption_drops_nothing(folder, capsys):
+    """Refused it may be, but what is there took a while to compute."""
+    kept = folder / "refused" / "checkpoints"
+    (kept / "matching" / "3").mkdir(parents=True)
+    given = ["optimize", "--config", str(folder / "small.toml"), "--out", str(folder / "refused"), "--quiet"]
+    assert cli.main([*given, "--devices", "3", "--resume"]) == 2
+    assert cli.main(given) == 2
+    assert "without an unfinished run" in capsys.readouterr().err
+    assert (kept / "matching" / "3").exists()
+
+
+def test_half_a_checkpoint_is_no_unfinished_run(tmp_path, capsys):
+    """The settings that are written down are those of the run that begins."""
+    (tmp_path / "checkpoints" / "matching" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
+    assert cli.main(["optimize", "--out", str(tmp_path), "--quiet", "--devices", "3"]) == 2
+    assert "`devices` must be between 1 and 1" in capsys.readouterr().err
+    assert (tmp_path / "config.toml").exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,269 @@
+"""What makes two runs the same run: nothing that changes numbers is overlooked, and nothing else counts."""
+
+import dataclasses
+import functools
+import os
+import runpy
+import subprocess
+import sys
+import textwrap
+import types
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from esljax.description import describe
+from esljax.dynamics import Langevin
+from esljax.potentials import AbstractPotential, FlaxLoss, FromFunction
+from esljax.sharding import member_mesh
+
+
+def function(*held, power=2):
+    return lambda x: (held, x**power)
+
+
+def keyword(scale):
+    def scaled(x, *, by=scale):
+        return by * x
+
+    return scaled
+
+
+class Loss:
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, x):
+        return self.scale * x
+
+
+class Said(Loss):
+    def __repr__(self):
+        return "a loss"
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale):
+        self.scale = scale
+
+
+def potential(power):
+    """Classes of one name, whose instances hold nothing."""
+
+    def steep(x):
+        return jnp.sum(x**power)
+
+    class Steep(AbstractPotential):
+        conservative = True
+
+        def draw(self, key, steps):
+            return jnp.zeros(steps)
+
+        def energy(self, x, batch):
+            return steep(x)
+
+        def energy_and_gradient(self, x, batch):
+            return jax.value_and_grad(steep)(x)
+
+    return Steep()
+
+
+def network(bend):
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(2, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return bend(self.layer(x))
+
+    return FlaxLoss(Network(nnx.Rngs(0)), (jnp.ones((4, 2)), jnp.array([0, 1, 0, 1])))
+
+
+def script(text, name="__main__", **others):
+    """The functions of a script: what a user writes at the top of a file."""
+    module = types.ModuleType(name)
+    vars(module).update(others)
+    exec(textwrap.dedent(text), vars(module))
+    return module
+
+
+def loading(text, **others):
+    return script("def objective(x):\n    return run(x)\ndef run(x):\n    return [SCALE * y for y in x]\n" + text, **others).objective
+
+
+def backward(factor):
+    @jax.custom_vjp
+    def f(x):
+        return x
+
+    f.defvjp(lambda x: (x, None), lambda _, slope: (factor * slope,))
+    return f
+
+
+schedule = optax.piecewise_constant_schedule
+settings = lambda scale: script(f"SCALE = {scale}", "settings_of_mine")  # noqa: E731
+through = "from jax import numpy\ndef objective(x):\n    return mine.SCALE * x"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (function(True, False, True), function(True, False, False)),
+        (function(1, 2, 1), function(1, 2, 2)),
+        (function(None, 0.5), function(0.5, None)),
+        (function(1), function(True)),
+        (function(1.0), function(1)),
+        (function(1.0), function(1.0, power=4)),
+        ([32, 16, 32], [32, 16, 16]),
+        ((8, 4, 8), (8, 4, 4)),
+        ([[1], [2]], [[1, 2]]),
+        ({"a": 1, "b": 2}, {"a": 2, "b": 1}),
+        ({1, 2}, {1, 3}),
+        (schedule(1.0, {10: 0.5, 20: 0.1}), schedule(1.0, {10: 0.5, 20: 0.5})),
+        (optax.adam(0.1), optax.adam(0.2)),
+        (keyword(2.0), keyword(3.0)),
+        (functools.partial(jnp.sum, axis=0), functools.partial(jnp.sum, axis=1)),
+        (jax.vmap(jnp.sin, in_axes=0), jax.vmap(jnp.sin, in_axes=1)),
+        (Loss(1.0), Loss(2.0)),
+        (Loss(1.0).__call__, Loss(2.0).__call__),
+        (Said(1.0), Said(2.0)),
+        (Slotted(1.0), Slotted(2.0)),
+        (Loss(np.zeros(5000)), Loss(np.r_[np.zeros(2500), 1, np.zeros(2499)])),
+        (np.array([None, 1], object), np.array([None, 2], object)),
+        (loading("SCALE = 1.0"), loading("SCALE = 2.0")),
+        (loading("SCALE = 1.0"), loading("SCALE = 1.0\ndef run(x):\n    return x")),
+        (script(through, mine=settings(1)).objective, script(through, mine=settings(2)).objective),
+        (potential(4), potential(6)),
+        (network(jnp.tanh), network(jnp.sin)),
+        (backward(1.0), backward(2.0)),
+        (FromFunction(function(1.0)), FromFunction(function(3.0))),
+        (eqx.nn.MLP(2, 1, 4, 1, jax.nn.relu, key=jax.random.key(0)), eqx.nn.MLP(2, 1, 4, 1, jax.nn.tanh, key=jax.random.key(0))),
+        (jnp.zeros(2), np.zeros(2)),
+        (jax.random.key(0), jax.random.key(1)),
+        (jax.random.key(0), jax.random.key(0, impl="rbg")),
+    ],
+)
+def test_runs_are_told_apart(one, other):
+    assert describe(function(one)) != describe(function(other))
+    assert describe(one) != describe(other)
+
+
+@dataclasses.dataclass
+class Knot:
+    next: object = None
+    name: str = ""
+
+
+def ring(name):
+    first = Knot(name=name)
+    first.next = [first, Knot(first)]
+    return first
+
+
+def nested(depth):
+    thing = []
+    for _ in range(depth):
+        thing = [thing]
+    return thing
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: function(1.0, [2, {3}]),
+        lambda: FromFunction(function(1.0)),
+        lambda: optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
+        lambda: jax.jit(function(1.0)),
+        lambda: eqx.filter_jit(function(1.0)),
+        lambda: potential(4),
+        lambda: network(jnp.tanh),
+        lambda: ring("one"),
+        lambda: loading("SCALE = 1.0\nOTHER = object()"),
+        lambda: {"a": 1.0, 0: 2.0},
+        lambda: nested(5000),
+        lambda: Loss(Loss(Langevin(0.1, 0.2))),
+    ],
+)
+def test_the_same_made_twice_is_the_same(make):
+    assert describe(make()) == describe(make())
+    assert " at 0x" not in describe(make())
+
+
+def test_what_does_not_change_numbers_does_not_count():
+    assert describe(jnp.zeros(2)) == describe(np.zeros(2, np.float32))
+    assert describe({"a": 1, "b": 2}) == describe({"b": 2, "a": 1})
+    shared = [1.0]
+    assert describe([shared, shared]) == describe([[1.0], [1.0]])
+    # What no function looks up, and what a script does with the rest.
+    assert describe(loading("SCALE = 1.0")) == describe(loading("SCALE = 1.0\nUNUSED = 2"))
+    assert describe(ring("one")) != describe(ring("other"))
+    assert describe(3) == "3"
+    assert describe(None) == "None"
+
+
+def test_the_devices_do_not_count():
+    """A run goes on on others, or on a single one, where there is no mesh at all."""
+    places = (member_mesh(), member_mesh().abstract_mesh, jax.devices()[0], jnp.zeros(2).sharding, None)
+    assert len({describe(function(place)) for place in places}) == 1
+
+
+def test_what_is_looked_up_once_does_not_count():
+    class Lazy(Loss):
+        @functools.cached_property
+        def found(self):
+            return 3 * self.scale
+
+    lazy = Lazy(1.0)
+    before = describe(lazy)
+    assert lazy.found
+    assert describe(lazy) == before
+    compiled = jax.jit(function(1.0))
+    before = describe(compiled)
+    compiled(2.0)
+    assert describe(compiled) == before
+
+
+HASHED = """
+import enum, functools, optax
+from esljax.description import describe
+
+NAMES = {"sgd", "adam", "lion", "muon"}
+
+class Kind(enum.Enum):
+    ONE = 1
+
+class Rule:
+    kinds = frozenset(["a", "b", "c", "d"])
+    def __init__(self):
+        self.one, self.other = 1, [Kind.ONE]
+    def __call__(self, x):
+        return x in {"e", "f", "g", "h"} or x in NAMES
+
+def even(x):
+    return odd(x) or x in FUNCTIONS
+
+def odd(x):
+    return even(x) and Rule
+
+FUNCTIONS = {even, odd, len}
+told = [describe(each) for each in (NAMES, Rule(), even, optax.inject_hyperparams(optax.adam, static_args=("b1", "b2"))(learning_rate=0.1))]
+if __name__ == "__main__":
+    print(told)
+"""
+
+
+def test_no_process_describes_it_otherwise(tmp_path):
+    """Sets of strings have another order in every process."""
+    path = tmp_path / "hashed.py"
+    path.write_text(HASHED)
+    here = runpy.run_path(str(path))["told"]
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    there = subprocess.run([sys.executable, path], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
+    assert str(here) == there.stdout.strip()
