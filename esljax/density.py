@@ -309,7 +309,7 @@ class Histogram(AbstractLogDensity, AbstractSmoother):
         patch = jax.lax.dynamic_slice(patch, [*corner, *[0] * (table.ndim - axes)], (*(3,) * axes, *table.shape[axes:]))
         offset = (x - self.lower) / self.width - corner - 0.5
         for t in offset:
-            patch = jnp.tensordot(jnp.stack([(0.5 - t) ** 2 / 2, 0.75 - t**2, (0.5 + t) ** 2 / 2]), patch, axes=1)
+            patch = jnp.tensordot(jnp.stack([(0.5 - t) ** 2 / 2, 0.75 - t**2, (0.5 + t) ** 2 / 2]), patch, axes=1, precision="highest")
         return patch
 
 

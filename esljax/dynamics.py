@@ -110,7 +110,9 @@ class ProbabilityFlow(AbstractRule):
     def step(self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key) -> tuple[Array, Array]:
         energies, kicks = kick(positions, control.learning_rate)
         snapshot = Snapshot(positions, -kicks, control.temperature * control.learning_rate)
-        return positions + self.velocity.flow(snapshot), energies
+        # What a fit goes through is found again by the reverse sweep: kept for all steps it was a matrix of the members for each.
+        flow = jax.checkpoint(lambda velocity, snapshot: velocity.flow(snapshot), prevent_cse=False)
+        return positions + flow(self.velocity, snapshot), energies
 
 
 def _safe_sqrt(x: Any) -> Array:

@@ -113,11 +113,11 @@ def from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: MemberRate
     along = spans * (speed if rates.between else (speed[1:] + speed[:-1]) / 2)
     return dataclasses.replace(
         chain,
-        entropy_production=jnp.dot(action, whole),
+        entropy_production=jnp.sum(action * whole),
         entropy_production_chain=chain.entropy_production,
-        housekeeping=jnp.dot(action, whole - moving),
+        housekeeping=jnp.sum(action * (whole - moving)),
         length_squared=jnp.sum(along) ** 2,
-        dissipation=None if trajectory.rates is None else jnp.dot(time, whole),
+        dissipation=None if trajectory.rates is None else jnp.sum(time * whole),
         speed=along / jnp.diff(trajectory.times),
         source=f"{rates.name} at {links + 1} snapshots; W2² and {chain.source} in the same coordinates",
         bound=rates.bound,

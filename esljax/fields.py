@@ -85,7 +85,8 @@ class KernelVelocity(AbstractVariationalVelocity):
             *givens, own_given = (given for _, given in each)
             grams, givens = jnp.stack(grams), jnp.stack(givens)
             own = len(landmarks) / n
-            whole = (jnp.tensordot(shares, grams, 1) + own * own_gram, jnp.tensordot(shares, givens, 1) + own * own_given)
+            of_folds = lambda parts: jnp.tensordot(shares, parts, 1, precision="highest")  # noqa: E731
+            whole = (of_folds(grams) + own * own_gram, of_folds(givens) + own * own_given)
 
             def at_penalty(penalty):
                 def gain(fold):

@@ -17,11 +17,11 @@ import numpy as np
 
 from esljax._checks import check_positive_int, refuse
 from esljax._types import Array
-from esljax.adjoint import AbstractGradient, HessianAdjoint
+from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
 from esljax.chain import compared
-from esljax.potentials import AbstractPotential
+from esljax.potentials import AbstractPotential, Driven, potential_at
 from esljax.sharding import side_by_side
-from esljax.simulation import group_length
+from esljax.simulation import check_functions, check_links, group_length
 from esljax.sinkhorn import SinkhornTransport
 from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Mapped, Projected, SlicedTransport, coordinates
 
@@ -82,7 +82,7 @@ _REMEDIES = {
 
 
 def plan(
-    potential: AbstractPotential,
+    potential: AbstractPotential | Driven,
     positions: Any,
     *,
     steps: int,
@@ -99,7 +99,9 @@ def plan(
     `gradient`: as in `simulate`. `transport`: of the distances, or None to take none. `devices`: how many share the members; none has to
     be present.
     **Returns:** `Plan`: bytes on each device, if all are as those here are; print it. Nothing is computed and nothing compiled.
-    **Raises:** `InputError` if `devices`, `steps` or `snapshots` is not a positive integer, or the members cannot be shared evenly.
+    What `ForwardMode` pushes along is not counted: about a state and its snapshots for each number that it is differentiated in. Nor are
+    the fits of a `ProbabilityFlow`; the plan is one of `Langevin`.
+    **Raises:** `InputError` for what `simulate` refuses, as far as shapes tell, and if the members cannot be shared evenly.
 
     **Example:**
 
@@ -109,11 +111,20 @@ def plan(
         >>> plan(Quadratic(1.0), ensemble, steps=100, transport=ExactTransport(), devices=4).check(1e9).adjoint
         12800000
     """
-    for name, value in (("steps", steps), ("snapshots", snapshots), ("devices", devices)):
-        check_positive_int(name, value)
+    check_positive_int("devices", devices)
+    check_links(steps, snapshots)
+    if not isinstance(potential, AbstractPotential | Driven):
+        raise refuse("potential", "be a potential such as Quadratic(1.0)", f"is a {type(potential).__name__}")
+    if transport is not None and not isinstance(transport, AbstractTransport):
+        raise refuse("transport", "be a transport such as ExactTransport()", f"is {transport!r}")
+    if len(np.shape(positions)) != 2:
+        raise refuse("positions", "have shape (n, d), one row per member", f"has shape {np.shape(positions)}")
     gradient = HessianAdjoint() if gradient is None else gradient
-    (n, d), dtype = positions.shape, positions.dtype
+    n, d = np.shape(positions)
+    dtype = jax.dtypes.canonicalize_dtype(getattr(positions, "dtype", float))
     member = jax.ShapeDtypeStruct((d,), dtype)
+    potential = potential_at(potential, 0.0)
+    check_functions(potential, jax.ShapeDtypeStruct((n, d), dtype), jax.random.key(0), observe)
     if n % devices:
         raise refuse("devices", f"divide the {n} members that they share", f"is {devices}")
     p = d if observe is None else jax.eval_shape(observe, member).shape[0]
@@ -124,9 +135,12 @@ def plan(
     # Positions, noise and batch of a step; with checkpoints those of one group of steps, and where each group begins.
     step = 2 * state + mine * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch))
     length = group_length(steps, snapshots)
-    adjoint = steps // length * state + length * step if gradient.checkpoint else steps * step
     # A batch forward and backward at every step; all examples forward at the end. Compilers fuse about half of the operations.
-    network = max(_on_the_way(potential, member, batch), _on_the_way(potential, member, None) // 2)
+    of_batch = _on_the_way(potential, member, batch)
+    network = max(of_batch, _on_the_way(potential, member, None) // 2)
+    step += mine * of_batch if isinstance(gradient, Autodiff) else 0
+    adjoint = steps // length * state + length * step if gradient.checkpoint else steps * step
+    adjoint = 0 if isinstance(gradient, ForwardMode) else adjoint
     return Plan(
         devices=devices,
         members=n,
@@ -142,8 +156,14 @@ def plan(
 
 def _on_the_way(potential: AbstractPotential, member: Any, batch: Any) -> int:
     """The bytes of all that is computed on the way from one member to its energy."""
-    program = jax.make_jaxpr(potential.energy)(member, batch)
-    return sum(math.prod(out.aval.shape) * out.aval.dtype.itemsize for equation in program.eqns for out in equation.outvars)
+    return _of_program(jax.make_jaxpr(potential.energy)(member, batch))
+
+
+def _of_program(program: Any) -> int:
+    """The bytes of the results of all operations; a loop over layers counts each time it goes round."""
+    own = sum(math.prod(out.aval.shape) * out.aval.dtype.itemsize for equation in program.eqns for out in equation.outvars)
+    loops = (equation.params for equation in program.eqns if equation.primitive.name == "scan")
+    return own + sum(loop["length"] * _of_program(loop["jaxpr"].jaxpr) for loop in loops)
 
 
 def _pairs(transport: AbstractTransport, pairs: int, n: int, d: int, differentiated: bool) -> float | int:
@@ -165,13 +185,13 @@ def _pair(transport: AbstractTransport, n: int, d: int, differentiated: bool) ->
         return (4 if differentiated else 2) * n * d + _pair(transport, n, compared.shape[2], differentiated)
     ends = n * d
     if isinstance(transport, ExactTransport):
-        return (9 if differentiated else 5) * ends + 1.1 * n**2
+        return (9 if differentiated else 5) * ends + (0 if d == 1 else (3.1 if differentiated else 2.05) * n**2)
     if isinstance(transport, GaussianTransport):
         return (6 * ends + 8 * min(n, d) ** 2) if differentiated else (3 * ends + 3 * min(n, d) ** 2)
     if isinstance(transport, SlicedTransport):
-        return (6.5 if differentiated else 4) * ends + 5 * n * transport.directions
+        return (6.5 if differentiated else 4) * ends + (13 if differentiated else 5) * n * transport.directions
     if isinstance(transport, SinkhornTransport) and transport.chunk is not None:
-        return (17 if differentiated else 7) * ends + 3 * n * transport.chunk
+        return (17 if differentiated else 7) * ends + (3 if differentiated else 1.1) * n * transport.chunk
     return (11 if differentiated else 3) * ends + 5 * n**2
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from esljax._checks import known, refuse
@@ -69,7 +70,8 @@ def choose_mesh(mesh: Any, positions: Any) -> AnyMesh | None:
 
 
 def find_mesh(mesh: Any, x: Any) -> AnyMesh | None:
-    """The mesh asked for; else the one that `x` lies on already; else that of `jax.set_mesh`; else all local devices. None for one device.
+    """The mesh asked for; else the one that `x` lies on, as far as jax tells; else that of `jax.set_mesh`; else all local devices. None for
+    one device.
 
     **Raises:** `InputError` if what is asked for is no mesh, or another than that of `jax.set_mesh`, which jax would not compile.
     """
@@ -81,6 +83,10 @@ def find_mesh(mesh: Any, x: Any) -> AnyMesh | None:
     visible = isinstance(x, jax.Array) and known(x)
     if mesh is None and visible and isinstance(x.sharding, NamedSharding) and x.sharding.mesh.size > 1:
         mesh = x.sharding.mesh
+    elif mesh is None and ambient is None and isinstance(x, Tracer):
+        # What came into `jit` from a mesh says so in its type.
+        lies = jax.typeof(x).sharding.mesh
+        mesh = lies if lies.size > 1 and AxisType.Manual not in lies.axis_types else None
     elif mesh is None and ambient is not None:
         mesh = _mesh_that_is_set()
     elif mesh is None and visible and not x.committed and x.device in (local := jax.local_devices()) and len(local) > 1:
@@ -123,9 +129,19 @@ def replicate(tree: Any, mesh: AnyMesh | None) -> Any:
     return jax.tree.map(lambda x: _put(x, sharding) if eqx.is_array(x) else x, tree)
 
 
+def gathered(tree: Any, mesh: AnyMesh | None) -> Any:
+    """The same on the devices of a mesh, where an earlier call has left it on others: jax takes no two places for one program."""
+    if not isinstance(mesh, Mesh):
+        return tree
+    here = set(mesh.devices.flat)
+    elsewhere = lambda x: isinstance(x, jax.Array) and known(x) and x.committed and x.sharding.device_set != here  # noqa: E731
+    return jax.tree.map(lambda x: replicate(x, mesh) if elsewhere(x) else x, tree)
+
+
 def _put(x: Any, sharding: NamedSharding) -> Array:
     if not known(x) or not isinstance(sharding.mesh, Mesh):
-        return jax.lax.with_sharding_constraint(jnp.asarray(x), sharding)
+        # Compiled, because a gradient that is not may meet an array that lies on one device so far.
+        return jax.jit(jax.lax.with_sharding_constraint, static_argnums=1)(jnp.asarray(x), sharding)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         # To devices of other processes jax puts numbers only.
         return jax.random.wrap_key_data(jax.device_put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))

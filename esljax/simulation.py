@@ -87,7 +87,7 @@ def _simulate(potential, rule, positions, key, steps, snapshots, observe, gradie
 
 
 def _run(potential, rule, positions, key, steps, snapshots, observe, gradient, mesh) -> Trajectory:
-    _check_functions(potential, positions, key, observe)
+    check_functions(potential, positions, key, observe)
     controls = _controls(rule, steps, positions.dtype)
     linked = jax.tree.map(lambda x: x.reshape(snapshots, -1, *x.shape[1:]), (jnp.arange(steps), controls))
     final, kept = _scan(potential, rule, positions, key, linked, steps, observe, gradient)
@@ -152,7 +152,7 @@ def _features(observe: Any, positions: Array) -> Array:
 def _survive(checkpoints, potential, rule, positions, key, steps, snapshots, observe, gradient, mesh) -> Trajectory:
     """The same run link by link, each in one compiled program, with a chance to be saved after each."""
     controls = _compiled_controls(rule, steps, positions.dtype)
-    eqx.filter_eval_shape(_check_functions, potential, positions, key, observe)
+    eqx.filter_eval_shape(check_functions, potential, positions, key, observe)
     linked = jax.tree.map(lambda x: x.reshape(snapshots, 1, -1, *x.shape[1:]), (jnp.arange(steps), controls))
     features = eqx.filter_eval_shape(_features, observe, positions)
 
@@ -190,7 +190,17 @@ def group_length(steps: int, snapshots: int) -> int:
     return min(divisors, key=lambda c: abs(np.log(c / np.sqrt(steps))))
 
 
-def _check_functions(potential: AbstractPotential | Driven, positions: Array, key: Key, observe: Any) -> None:
+def check_links(steps: int, snapshots: int) -> None:
+    """Refuse snapshots that are not evenly spaced."""
+    check_positive_int("steps", steps)
+    check_positive_int("snapshots", snapshots)
+    if steps % snapshots:
+        divisors = [j for j in range(1, steps + 1) if steps % j == 0]
+        near = [*[j for j in divisors if j < snapshots][-1:], *[j for j in divisors if j > snapshots][:1]]
+        raise refuse("snapshots", f"divide the {steps} steps (such as {' or '.join(map(str, near))})", f"is {snapshots}")
+
+
+def check_functions(potential: AbstractPotential | Driven, positions: Any, key: Key, observe: Any) -> None:
     """What a member goes through, on shapes alone and so only when a run is compiled."""
     d = positions.shape[1]
     potential = potential_at(potential, 0.0)
@@ -214,12 +224,7 @@ def _check(potential: Any, rule: Any, positions: Any, key: Any, steps: int, snap
     if not isinstance(potential, AbstractPotential | Driven):
         raise refuse("potential", "be a potential such as Quadratic(1.0)", f"is a {type(potential).__name__}")
     check_ensemble("positions", positions, minimum_members=2)
-    check_positive_int("steps", steps)
-    check_positive_int("snapshots", snapshots)
-    if steps % snapshots:
-        divisors = [j for j in range(1, steps + 1) if steps % j == 0]
-        near = [*[j for j in divisors if j < snapshots][-1:], *[j for j in divisors if j > snapshots][:1]]
-        raise refuse("snapshots", f"divide the {steps} steps (such as {' or '.join(map(str, near))})", f"is {snapshots}")
+    check_links(steps, snapshots)
     if not isinstance(rule, AbstractRule):
         raise refuse("rule", "be a rule such as Langevin(learning_rate, temperature)", f"is a {type(rule).__name__}")
     check_key("key", key)

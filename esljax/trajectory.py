@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from esljax._checks import InputError, check_finite, known, refuse
 from esljax._types import Array, ArrayLike, Float, Shaped
@@ -102,7 +102,9 @@ def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
     shapes = {one.positions.shape for one in trajectories}
     if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
         raise refuse("trajectory", "hold runs of one shape", f"holds {len(trajectories)} runs with positions of shapes {sorted(shapes)}")
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trajectories)
+    mesh = next((one.mesh for one in trajectories if one.mesh is not None), None)
+    together = [on_devices(one, mesh if isinstance(mesh, Mesh) else None) for one in trajectories]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *together)
 
 
 def on_devices(trajectory: Trajectory, mesh: AnyMesh | None = None) -> Trajectory:

@@ -122,6 +122,21 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             report = esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=0, mesh=there)
             assert len(report.gap.sharding.device_set) == (8 if there is None else 3)
             np.testing.assert_allclose(report.entropy_production, found["8 report recorded"][0], rtol=1e-6)
+        # What came into `jit` from a mesh stays on it; under a mesh that is set a gradient need not be compiled.
+        spread = shard_members(points, mesh)
+        path = jax.jit(lambda start: simulate(trap, rates, start, None))(spread)
+        assert path.mesh.size == 8
+        final = lambda rates, mesh: jnp.sum(simulate(trap, rates, points, mesh).final)  # noqa: E731
+        with jax.set_mesh(mesh):
+            slope = jax.grad(final)(rates, None)
+        np.testing.assert_allclose(slope, jax.grad(final)(rates, mesh), rtol=1e-6)
+        # Runs on different devices, and a projection left on another one, are measured together.
+        directions = jax.device_put(jnp.eye(5)[:, :2], jax.devices()[5])
+        paths = [simulate(trap, rates, points, esl.member_mesh(size)) for size in (8, 4)]
+        report = esl.speed_limit(paths, transport=esl.Projected(esl.GaussianTransport(), directions))
+        assert float(report.standard_error.gap) < 1e-5 < float(report.gap)
+        measure = lambda path: esl.speed_limit(path, transport=esl.SinkhornTransport(1.0, chunk=4), jackknife=0)  # noqa: E731
+        found["collectives of a sinkhorn report"] = collectives(measure, path)
         found["refusals"] = []
         for set_mesh in (mesh, jax.make_mesh((8,), ("members",))):
             with jax.set_mesh(set_mesh):

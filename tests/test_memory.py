@@ -8,25 +8,34 @@ import jax.numpy as jnp
 import pytest
 
 from esljax import cli
-from esljax.adjoint import HessianAdjoint
+from esljax.adjoint import Autodiff, ForwardMode, HessianAdjoint
 from esljax.comparison import Problem
 from esljax.datasets import digits
+from esljax.dynamics import Langevin
+from esljax.memory import plan
 from esljax.models import mlp
-from esljax.potentials import FlaxLoss
-from esljax.schedules import Constant, Knots
+from esljax.potentials import Driven, FlaxLoss, FromFunction, Quadratic
+from esljax.schedules import Constant, Knots, Linear
+from esljax.simulation import simulate
 from esljax.sinkhorn import SinkhornTransport
+from esljax.speed_limit import speed_limit
 from esljax.transport import ExactTransport, GaussianTransport, Projected, SlicedTransport
 
 KEY = jax.random.key(0)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-def problem(transport=None, hidden=32, batch=256, recompute=False, **sizes):
+def test_a_driven_potential_is_planned():
+    driven = Driven(lambda center: Quadratic(1.0, center), Linear(0.0, 2.0))
+    assert plan(driven, jnp.zeros((64, 10)), steps=100).total == plan(Quadratic(1.0), jnp.zeros((64, 10)), steps=100).total
+
+
+def problem(transport=None, hidden=32, batch=256, recompute=False, gradient=None, **sizes):
     data = digits()
     potential = FlaxLoss(mlp(64, hidden, 10), data.train, batch_size=batch, l2=1e-4)
     sizes = {"members": 32, "steps": 200, "snapshots": 20, **sizes}
     transport = ExactTransport() if transport is None else transport
-    return Problem(potential, data.test, Constant(1e-7), transport, gradient=HessianAdjoint(checkpoint=recompute), **sizes)
+    return Problem(potential, data.test, Constant(1e-7), transport, gradient=gradient or HessianAdjoint(checkpoint=recompute), **sizes)
 
 
 def needed(problem: Problem, differentiated: bool) -> int:
@@ -74,6 +83,47 @@ def test_a_plan_is_right_within_a_half(settings, differentiated):
     assert 1 / 1.5 < planned / found < (1.5 if differentiated else 2)
 
 
+@pytest.mark.parametrize(
+    ("transport", "members", "coordinates"),
+    [
+        (ExactTransport(), 2048, 10),
+        (ExactTransport(), 20_000, 1),
+        (SlicedTransport(100, KEY), 2048, 10),
+        slow(SinkhornTransport(1.0, chunk=256), 10_000, 10),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("differentiated", [True, slow(False)], ids=["gradient", "value"])
+def test_a_plan_of_many_members_in_few_coordinates_is_right_within_a_half(transport, members, coordinates, differentiated):
+    """Where costs, orders and projections outweigh the members themselves."""
+    start, potential = jax.ShapeDtypeStruct((members, coordinates), jnp.float32), Quadratic(1.0)
+
+    def gap(rates, start):
+        path = simulate(potential, Langevin(Knots(rates), 0.01), start, steps=20, snapshots=10, key=KEY)
+        return speed_limit(path, transport=transport, jackknife=0).gap
+
+    program = jax.jit(jax.value_and_grad(gap) if differentiated else gap)
+    found = program.lower(jnp.full(3, 0.1), start).compile().memory_analysis().temp_size_in_bytes
+    planned = plan(potential, start, steps=20, snapshots=10, transport=transport, differentiated=differentiated).total
+    assert 1 / 1.5 < planned / found < 1.5
+
+
+def test_a_loop_over_layers_counts_every_layer():
+    def energy(layers):
+        return lambda member: jnp.sum(jax.lax.scan(lambda x, _: (jnp.sin(x), None), member, None, length=layers)[0])
+
+    few, many = (plan(FromFunction(energy(layers)), jnp.zeros((16, 50)), steps=20).network for layers in (10, 1000))
+    assert 50 < many / few < 150
+
+
+def test_ways_of_differentiating_are_told_apart():
+    """jax keeps what the network computed at every step, forward mode nothing of any."""
+    planned = {
+        name: problem(gradient=way).plan().adjoint for name, way in (("h", HessianAdjoint()), ("a", Autodiff()), ("f", ForwardMode()))
+    }
+    assert planned["a"] > 5 * planned["h"] > 0 == planned["f"]
+
+
 def test_devices_share_what_they_can():
     one, eight = (problem().plan(devices=devices) for devices in (1, 8))
     for name in ("state", "network", "snapshots", "adjoint"):
@@ -98,6 +148,16 @@ def test_what_does_not_fit_is_refused_with_what_to_change(settings, remedy, refu
 
 def test_bad_input_is_one_sentence(refused):
     refused(lambda: problem().plan(devices=0), "`devices` must be an integer of at least 1")
+    ensemble = jax.ShapeDtypeStruct((8, 3), jnp.float32)
+    for change, sentence in (
+        ({"snapshots": 30}, r"`snapshots` must divide the 100 steps"),
+        ({"transport": "exact"}, "`transport` must be a transport"),
+        ({"observe": lambda member: member[0]}, "`observe` must return shape"),
+        ({"positions": [1.0, 2.0]}, r"`positions` must have shape \(n, d\)"),
+        ({"potential": Quadratic(jnp.ones(4))}, "`potential` must accept members of 3 coordinates"),
+    ):
+        asked = {"potential": Quadratic(1.0), "positions": ensemble, "steps": 100, **change}
+        refused(lambda asked=asked: plan(asked.pop("potential"), asked.pop("positions"), **asked), sentence)
     refused(lambda: problem().plan(devices=3), "`devices` must divide the 32 members that they share, but is 3")
 
 

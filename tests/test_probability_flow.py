@@ -10,6 +10,7 @@ import systems
 from esljax.dynamics import Langevin, ProbabilityFlow
 from esljax.fields import KernelVelocity
 from esljax.potentials import DoubleWell, Quadratic
+from esljax.schedules import Knots
 from esljax.scores import KDEVelocity
 from esljax.simulation import simulate
 from esljax.speed_limit import speed_limit
@@ -108,3 +109,18 @@ def test_gradients_go_through_the_flow(x64):
 def test_what_needs_neighbors_cannot_move_members(refused):
     refused(lambda: ProbabilityFlow(0.1, 0.1, TransportVelocity(ExactTransport())), "Argument `velocity` must estimate from one snapshot")
     refused(lambda: ProbabilityFlow(0.1, 0.1, "affine"), "Argument `velocity` must estimate from one snapshot")
+
+
+def test_the_gradient_keeps_positions_and_no_fits():
+    """What a fit goes through grows with the square of the members; kept for every step it would outweigh all else."""
+    flow = lambda rates: ProbabilityFlow(Knots(rates), 0.1, KDEVelocity())  # noqa: E731
+
+    def final(rates, start, steps):
+        return jnp.sum(simulate(Quadratic(1.0), flow(rates), start, steps=steps, snapshots=1, key=jax.random.key(0)).final)
+
+    def needed(steps):
+        start = jax.ShapeDtypeStruct((200, 1), jnp.float32)
+        gradient = jax.jit(jax.grad(final), static_argnums=2).lower(jnp.full(2, 0.01), start, steps)
+        return gradient.compile().memory_analysis().temp_size_in_bytes
+
+    assert needed(40) < 1.5 * needed(10)

@@ -97,6 +97,11 @@ def test_no_device_gathers_the_history(devices):
     assert max(largest.values()) <= 2410
 
 
+def test_iterations_of_a_whole_report_wait_for_no_other_device(devices):
+    """Also those at the doubled ε that a diagnosis asks for; each sweep of those was gathered block by block."""
+    assert 5 < len(devices["collectives of a sinkhorn report"]) < 20
+
+
 def test_a_mesh_beside_that_of_set_mesh_is_refused(devices):
     """jax would say it in the terms of its compiler."""
     said = "Argument `mesh` must be that of jax.set_mesh, with auto axes as member_mesh() has them: set is {'members': 8} with "
