@@ -24,8 +24,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from esljax._checks import InputError, check_nonnegative, is_key, known, refuse
+from esljax._checks import InputError, check_nonnegative, is_key, refuse
 from esljax.description import describe
 from esljax.storage import locked, versions
 
@@ -185,7 +186,7 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
         return
     if not isinstance(checkpoints, Checkpoints):
         raise refuse("checkpoints", "be Checkpoints(folder)", f"is {checkpoints!r}")
-    if not known(run):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(run)):
         raise refuse("checkpoints", "be left out inside jit, grad and vmap, where there is nothing to save", "is given")
     folder = Path(checkpoints.folder).resolve()
     try:

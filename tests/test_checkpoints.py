@@ -72,6 +72,17 @@ def test_a_saved_run_is_the_run(tmp_path):
     same(run(**observed), run(Checkpoints(tmp_path / "observed", every=0), **observed))
 
 
+def test_a_run_of_many_snapshots_compiles_no_more_than_one_of_few(tmp_path, caplog):
+    compiled = []
+    for snapshots in (3, 12):
+        caplog.clear()
+        jax.clear_caches()
+        with jax.log_compiles():
+            run(Checkpoints(tmp_path / f"{snapshots}", every=0), snapshots=snapshots)
+        compiled.append(sum(record.message.startswith("Compiling") for record in caplog.records))
+    assert compiled[0] == compiled[1] > 0
+
+
 def test_a_saved_search_is_the_search(tmp_path):
     same(search(), search(Checkpoints(tmp_path, every=0)))
 
