@@ -9,6 +9,8 @@ under another description would silently become a different run, so it is refuse
 import contextlib
 import dataclasses
 import functools
+import re
+import shutil
 import signal
 import threading
 import time
@@ -22,8 +24,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from esljax._checks import InputError, check_nonnegative, is_key, known, refuse
+from esljax._checks import InputError, check_nonnegative, is_key, refuse
 from esljax.description import describe
 from esljax.storage import locked, versions
 
@@ -49,7 +52,7 @@ class Checkpoints:
     **Args:** `folder`: of this run alone; made if it does not exist. Several processes must all see it. `resume`: go on from the latest
     checkpoint there; a folder without one starts the run, so that one command serves every start. Without it a folder that holds a run is
     refused. `every`: the least number of seconds between two checkpoints; 0 for one after each round.
-    **Raises:** `InputError` if `every` is negative or `folder` a file.
+    **Raises:** `InputError` if `every` is negative, or `folder` a file or the address of a bucket.
 
     **Example:**
 
@@ -63,6 +66,8 @@ class Checkpoints:
 
     def __post_init__(self):
         check_nonnegative("every", self.every)
+        if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(self.folder)):
+            raise refuse("folder", "be a folder of a file system that is mounted here", f"is {self.folder}")
         if Path(self.folder).exists() and not Path(self.folder).is_dir():
             raise refuse("folder", "be a folder", f"is the file {self.folder}")
 
@@ -72,6 +77,7 @@ class Session:
 
     def __init__(self, manager: Any, settings: Checkpoints | None, about: dict[str, str]):
         self._manager, self._settings, self._about = manager, settings, about
+        self._folder = "" if settings is None else settings.folder
         self._last, self._told, self._at = time.monotonic(), False, -1
 
     def restore(self, like: Callable[[int], Any]) -> tuple[int, Any] | None:
@@ -115,52 +121,72 @@ class Session:
         """Save the state after `step` rounds if it is time to, if it is the last one, or if the process was told to end.
 
         **Args:** `state`: makes the state; called only if it is saved.
-        **Raises:** `Terminated` in the last case.
+        **Raises:** `Terminated` in the last case. **Warns:** `RuntimeWarning` if it cannot be written; the next offer tries again.
         """
         if self._manager is None or self._settings is None:
             return
         due, told = _agreed(time.monotonic() - self._last >= self._settings.every, self._told)
         if (due or told or last) and step > self._at:
-            arrays = _numbered(jax.tree.leaves(eqx.filter(state(), eqx.is_array)))
-            saved = {name: x if _placed(x) else np.asarray(x) for name, x in arrays.items()}
-            if step in self._manager.all_steps():
-                self._manager.delete(step)  # it was passed over
-            self._manager.save(
-                step, args=_orbax().Composite(state=_orbax().StandardSave(saved), about=_orbax().JsonSave(self._about)), force=True
-            )
-            self._last, self._at = time.monotonic(), step
+            self._save(step, jax.tree.leaves(eqx.filter(state(), eqx.is_array)))
+            self._last = time.monotonic()
         if told:
-            raise Terminated(f"Told to end after round {step}; the run is saved in {self._settings.folder} and goes on from there.")
+            raise self.terminated(step)
+
+    def _save(self, step: int, leaves: list[Any]) -> None:
+        arrays = {name: x if _placed(x) else np.asarray(x) for name, x in _numbered(leaves).items()}
+        kept = _orbax().Composite(state=_orbax().StandardSave(arrays), about=_orbax().JsonSave(self._about))
+        try:
+            with _uninterrupted():
+                if step in self._manager.all_steps():
+                    self._manager.delete(step)  # it was passed over
+                self._manager.save(step, args=kept, force=True)
+                self._at = step
+        except Exception as error:
+            # Half a checkpoint would fill a full disk for good.
+            _drop_halves(Path(self._folder))
+            said = f"The checkpoint of round {step} in {self._folder} cannot be written: {_brief(error)}"
+            warnings.warn(said, RuntimeWarning, stacklevel=3)
+
+    def terminated(self, step: int | None = None) -> Terminated:
+        """What ends a process that was told to, after so many rounds or when all were done."""
+        when = "" if step is None else f" after round {step}"
+        if step is None or self._at >= step:
+            return Terminated(f"Told to end{when}; the run is saved in {self._folder} and goes on from there.")
+        left = f"goes on from round {self._at}, which is" if self._at >= 0 else "is not"
+        return Terminated(f"Told to end{when}; the run {left} saved in {self._folder}.")
 
     def told(self, *_: Any) -> None:
-        """Take note that the process should end; the next offer will save and do so."""
+        """Take note that the process should end; the next offer, or the end of the session, will do so."""
         self._told = True
 
+    def was_told(self) -> bool:
+        """Whether any of the processes was told to end."""
+        return any(_agreed(self._told))
+
     def _compare(self, about: dict[str, str]) -> None:
-        folder = self._settings.folder if self._settings is not None else ""
         for name in [*self._about, *about]:
             now, then = self._about.get(name, "absent"), about.get(name, "absent")
             if now != then:
-                raise refuse("checkpoints", "hold the run that is to go on", f"{folder} holds one whose {name} is {then}, not {now}")
+                raise refuse("checkpoints", "hold the run that is to go on", f"{self._folder} holds one whose {name} is {then}, not {now}")
 
     def _passed_over(self, step: int, error: Exception) -> None:
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        folder = self._settings.folder if self._settings is not None else ""
-        warnings.warn(f"The checkpoint of round {step} in {folder} cannot be read and is passed over: {said}", RuntimeWarning, stacklevel=3)
+        said = f"The checkpoint of round {step} in {self._folder} cannot be read and is passed over: {_brief(error)}"
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
 
 
 @contextlib.contextmanager
 def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Session]:
     """Open the checkpoints of the run that these arguments (by name) make; without any, a session that does nothing.
 
-    While it is open, SIGTERM is noted instead of ending the process (in the main thread, the only one that signals reach).
+    While it is open, SIGTERM is noted instead of ending the process (in the main thread, the only one that signals reach); when it closes
+    without having heeded that, it raises `Terminated`.
     """
     if checkpoints is None:
         yield Session(None, None, {})
         return
     if not isinstance(checkpoints, Checkpoints):
         raise refuse("checkpoints", "be Checkpoints(folder)", f"is {checkpoints!r}")
-    if not known(run):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(run)):
         raise refuse("checkpoints", "be left out inside jit, grad and vmap, where there is nothing to save", "is given")
     folder = Path(checkpoints.folder).resolve()
     try:
@@ -173,6 +199,8 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
     options = _orbax().CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     manage = functools.partial(_orbax().CheckpointManager, folder, options=options, item_names=("state", "about"))
     with alone(folder, "checkpoints"), _quiet(), manage() as manager:
+        if jax.process_index() == 0:
+            _drop_halves(folder)
         opened = Session(manager, checkpoints, about)
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, opened.told) if main else None
@@ -181,6 +209,36 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
         finally:
             if main:
                 signal.signal(signal.SIGTERM, before)
+        # It came too late for the last offer, or there was none because the run had been finished before.
+        if opened.was_told():
+            raise opened.terminated()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until what is being written is whole."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    noted = []
+    before = signal.signal(signal.SIGINT, lambda *_: noted.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if noted:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _drop_halves(folder: Path) -> None:
+    """Remove what writers that died, or failed, have left behind."""
+    for half in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _brief(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

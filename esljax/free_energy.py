@@ -33,7 +33,7 @@ from esljax.entropy import AbstractEntropy
 from esljax.entropy_production import learning_clock, member_rates
 from esljax.potentials import AbstractPotential, Driven
 from esljax.report import jackknife_groups
-from esljax.sharding import gathered, map_pairs
+from esljax.sharding import bring, map_pairs
 from esljax.trajectory import Trajectory, check_runs, on_devices, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
 from esljax.velocity import AbstractVelocity
@@ -275,7 +275,7 @@ def free_energy(
     check_runs(trajectory, jackknife)
     _check(trajectory, potential, entropy, velocity, transport)
     trajectory = on_devices(trajectory)
-    potential, entropy, velocity, transport = gathered((potential, entropy, velocity, transport), trajectory.mesh)
+    potential, entropy, velocity, transport = bring((potential, entropy, velocity, transport), trajectory.mesh)
     if trajectory.positions.ndim == 3:
         return _of_one(trajectory, potential, entropy, velocity, transport, jackknife)
     return _of_several(trajectory, potential, entropy, velocity, transport)

@@ -47,6 +47,8 @@ def member_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
             )
             raise refuse("devices", f"be between 1 and {len(present)}, the {present[0].platform} devices present{hint}", f"is {devices!r}")
         devices = present[:wanted]
+    if isinstance(devices, str) or not isinstance(devices, Sequence | np.ndarray):
+        raise refuse("devices", "be a number of devices, or devices themselves", f"is {devices!r}")
     if len(devices) == 0 or len(set(devices)) < len(devices):
         raise refuse("devices", "name at least one device, each once", f"is {devices!r}")
     return Mesh(np.asarray(devices), ("members",), axis_types=(AxisType.Auto,))
@@ -129,13 +131,13 @@ def replicate(tree: Any, mesh: AnyMesh | None) -> Any:
     return jax.tree.map(lambda x: _put(x, sharding) if eqx.is_array(x) else x, tree)
 
 
-def gathered(tree: Any, mesh: AnyMesh | None) -> Any:
-    """The same on the devices of a mesh, where an earlier call has left it on others: jax takes no two places for one program."""
+def bring(tree: Any, mesh: AnyMesh | None) -> Any:
+    """What was put on other devices comes to those of the mesh, which jax would not do by itself; what was put nowhere it does bring."""
     if not isinstance(mesh, Mesh):
         return tree
-    here = set(mesh.devices.flat)
-    elsewhere = lambda x: isinstance(x, jax.Array) and known(x) and x.committed and x.sharding.device_set != here  # noqa: E731
-    return jax.tree.map(lambda x: replicate(x, mesh) if elsewhere(x) else x, tree)
+    here, sharding = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
+    strange = lambda x: isinstance(x, jax.Array) and known(x) and x.committed and x.sharding.device_set != here  # noqa: E731
+    return jax.tree.map(lambda x: _put(x, sharding) if strange(x) else x, tree)
 
 
 def _put(x: Any, sharding: NamedSharding) -> Array:

@@ -6,6 +6,7 @@ The state is one array (n, d). Randomness is addressed by step, never threaded, 
 of differentiating, or the devices that the members live on.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from esljax.adjoint import AbstractGradient, HessianAdjoint
 from esljax.checkpoints import Checkpoints, session
 from esljax.dynamics import AbstractRule, Controls
 from esljax.potentials import AbstractPotential, Driven, potential_at
-from esljax.sharding import AnyMesh, choose_mesh, shard_members
+from esljax.sharding import AnyMesh, bring, choose_mesh, shard_members
 from esljax.trajectory import Trajectory
 
 
@@ -50,7 +51,7 @@ def simulate(
       `jax.set_mesh`, or all local ones if it was not placed anywhere. Inside `jit` one of the first two must be said, or a single device
       runs it all. The numbers are the same on any number of devices.
     - `checkpoints`: where to save the run between snapshots, so that it survives its process; see `Checkpoints`. Taken up again it ends
-      with the very bits of a run that nothing disturbed, on any number of devices. Not inside `jit` or `grad`.
+      with the very bits of a checkpointed run that nothing disturbed, on any number of devices. Not inside `jit` or `grad`.
 
     **Returns:** `Trajectory`, with `positions` (J+1, n, d) and `times` (J+1,).
     **Raises:** `InputError` for bad shapes, J that does not divide K, negative rates or temperatures, members that are not finite or that
@@ -68,9 +69,10 @@ def simulate(
     positions = jnp.asarray(positions)
     _check(potential, rule, positions, key, steps, snapshots, observe, gradient)
     mesh = choose_mesh(mesh, positions)
-    positions = shard_members(positions, mesh)
+    potential, rule, key, observe = bring((potential, rule, key, observe), mesh)
     if checkpoints is not None:
         return _survive(checkpoints, potential, rule, positions, key, steps, snapshots, observe, gradient, mesh)
+    positions = shard_members(positions, mesh)
     return _simulate(potential, rule, positions, key, steps, snapshots, observe, gradient, mesh)
 
 
@@ -149,38 +151,45 @@ def _features(observe: Any, positions: Array) -> Array:
     return positions if observe is None else jax.vmap(observe)(positions)
 
 
-def _survive(checkpoints, potential, rule, positions, key, steps, snapshots, observe, gradient, mesh) -> Trajectory:
+def _survive(checkpoints, potential, rule, start, key, steps, snapshots, observe, gradient, mesh) -> Trajectory:
     """The same run link by link, each in one compiled program, with a chance to be saved after each."""
+    # Told before the members are spread: over whichever processes, which may be others when the run goes on.
+    run = {"steps": steps, "snapshots": snapshots, "potential": potential, "rule": rule, "positions": start, "key": key}
+    positions = shard_members(start, mesh)
     controls = _compiled_controls(rule, steps, positions.dtype)
     eqx.filter_eval_shape(check_functions, potential, positions, key, observe)
     linked = jax.tree.map(lambda x: x.reshape(snapshots, 1, -1, *x.shape[1:]), (jnp.arange(steps), controls))
     features = eqx.filter_eval_shape(_features, observe, positions)
-
-    def like(links: int) -> tuple:
-        kept = jnp.zeros((links, *features.shape), features.dtype), jnp.zeros((links, len(positions)), positions.dtype)
-        return positions, tuple(shard_members(x, mesh, axis=1) for x in kept)
-
-    run = {"steps": steps, "snapshots": snapshots, "potential": potential, "rule": rule, "positions": positions, "key": key}
+    # The whole history from the start: what grew would be compiled anew for each of its lengths.
+    kept = _compiled_blank(snapshots, len(positions), features, positions.dtype, mesh)
     with session(checkpoints, {**run, "observe": observe}) as saved:
-        done, (positions, kept) = saved.restore(like) or (0, like(0))
-        pieces = [kept]
+        done, (positions, kept) = saved.restore(lambda _: (positions, kept)) or (0, (positions, kept))
         for j in range(done, snapshots):
             inside = jax.tree.map(lambda x, j=j: x[j], linked)
-            positions, piece = _compiled_scan(potential, rule, positions, key, inside, steps, observe, gradient)
-            pieces.append(piece)
+            positions, link = _compiled_scan(potential, rule, positions, key, inside, steps, observe, gradient)
+            kept = _entered(kept, link, j, mesh)
             jax.block_until_ready(positions)
-            saved.offer(j + 1, lambda end=positions: (end, _joined(pieces)), last=j + 1 == snapshots)
+            saved.offer(j + 1, lambda state=(positions, kept): state, last=j + 1 == snapshots)
     last = _compiled_last(potential, positions, key, steps, observe, gradient)
-    return _trajectory(positions, _joined(pieces), last, controls, observe, mesh)
+    return _trajectory(positions, kept, last, controls, observe, mesh)
+
+
+def _blank(snapshots, members, features, dtype, mesh) -> tuple[Array, Array]:
+    kept = jnp.zeros((snapshots, *features.shape), features.dtype), jnp.zeros((snapshots, members), dtype)
+    return shard_members(kept[0], mesh, axis=1), shard_members(kept[1], mesh, axis=1)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _entered(kept: tuple[Array, Array], link: tuple[Array, Array], j: int, mesh: AnyMesh | None) -> tuple[Array, Array]:
+    """The history with the link that begins at snapshot j, in place."""
+    history, energies = (jax.lax.dynamic_update_slice_in_dim(x, new, j, 0) for x, new in zip(kept, link, strict=True))
+    return shard_members(history, mesh, axis=1), shard_members(energies, mesh, axis=1)
 
 
 _compiled_controls = eqx.filter_jit(_controls)
 _compiled_scan = eqx.filter_jit(_scan)
 _compiled_last = eqx.filter_jit(_last)
-
-
-def _joined(pieces: list[tuple[Array, Array]]) -> tuple[Array, ...]:
-    return tuple(jnp.concatenate(parts) for parts in zip(*pieces, strict=True))
+_compiled_blank = eqx.filter_jit(_blank)
 
 
 def group_length(steps: int, snapshots: int) -> int:

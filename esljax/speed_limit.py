@@ -15,7 +15,7 @@ from esljax.chain import Distances, chain, distances
 from esljax.entropy_production import MemberRates, from_velocities, member_rates
 from esljax.potentials import AbstractPotential, Driven
 from esljax.report import SpeedLimit, average, jackknife_groups, split, with_errors
-from esljax.sharding import AnyMesh, gathered, replicate
+from esljax.sharding import AnyMesh, bring, replicate
 from esljax.trajectory import Trajectory, check_runs, on_devices, stack
 from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
 from esljax.velocity import AbstractVelocity
@@ -63,7 +63,7 @@ def speed_limit(
     check_runs(trajectory, jackknife)
     _check_pair(trajectory, transport, velocity, potential)
     trajectory = on_devices(trajectory, mesh)
-    transport, velocity, potential = gathered((transport, velocity, potential), trajectory.mesh)
+    transport, velocity, potential = bring((transport, velocity, potential), trajectory.mesh)
     if trajectory.positions.ndim == 3:
         return _of_one(trajectory, transport, velocity, potential, jackknife, debias)
     return _of_several(trajectory, transport, velocity, potential, debias)

@@ -8,6 +8,7 @@ MESHES is a list such as 1,8 of the devices to share the members; DEVICES is how
 import functools
 import re
 import sys
+from pathlib import Path
 
 import jax
 
@@ -30,7 +31,7 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
     from jax.experimental.multihost_utils import process_allgather
 
     import esljax as esl
-    from esljax.sharding import choose_mesh, shard_members
+    from esljax.sharding import choose_mesh, replicate, shard_members
 
     key = jax.random.key(0)
     data = esl.datasets.digits()
@@ -51,9 +52,9 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
     }
     found = {}
 
-    def simulate(potential, rates, start, mesh):
+    def simulate(potential, rates, start, mesh, checkpoints=None):
         rule = esl.Langevin(esl.Knots(rates), 0.01)
-        return esl.simulate(potential, rule, start, steps=20, snapshots=10, key=key, mesh=mesh)
+        return esl.simulate(potential, rule, start, steps=20, snapshots=10, key=key, mesh=mesh, checkpoints=checkpoints)
 
     def gap(rates, potential, start, transport, mesh):
         return esl.speed_limit(simulate(potential, rates, start, mesh), transport=transport, jackknife=0).gap
@@ -108,7 +109,13 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         # The judge, the shapes and the step; arrays that come back from the devices otherwise than they went there would compile again.
         assert len(traced) == 3
 
+    if processes:
+        saved = simulate(trap, rates, points, esl.member_mesh(), esl.Checkpoints(Path(out).parent / "checkpoints", every=0))
+        found["2 saved"] = process_allgather(saved.positions, tiled=True)
     if not processes:
+        # Controls that were found on other devices come to those of the run.
+        moved = simulate(trap, replicate(rates, esl.member_mesh(4)), points, esl.member_mesh(8))
+        np.testing.assert_array_equal(moved.positions, found["8 positions trap"])
         # What was put somewhere stays there; what was not goes everywhere.
         assert choose_mesh(None, jax.device_put(points, jax.devices()[1])) is None
         assert choose_mesh(None, jax.numpy.asarray(points)).size == len(jax.devices())

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -69,6 +70,17 @@ def test_a_saved_run_is_the_run(tmp_path):
     same(run(), run(Checkpoints(tmp_path / "run", every=0)))
     observed = {"observe": lambda member: member[:1] ** 2}
     same(run(**observed), run(Checkpoints(tmp_path / "observed", every=0), **observed))
+
+
+def test_a_run_of_many_snapshots_compiles_no_more_than_one_of_few(tmp_path, caplog):
+    compiled = []
+    for snapshots in (3, 12):
+        caplog.clear()
+        jax.clear_caches()
+        with jax.log_compiles():
+            run(Checkpoints(tmp_path / f"{snapshots}", every=0), snapshots=snapshots)
+        compiled.append(sum(record.message.startswith("Compiling") for record in caplog.records))
+    assert compiled[0] == compiled[1] > 0
 
 
 def test_a_saved_search_is_the_search(tmp_path):
@@ -142,13 +154,15 @@ def test_checkpoints_wait_for_their_time(tmp_path):
 @pytest.mark.parametrize("part", ["state", "about"])
 def test_a_half_written_checkpoint_is_ignored_and_a_broken_one_passed_over(tmp_path, part):
     run(Checkpoints(tmp_path, every=0))
-    # A writer that dies leaves a folder of this name behind.
-    shutil.copytree(tmp_path / "6", tmp_path / "7.orbax-checkpoint-tmp")
+    # A writer that dies leaves folders of such names behind.
+    for half in ("7.orbax-checkpoint-tmp", "5.orbax-checkpoint-tmp-1234"):
+        shutil.copytree(tmp_path / "6", tmp_path / half)
     for path in (tmp_path / "6" / part).rglob("*"):
         if path.is_file():
             os.truncate(path, 0)
     with pytest.warns(RuntimeWarning, match="round 6 .* cannot be read and is passed over"):
         same(run(), run(Checkpoints(tmp_path, resume=True, every=0)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "6"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -203,6 +217,7 @@ def test_bad_input_is_one_sentence(tmp_path, refused):
     refused(lambda: run(Checkpoints(tmp_path / "used")), "be a folder without a run, or say resume=True .* come to round 6")
     (tmp_path / "file").touch()
     refused(lambda: Checkpoints(tmp_path / "file"), "`folder` must be a folder")
+    refused(lambda: Checkpoints("gs://bucket/run"), "`folder` must be a folder of a file system that is mounted here, but is gs:")
     refused(lambda: Checkpoints(tmp_path, every=-1), "`every` must be at least 0")
     refused(lambda: run(str(tmp_path)), "`checkpoints` must be Checkpoints")
     gradient = jax.grad(lambda rate: jnp.sum(run(Checkpoints(tmp_path / "new"), rule=Langevin(rate, 0.1)).final))
@@ -236,6 +251,76 @@ def test_told_to_end_it_saves_and_ends(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
     assert [path.name for path in tmp_path.iterdir()] == ["5"]
     same(search(), search(Checkpoints(tmp_path, resume=True)))
+
+
+def disturbed(monkeypatch, disturb):
+    """Call `disturb` with the round whenever one is saved, before it is written."""
+    orbax = module._orbax()
+
+    class Disturbed(orbax.CheckpointManager):
+        def save(self, step, **settings):
+            disturb(step)
+            return super().save(step, **settings)
+
+    monkeypatch.setattr(orbax, "CheckpointManager", Disturbed)
+
+
+def test_told_to_end_during_the_last_save_it_ends(tmp_path, monkeypatch):
+    disturbed(monkeypatch, lambda step: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Terminated, match="Told to end; the run is saved"):
+        run(Checkpoints(tmp_path, every=3600))
+    monkeypatch.undo()
+    same(run(), run(Checkpoints(tmp_path, resume=True)))
+
+
+def test_told_to_end_while_a_finished_run_is_read_it_ends(tmp_path, monkeypatch):
+    run(Checkpoints(tmp_path))
+    restore = module.Session.restore
+
+    def told(self, like):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return restore(self, like)
+
+    monkeypatch.setattr(module.Session, "restore", told)
+    with pytest.raises(Terminated, match="Told to end; the run is saved"):
+        run(Checkpoints(tmp_path, resume=True))
+
+
+def test_interrupted_while_it_saves_it_finishes_that_first(tmp_path, monkeypatch):
+    disturbed(monkeypatch, lambda step: step == 5 and os.kill(os.getpid(), signal.SIGINT))
+    found = search(Checkpoints(tmp_path, every=0))
+    assert found.interrupted
+    assert len(found.history.value) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+    monkeypatch.undo()
+    same(search(), search(Checkpoints(tmp_path, resume=True)))
+
+
+def test_a_full_disk_does_not_end_the_search(tmp_path, monkeypatch):
+    def full(step):
+        if step in (5, 6, 12):
+            (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
+            raise ValueError("No space left on device\nand a long account of it")
+
+    disturbed(monkeypatch, full)
+    with pytest.warns(RuntimeWarning, match="^The checkpoint of round .* cannot be written: No space left on device$") as warned:
+        same(search(), search(Checkpoints(tmp_path, every=0)))
+    assert [re.search(r"round (\d+)", str(warning.message)).group(1) for warning in warned] == ["5", "6", "12"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11"]
+    monkeypatch.undo()
+    same(search(), search(Checkpoints(tmp_path, resume=True)))
+
+
+def test_told_to_end_on_a_full_disk_it_says_how_far_it_came(tmp_path, monkeypatch):
+    def full(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if step == 4:
+            raise OSError("No space left on device")
+
+    disturbed(monkeypatch, full)
+    with pytest.warns(RuntimeWarning, match="round 4 .* cannot be written"), pytest.raises(Terminated, match="goes on from round 3"):
+        search(Checkpoints(tmp_path, every=0))
 
 
 def test_interrupted_it_saves_and_gives_the_best_so_far(tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from esljax import sharding
+from esljax.checkpoints import Checkpoints
 from esljax.dynamics import Langevin
 from esljax.optimization import optimize
 from esljax.potentials import Quadratic
+from esljax.schedules import Knots
 from esljax.sharding import choose_mesh, map_pairs, member_mesh, shard_members
 from esljax.simulation import simulate
 from esljax.sinkhorn import SinkhornTransport
@@ -56,7 +59,7 @@ def processes(tmp_path_factory, compiled) -> dict[str, np.ndarray]:
     finally:
         for process in started:
             process.kill()
-    return dict(np.load(out))
+    return {**np.load(out), "checkpoints": out.parent / "checkpoints"}
 
 
 def compared(found: dict[str, np.ndarray], other: dict[str, np.ndarray], size: int, kind: str) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -78,6 +81,19 @@ def test_two_processes_give_the_numbers_of_one(devices, processes, kind):
     for one, two in compared(devices, processes, 2, kind):
         exact = kind == "positions"
         np.testing.assert_allclose(two, one, rtol=0, atol=0 if exact else ROUNDING * np.abs(one).max())
+
+
+def test_what_two_processes_have_saved_is_taken_up_by_one(devices, processes):
+    np.testing.assert_array_equal(processes["2 saved"], devices["1 positions trap"])
+    folder = processes["checkpoints"]
+    shutil.rmtree(folder / "10")
+    # As `simulate` of the program has it.
+    key = jax.random.key(0)
+    trap, rule = Quadratic(jnp.linspace(1.0, 3.0, 5)), Langevin(Knots(jnp.array([0.1, 0.2, 0.3])), 0.01)
+    start = np.asarray(jax.random.normal(key, (16, 5)))
+    path = simulate(trap, rule, start, steps=20, snapshots=10, key=key, checkpoints=Checkpoints(folder, resume=True))
+    np.testing.assert_allclose(path.positions, processes["2 saved"], rtol=0, atol=ROUNDING)
+    np.testing.assert_array_equal(path.positions[:-1], processes["2 saved"][:-1])  # read, not run again
 
 
 def test_a_run_and_its_gradient_hardly_talk(devices):
@@ -119,6 +135,8 @@ def on_one_device() -> jax.Array:
     [
         (lambda: member_mesh(0), "`devices` must be between 1 and 1"),
         (lambda: member_mesh(2), "`devices` must be between 1 and 1"),
+        (lambda: member_mesh(2.0), "`devices` must be a number of devices, or devices themselves, but is 2.0"),
+        (lambda: member_mesh("cpu"), "`devices` must be a number of devices, or devices themselves, but is .cpu."),
         (lambda: member_mesh([]), "`devices` must name at least one device"),
         (lambda: member_mesh(jax.devices() * 2), "`devices` must name at least one device, each once"),
         (lambda: choose_mesh("cpu", on_one_device()), "`mesh` must be a jax.sharding.Mesh"),
