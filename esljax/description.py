@@ -5,6 +5,7 @@ a set or a dictionary hands them out, or whether two equal parts are one object.
 its name. Devices do not count, as a run may go on on others.
 """
 
+import argparse
 import collections
 import dataclasses
 import dis
@@ -138,7 +139,8 @@ def _of_array(thing: Any) -> _Anatomy:
 
 def _of_function(thing: types.FunctionType) -> _Anatomy:
     held = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
-    closed_over = {name: cell.cell_contents for name, cell in held if _filled(cell)}
+    mentioned = {name for code in _codes(thing.__code__) for name in code.co_names}
+    closed_over = {name: _looked_up(cell.cell_contents, mentioned) for name, cell in held if _filled(cell)}
     loaded = {} if _installed(thing.__globals__.get("__name__")) else _loaded(thing)
     return _Anatomy(thing.__qualname__, [thing.__code__, closed_over, thing.__defaults__, thing.__kwdefaults__, loaded])
 
@@ -159,7 +161,7 @@ def _loaded(function: types.FunctionType) -> dict[str, Any]:
     mentioned = {name for code in codes for name in code.co_names}
     found, modules = {}, []
     for name in sorted(names & set(function.__globals__)):
-        found[name] = function.__globals__[name]
+        found[name] = _looked_up(function.__globals__[name], mentioned)
         modules += [found[name]] if isinstance(found[name], types.ModuleType) else []
     for module in modules:
         if _installed(module.__name__):
@@ -170,6 +172,13 @@ def _loaded(function: types.FunctionType) -> dict[str, Any]:
                 modules.append(value)
             found[f"{module.__name__}.{name}"] = value
     return found
+
+
+def _looked_up(value: Any, mentioned: set[str]) -> Any:
+    """Of the flags of a script only those that a function reads: it is started again with another one, to go on."""
+    if not isinstance(value, argparse.Namespace):
+        return value
+    return {name: flag for name, flag in vars(value).items() if name in mentioned}
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

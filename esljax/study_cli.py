@@ -17,9 +17,9 @@ import tyro
 from esljax import executors, storage
 from esljax._checks import check_positive_int, refuse
 from esljax.configuration import DONE, FAILED, INTERRUPTED
-from esljax.plotting import plot_study
 from esljax.report import concise
 from esljax.study import Study
+from esljax.study_plotting import plot_study
 from esljax.study_run import LostWorkersError, Progress, run_study
 from esljax.study_store import lock_path, open_study, read_study
 from esljax.study_summary import summarize

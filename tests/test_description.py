@@ -1,5 +1,6 @@
 """What makes two runs the same run: nothing that changes numbers is overlooked, and nothing else counts."""
 
+import argparse
 import dataclasses
 import functools
 import os
@@ -267,3 +268,13 @@ def test_no_process_describes_it_otherwise(tmp_path):
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     there = subprocess.run([sys.executable, path], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
     assert str(here) == there.stdout.strip()
+
+
+def test_of_the_flags_of_a_script_those_count_that_are_read():
+    """A run is started again with another flag, to go on; with another rate it is another run."""
+
+    def objective(flags):
+        return lambda x: flags.rate * x
+
+    first, again, other = (argparse.Namespace(rate=rate, resume=resume) for rate, resume in ((0.1, False), (0.1, True), (0.2, True)))
+    assert describe(objective(first)) == describe(objective(again)) != describe(objective(other))

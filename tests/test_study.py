@@ -16,7 +16,7 @@ import zarr
 
 import esljax as esl
 from esljax import comparison, executors, runs, study_store
-from esljax.plotting import plot_study
+from esljax.study_plotting import plot_study
 from esljax.study_run import run_study
 
 BASE = esl.RunConfig(data="moons", hidden=(4,), members=8, steps=10, snapshots=5, batch_size=32)

@@ -1,0 +1,15 @@
+"""How every figure looks."""
+
+from typing import Any
+
+# Okabe and Ito's palette, told apart by all eyes.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+
+
+def in_words(name: str) -> str:
+    return name.replace("_", " ").replace("warmup stable decay", "warmup–stable–decay")
+
+
+def clean(*all_axes: Any) -> None:
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
