@@ -56,10 +56,11 @@ def test_a_finished_run_leaves_no_checkpoints(folder):
     assert not (folder / "undisturbed" / "checkpoints").exists()
 
 
-def ended_by(folder: Path, out: str, environment: dict[str, str], number: int, stage: str) -> int:
+def ended_by(folder: Path, out: str, environment: dict[str, str], number: int, stage: str, *more: str) -> int:
     """Start the command, end it by a signal when a stage has been saved, and return its exit code."""
-    with subprocess.Popen(command(folder, out, "--quiet"), env=environment, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not list((folder / out / "checkpoints" / stage).glob("[1-9]*")):
+    with subprocess.Popen(command(folder, out, "--quiet", *more), env=environment, stderr=subprocess.DEVNULL) as process:
+        # What is half written is named by more than a number.
+        while process.poll() is None and not any(path.name.isdecimal() for path in (folder / out / "checkpoints" / stage).glob("*")):
             time.sleep(0.02)
         process.send_signal(number)
     return process.returncode
@@ -79,6 +80,27 @@ def test_killed_it_is_finished_by_resume_with_the_same_numbers(folder, environme
         assert "rate = 0.25" in (folder / out / "config.toml").read_text()
     finish(folder, out, environment, "--resume")
     assert report(folder, out) == report(folder, "undisturbed")
+
+
+@pytest.mark.slow
+def test_killed_it_is_finished_on_other_devices(folder, environment):
+    """The objective holds the mesh of all devices there are; with one there is none."""
+    eight, four = ({**environment, "JAX_NUM_CPU_DEVICES": str(count)} for count in (8, 4))
+    members = ("--members", "8")
+    assert ended_by(folder, "moved", eight, signal.SIGKILL, "search", *members) == -signal.SIGKILL
+    finish(folder, "moved", four, *members, "--resume")
+    assert (folder / "moved" / "report.json").exists()
+    assert ended_by(folder, "alone", eight, signal.SIGKILL, "search", *members) == -signal.SIGKILL
+    finish(folder, "alone", environment, *members, "--resume")
+    assert report(folder, "alone")["schedules"].keys() == report(folder, "moved")["schedules"].keys()
+
+
+@pytest.mark.slow
+def test_another_network_does_not_finish_what_was_matched(folder, environment, capsys):
+    assert ended_by(folder, "wide", environment, signal.SIGKILL, "matching", "--hidden", "8", "4", "8") == -signal.SIGKILL
+    given = ["optimize", "--config", str(folder / "small.toml"), "--out", str(folder / "wide"), "--quiet", "--resume"]
+    assert cli.main([*given, "--hidden", "8", "4", "4"]) == 2
+    assert "whose hidden is" in capsys.readouterr().err
 
 
 def test_told_to_end_it_exits_with_its_own_code(folder, environment):
