@@ -57,7 +57,7 @@ def plot_study(groups: Sequence[Group]) -> Figure:
 class _Setting(NamedTuple):
     """Where each value of a setting lies on an axis, in order, and what it is called there."""
 
-    places: dict[Any, float]
+    places: dict[Any, float | int]
     texts: dict[Any, str]
     scale: str
     """A scale of matplotlib's, or `names`."""
@@ -147,7 +147,7 @@ def _setting(name: str, seen: list) -> _Setting:
     return _Setting({**dict(zip(counts, counts, strict=True)), 0: _beyond(counts, scale)}, {**_texts(counts), 0: "all"}, scale)
 
 
-def _beyond(counts: Sequence[float], scale: str) -> float:
+def _beyond(counts: Sequence[float | int], scale: str) -> float | int:
     """One more step of the usual size."""
     if len(counts) < 2:
         return 2.0 * counts[0] if counts else 0.0
@@ -157,7 +157,7 @@ def _beyond(counts: Sequence[float], scale: str) -> float:
     return counts[-1] + (counts[-1] - counts[0]) / steps
 
 
-def _scale(values: Sequence[float]) -> str:
+def _scale(values: Sequence[float | int]) -> str:
     """The scale on which the two closest values are further apart; where there is no difference, the logarithmic one if they span much."""
     positive = [value for value in values if value > 0]
     if len(values) < 2 or values[0] < 0 or values[-1] < 4 * positive[0]:
@@ -167,7 +167,7 @@ def _scale(values: Sequence[float]) -> str:
     return curved if closest[curved] >= closest["linear"] * (1 - 1e-9) else "linear"
 
 
-def _positions(places: Sequence[float], scale: str) -> np.ndarray:
+def _positions(places: Sequence[float | int], scale: str) -> np.ndarray:
     """Where places lie along the axis, in its lengths."""
     x = np.array(places, float)
     if scale == "names":
@@ -178,7 +178,7 @@ def _positions(places: Sequence[float], scale: str) -> np.ndarray:
     return (x - x.min()) / (np.ptp(x) or 1.0)
 
 
-def _texts(values: Sequence[float]) -> dict[Any, str]:
+def _texts(values: Sequence[float | int]) -> dict[Any, str]:
     """The numbers in the fewest digits, three at least, that tell them apart."""
     if all(isinstance(value, int) for value in values):
         return {value: str(value) for value in values}
@@ -188,7 +188,7 @@ def _texts(values: Sequence[float]) -> dict[Any, str]:
     return next(texts for texts in tries if len(set(texts.values())) == len(values))
 
 
-def _number(value: float, digits: int, powers: bool) -> str:
+def _number(value: float | int, digits: int, powers: bool) -> str:
     if not powers or value == 0:
         return f"{float(f'{value:.{digits}g}'):.{max(digits, 6)}g}"
     mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -229,7 +229,7 @@ def _mark(group: Group) -> str:
     return "" if np.isfinite(group.errors["gap"]) else "alone"
 
 
-def _draw(row: _Row, settings: Mapping[str, _Setting], panels: Sequence[Axes]) -> None:
+def _draw(row: _Row, settings: Mapping[str, _Setting], panels: Any) -> None:
     setting = settings[row.along]
     colors = _shades(list(row.lines))
     width = 1.3 if row.joined else 0.0
@@ -251,7 +251,7 @@ def _draw(row: _Row, settings: Mapping[str, _Setting], panels: Sequence[Axes]) -
         _name_lines(panels[-1], row, settings[row.by], colors, width)
 
 
-def _draw_line(axes: Axes, name: str, points: list[tuple[float, Group]], color: Any, width: float) -> None:
+def _draw_line(axes: Axes, name: str, points: list[tuple[float | int, Group]], color: Any, width: float | int) -> None:
     points = sorted(points, key=lambda point: point[0])
     x, y = np.array([place for place, _ in points]), np.array([group.means[name] for _, group in points])
     errors = np.array([group.errors[name] for _, group in points])
@@ -261,7 +261,7 @@ def _draw_line(axes: Axes, name: str, points: list[tuple[float, Group]], color: 
         axes.plot(x[marks == mark], y[marks == mark], linestyle="none", color=color, **_MARKS[mark][0])
 
 
-def _name_lines(axes: Axes, row: _Row, setting: _Setting, colors: Sequence[Any], width: float) -> None:
+def _name_lines(axes: Axes, row: _Row, setting: _Setting, colors: Sequence[Any], width: float | int) -> None:
     handles = [
         Line2D([], [], color=color, linewidth=width, label=textwrap.fill(setting.texts[value], 24), **_MARKS[""][0])
         for value, color in zip(row.lines, colors, strict=True)
