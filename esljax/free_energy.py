@@ -298,10 +298,12 @@ def _of_one(trajectory, potential, entropy, velocity, transport, jackknife: int)
 
     def without(rows):
         fewer = eqx.tree_at(lambda run: run.positions, trajectory, trajectory.positions[:, rows])
-        found = _of_all_members(fewer, potential, entropy, velocity, transport)
-        return {name: found[name] for name in jointly}
+        return {"entropy": _of_all_members(fewer, potential, entropy, velocity, transport)["entropy"]}
 
-    left = jax.lax.map(without, jnp.asarray(kept))
+    if transport is None:
+        left = jax.lax.map(without, jnp.asarray(kept))
+    else:
+        left = {"dissipation_of_links": _chain(trajectory, 1, _spans(trajectory), transport, jnp.asarray(kept))}
     # What is no mean over members is made one over groups by the pseudo-values of the jackknife (Tukey, 1958).
     pseudo = {name: groups * of_all[name] - (groups - 1) * left[name] for name in jointly}
     grouped = jax.tree.map(lambda x: jnp.mean(x[: groups * size].reshape(groups, size, *x.shape[1:]), axis=1), each)
@@ -381,11 +383,19 @@ def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
     return now.at[0].set(start).at[-1].set(end), work.at[0].add(now[0] - start).at[-1].add(end - now[-1])
 
 
-def _chain(trajectory: Trajectory, stride: int, spans: Array, transport: AbstractTransport) -> Array:
-    """D of every link, or of every `stride` of them, from the transport between its ends."""
+def _chain(trajectory: Trajectory, stride: int, spans: Array, transport: AbstractTransport, subsets: Array | None = None) -> Array:
+    """D of every link, or of every `stride` of them, from the transport between its ends; of some members if `subsets` lists them."""
     ends = np.arange(0, trajectory.positions.shape[0], stride)
-    solve = lambda transport, x, y: transport.solve(x, y).squared  # noqa: E731
-    squared = map_pairs(solve, transport, trajectory.positions, ends[:-1], ends[1:], trajectory.mesh, in_turn=transport.in_turn)
+
+    def solve(shared, x, y):
+        transport, subsets = shared
+        one = lambda x, y: transport.solve(x, y).squared  # noqa: E731
+        return one(x, y) if subsets is None else jax.lax.map(lambda rows: one(x[rows], y[rows]), subsets)
+
+    # Members are left out where two snapshots lie whole already: elsewhere the history would be gathered for each group.
+    shared, positions = (transport, subsets), trajectory.positions
+    squared = map_pairs(solve, shared, positions, ends[:-1], ends[1:], trajectory.mesh, in_turn=transport.in_turn)
+    squared = squared if subsets is None else squared.T
     return jnp.where(spans > 0, squared / jnp.where(spans > 0, spans, 1), 0)
 
 

@@ -180,7 +180,7 @@ def _blank(snapshots, members, features, dtype, mesh) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _entered(kept: tuple[Array, Array], link: tuple[Array, Array], j: int, mesh: AnyMesh | None) -> tuple[Array, Array]:
+def _entered(kept: tuple[Array, Array], link: tuple[Array, Array], j: Any, mesh: AnyMesh | None) -> tuple[Array, Array]:
     """The history with the link that begins at snapshot j, in place."""
     history, energies = (jax.lax.dynamic_update_slice_in_dim(x, new, j, 0) for x, new in zip(kept, link, strict=True))
     return shard_members(history, mesh, axis=1), shard_members(energies, mesh, axis=1)
