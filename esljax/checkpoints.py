@@ -79,6 +79,7 @@ class Session:
         self._manager, self._settings, self._about = manager, settings, about
         self._folder = "" if settings is None else settings.folder
         self._last, self._told, self._at = time.monotonic(), False, -1
+        self._offered = 0
 
     def restore(self, like: Callable[[int], Any]) -> tuple[int, Any] | None:
         """The round and the state of the latest checkpoint that can be read; None if there is none.
@@ -125,12 +126,13 @@ class Session:
         """
         if self._manager is None or self._settings is None:
             return
+        self._offered = step
         due, told = _agreed(time.monotonic() - self._last >= self._settings.every, self._told)
         if (due or told or last) and step > self._at:
             self._save(step, jax.tree.leaves(eqx.filter(state(), eqx.is_array)))
             self._last = time.monotonic()
         if told:
-            raise self.terminated(step)
+            raise self.terminated(f" after round {step}")
 
     def _save(self, step: int, leaves: list[Any]) -> None:
         arrays = {name: x if _placed(x) else np.asarray(x) for name, x in _numbered(leaves).items()}
@@ -147,10 +149,9 @@ class Session:
             said = f"The checkpoint of round {step} in {self._folder} cannot be written: {_brief(error)}"
             warnings.warn(said, RuntimeWarning, stacklevel=3)
 
-    def terminated(self, step: int | None = None) -> Terminated:
-        """What ends a process that was told to, after so many rounds or when all were done."""
-        when = "" if step is None else f" after round {step}"
-        if step is None or self._at >= step:
+    def terminated(self, when: str = "") -> Terminated:
+        """What ends a process that was told to."""
+        if self._at >= self._offered:
             return Terminated(f"Told to end{when}; the run is saved in {self._folder} and goes on from there.")
         left = f"goes on from round {self._at}, which is" if self._at >= 0 else "is not"
         return Terminated(f"Told to end{when}; the run {left} saved in {self._folder}.")
@@ -199,8 +200,7 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
     options = _orbax().CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     manage = functools.partial(_orbax().CheckpointManager, folder, options=options, item_names=("state", "about"))
     with alone(folder, "checkpoints"), _quiet(), manage() as manager:
-        if jax.process_index() == 0:
-            _drop_halves(folder)
+        _drop_halves(folder)
         opened = Session(manager, checkpoints, about)
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, opened.told) if main else None
@@ -232,8 +232,8 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _drop_halves(folder: Path) -> None:
-    """Remove what writers that died, or failed, have left behind."""
-    for half in folder.glob("*.orbax-checkpoint-tmp*"):
+    """Remove what writers that died, or failed, have left behind; the first process does, which holds the folder."""
+    for half in folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
         shutil.rmtree(half, ignore_errors=True)
 
 

@@ -311,15 +311,17 @@ def test_a_full_disk_does_not_end_the_search(tmp_path, monkeypatch):
     same(search(), search(Checkpoints(tmp_path, resume=True)))
 
 
-def test_told_to_end_on_a_full_disk_it_says_how_far_it_came(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("told", "failing"), [(3, 4), (12, 12)])
+def test_told_to_end_on_a_full_disk_it_says_how_far_it_came(tmp_path, monkeypatch, told, failing):
     def full(step):
-        if step == 3:
+        if step == told:
             os.kill(os.getpid(), signal.SIGTERM)
-        if step == 4:
+        if step == failing:
             raise OSError("No space left on device")
 
     disturbed(monkeypatch, full)
-    with pytest.warns(RuntimeWarning, match="round 4 .* cannot be written"), pytest.raises(Terminated, match="goes on from round 3"):
+    left = f"goes on from round {failing - 1}, which is saved"
+    with pytest.warns(RuntimeWarning, match=f"round {failing} .* cannot be written"), pytest.raises(Terminated, match=left):
         search(Checkpoints(tmp_path, every=0))
 
 
