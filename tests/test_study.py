@@ -491,7 +491,3 @@ def test_figures(grid, rows, scales, grid_store, tmp_path):
         means = results.sel(members=6, schedule="constant")["entropy_production"].mean("seed")
         np.testing.assert_allclose(drawn, np.stack([[0.1, 0.4, 1.6], means.values], axis=1))
         assert [text.get_text() for text in panels[2].get_legend().get_texts()] == ["6", "8"]
-
-
-def test_nothing_to_plot_is_refused(refused):
-    refused(lambda: plot_study([]), "Argument `study` must have runs that are done")
