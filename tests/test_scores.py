@@ -63,7 +63,8 @@ def test_one_trace_serves_two_calls_and_the_precision_is_the_input_s(name):
         assert answer.contributions.shape == (41,)
 
 
-@every
+# Each compiles for twenty seconds: one by default, the others in the slow tier.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "kde" else pytest.mark.slow) for name in VELOCITIES])
 @pytest.mark.usefixtures("quick_compilation")
 def test_snapshots_follow_each_other_inside_a_scan(name):
     velocity = VELOCITIES[name]()
@@ -81,6 +82,7 @@ def test_snapshots_follow_each_other_inside_a_scan(name):
 
 
 @pytest.mark.parametrize("name", ["kde", "histogram"])
+@pytest.mark.usefixtures("quick_compilation")
 def test_the_shapes_of_a_diffusion_agree(name):
     """A scalar, the same along each axis, and as a matrix; and a matrix mixes the axes of the score."""
     velocity, given = VELOCITIES[name](), snapshot()
@@ -91,6 +93,7 @@ def test_the_shapes_of_a_diffusion_agree(name):
 
 
 @pytest.mark.parametrize("name", ["kde", "histogram"])
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_change_of_coordinates_changes_nothing(name):
     """Members in other units and in another place move alike: v scales, and the diffusion with its square."""
     velocity, given = VELOCITIES[name](), snapshot()

@@ -229,6 +229,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(kills, whole, tmp_p
 # --- Where it runs ------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_processes_of_this_machine_give_the_same_bits(whole, tmp_path, environment):
     (tmp_path / "study.toml").write_text(LONG)
     arguments = command("run", "study.toml", "--processes", "2", "--task-size", "1")
