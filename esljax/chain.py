@@ -141,14 +141,13 @@ def compared(links: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 def _evidence(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:
     positions = jax.lax.stop_gradient(trajectory.positions)
     doubled = _doubled_epsilon(transport)
-    # What looks at whole snapshots must not wait for other devices in each of its iterations.
-    ends = replicate((positions[0], positions[-1]), trajectory.mesh)
     compared = jax.eval_shape(lambda x: coordinates(transport, x)[0], positions)
     return Evidence(
         distances=jnp.linalg.norm(positions - jnp.mean(positions[0], axis=0), axis=-1),
         energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
         temperature=None if trajectory.temperatures is None else jnp.max(trajectory.temperatures),
-        doubled_epsilon=None if doubled is None else doubled.solve(*ends).squared,
+        # What looks at whole snapshots must not wait for other devices in each of its iterations.
+        doubled_epsilon=None if doubled is None else doubled.solve(*replicate((positions[0], positions[-1]), trajectory.mesh)).squared,
         coordinates=compared.shape[-1],
         steps=None if trajectory.rates is None else trajectory.rates.shape[0],
     )

@@ -357,9 +357,9 @@ class FlowDensity(AbstractDensity):
         optimizer = optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps))
 
         def losses(parameters):
-            logs = self.flow(parameters, members.shape[1]).log_prob(members)
+            logs = self.log_prob(parameters, members)
             judged = -jnp.sum(jnp.where(chosen, 0, logs)) / jnp.sum(~chosen)
-            return -jnp.sum(jnp.where(chosen, logs, 0)) / jnp.sum(chosen), judged.astype(members.dtype)
+            return -jnp.sum(jnp.where(chosen, logs, 0)) / jnp.sum(chosen), judged
 
         def step(carry, _):
             parameters, moments, best, least = carry
@@ -372,11 +372,13 @@ class FlowDensity(AbstractDensity):
         best = jax.lax.scan(step, start, length=self.steps)[0][2]
         return _Flow(frame, best, self), best
 
-    def flow(self, parameters: list[Array], d: int) -> AbstractDistribution:
-        """The flow with these parameters. It is made anew in each trace: flowjax's layers hold functions that hold arrays, and those of one
-        trace must not be met in another."""
-        learned, rest = eqx.partition(self._flow(d), eqx.is_inexact_array)
-        return eqx.combine(jax.tree.unflatten(jax.tree.structure(learned), parameters), rest)
+    def log_prob(self, parameters: list[Array], y: Float[Array, "*n d"]) -> Float[Array, "*n"]:
+        """log p̂ of positions in the frame, by the flow with these parameters."""
+        # Made anew in each trace: flowjax's layers hold functions that hold arrays, and those of one trace must not be met in another.
+        learned, rest = eqx.partition(self._flow(y.shape[-1]), eqx.is_inexact_array)
+        flow = eqx.combine(jax.tree.unflatten(jax.tree.structure(learned), parameters), rest)
+        with jax.default_matmul_precision("highest"):
+            return flow.log_prob(y).astype(y.dtype)  # flowjax answers in the default precision of numbers.
 
     def _flow(self, d: int) -> AbstractDistribution:
         base = StandardNormal((d,))
@@ -395,5 +397,4 @@ class _Flow(AbstractLogDensity):
         return self.frame.gradient(jax.grad(self._within)(self.frame.into(x)))
 
     def _within(self, y: Float[Array, " d"]) -> Scalar:
-        # flowjax answers in the default precision.
-        return self.density.flow(self.parameters, len(y)).log_prob(y).astype(y.dtype)
+        return self.density.log_prob(self.parameters, y)

@@ -309,10 +309,12 @@ class _NetworkField(AbstractField):
     def remainder(self, position: Float[Array, " d"]) -> Float[Array, " d"]:
         """u at one position."""
         z = product(self.whitening, position - self.center)
+        with jax.default_matmul_precision("highest"):
+            value = self.network(z) if not self.gradient else jax.grad(lambda z: self.network(z)[0])(z)
         if not self.gradient:
-            return self.scale * self.network(z)
+            return self.scale * value
         # In units of the mean width, so that the slope of N is of order 1 as its value is.
-        push = product(jax.grad(lambda z: self.network(z)[0])(z), self.whitening)
+        push = product(value, self.whitening)
         return self.scale * push / jnp.sqrt(jnp.mean(self.whitening**2) * len(self.center))
 
     def added(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:

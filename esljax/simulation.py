@@ -48,8 +48,8 @@ def simulate(
     - `observe`: a function of one member (d,) to its features (p,), stored in place of positions when d is large.
     - `gradient`: how to differentiate, `HessianAdjoint()` by default; see `esljax.adjoint`.
     - `mesh`: the devices that share the members, such as `member_mesh()`; by default those that `positions` lies on, those of
-      `jax.set_mesh`, or all local ones if it was not placed anywhere. Inside `jit` one of the first two must be said, or a single device
-      runs it all. The numbers are the same on any number of devices.
+      `jax.set_mesh`, or all local ones if it was not placed anywhere. Positions that are made inside `jit` lie nowhere yet: there a mesh
+      must be given or set, or a single device runs it all. The numbers are the same on any number of devices.
     - `checkpoints`: where to save the run between snapshots, so that it survives its process; see `Checkpoints`. Taken up again it ends
       with the very bits of a checkpointed run that nothing disturbed, on any number of devices. Not inside `jit` or `grad`.
 

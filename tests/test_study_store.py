@@ -12,26 +12,19 @@ import esljax as esl
 from esljax import cli, executors, runs, storage, study_run, study_store
 from esljax.study_run import run_study
 
-BASE = esl.RunConfig(data="moons", hidden=(4,), members=6, steps=10, snapshots=5, batch_size=32)
-TOML = """
-[base]
-data = "moons"
-hidden = [4]
-members = 6
-steps = 10
-snapshots = 5
-batch_size = 32
-
-[grid]
-rate = [0.1, 0.4]
-seed = [3, 1, 2]
-"""
+SETTINGS = {"data": "moons", "hidden": [4], "members": 6, "steps": 10, "snapshots": 5, "batch_size": 32}
+BASE = esl.RunConfig(**{**SETTINGS, "hidden": (4,)})
 
 
 def rows(count: int, reasons=None, converged=True) -> runs.Rows:
     """Numbers that say which run of a task and which quantity they are."""
     numbers = {name: 100.0 * i + np.arange(count) for i, name in enumerate(runs.names(False))}
     return runs.Rows(numbers, np.full(count, converged), reasons or ("",) * count)
+
+
+def describe(folder, seeds=(3, 1, 2)):
+    """The file that describes a study of two rates."""
+    storage.write_toml(folder / "study.toml", {"base": SETTINGS, "grid": {"rate": [0.1, 0.4], "seed": list(seeds)}})
 
 
 def written(path, study, *, done=None, **more) -> study_store.StudyStore:
@@ -44,7 +37,7 @@ def written(path, study, *, done=None, **more) -> study_store.StudyStore:
 @pytest.fixture
 def folder(tmp_path):
     """A study of six runs, all of them done."""
-    (tmp_path / "study.toml").write_text(TOML)
+    describe(tmp_path)
     written(tmp_path / "study.zarr", esl.Study.from_toml(tmp_path / "study.toml"))
     return tmp_path
 
@@ -182,7 +175,7 @@ def test_no_digit_is_cut_off(folder, capsys):
 
 
 def test_a_changed_file_is_told(folder, capsys):
-    (folder / "study.toml").write_text(TOML.replace("[3, 1, 2]", "[3, 1, 2, 4]"))
+    describe(folder, seeds=(3, 1, 2, 4))
     code, out, error = said("status", folder, capsys)
     assert (code, "6 done, 0 failed, 0 to do" in out) == (0, True)
     assert "study.toml has changed since, in grid.seed, [3, 1, 2] there and [3, 1, 2, 4] here; this is what is in" in error
