@@ -7,6 +7,8 @@ import contextlib
 import math
 import multiprocessing
 import signal
+import subprocess
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any
@@ -15,6 +17,8 @@ from esljax._checks import InputError, check_positive_int, refuse
 
 # Seconds for a scheduler to answer, and for a first worker to be there.
 _PATIENCE = 15
+# Seconds between two looks at whether jobs have ended.
+_RENEWAL = 10
 
 
 class InProcess(Executor):
@@ -79,7 +83,11 @@ def scheduler(address: str) -> Iterator[Executor]:
 def slurm(jobs: int) -> Iterator[Executor]:
     """The workers that `jobs` jobs of a SLURM cluster start, as dask-jobqueue's own configuration describes them.
 
-    What a job asks for (queue, cores, memory, time) stands in ~/.config/dask/jobqueue.yaml. Tasks wait until SLURM starts a job.
+    What a job asks for (queue, cores, memory, time) stands in ~/.config/dask/jobqueue.yaml. Tasks wait until SLURM starts a job; a job
+    whose worker is gone, because its time was up or it was cancelled, is sent again, and so is what it was working at.
+
+    **Raises:** `InputError` if there is no such description or no `sbatch`, if SLURM refuses such a job, or if the first worker's esljax is
+    missing.
     """
     check_positive_int("slurm", jobs)
     distributed = _distributed()
@@ -89,12 +97,52 @@ def slurm(jobs: int) -> Iterator[Executor]:
         raise _missing("dask-jobqueue") from error
     try:
         cluster = SLURMCluster()
-        cluster.scale(jobs=jobs)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        said = str(error).splitlines()[0].rstrip(".")
-        raise refuse("slurm", "have a cluster described in ~/.config/dask/jobqueue.yaml, and sbatch to reach it", f"{said}") from error
-    with cluster, distributed.Client(cluster) as client, client.get_executor(pure=False) as executor:
-        yield executor
+        raise _not_described(error) from error
+    with cluster:
+        _check_job(cluster.job_script())
+        with distributed.Client(cluster) as client, _renewed(cluster, jobs):
+            try:
+                client.wait_for_workers(1, timeout=4 * _PATIENCE)
+                _check_import(client, "slurm", "a job's worker")
+            except TimeoutError:
+                warnings.warn(
+                    "No job of SLURM has brought a worker yet, and everything waits for one: `squeue` tells whether they are queued, and "
+                    "those that have failed leave their reasons in the log-directory of ~/.config/dask/jobqueue.yaml.",
+                    stacklevel=4,
+                )
+            with client.get_executor(pure=False) as executor:
+                yield executor
+
+
+@contextlib.contextmanager
+def _renewed(cluster: Any, jobs: int) -> Iterator[None]:
+    """Keep that many jobs. dask notices that a worker is gone, but starts another only when it is told the number again; a job that never
+    brought a worker counts as there, so that one that cannot start is not sent again and again."""
+    from tornado.ioloop import PeriodicCallback
+
+    cluster.scale(jobs=jobs)
+    again = PeriodicCallback(lambda: cluster.scale(jobs=jobs), 1000 * _RENEWAL)
+    cluster.loop.add_callback(again.start)
+    try:
+        yield
+    finally:
+        cluster.loop.add_callback(again.stop)
+
+
+def _check_job(script: str) -> None:
+    """Let SLURM look at a job without running it: of one that it refuses only a log of dask's would tell."""
+    try:
+        asked = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=4 * _PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _not_described(error) from error
+    if asked.returncode:
+        raise _not_described(RuntimeError(asked.stderr.strip() or f"sbatch ends with code {asked.returncode}"))
+
+
+def _not_described(error: BaseException) -> InputError:
+    said = str(error).splitlines()[0].rstrip(".")
+    return refuse("slurm", "have jobs described in ~/.config/dask/jobqueue.yaml that sbatch takes", said)
 
 
 def _deaf() -> None:
@@ -107,11 +155,15 @@ def _check_workers(client: Any, address: str) -> None:
         client.wait_for_workers(1, timeout=_PATIENCE)
     except TimeoutError as error:
         raise refuse("scheduler", "have a worker", f"{address} has none") from error
+    _check_import(client, "scheduler", f"a worker of {address}")
+
+
+def _check_import(client: Any, argument: str, whose: str) -> None:
     try:
         client.submit(_import_runs, pure=False).result(timeout=4 * _PATIENCE)
     except Exception as error:
         said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise refuse("scheduler", "have workers that can import esljax", f"a worker of {address} says: {said}") from error
+        raise refuse(argument, "have workers that can import esljax", f"{whose} says: {said}") from error
 
 
 def _import_runs() -> None:

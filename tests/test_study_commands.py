@@ -1,6 +1,7 @@
 """The commands of studies, and what happens to one that is interrupted, killed, or spread over processes and machines that die."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -309,28 +310,79 @@ def test_a_dask_worker_that_is_killed_costs_nothing_but_time(dask_cluster, whole
 
 SBATCH = """#!/bin/sh
 # A SLURM of one machine: the job script runs at once, in the background.
+[ "$1" = --test-only ] && exit 0
 script=$(mktemp)
 cat "$1" > "$script"
 setsid sh "$script" > /dev/null 2>&1 &
 echo $! >> {folder}/jobs
 echo "Submitted batch job $!"
 """
+JOBS = {"cores": 1, "memory": "4GB", "processes": 1, "interface": "lo"}
+
+
+def put(path, script):
+    path.write_text(script)
+    path.chmod(stat.S_IRWXU)
+
+
+@pytest.fixture
+def machine(tmp_path, environment, monkeypatch):
+    """The folder of an `sbatch` that runs its script here, found by this process."""
+    import dask
+
+    put(tmp_path / "sbatch", SBATCH.format(folder=tmp_path))
+    put(tmp_path / "scancel", '#!/bin/sh\nkill -- -"$1"\n')
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{environment['PATH']}")
+    monkeypatch.setattr(executors, "_RENEWAL", 1)
+    with dask.config.set(
+        {**{f"jobqueue.slurm.{name}": value for name, value in JOBS.items()}, "distributed.deploy.lost-worker-timeout": "1s"}
+    ):
+        yield tmp_path
 
 
 @pytest.mark.slow
-def test_slurm_jobs(small, tmp_path, environment):
-    """With an `sbatch` that runs its script here."""
-    for name, content in (("sbatch", SBATCH.format(folder=tmp_path)), ("scancel", '#!/bin/sh\nkill -- -"$1"\n')):
-        (tmp_path / name).write_text(content)
-        (tmp_path / name).chmod(stat.S_IRWXU)
-    (tmp_path / "jobqueue.yaml").write_text("jobqueue:\n  slurm:\n    cores: 1\n    memory: 4GB\n    processes: 1\n    interface: lo\n")
-    (tmp_path / "study.toml").write_text(SMALL)
-    given = {**environment, "PATH": f"{tmp_path}:{environment['PATH']}", "DASK_CONFIG": str(tmp_path)}
+def test_slurm_jobs(small, machine):
+    (machine / "jobqueue.yaml").write_text(json.dumps({"jobqueue": {"slurm": JOBS}}))
+    (machine / "study.toml").write_text(SMALL)
     arguments = command("run", "study.toml", "--slurm", "2", "--task-size", "6")
-    done = subprocess.run(arguments, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=200)
+    given = {**os.environ, "DASK_CONFIG": str(machine)}
+    done = subprocess.run(arguments, cwd=machine, env=given, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "jobs").read_text().split()) == 2
-    same(tmp_path / "study.zarr", small[1] / "study.zarr")
+    assert len((machine / "jobs").read_text().split()) == 2
+    same(machine / "study.zarr", small[1] / "study.zarr")
+
+
+@pytest.mark.slow
+def test_slurm_jobs_whose_time_is_up_are_sent_again(whole, machine):
+    jobs = lambda: [int(job) for job in (machine / "jobs").read_text().split()]  # noqa: E731
+    ended = []
+
+    def watch(progress):
+        if progress.fresh >= 4 and not ended:
+            ended.extend(jobs())
+            for job in ended:
+                os.killpg(job, signal.SIGKILL)
+
+    with executors.slurm(2) as executor:
+        run_study(esl.Study.from_dict(tomllib.loads(LONG)), machine / "study.zarr", executor=executor, task_size=1, watch=watch)
+    assert len(ended) == 2
+    assert len(jobs()) == 4
+    same(machine / "study.zarr", whole)
+
+
+def test_what_slurm_refuses_is_told_in_its_words(machine):
+    put(machine / "sbatch", "#!/bin/sh\necho 'sbatch: error: invalid partition specified: day' >&2\nexit 1\n")
+    with pytest.raises(esl.InputError, match="that sbatch takes, but sbatch: error: invalid partition specified: day"), executors.slurm(2):
+        pass
+
+
+def test_jobs_that_do_not_come_are_told_of(machine, monkeypatch):
+    monkeypatch.setattr(executors, "_PATIENCE", 0.1)
+    put(machine / "sbatch", "#!/bin/sh\necho Submitted batch job 7\n")
+    with pytest.warns(UserWarning, match="No job of SLURM has brought a worker yet"), executors.slurm(1):
+        pass
 
 
 def test_a_task_travels_as_plain_data():
