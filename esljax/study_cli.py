@@ -296,6 +296,8 @@ class _Bar:
         self._bar.stop()
 
     def said(self) -> str:
+        if not self.last.runs:
+            return "nothing was begun"
         failed = f", {self.last.failed} failed" if self.last.failed else ""
         taken = f", {self.last.taken} taken from other stores" if self.last.taken else ""
         return f"{self.last.done} of {self.last.runs} runs done{failed}{taken}"

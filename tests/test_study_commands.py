@@ -378,6 +378,17 @@ def test_what_slurm_refuses_is_told_in_its_words(machine):
         pass
 
 
+def test_ctrl_c_while_it_waits_for_jobs(tmp_path, monkeypatch, capsys):
+    def waiting(jobs):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(executors, "slurm", waiting)
+    (tmp_path / "study.toml").write_text(SMALL)
+    assert cli.main(["study", "run", "study.toml", "--slurm", "1"]) == 130
+    assert capsys.readouterr().err.startswith("esljax: interrupted; nothing was begun in study.zarr")
+
+
 def test_jobs_that_do_not_come_are_told_of(machine, monkeypatch):
     monkeypatch.setattr(executors, "_PATIENCE", 0.1)
     put(machine / "sbatch", "#!/bin/sh\necho Submitted batch job 7\n")
