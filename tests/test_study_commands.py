@@ -329,6 +329,7 @@ def put(path, script):
 def machine(tmp_path, environment, monkeypatch):
     """The folder of an `sbatch` that runs its script here, found by this process."""
     import dask
+    import dask_jobqueue  # noqa: F401 (its defaults go first)
 
     put(tmp_path / "sbatch", SBATCH.format(folder=tmp_path))
     put(tmp_path / "scancel", '#!/bin/sh\nkill -- -"$1"\n')
