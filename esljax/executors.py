@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import signal
 import subprocess
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -119,15 +120,20 @@ def slurm(jobs: int) -> Iterator[Executor]:
 def _renewed(cluster: Any, jobs: int) -> Iterator[None]:
     """Keep that many jobs. dask notices that a worker is gone, but starts another only when it is told the number again; a job that never
     brought a worker counts as there, so that one that cannot start is not sent again and again."""
-    from tornado.ioloop import PeriodicCallback
+    ended = threading.Event()
 
-    cluster.scale(jobs=jobs)
-    again = PeriodicCallback(lambda: cluster.scale(jobs=jobs), 1000 * _RENEWAL)
-    cluster.loop.add_callback(again.start)
+    def renew() -> None:
+        cluster.scale(jobs=jobs)
+        while not ended.wait(_RENEWAL):
+            cluster.scale(jobs=jobs)
+
+    renewing = threading.Thread(target=renew, daemon=True)
+    renewing.start()
     try:
         yield
     finally:
-        cluster.loop.add_callback(again.stop)
+        ended.set()
+        renewing.join()
 
 
 def _check_job(script: str) -> None:
