@@ -310,11 +310,11 @@ class _NetworkField(AbstractField):
         """u at one position."""
         z = product(self.whitening, position - self.center)
         with jax.default_matmul_precision("highest"):
-            value = self.network(z) if not self.gradient else jax.grad(lambda z: self.network(z)[0])(z)
-        if not self.gradient:
-            return self.scale * value
+            if not self.gradient:
+                return self.scale * self.network(z)
+            slope = jax.grad(lambda z: self.network(z)[0])(z)
         # In units of the mean width, so that the slope of N is of order 1 as its value is.
-        push = product(value, self.whitening)
+        push = product(slope, self.whitening)
         return self.scale * push / jnp.sqrt(jnp.mean(self.whitening**2) * len(self.center))
 
     def added(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:

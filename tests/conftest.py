@@ -13,8 +13,8 @@ from esljax import InputError
 
 # Several test processes share one accelerator: none may take all of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Half of the tests' time is compilation. The CPU compiler of jax 0.10 spends half of that on emitters of fused loops, which it can do
-# without, to the same numbers; later ones know no such flag. `XLA_FLAGS= pytest` compiles as users do.
+# Half of the tests' time is compilation. The CPU compiler of jax 0.10 spends much of that on emitters of fused loops, which it can do
+# without (44 tests of free energies took 38 s instead of 62); jax 0.12 ends at such a flag. `XLA_FLAGS= pytest` compiles as users do.
 if jax.__version__.startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 # Tracing makes many objects and no garbage: looked through at every 700th, as is the default, they cost a tenth of the time.
