@@ -5,70 +5,80 @@ between start and end, the epistemic speed limit (Okanohara, arXiv 2601.17607). 
 sides, and optimizes schedules toward the limit by gradient.
 """
 
-from esljax import datasets, executors, gaussian, models, recordings
+from esljax import gaussian
 from esljax._checks import InputError
-from esljax.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
-from esljax.checkpoints import Checkpoints, Terminated
-from esljax.configuration import RunConfig
 from esljax.density import (
     AbstractDensity,
-    AbstractLogDensity,
-    FlowDensity,
-    GaussianDensity,
-    HistogramDensity,
-    KernelDensity,
-)
-from esljax.diagnosis import Evidence, Finding
-from esljax.dynamics import AbstractRule, Controls, Langevin, ProbabilityFlow
-from esljax.entropy import (
     AbstractEntropy,
+    AbstractLogDensity,
     Entropy,
+    FlowDensity,
     FlowEntropy,
+    GaussianDensity,
     GaussianEntropy,
+    HistogramDensity,
     HistogramEntropy,
     KDEEntropy,
+    KernelDensity,
     NearestNeighborEntropy,
 )
-from esljax.fields import KernelVelocity, NetworkVelocity
-from esljax.free_energy import FreeEnergy, TransportedEntropy, free_energy
-from esljax.memory import Plan, plan
-from esljax.minibatch import MinibatchNoise, minibatch_noise
-from esljax.optimization import Equality, History, Iteration, Optimum, optimize
-from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic
-from esljax.report import Interval, SpeedLimit, Split
-from esljax.runs import run
-from esljax.schedules import (
-    AbstractSchedule,
-    Constant,
-    Cosine,
-    Exponential,
-    FromOptax,
-    Knots,
-    Linear,
-    WarmupStableDecay,
+from esljax.experiment import Plan, RunConfig, plan, run
+from esljax.files import Checkpoints, Terminated, recordings
+from esljax.measures import (
+    Evidence,
+    Finding,
+    FreeEnergy,
+    Interval,
+    MinibatchNoise,
+    SpeedLimit,
+    Split,
+    TransportedEntropy,
+    free_energy,
+    minibatch_noise,
+    speed_limit,
 )
-from esljax.scores import FlowVelocity, HistogramVelocity, KDEVelocity
+from esljax.optimization import Equality, History, Iteration, Optimum, optimize
+from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic, datasets, models
+from esljax.schedules import AbstractSchedule, Constant, Cosine, Exponential, FromOptax, Knots, Linear, WarmupStableDecay
 from esljax.sharding import member_mesh
-from esljax.simulation import simulate
-from esljax.sinkhorn import SinkhornTransport
-from esljax.speed_limit import speed_limit
-from esljax.study import Study
-from esljax.study_run import LostWorkersError, run_study
-from esljax.study_store import open_study
-from esljax.study_summary import summarize
-from esljax.trajectory import Trajectory, recorded
+from esljax.simulation import (
+    AbstractGradient,
+    AbstractRule,
+    Autodiff,
+    Controls,
+    ForwardMode,
+    HessianAdjoint,
+    Langevin,
+    ProbabilityFlow,
+    Trajectory,
+    recorded,
+    simulate,
+)
+from esljax.study import LostWorkersError, Study, executors, open_study, run_study, summarize
 from esljax.transport import (
     AbstractTransport,
     ExactTransport,
     GaussianTransport,
     Mapped,
     Projected,
+    SinkhornTransport,
     SlicedTransport,
     Solution,
     principal_directions,
     random_directions,
 )
-from esljax.velocity import AbstractVelocity, AffineVelocity, PathVelocity, TransportVelocity, Velocity
+from esljax.velocity import (
+    AbstractVelocity,
+    AffineVelocity,
+    FlowVelocity,
+    HistogramVelocity,
+    KDEVelocity,
+    KernelVelocity,
+    NetworkVelocity,
+    PathVelocity,
+    TransportVelocity,
+    Velocity,
+)
 
 __all__ = [
     "AbstractDensity",

@@ -5,7 +5,7 @@ import sys
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from esljax.cli import main as run
+    from esljax.command import main as run
 
     sys.exit(run())
 

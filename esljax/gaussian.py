@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import as_float, check_finite, check_nonnegative, check_positive, check_positive_int, known, refuse
-from esljax._matrix import exponential, lyapunov, sqrtm
+from esljax._numerics import exponential, lyapunov, sqrtm
 from esljax._types import Array, Float, Scalar, ScalarLike
-from esljax.report import SpeedLimit
+from esljax.measures import SpeedLimit
 from esljax.schedules import AbstractSchedule, Constant, Knots, WarmupStableDecay
 
 

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from esljax._checks import as_float, check_key, check_nonnegative, check_positive, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Keys, Scalar
-from esljax.checkpoints import Checkpoints, session
+from esljax.files import Checkpoints, session
 from esljax.sharding import AnyMesh, find_mesh, replicate
 
 

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 import esljax as esl
-from esljax.study_plotting import plot_study
+from esljax.figures import plot_study
 
 smoke = bool(os.environ.get("ESLJAX_SMOKE"))  # the tests run this notebook in a small size
 folder = Path(tempfile.mkdtemp())

@@ -14,8 +14,7 @@ import ot
 import scipy.optimize
 import timing
 
-from esljax.sinkhorn import SinkhornTransport
-from esljax.transport import ExactTransport, GaussianTransport, SlicedTransport
+from esljax.transport import ExactTransport, GaussianTransport, SinkhornTransport, SlicedTransport
 
 
 def contenders(n: int, d: int) -> dict[str, Callable[[], object]]:

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from esljax.sinkhorn import SinkhornTransport
-from esljax.transport import Solution
+from esljax.transport import SinkhornTransport, Solution
 
 HEADER = ("n", "matrix, MB", "value, s", "memory, MB", "and gradient, s", "memory, MB", "squared", "converged")
 

@@ -22,7 +22,7 @@ import timing
 from jax.flatten_util import ravel_pytree
 
 import esljax as esl
-from esljax.cli import main as esljax_main
+from esljax.command.cli import main as esljax_main
 
 
 def train(members: int, steps: int, snapshots: int, rate: float = 1e-3, batch: int = 128) -> tuple[np.ndarray, np.ndarray, float]:

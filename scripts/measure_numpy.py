@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import timing
 
-from esljax.cli import main as esljax_main
+from esljax.command.cli import main as esljax_main
 
 
 def problem(rng: np.random.Generator, examples: int = 400, features: int = 5) -> tuple[np.ndarray, np.ndarray]:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 
-from esljax.dynamics import Langevin
 from esljax.gaussian import Law
 from esljax.potentials import DoubleWell, Quadratic
 from esljax.schedules import Constant, Cosine
+from esljax.simulation import Langevin
 
 
 @dataclass(frozen=True)

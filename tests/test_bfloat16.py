@@ -7,13 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esljax.datasets import digits
-from esljax.dynamics import Langevin
-from esljax.models import mlp
-from esljax.potentials import FlaxLoss
+from esljax.measures import speed_limit
+from esljax.potentials import FlaxLoss, mlp
+from esljax.potentials.datasets import digits
 from esljax.schedules import Cosine
-from esljax.simulation import simulate
-from esljax.speed_limit import speed_limit
+from esljax.simulation import Langevin, simulate
 from esljax.transport import ExactTransport
 
 KEY = jax.random.key(0)

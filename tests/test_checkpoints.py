@@ -16,14 +16,13 @@ import numpy as np
 import optax
 import pytest
 
-from esljax import checkpoints as module
-from esljax.checkpoints import TERMINATED, Checkpoints, Terminated, session
-from esljax.dynamics import Langevin
+from esljax.files import TERMINATED, Checkpoints, Terminated, session
+from esljax.files import checkpoints as module
+from esljax.files.storage import versions
 from esljax.optimization import optimize
 from esljax.potentials import Quadratic
 from esljax.schedules import Constant, Cosine
-from esljax.simulation import simulate
-from esljax.storage import versions
+from esljax.simulation import Langevin, simulate
 
 PROGRAM = Path(__file__).with_name("checkpointed_program.py")
 KEY = jax.random.key(1)

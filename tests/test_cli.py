@@ -14,7 +14,7 @@ import tomllib
 import jax
 import pytest
 
-from esljax import cli
+from esljax.command import cli
 
 SMALL = """
 data = "moons"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import esljax as esl
-from esljax import comparison
-from esljax.storage import write_json, write_toml
+from esljax.experiment import comparison
+from esljax.files.storage import write_json, write_toml
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from esljax.chain import chain, distances
-from esljax.report import average
-from esljax.speed_limit import speed_limit
-from esljax.trajectory import recorded
+from esljax.measures import average, speed_limit
+from esljax.measures.chain import chain, distances
+from esljax.simulation import recorded
 from esljax.transport import ExactTransport, GaussianTransport
 from esljax.velocity import TransportVelocity
 

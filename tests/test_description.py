@@ -18,10 +18,10 @@ import optax
 import pytest
 from flax import nnx
 
-from esljax.description import describe
-from esljax.dynamics import Langevin
+from esljax.files.description import describe
 from esljax.potentials import AbstractPotential, FlaxLoss, FromFunction
 from esljax.sharding import member_mesh
+from esljax.simulation import Langevin
 
 
 def function(*held, power=2):

@@ -8,16 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esljax.datasets import digits
-from esljax.dynamics import Langevin
-from esljax.memory import plan
-from esljax.models import mlp
-from esljax.potentials import FlaxLoss, Quadratic
+from esljax.experiment import plan
+from esljax.measures import speed_limit
+from esljax.potentials import FlaxLoss, Quadratic, mlp
+from esljax.potentials.datasets import digits
 from esljax.schedules import Knots
-from esljax.simulation import simulate
-from esljax.sinkhorn import SinkhornTransport
-from esljax.speed_limit import speed_limit
-from esljax.transport import ExactTransport, GaussianTransport, SlicedTransport
+from esljax.simulation import Langevin, simulate
+from esljax.transport import ExactTransport, GaussianTransport, SinkhornTransport, SlicedTransport
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,16 +10,12 @@ import numpy as np
 import pytest
 
 from esljax import models
-from esljax.datasets import two_moons
-from esljax.diagnosis import Finding
-from esljax.dynamics import Langevin
+from esljax.measures import Finding, speed_limit
 from esljax.potentials import DoubleWell, FlaxLoss, Mixture, Quadratic
+from esljax.potentials.datasets import two_moons
 from esljax.schedules import Knots
-from esljax.simulation import simulate
-from esljax.sinkhorn import SinkhornTransport
-from esljax.speed_limit import speed_limit
-from esljax.trajectory import Trajectory
-from esljax.transport import ExactTransport, GaussianTransport, Projected, SlicedTransport
+from esljax.simulation import Langevin, Trajectory, simulate
+from esljax.transport import ExactTransport, GaussianTransport, Projected, SinkhornTransport, SlicedTransport
 from esljax.velocity import AffineVelocity
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")

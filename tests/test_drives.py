@@ -10,15 +10,12 @@ import optax
 import oracles
 import pytest
 
-from esljax.adjoint import Autodiff, ForwardMode, HessianAdjoint
-from esljax.dynamics import Langevin
-from esljax.entropy import GaussianEntropy
-from esljax.free_energy import free_energy
+from esljax.density import GaussianEntropy
+from esljax.measures import free_energy, speed_limit
 from esljax.optimization import optimize
 from esljax.potentials import DoubleWell, Driven, Quadratic
 from esljax.schedules import Knots, Linear
-from esljax.simulation import simulate
-from esljax.speed_limit import speed_limit
+from esljax.simulation import Autodiff, ForwardMode, HessianAdjoint, Langevin, simulate
 from esljax.transport import GaussianTransport
 from esljax.velocity import AffineVelocity
 

@@ -9,8 +9,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from esljax.density import KernelDensity
-from esljax.entropy import Entropy, FlowEntropy, GaussianEntropy, HistogramEntropy, KDEEntropy, NearestNeighborEntropy
+from esljax.density import Entropy, FlowEntropy, GaussianEntropy, HistogramEntropy, KDEEntropy, KernelDensity, NearestNeighborEntropy
 
 # Every class. Functions, so that no array is made before a test chooses its precision.
 ESTIMATORS = {

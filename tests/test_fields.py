@@ -9,13 +9,11 @@ import pytest
 from scipy.linalg import solve_continuous_lyapunov
 from test_velocity import exact_halves
 
-from esljax.dynamics import Langevin
-from esljax.fields import KernelVelocity, NetworkVelocity
+from esljax.measures import speed_limit
 from esljax.potentials import DoubleWell
-from esljax.simulation import simulate
-from esljax.speed_limit import speed_limit
+from esljax.simulation import Langevin, simulate
 from esljax.transport import ExactTransport, GaussianTransport
-from esljax.velocity import AffineVelocity
+from esljax.velocity import AffineVelocity, KernelVelocity, NetworkVelocity
 
 FLEXIBLE = {"kernel": lambda: KernelVelocity(), "network": lambda: NetworkVelocity(key=jax.random.key(7))}
 

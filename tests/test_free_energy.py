@@ -12,13 +12,12 @@ import pytest
 import systems
 
 from esljax._checks import InputError
-from esljax.dynamics import Langevin
-from esljax.entropy import FlowEntropy, GaussianEntropy, HistogramEntropy, KDEEntropy, NearestNeighborEntropy
-from esljax.free_energy import Balance, FreeEnergy, TransportedEntropy, free_energy
-from esljax.models import mlp
-from esljax.potentials import Driven, FlaxLoss, FromFunction, Quadratic
+from esljax.density import FlowEntropy, GaussianEntropy, HistogramEntropy, KDEEntropy, NearestNeighborEntropy
+from esljax.measures import FreeEnergy, TransportedEntropy, free_energy
+from esljax.measures.free_energy import Balance
+from esljax.potentials import Driven, FlaxLoss, FromFunction, Quadratic, mlp
 from esljax.schedules import Cosine, Linear
-from esljax.simulation import simulate
+from esljax.simulation import Langevin, simulate
 from esljax.transport import GaussianTransport, Mapped
 from esljax.velocity import AffineVelocity, TransportVelocity
 

@@ -14,16 +14,8 @@ from hypothesis import strategies as st
 from scipy.linalg import expm
 
 from esljax._checks import InputError
-from esljax._matrix import exponential, lyapunov, sqrtm
-from esljax.gaussian import (
-    Law,
-    entropic_transport,
-    laws,
-    optimal_learning_rate,
-    sinkhorn_divergence,
-    speed_limit,
-    w2_squared,
-)
+from esljax._numerics import exponential, lyapunov, sqrtm
+from esljax.gaussian import Law, entropic_transport, laws, optimal_learning_rate, sinkhorn_divergence, speed_limit, w2_squared
 from esljax.schedules import Constant, Cosine, Knots, Linear, WarmupStableDecay
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -7,19 +7,32 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from esljax.datasets import digits
 from esljax.density import FlowDensity
-from esljax.dynamics import Langevin
-from esljax.fields import KernelVelocity, NetworkVelocity
-from esljax.models import mlp
-from esljax.potentials import DoubleWell, FlaxLoss
+from esljax.measures import speed_limit
+from esljax.potentials import DoubleWell, FlaxLoss, mlp
+from esljax.potentials.datasets import digits
 from esljax.schedules import Knots
-from esljax.scores import HistogramVelocity, KDEVelocity
-from esljax.simulation import simulate
-from esljax.sinkhorn import SinkhornTransport
-from esljax.speed_limit import speed_limit
-from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Mapped, Projected, SlicedTransport, Solution
-from esljax.velocity import AbstractVelocity, AffineVelocity, PathVelocity, TransportVelocity
+from esljax.simulation import Langevin, simulate
+from esljax.transport import (
+    AbstractTransport,
+    ExactTransport,
+    GaussianTransport,
+    Mapped,
+    Projected,
+    SinkhornTransport,
+    SlicedTransport,
+    Solution,
+)
+from esljax.velocity import (
+    AbstractVelocity,
+    AffineVelocity,
+    HistogramVelocity,
+    KDEVelocity,
+    KernelVelocity,
+    NetworkVelocity,
+    PathVelocity,
+    TransportVelocity,
+)
 
 KEY = jax.random.key(0)
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esljax import cli, recordings
-from esljax.measurement import transport_problems
-from esljax.sinkhorn import SinkhornTransport
-from esljax.speed_limit import speed_limit
-from esljax.trajectory import recorded
-from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Projected, SlicedTransport, Solution
+from esljax import recordings
+from esljax.command import cli
+from esljax.command.measure import transport_problems
+from esljax.measures import speed_limit
+from esljax.simulation import recorded
+from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Projected, SinkhornTransport, SlicedTransport, Solution
 from esljax.velocity import TransportVelocity
 
 NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric")

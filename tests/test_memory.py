@@ -7,19 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from esljax import cli
-from esljax.adjoint import Autodiff, ForwardMode, HessianAdjoint
-from esljax.comparison import Problem
-from esljax.datasets import digits
-from esljax.dynamics import Langevin
-from esljax.memory import plan
-from esljax.models import mlp
-from esljax.potentials import Driven, FlaxLoss, FromFunction, Quadratic
+from esljax.command import cli
+from esljax.experiment import Problem, plan
+from esljax.measures import speed_limit
+from esljax.potentials import Driven, FlaxLoss, FromFunction, Quadratic, mlp
+from esljax.potentials.datasets import digits
 from esljax.schedules import Constant, Knots, Linear
-from esljax.simulation import simulate
-from esljax.sinkhorn import SinkhornTransport
-from esljax.speed_limit import speed_limit
-from esljax.transport import ExactTransport, GaussianTransport, Projected, SlicedTransport
+from esljax.simulation import Autodiff, ForwardMode, HessianAdjoint, Langevin, simulate
+from esljax.transport import ExactTransport, GaussianTransport, Projected, SinkhornTransport, SlicedTransport
 
 KEY = jax.random.key(0)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)

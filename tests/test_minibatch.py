@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esljax.dynamics import Langevin
-from esljax.minibatch import minibatch_noise
-from esljax.models import mlp
-from esljax.potentials import FlaxLoss, Quadratic
-from esljax.simulation import simulate
+from esljax.measures import minibatch_noise
+from esljax.potentials import FlaxLoss, Quadratic, mlp
+from esljax.simulation import Langevin, simulate
 
 KEY = jax.random.key(0)
 BATCH = 8

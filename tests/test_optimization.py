@@ -17,11 +17,10 @@ import systems
 import esljax.optimization as optimization_module
 from esljax import gaussian
 from esljax._checks import InputError
-from esljax.dynamics import Langevin
+from esljax.measures import speed_limit
 from esljax.optimization import Equality, optimize
 from esljax.schedules import Cosine, Knots
-from esljax.simulation import simulate
-from esljax.speed_limit import speed_limit
+from esljax.simulation import Langevin, simulate
 from esljax.transport import GaussianTransport
 
 KEY = jax.random.key(3)

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from esljax import cli
-from esljax.checkpoints import TERMINATED, alone
+from esljax.command import cli
+from esljax.files import TERMINATED, alone
 
 SMALL = """
 data = "moons"
@@ -31,7 +31,7 @@ checkpoint_every = 0
 
 
 def command(folder: Path, out: str, *more: str) -> list[str]:
-    program = "import sys; from esljax.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = "import sys; from esljax.command import main; sys.exit(main(sys.argv[1:]))"
     return [sys.executable, "-c", program, "optimize", "--config", str(folder / "small.toml"), "--out", str(folder / out), *more]
 
 

@@ -8,8 +8,8 @@ import oracles
 import pytest
 from flax import linen, nnx
 
-from esljax.models import MLP, mlp
-from esljax.potentials import DoubleWell, FlaxLoss, FromFunction, Mixture, Quadratic
+from esljax.potentials import DoubleWell, FlaxLoss, FromFunction, Mixture, Quadratic, mlp
+from esljax.potentials.models import MLP
 
 POSITION = np.array([0.7, -0.4, 1.3])
 CENTER = np.array([0.3, 0.0, -1.0])

@@ -7,15 +7,12 @@ import oracles_fokker_planck
 import pytest
 import systems
 
-from esljax.dynamics import Langevin, ProbabilityFlow
-from esljax.fields import KernelVelocity
+from esljax.measures import speed_limit
 from esljax.potentials import DoubleWell, Quadratic
 from esljax.schedules import Knots
-from esljax.scores import KDEVelocity
-from esljax.simulation import simulate
-from esljax.speed_limit import speed_limit
+from esljax.simulation import Langevin, ProbabilityFlow, simulate
 from esljax.transport import ExactTransport, GaussianTransport
-from esljax.velocity import AffineVelocity, PathVelocity, TransportVelocity
+from esljax.velocity import AffineVelocity, KDEVelocity, KernelVelocity, PathVelocity, TransportVelocity
 
 KEY = jax.random.key(0)
 

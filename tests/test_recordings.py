@@ -18,12 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from esljax import InputError, recordings
-from esljax.dynamics import Langevin
-from esljax.entropy_production import learning_clock
+from esljax.measures import speed_limit
+from esljax.measures.velocities import learning_clock
 from esljax.potentials import Quadratic
-from esljax.simulation import simulate
-from esljax.speed_limit import speed_limit
-from esljax.trajectory import recorded
+from esljax.simulation import Langevin, recorded, simulate
 from esljax.transport import ExactTransport, GaussianTransport, Projected, principal_directions, random_directions
 from esljax.velocity import AffineVelocity, PathVelocity, TransportVelocity
 

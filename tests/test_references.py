@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import oracles
 import pytest
 
-from esljax import references
-from esljax.cli import main
+from esljax.command import check as references
+from esljax.command.cli import main
 
 
 def test_all_reference_numbers_agree(capsys):

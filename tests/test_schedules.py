@@ -13,17 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import esljax.schedules as schedules_module
-from esljax.schedules import (
-    AbstractSchedule,
-    Constant,
-    Cosine,
-    Exponential,
-    FromOptax,
-    Knots,
-    Linear,
-    WarmupStableDecay,
-    as_schedule,
-)
+from esljax.schedules import AbstractSchedule, Constant, Cosine, Exponential, FromOptax, Knots, Linear, WarmupStableDecay, as_schedule
 
 TABLE = [0.3, 0.7, 0.1, 0.2]
 OPTAX = optax.warmup_cosine_decay_schedule(0.1, 0.9, 5, 25, 0.05)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from esljax.scores import FlowVelocity, HistogramVelocity, KDEVelocity
-from esljax.velocity import AffineVelocity, Snapshot
+from esljax.velocity import AffineVelocity, FlowVelocity, HistogramVelocity, KDEVelocity, Snapshot
 
 # Every class. Functions, so that no array is made before a test chooses its precision.
 VELOCITIES = {

@@ -16,15 +16,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from esljax import sharding
-from esljax.checkpoints import Checkpoints
-from esljax.dynamics import Langevin
+from esljax.files import Checkpoints
 from esljax.optimization import optimize
 from esljax.potentials import Quadratic
 from esljax.schedules import Knots
 from esljax.sharding import choose_mesh, map_pairs, member_mesh, shard_members
-from esljax.simulation import simulate
-from esljax.sinkhorn import SinkhornTransport
-from esljax.transport import ExactTransport, GaussianTransport
+from esljax.simulation import Langevin, simulate
+from esljax.transport import ExactTransport, GaussianTransport, SinkhornTransport
 
 PROGRAM = Path(__file__).with_name("sharded_program.py")
 # float32 sums in another order: a few units in the last place.

@@ -13,15 +13,12 @@ import oracles
 import pytest
 import systems
 
-import esljax.simulation as simulation_module
+import esljax.simulation.loop as simulation_module
 from esljax import gaussian
 from esljax._checks import InputError
-from esljax.adjoint import Autodiff, ForwardMode, HessianAdjoint
-from esljax.dynamics import Langevin
-from esljax.models import mlp
-from esljax.potentials import DoubleWell, FlaxLoss, FromFunction, Quadratic
+from esljax.potentials import DoubleWell, FlaxLoss, FromFunction, Quadratic, mlp
 from esljax.schedules import Constant, Knots, Linear
-from esljax.simulation import group_length, simulate
+from esljax.simulation import Autodiff, ForwardMode, HessianAdjoint, Langevin, group_length, simulate
 
 KEY = jax.random.key(7)
 RNG = np.random.default_rng(5)

@@ -12,10 +12,9 @@ from ott.geometry.geometry import Geometry
 from ott.solvers.linear import solve
 from ott.solvers.linear.acceleration import Momentum
 
-import esljax.sinkhorn as sinkhorn_module
+import esljax.transport.sinkhorn as sinkhorn_module
 from esljax._checks import InputError
-from esljax.sinkhorn import SinkhornTransport
-from esljax.transport import ExactTransport
+from esljax.transport import ExactTransport, SinkhornTransport
 
 matrix_and_blocks = pytest.mark.parametrize("chunk", [None, 4])
 

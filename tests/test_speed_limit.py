@@ -17,14 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esljax._checks import InputError
-from esljax.dynamics import Langevin
+from esljax.measures import Split, average, speed_limit
+from esljax.measures.report import split
 from esljax.potentials import Quadratic
-from esljax.report import Split, average, split
-from esljax.simulation import simulate
-from esljax.sinkhorn import SinkhornTransport
-from esljax.speed_limit import speed_limit
-from esljax.trajectory import Trajectory
-from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Mapped, Projected, SlicedTransport, Solution
+from esljax.simulation import Langevin, Trajectory, simulate
+from esljax.transport import (
+    AbstractTransport,
+    ExactTransport,
+    GaussianTransport,
+    Mapped,
+    Projected,
+    SinkhornTransport,
+    SlicedTransport,
+    Solution,
+)
 
 D = 3
 METRICS = {

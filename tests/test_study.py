@@ -15,9 +15,11 @@ import pytest
 import zarr
 
 import esljax as esl
-from esljax import comparison, executors, runs, study_store
-from esljax.study_plotting import plot_study
-from esljax.study_run import run_study
+from esljax import executors
+from esljax.experiment import comparison, runs
+from esljax.figures import plot_study
+from esljax.study import run_study
+from esljax.study import store as study_store
 
 BASE = esl.RunConfig(data="moons", hidden=(4,), members=8, steps=10, snapshots=5, batch_size=32)
 GRID = {"rate": [0.1, 0.4, 1.6], "members": [6, 8], "schedule": ["constant", "cosine"], "seed": [3, 1]}
@@ -410,7 +412,7 @@ def test_one_writer_at_a_time(tmp_path, refused):
     """A second writer is refused while the first lives, and takes over when it has been killed."""
     study, lock = esl.Study(BASE, grid={"seed": [0]}), tmp_path / "study.zarr.lock"
     hold = (
-        "import sys, time; from pathlib import Path; from esljax.storage import locked\n"
+        "import sys, time; from pathlib import Path; from esljax.files.storage import locked\n"
         f"with locked(Path({str(lock)!r}), 'out'): print('held', flush=True); time.sleep(600)"
     )
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True)

@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 
 import esljax as esl
-from esljax import cli, executors, runs, study_store
-from esljax.study_run import run_study
+from esljax import executors
+from esljax.command import cli
+from esljax.experiment import runs
+from esljax.study import run_study
+from esljax.study import store as study_store
 
 SMALL = """
 [base]

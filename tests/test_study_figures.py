@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from esljax.study_plotting import plot_study
-from esljax.study_summary import Group
+from esljax.figures import plot_study
+from esljax.study import Group
 
 
 def group(settings, gap=1.0, error=0.1, runs=4, failed=0, unconverged=0):

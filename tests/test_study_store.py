@@ -9,8 +9,13 @@ import pytest
 import zarr
 
 import esljax as esl
-from esljax import cli, executors, runs, storage, study_run, study_store
-from esljax.study_run import run_study
+from esljax import executors
+from esljax.command import cli
+from esljax.experiment import runs
+from esljax.files import storage
+from esljax.study import run as study_run
+from esljax.study import run_study
+from esljax.study import store as study_store
 
 SETTINGS = {"data": "moons", "hidden": [4], "members": 6, "steps": 10, "snapshots": 5, "batch_size": 32}
 BASE = esl.RunConfig(**{**SETTINGS, "hidden": (4,)})

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-import esljax.transport as transport_module
+import esljax.transport.coordinates as transport_module
 from esljax._checks import InputError
-from esljax.sinkhorn import SinkhornTransport
-from esljax.transport import ExactTransport, GaussianTransport, Mapped, Projected, SlicedTransport
+from esljax.transport import ExactTransport, GaussianTransport, Mapped, Projected, SinkhornTransport, SlicedTransport
 
 D = 3
 MATRIX = np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]], np.float32)
@@ -416,7 +415,7 @@ def test_docstring_examples_run():
 
 def test_import_is_silent_and_ott_comes_on_first_use_without_a_trace_left_behind():
     program = (
-        "import sys, jax, jax.numpy as jnp, esljax.sinkhorn as s, esljax.transport as t\n"
+        "import sys, jax, jax.numpy as jnp, esljax.transport.sinkhorn as s, esljax.transport as t\n"
         "assert 'ott' not in sys.modules\n"
         "x = jnp.arange(6.0).reshape(3, 2)\n"
         "first = jax.jit(t.ExactTransport().squared)(x, x + 1)\n"

@@ -9,11 +9,10 @@ import oracles
 import pytest
 import systems
 
-from esljax.fields import KernelVelocity, NetworkVelocity
+from esljax.measures import speed_limit
 from esljax.simulation import simulate
-from esljax.speed_limit import speed_limit
 from esljax.transport import ExactTransport, GaussianTransport, Mapped, Projected
-from esljax.velocity import AffineVelocity, PathVelocity, Snapshot, TransportVelocity
+from esljax.velocity import AffineVelocity, KernelVelocity, NetworkVelocity, PathVelocity, Snapshot, TransportVelocity
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 

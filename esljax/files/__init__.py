@@ -1,0 +1,17 @@
+"""Everything that touches a disk: results, checkpoints, recordings, and descriptions of runs."""
+
+from esljax.files import recordings, storage
+from esljax.files.checkpoints import TERMINATED, Checkpoints, Terminated, alone, session
+from esljax.files.recordings import read, read_matrix
+
+__all__ = [
+    "TERMINATED",
+    "Checkpoints",
+    "Terminated",
+    "alone",
+    "read",
+    "read_matrix",
+    "recordings",
+    "session",
+    "storage",
+]

@@ -1,0 +1,26 @@
+"""Σ, L², W2², their split and errors, the free energy, and the noise of batches."""
+
+from esljax.measures.chain import compared
+from esljax.measures.diagnosis import Evidence, Finding
+from esljax.measures.free_energy import FreeEnergy, TransportedEntropy, free_energy
+from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
+from esljax.measures.report import Interval, SpeedLimit, Split, average, concise, jackknife_groups
+from esljax.measures.speed_limit import speed_limit
+
+__all__ = [
+    "Evidence",
+    "Finding",
+    "FreeEnergy",
+    "Interval",
+    "MinibatchNoise",
+    "SpeedLimit",
+    "Split",
+    "TransportedEntropy",
+    "average",
+    "compared",
+    "concise",
+    "free_energy",
+    "jackknife_groups",
+    "minibatch_noise",
+    "speed_limit",
+]

@@ -1,0 +1,24 @@
+"""Φ: the objective that drives an ensemble, the data and the models that it is made of."""
+
+from esljax.potentials import datasets, models
+from esljax.potentials.analytic import DoubleWell, FromFunction, Mixture, Quadratic
+from esljax.potentials.base import AbstractPotential
+from esljax.potentials.datasets import Examples
+from esljax.potentials.driven import Driven, potential_at
+from esljax.potentials.flax import FlaxLoss
+from esljax.potentials.models import mlp
+
+__all__ = [
+    "AbstractPotential",
+    "DoubleWell",
+    "Driven",
+    "Examples",
+    "FlaxLoss",
+    "FromFunction",
+    "Mixture",
+    "Quadratic",
+    "datasets",
+    "mlp",
+    "models",
+    "potential_at",
+]

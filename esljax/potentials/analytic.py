@@ -1,0 +1,135 @@
+"""Potentials with a formula, and any function of the parameters."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from esljax._checks import as_float, check_finite, check_positive, refuse
+from esljax._types import Array, Float, Key, Scalar
+from esljax.potentials.base import AbstractPotential
+
+
+class Quadratic(AbstractPotential):
+    """Φ = ½ (θ - c)ᵀ K (θ - c), with the drift -K (θ - c).
+
+    **Args:** `stiffness`: K, a scalar, (d,) for a diagonal, or (d, d). `center`: c, (d,) or a scalar.
+    A matrix K need not be symmetric: the drift is then no gradient, its circulation being -½(K - Kᵀ)(θ - c).
+    """
+
+    stiffness: Float[Array, "..."] = eqx.field(converter=as_float)
+    center: Float[Array, "..."] = eqx.field(converter=as_float, default=0.0)
+
+    def __check_init__(self):
+        if self.stiffness.ndim > 2 or (self.stiffness.ndim == 2 and self.stiffness.shape[0] != self.stiffness.shape[1]):
+            raise refuse("stiffness", "be a scalar or have shape (d,) or (d, d)", f"has shape {self.stiffness.shape}")
+        if self.center.ndim > 1:
+            raise refuse("center", "be a scalar or have shape (d,)", f"has shape {self.center.shape}")
+        if self.stiffness.ndim and self.center.ndim and self.stiffness.shape[-1] != self.center.shape[0]:
+            raise refuse("center", f"have shape ({self.stiffness.shape[-1]},) like the stiffness", f"has shape {self.center.shape}")
+        check_finite("stiffness", self.stiffness)
+        check_finite("center", self.center)
+
+    @property
+    def conservative(self) -> bool:
+        # A matrix may be anything under a transformation, so it is never taken for symmetric.
+        return self.stiffness.ndim < 2
+
+    def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
+        return self.energy_and_gradient(position)[0]
+
+    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+        displacement = position - self.center.astype(position.dtype)
+        stiffness = self.stiffness.astype(position.dtype)
+        matrix = self.stiffness.ndim == 2
+        slope = jnp.dot(stiffness, displacement, precision=jax.lax.Precision.HIGHEST) if matrix else stiffness * displacement
+        return jnp.sum(displacement * slope) / 2, slope
+
+    def draw(self, key: Key, members: int) -> None:
+        return None
+
+
+class DoubleWell(AbstractPotential):
+    """Φ = barrier ((θ₁/width)² - 1)² + ½ stiffness Σ_{i>1} θ_i²: wells at θ₁ = ± width, of depth `barrier` below the top at 0.
+
+    **Args:** `barrier`, `width`: positive scalars. `stiffness`: of the other coordinates, a positive scalar.
+    """
+
+    barrier: Scalar = eqx.field(converter=as_float, default=1.0)
+    width: Scalar = eqx.field(converter=as_float, default=1.0)
+    stiffness: Scalar = eqx.field(converter=as_float, default=1.0)
+    conservative: ClassVar[bool] = True
+
+    def __check_init__(self):
+        for name in ("barrier", "width", "stiffness"):
+            check_positive(name, getattr(self, name))
+
+    def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
+        well = self.barrier * ((position[0] / self.width) ** 2 - 1) ** 2
+        return (well + self.stiffness * jnp.sum(position[1:] ** 2) / 2).astype(position.dtype)
+
+    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+        return jax.value_and_grad(self.energy)(position)
+
+    def draw(self, key: Key, members: int) -> None:
+        return None
+
+
+class Mixture(AbstractPotential):
+    """Φ = -log Σ_i w_i N(θ; μ_i, σ_i² I): at temperature 1 the stationary law is the mixture of Gaussians itself.
+
+    **Args:** `means`: (c, d). `variances`: σ², a scalar or (c,), positive. `weights`: a scalar or (c,), positive, normalized here.
+    """
+
+    means: Float[Array, "c d"] = eqx.field(converter=as_float)
+    variances: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
+    weights: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
+    conservative: ClassVar[bool] = True
+
+    def __check_init__(self):
+        if self.means.ndim != 2:
+            raise refuse("means", "have shape (c, d), one row per component", f"has shape {self.means.shape}")
+        for name in ("variances", "weights"):
+            value = getattr(self, name)
+            if value.shape not in ((), self.means.shape[:1]):
+                raise refuse(name, f"be a scalar or have shape ({self.means.shape[0]},)", f"has shape {value.shape}")
+            check_positive(name, value)
+
+    def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
+        components, dimension = self.means.shape
+        weights = jnp.broadcast_to(self.weights, (components,))
+        distances = jnp.sum((position - self.means) ** 2, axis=1)
+        exponents = -distances / (2 * self.variances) - dimension / 2 * jnp.log(2 * jnp.pi * self.variances)
+        return -jax.nn.logsumexp(exponents + jnp.log(weights / jnp.sum(weights))).astype(position.dtype)
+
+    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+        return jax.value_and_grad(self.energy)(position)
+
+    def draw(self, key: Key, members: int) -> None:
+        return None
+
+
+class FromFunction(AbstractPotential):
+    """Φ = fn(θ), for any differentiable `fn(position (d,)) -> scalar`.
+
+    An `equinox.Module` (or any callable pytree) keeps its arrays differentiable; a plain function is static.
+    """
+
+    conservative: ClassVar[bool] = True
+    fn: Any
+
+    def __init__(self, fn: Callable[[Array], Array]):
+        if not callable(fn):
+            raise refuse("fn", "be a function of one position (d,)", f"is {fn!r}")
+        self.fn = fn if isinstance(fn, eqx.Module | jax.tree_util.Partial) else jax.tree_util.Partial(fn)
+
+    def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
+        return self.fn(position)
+
+    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+        return jax.value_and_grad(self.fn)(position)
+
+    def draw(self, key: Key, members: int) -> None:
+        return None

@@ -1,0 +1,20 @@
+"""Many experiments: their description, their store, the workers that run them, and their summary."""
+
+from esljax.study import executors
+from esljax.study.description import Study
+from esljax.study.run import LostWorkersError, Progress, run_study
+from esljax.study.store import lock_path, open_study, read_study
+from esljax.study.summary import Group, summarize
+
+__all__ = [
+    "Group",
+    "LostWorkersError",
+    "Progress",
+    "Study",
+    "executors",
+    "lock_path",
+    "open_study",
+    "read_study",
+    "run_study",
+    "summarize",
+]

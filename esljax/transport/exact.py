@@ -1,0 +1,78 @@
+"""W2² by optimal assignment, and by sorting in one dimension."""
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esljax._checks import refuse
+from esljax._types import Array, Float
+from esljax.sharding import keep
+from esljax.transport._ott import ott
+from esljax.transport.base import AbstractTransport, Solution, solution
+
+
+class ExactTransport(AbstractTransport):
+    r"""W2² itself, by optimal assignment π of equally many members; in d = 1 by sorting, any n and m.
+
+        W2²(x, y) = min_π (1/n) Σ_i |x_i - y_π(i)|²
+
+    The assignment comes from optax's Hungarian algorithm by way of ott, O(n³), one member after the other: .7 s for n = 1000 on two cores.
+
+    **Raises:** `InputError` if n ≠ m and d > 1.
+    **Differentiation:** forward and reverse, to every order, at the assignment found (envelope theorem): exact wherever it is unique.
+    **Reference:** Kuhn, "The Hungarian method for the assignment problem", Naval Res. Logist. Q. 2, 83 (1955).
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> float(ExactTransport().squared(jnp.array([[0.0, 0.0], [3.0, 0.0]]), jnp.array([[3.0, 1.0], [0.0, 1.0]])))
+        1.0
+    """
+
+    is_metric: ClassVar[bool] = True
+    # Together, each waits at each of its steps for all others: 31 problems of n = 1000 took 1.5 s each and not .7.
+    in_turn: ClassVar[bool] = True
+
+    def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
+        n, d = x.shape
+        if d == 1:
+            return solution(sorted_squared(x, y)[0])
+        if len(y) != n:
+            raise refuse(
+                "y",
+                f"hold {n} members, as `x` does, for an exact assignment in more than one dimension "
+                "(`GaussianTransport`, `SlicedTransport` and `SinkhornTransport` take unequal sizes)",
+                f"holds {len(y)}",
+            )
+        (i, j), solvable = _assignment(x, y)
+        return solution(jnp.mean(jnp.sum((x[i] - y[j]) ** 2, axis=-1)), solvable)
+
+    def map(self, x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        """The partner in y of each member of x, shape (n, d). **Differentiation:** in y, at the assignment found."""
+        if len(x) != len(y):
+            raise refuse("y", f"hold {len(x)} members, as `x` does", f"holds {len(y)}")
+        i, j = (jnp.argsort(x[:, 0]), jnp.argsort(y[:, 0])) if x.shape[1] == 1 else _assignment(x, y)[0]
+        return jnp.zeros_like(x).at[i].set(y[j])
+
+
+def _assignment(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> tuple[tuple[Array, Array], Array]:
+    """The pairs (i, j) of the cheapest assignment, and whether the costs had one."""
+    # In difference form, so that coincident members cost nothing at all; row by row, because XLA may store all n²d differences.
+    cost = jax.lax.stop_gradient(jax.lax.map(lambda member: jnp.sum((member - y) ** 2, axis=-1), x))
+    # The Hungarian's potentials reach n times the largest cost, and beyond the finite numbers neither its answer nor its end can be
+    # relied on. The sum stands in for the largest, because XLA's vectorized maximum drops NaN on a CPU.
+    solvable = jnp.isfinite(len(x) * jnp.sum(cost))
+    _, matching = ott().hungarian(ott().Geometry(cost_matrix=jnp.where(solvable, cost, 0.0)))
+    i, j = matching.paired_indices
+    return keep(((i, j), solvable))
+
+
+def sorted_squared(x: Float[Array, "n k"], y: Float[Array, "m k"]) -> Float[Array, " k"]:
+    """The one-dimensional W2² of each column: ∫(F_x⁻¹(t) - F_y⁻¹(t))² dt over the union of the grids i/n and j/m."""
+    n, m = len(x), len(y)
+    edges = np.union1d(np.arange(n + 1) * m, np.arange(m + 1) * n)  # in units of 1/nm: whole numbers, so that shared edges coincide
+    weights = jnp.asarray(np.diff(edges) / (n * m), x.dtype)
+    difference = jnp.sort(x, axis=0)[edges[:-1] // m] - jnp.sort(y, axis=0)[edges[:-1] // n]
+    return jnp.sum(weights[:, None] * difference**2, axis=0)
