@@ -38,8 +38,27 @@ from esljax.measures import (
     speed_limit,
 )
 from esljax.optimization import Equality, History, Iteration, Optimum, optimize
-from esljax.potentials import AbstractPotential, DoubleWell, Driven, FlaxLoss, FromFunction, Mixture, Quadratic, datasets, models
-from esljax.schedules import AbstractSchedule, Constant, Cosine, Exponential, FromOptax, Knots, Linear, WarmupStableDecay
+from esljax.potentials import (
+    AbstractPotential,
+    DoubleWell,
+    Driven,
+    FlaxLoss,
+    FromFunction,
+    Mixture,
+    Quadratic,
+    datasets,
+    models,
+)
+from esljax.schedules import (
+    AbstractSchedule,
+    Constant,
+    Cosine,
+    Exponential,
+    FromOptax,
+    Knots,
+    Linear,
+    WarmupStableDecay,
+)
 from esljax.sharding import member_mesh
 from esljax.simulation import (
     AbstractGradient,

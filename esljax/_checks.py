@@ -56,7 +56,11 @@ def check_positive(argument: str, value: Any) -> None:
 
 def check_nonnegative(argument: str, value: Any) -> None:
     if known(value) and not bool(np.all(np.asarray(value) >= 0)):
-        raise refuse(argument, "be at least 0 and not NaN", f"has the value {_brief(np.min(np.asarray(value)))}")
+        raise refuse(
+            argument,
+            "be at least 0 and not NaN",
+            f"has the value {_brief(np.min(np.asarray(value)))}",
+        )
 
 
 def check_finite(argument: str, value: Any) -> None:
@@ -64,7 +68,11 @@ def check_finite(argument: str, value: Any) -> None:
         bad = ~np.isfinite(np.asarray(value))
         if bad.any():
             where = tuple(int(i) for i in np.argwhere(bad)[0])
-            raise refuse(argument, "be finite", f"has {int(bad.sum())} entries that are not, the first at index {where}")
+            raise refuse(
+                argument,
+                "be finite",
+                f"has {int(bad.sum())} entries that are not, the first at index {where}",
+            )
 
 
 def check_ensemble(argument: str, x: Any, minimum_members: int = 1) -> None:

@@ -44,11 +44,16 @@ def lyapunov(c: Float[Array, "d d"], b: Float[Array, "*batch d d"]) -> Float[Arr
         sums = jnp.maximum(values[:, None], 0) + jnp.maximum(values, 0)
         solvable = sums > values.size * jnp.finfo(values.dtype).eps * sums.max()
         inside = product(product(vectors.T, b), vectors)
-        return product(product(vectors, jnp.where(solvable, inside / jnp.where(solvable, sums, 1), 0)), vectors.T)
+        return product(
+            product(vectors, jnp.where(solvable, inside / jnp.where(solvable, sums, 1), 0)),
+            vectors.T,
+        )
 
     # A linear solve is a primitive that differentiates and transposes itself by its equation; a custom_jvp would be inlined, down to the
     # eigenvectors, when the derivative of a derivative linearizes it.
-    return jax.lax.custom_linear_solve(lambda x: product(x, c) + product(c, x), b, solve, symmetric=True)
+    return jax.lax.custom_linear_solve(
+        lambda x: product(x, c) + product(c, x), b, solve, symmetric=True
+    )
 
 
 def exponential(a: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:

@@ -20,4 +20,15 @@ Keys: TypeAlias = jaxtyping.Key[Array, " R"]
 Scalar: TypeAlias = Float[Array, ""]
 ScalarLike: TypeAlias = float | int | Float[Array, ""]
 
-__all__ = ["Array", "ArrayLike", "Float", "Int", "Key", "Keys", "Scalar", "ScalarLike", "Shaped", "jax"]
+__all__ = [
+    "Array",
+    "ArrayLike",
+    "Float",
+    "Int",
+    "Key",
+    "Keys",
+    "Scalar",
+    "ScalarLike",
+    "Shaped",
+    "jax",
+]

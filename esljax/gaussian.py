@@ -22,7 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import as_float, check_finite, check_nonnegative, check_positive, check_positive_int, known, refuse
+from esljax._checks import (
+    as_float,
+    check_finite,
+    check_nonnegative,
+    check_positive,
+    check_positive_int,
+    known,
+    refuse,
+)
 from esljax._numerics import exponential, lyapunov, sqrtm
 from esljax._types import Array, Float, Scalar, ScalarLike
 from esljax.measures import SpeedLimit
@@ -70,16 +78,28 @@ class Law(eqx.Module):
         if mean.ndim != 1 or mean.size < 1:
             raise refuse("mean", "have shape (d,)", f"has shape {mean.shape}")
         if covariance.shape != 2 * mean.shape:
-            raise refuse("covariance", f"have shape {2 * mean.shape}, as the mean has {mean.size} entries", f"has shape {covariance.shape}")
+            raise refuse(
+                "covariance",
+                f"have shape {2 * mean.shape}, as the mean has {mean.size} entries",
+                f"has shape {covariance.shape}",
+            )
         check_finite("mean", mean)
         check_finite("covariance", covariance)
         if known(covariance):
             matrix = np.asarray(covariance)
             rounding = np.sqrt(np.finfo(matrix.dtype).eps) * np.abs(matrix).max()
             if np.abs(matrix - matrix.T).max() > rounding:
-                raise refuse("covariance", "be symmetric", f"differs from its transpose by {np.abs(matrix - matrix.T).max():g}")
+                raise refuse(
+                    "covariance",
+                    "be symmetric",
+                    f"differs from its transpose by {np.abs(matrix - matrix.T).max():g}",
+                )
             if np.linalg.eigvalsh(matrix).min() < -rounding:
-                raise refuse("covariance", "be positive semidefinite", f"has the eigenvalue {np.linalg.eigvalsh(matrix).min():g}")
+                raise refuse(
+                    "covariance",
+                    "be positive semidefinite",
+                    f"has the eigenvalue {np.linalg.eigvalsh(matrix).min():g}",
+                )
         dtype = jnp.result_type(mean, covariance)
         self.mean, self.covariance = mean.astype(dtype), covariance.astype(dtype)
 
@@ -144,10 +164,15 @@ def sinkhorn_divergence(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     _check_same_size(start, end)
     epsilon = as_float(epsilon)
     check_positive("epsilon", epsilon)
-    return _entropic(start, end, epsilon) - (_entropic(start, start, epsilon) + _entropic(end, end, epsilon)) / 2
+    return (
+        _entropic(start, end, epsilon)
+        - (_entropic(start, start, epsilon) + _entropic(end, end, epsilon)) / 2
+    )
 
 
-def speed_limit(law: Law, potential: HasStiffness, rule: HasSchedules, *, steps: int, panels: int = 64) -> SpeedLimit:
+def speed_limit(
+    law: Law, potential: HasStiffness, rule: HasSchedules, *, steps: int, panels: int = 64
+) -> SpeedLimit:
     r"""Σ, D, U, L, W2² and the split of the exact Gaussian law, by the equations at the top of this file.
 
     **Args:**
@@ -181,7 +206,15 @@ def speed_limit(law: Law, potential: HasStiffness, rule: HasSchedules, *, steps:
     return report
 
 
-def laws(law: Law, potential: HasStiffness, rule: HasSchedules, *, steps: int, times: Any, panels: int = 64) -> Law:
+def laws(
+    law: Law,
+    potential: HasStiffness,
+    rule: HasSchedules,
+    *,
+    steps: int,
+    times: Any,
+    panels: int = 64,
+) -> Law:
     r"""The exact law at given training times.
 
     **Args:** as for `speed_limit`; `times`: shape (J,), training times in [0, 1], in any order.
@@ -252,7 +285,9 @@ def optimal_learning_rate(
     rates, exponent = _constant_speed(run, knots)
     _check_resolved(exponent, panels)
     if known(rates) and not bool(jnp.all(jnp.isfinite(rates))):
-        raise refuse("law", "not be stationary under the rule", "has the velocity 0 somewhere on its path")
+        raise refuse(
+            "law", "not be stationary under the rule", "has the velocity 0 somewhere on its path"
+        )
     return Knots(rates / steps)
 
 
@@ -303,7 +338,9 @@ class _Densities(NamedTuple):
 @jax.default_matmul_precision("highest")
 def _speed_limit(run: _Run) -> tuple[SpeedLimit, Scalar]:
     panels, starts, end = _flow(run)
-    density = jax.vmap(jax.vmap(_densities, (None, 0, 0)), (None, 0, 0))(run.stiffness, panels.temperature, _inside(panels, starts))
+    density = jax.vmap(jax.vmap(_densities, (None, 0, 0)), (None, 0, 0))(
+        run.stiffness, panels.temperature, _inside(panels, starts)
+    )
     weights, mobility = panels.weights, panels.mobility
     speed = mobility * _root(density.metric)
     exponent = jnp.max(panels.exponent)
@@ -352,7 +389,12 @@ def _constant_speed(run: _Run, knots: int) -> tuple[Float[Array, " m"], Scalar]:
     arcs = learning_time * jnp.einsum("pij,pj->pi", panels.cumulative, inside)
     offsets = jnp.cumsum(arcs[:, -1])
     length = offsets[-1]
-    arc = jnp.concatenate([jnp.zeros(1), (arcs[:, :-1] + (offsets - arcs[:, -1])[:, None]).ravel(), length[None]]) / length
+    arc = (
+        jnp.concatenate(
+            [jnp.zeros(1), (arcs[:, :-1] + (offsets - arcs[:, -1])[:, None]).ravel(), length[None]]
+        )
+        / length
+    )
     clock = learning_time * jnp.concatenate([jnp.zeros(1), panels.times.ravel(), jnp.ones(1)])
     rate = length / jnp.concatenate([speed(run.law)[None], inside.ravel(), speed(end)[None]])
 
@@ -361,7 +403,11 @@ def _constant_speed(run: _Run, knots: int) -> tuple[Float[Array, " m"], Scalar]:
     i = jnp.clip(jnp.searchsorted(arc, s, side="right") - 1, 0, arc.size - 2)
     width = arc[i + 1] - arc[i]
     t = (s - arc[i]) / width
-    rates = (1 - t) * (1 - 3 * t) * rate[i] + 6 * t * (1 - t) * (clock[i + 1] - clock[i]) / width + t * (3 * t - 2) * rate[i + 1]
+    rates = (
+        (1 - t) * (1 - 3 * t) * rate[i]
+        + 6 * t * (1 - t) * (clock[i + 1] - clock[i]) / width
+        + t * (3 * t - 2) * rate[i + 1]
+    )
     exponent = jnp.max(panels.exponent)
     return _nan_unless_resolved(rates, exponent), exponent
 
@@ -426,7 +472,9 @@ def _distance(start: Law, end: Law) -> Scalar:
     with jax.default_matmul_precision("highest"):
         root = sqrtm(start.covariance)
         cross = sqrtm(root @ end.covariance @ root)
-    return jnp.sum((start.mean - end.mean) ** 2) + jnp.trace(start.covariance + end.covariance - 2 * cross)
+    return jnp.sum((start.mean - end.mean) ** 2) + jnp.trace(
+        start.covariance + end.covariance - 2 * cross
+    )
 
 
 def _entropic(start: Law, end: Law, epsilon: Scalar) -> Scalar:
@@ -434,8 +482,14 @@ def _entropic(start: Law, end: Law, epsilon: Scalar) -> Scalar:
     with jax.default_matmul_precision("highest"):
         root = sqrtm(start.covariance)
         spread = sqrtm(4 * root @ end.covariance @ root + half**2 * identity)
-    entropy = start.mean.size * (1 - jnp.log(epsilon)) + jnp.linalg.slogdet(spread + half * identity)[1]
-    return jnp.sum((start.mean - end.mean) ** 2) + jnp.trace(start.covariance + end.covariance - spread) + half * entropy
+    entropy = (
+        start.mean.size * (1 - jnp.log(epsilon)) + jnp.linalg.slogdet(spread + half * identity)[1]
+    )
+    return (
+        jnp.sum((start.mean - end.mean) ** 2)
+        + jnp.trace(start.covariance + end.covariance - spread)
+        + half * entropy
+    )
 
 
 def _root(x: Array) -> Array:
@@ -462,9 +516,15 @@ def _run(law: Law, potential: HasStiffness, rule: HasSchedules, steps: int, pane
     d = law.mean.size
     stiffness, center = as_float(potential.stiffness), as_float(potential.center)
     if stiffness.shape not in ((), (d,), (d, d)):
-        raise refuse("potential.stiffness", f"be a number or have shape ({d},) or ({d}, {d})", f"has shape {stiffness.shape}")
+        raise refuse(
+            "potential.stiffness",
+            f"be a number or have shape ({d},) or ({d}, {d})",
+            f"has shape {stiffness.shape}",
+        )
     if center.shape not in ((), (d,)):
-        raise refuse("potential.center", f"be a number or have shape ({d},)", f"has shape {center.shape}")
+        raise refuse(
+            "potential.center", f"be a number or have shape ({d},)", f"has shape {center.shape}"
+        )
     check_finite("potential.stiffness", stiffness)
     check_finite("potential.center", center)
     _check_schedule("rule.learning_rate", rule.learning_rate)
@@ -490,14 +550,29 @@ def _edges(panels: int, schedules: tuple[Any, ...]) -> Float[Array, " edges"]:
     A narrow law under a temperature, or a stiff direction, spreads or falls within a small part of the first panel.
     """
     fixed = [np.linspace(0, 1, panels + 1), 0.5 ** np.arange(1, 17) / panels]
-    fixed += [np.linspace(0, 1, schedule.parameters.size) for schedule in schedules if isinstance(schedule, Knots)]
-    moving = [x for schedule in schedules if isinstance(schedule, WarmupStableDecay) for x in (schedule.warmup, 1 - schedule.decay)]
-    return jnp.sort(jnp.concatenate([np.unique(np.concatenate(fixed).round(12)), jnp.asarray(moving)]))
+    fixed += [
+        np.linspace(0, 1, schedule.parameters.size)
+        for schedule in schedules
+        if isinstance(schedule, Knots)
+    ]
+    moving = [
+        x
+        for schedule in schedules
+        if isinstance(schedule, WarmupStableDecay)
+        for x in (schedule.warmup, 1 - schedule.decay)
+    ]
+    return jnp.sort(
+        jnp.concatenate([np.unique(np.concatenate(fixed).round(12)), jnp.asarray(moving)])
+    )
 
 
 def _check_same_size(start: Law, end: Law) -> None:
     if start.mean.shape != end.mean.shape:
-        raise refuse("end", f"be a law of {start.mean.size} coordinates, as `start` is", f"has {end.mean.size}")
+        raise refuse(
+            "end",
+            f"be a law of {start.mean.size} coordinates, as `start` is",
+            f"has {end.mean.size}",
+        )
 
 
 def _check_schedule(argument: str, schedule: Any) -> None:
@@ -513,18 +588,24 @@ def _check_spread(law: Law, temperature: Scalar) -> None:
         values = np.linalg.eigvalsh(np.asarray(law.covariance))
         if values[0] <= values.size * np.finfo(values.dtype).eps * values[-1]:
             raise refuse(
-                "law", "have a positive definite covariance if the temperature starts above 0", f"has the eigenvalue {values[0]:g}"
+                "law",
+                "have a positive definite covariance if the temperature starts above 0",
+                f"has the eigenvalue {values[0]:g}",
             )
 
 
 def _check_resolved(exponent: Scalar, panels: int) -> None:
     if known(exponent) and float(exponent) > _LARGEST_EXPONENT:
         enough = int(np.ceil(panels * float(exponent) / _LARGEST_EXPONENT)) + 1
-        raise refuse("panels", f"be at least {enough} for this stiffness and learning time", f"is {panels}")
+        raise refuse(
+            "panels", f"be at least {enough} for this stiffness and learning time", f"is {panels}"
+        )
 
 
 def _nan_unless_resolved(result: Any, exponent: Scalar) -> Any:
     def keep(x):
-        return jnp.where(exponent <= _LARGEST_EXPONENT, x, jnp.nan) if eqx.is_inexact_array(x) else x
+        return (
+            jnp.where(exponent <= _LARGEST_EXPONENT, x, jnp.nan) if eqx.is_inexact_array(x) else x
+        )
 
     return jax.tree.map(keep, result)

@@ -20,7 +20,14 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
-from esljax._checks import as_float, check_key, check_nonnegative, check_positive, check_positive_int, refuse
+from esljax._checks import (
+    as_float,
+    check_key,
+    check_nonnegative,
+    check_positive,
+    check_positive_int,
+    refuse,
+)
 from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.files import Checkpoints, session
 from esljax.sharding import AnyMesh, find_mesh, replicate
@@ -75,7 +82,9 @@ class Optimum(eqx.Module):
         return dataclasses.replace(self, interrupted=True)
 
     def __str__(self) -> str:
-        worst = f", largest residual {float(np.max(self.residuals)):.3g}" if self.residuals.size else ""
+        worst = (
+            f", largest residual {float(np.max(self.residuals)):.3g}" if self.residuals.size else ""
+        )
         kept = "constraints satisfied" if self.satisfied else "constraints NOT satisfied"
         error = "" if np.isnan(float(self.value_error)) else f" ± {float(self.value_error):.2g}"
         return f"Optimum: value {float(self.value):.6g}{error}, {kept}{worst}, {len(self.history.value)} iterations. {self.message}"
@@ -138,7 +147,9 @@ def optimize(
         raise refuse("optimizer", "be an optax optimizer", f"is {optimizer!r}")
     check_key("key", key)
     mesh = find_mesh(mesh, None)
-    controls = jax.tree.map(lambda leaf: as_float(leaf) if isinstance(leaf, float | np.floating) else leaf, controls)
+    controls = jax.tree.map(
+        lambda leaf: as_float(leaf) if isinstance(leaf, float | np.floating) else leaf, controls
+    )
     # Laid out from the start as they will come back, so that each step compiles once.
     controls, key = replicate((controls, key), mesh)
     moving, fixed = eqx.partition(controls, eqx.is_inexact_array)
@@ -149,7 +160,13 @@ def optimize(
 
     # fold_in counts iterations from 0 up; the held-out keys sit behind the last of them.
     held_out = jax.vmap(lambda i: jax.random.fold_in(key, i))(iterations + jnp.arange(validation))
-    run = {"iterations": iterations, "rounds": rounds, "validation": validation, "tolerance": tolerance, "penalty": penalty}
+    run = {
+        "iterations": iterations,
+        "rounds": rounds,
+        "validation": validation,
+        "tolerance": tolerance,
+        "penalty": penalty,
+    }
     run |= {"objective": objective, "controls": controls, "optimizer": optimizer, "key": key}
     within = jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
     with within, session(checkpoints, run) as saved:
@@ -157,44 +174,91 @@ def optimize(
         equalities = search.equalities(moving)
         # An objective that starts at 0 has no scale of its own.
         scale = jnp.where(best.value == 0, 1, jnp.abs(best.value))
-        dual = _Dual(jnp.zeros_like(best.residuals), as_float(penalty).astype(best.value.dtype), scale)
+        dual = _Dual(
+            jnp.zeros_like(best.residuals), as_float(penalty).astype(best.value.dtype), scale
+        )
         state, dual = replicate((search.optimizer.init(moving), dual), mesh)
         last_good, rows = moving, []
         message, interrupted = "Ran all iterations.", False
         kept = (moving, state, dual, best, last_good)
-        restored = saved.restore(lambda done: (kept, _table([(0.0, best.residuals, 0.0)] * done, best)))
+        restored = saved.restore(
+            lambda done: (kept, _table([(0.0, best.residuals, 0.0)] * done, best))
+        )
         if restored is None:
-            done, dual = 0, replicate(search.first_multipliers(moving, state, dual, equalities, jax.random.fold_in(key, 0)), mesh)
+            done, dual = (
+                0,
+                replicate(
+                    search.first_multipliers(
+                        moving, state, dual, equalities, jax.random.fold_in(key, 0)
+                    ),
+                    mesh,
+                ),
+            )
         else:
             done, ((moving, state, dual, best, last_good), table) = restored
-            rows = [(float(value), np.asarray(residuals), float(norm)) for value, residuals, norm in zip(*table, strict=True)]
-        ends = set(np.linspace(0, iterations, min(rounds, iterations) + 1).round().astype(int)[1:] - 1)
+            rows = [
+                (float(value), np.asarray(residuals), float(norm))
+                for value, residuals, norm in zip(*table, strict=True)
+            ]
+        ends = set(
+            np.linspace(0, iterations, min(rounds, iterations) + 1).round().astype(int)[1:] - 1
+        )
         kept = (moving, state, dual, best, last_good)
         try:
             for i in range(done, iterations):
                 moved, state, seen = search.step(moving, state, dual, jax.random.fold_in(key, i))
-                value, residuals, norm = float(seen.value), np.asarray(seen.residuals), float(optax.tree.norm(seen.gradients))
+                value, residuals, norm = (
+                    float(seen.value),
+                    np.asarray(seen.residuals),
+                    float(optax.tree.norm(seen.gradients)),
+                )
                 trouble = _trouble(i, value, residuals, norm, [row[2] for row in rows])
                 if trouble and not rows:
-                    raise refuse("controls", "start where the objective and its gradient are finite", f"give: {trouble}")
+                    raise refuse(
+                        "controls",
+                        "start where the objective and its gradient are finite",
+                        f"give: {trouble}",
+                    )
                 if trouble:
                     message = trouble
-                    best = best.or_better(_Candidate(last_good, *search.judge(last_good, held_out)), equalities, tolerance, dual)
+                    best = best.or_better(
+                        _Candidate(last_good, *search.judge(last_good, held_out)),
+                        equalities,
+                        tolerance,
+                        dual,
+                    )
                     break
                 rows.append((value, residuals, norm))
                 last_good = moving
                 moving, dual = moved, dual.moved(seen.residuals, equalities, rounds / iterations)
                 if callback is not None:
-                    callback(Iteration(i, eqx.combine(moving, fixed), seen.value, seen.residuals, seen.auxiliary))
+                    callback(
+                        Iteration(
+                            i,
+                            eqx.combine(moving, fixed),
+                            seen.value,
+                            seen.residuals,
+                            seen.auxiliary,
+                        )
+                    )
                 if i in ends:
-                    best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
+                    best = best.or_better(
+                        _Candidate(moving, *search.judge(moving, held_out)),
+                        equalities,
+                        tolerance,
+                        dual,
+                    )
                 done, kept = i + 1, (moving, state, dual, best, last_good)
-                saved.offer(done, lambda kept=kept: (kept, _table(rows, kept[3])), last=done == iterations)
+                saved.offer(
+                    done, lambda kept=kept: (kept, _table(rows, kept[3])), last=done == iterations
+                )
         except KeyboardInterrupt:
             interrupted = True
             saved.offer(done, lambda: (kept, _table(rows[:done], best)), last=True)
             message = f"Interrupted after {len(rows)} of {iterations} iterations; this is the best so far."
-            best = best.or_better(_Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual)
+            best = best.or_better(
+                _Candidate(moving, *search.judge(moving, held_out)), equalities, tolerance, dual
+            )
     return Optimum(
         controls=eqx.combine(best.controls, fixed),
         value=best.value,
@@ -233,7 +297,9 @@ class _Dual(NamedTuple):
         return jnp.where(equalities, pulled, jnp.maximum(pulled, 0))
 
     def moved(self, residuals: Array, equalities: np.ndarray, share: float) -> "_Dual":
-        return self._replace(multipliers=self._replace(penalty=share * self.penalty).pulled(residuals, equalities))
+        return self._replace(
+            multipliers=self._replace(penalty=share * self.penalty).pulled(residuals, equalities)
+        )
 
 
 class _Seen(NamedTuple):
@@ -256,7 +322,9 @@ class _Candidate(NamedTuple):
         residuals = np.asarray(self.residuals)
         return np.where(equalities, np.abs(residuals), np.maximum(residuals, 0))
 
-    def or_better(self, other: "_Candidate", equalities: np.ndarray, tolerance: float, dual: "_Dual") -> "_Candidate":
+    def or_better(
+        self, other: "_Candidate", equalities: np.ndarray, tolerance: float, dual: "_Dual"
+    ) -> "_Candidate":
         """The smaller value among those that satisfy the constraints; failing that, the smaller exact penalty.
 
         An order by violation alone would keep a poor candidate for being nearer to its constraints by next to nothing.
@@ -267,7 +335,9 @@ class _Candidate(NamedTuple):
             violated = bool(np.any(~(violations <= tolerance)))
             # The penalty is exact if its slope exceeds the multipliers.
             slopes = np.maximum(2 * np.abs(np.asarray(dual.multipliers)), float(dual.penalty))
-            return violated, float(candidate.value) + violated * float(dual.scale) * float(slopes @ violations)
+            return violated, float(candidate.value) + violated * float(dual.scale) * float(
+                slopes @ violations
+            )
 
         return other if np.isfinite(rank(other)[1]) and rank(other) < rank(self) else self
 
@@ -282,56 +352,100 @@ class _Search(eqx.Module):
     def evaluate(self, moving: Any, key: Key) -> tuple[Array, Array, np.ndarray, Any]:
         """Value, residuals (c,), which of them are equalities (c,), auxiliary."""
         answer = self.objective(eqx.combine(moving, self.fixed), key)
-        value, residuals, auxiliary = (*answer, None)[:3] if isinstance(answer, tuple) else (answer, (), None)
+        value, residuals, auxiliary = (
+            (*answer, None)[:3] if isinstance(answer, tuple) else (answer, (), None)
+        )
         parts = jax.tree.leaves(residuals, is_leaf=lambda leaf: isinstance(leaf, Equality))
         flat = [ravel_pytree(part)[0] for part in parts]
-        kinds = [np.full(x.size, isinstance(part, Equality)) for part, x in zip(parts, flat, strict=True)]
+        kinds = [
+            np.full(x.size, isinstance(part, Equality)) for part, x in zip(parts, flat, strict=True)
+        ]
         value = jnp.asarray(value)
         if value.shape != ():
-            raise refuse("objective", "return a scalar, or (scalar, residuals)", f"returned shape {value.shape}")
+            raise refuse(
+                "objective",
+                "return a scalar, or (scalar, residuals)",
+                f"returned shape {value.shape}",
+            )
         stacked = jnp.concatenate([jnp.zeros(0, value.dtype), *flat]).astype(value.dtype)
         return value, stacked, np.concatenate([np.zeros(0, bool), *kinds]), auxiliary
 
     def equalities(self, moving: Any) -> np.ndarray:
         found = []
-        jax.eval_shape(lambda moving: found.append(self.evaluate(moving, jax.random.key(0))[2]), moving)
+        jax.eval_shape(
+            lambda moving: found.append(self.evaluate(moving, jax.random.key(0))[2]), moving
+        )
         return found[0]
 
     @eqx.filter_jit
     def judge(self, moving: Any, keys: Keys) -> tuple[Array, Array, Array, Array]:
         values, residuals = jax.lax.map(lambda key: self.evaluate(moving, key)[:2], keys)
         count = keys.shape[0]
-        error = lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(count) if count > 1 else jnp.full_like(x[0], jnp.nan)  # noqa: E731
-        return jnp.mean(values, axis=0), error(values), jnp.mean(residuals, axis=0), error(residuals)
+
+        def error(x):
+            return (
+                jnp.std(x, axis=0, ddof=1) / np.sqrt(count)
+                if count > 1
+                else jnp.full_like(x[0], jnp.nan)
+            )
+
+        return (
+            jnp.mean(values, axis=0),
+            error(values),
+            jnp.mean(residuals, axis=0),
+            error(residuals),
+        )
 
     @eqx.filter_jit
     def step(self, moving: Any, state: Any, dual: _Dual, key: Key) -> tuple[Any, Any, _Seen]:
         def lagrangian(moving):
             value, residuals, equalities, auxiliary = self.evaluate(moving, key)
-            terms = (dual.pulled(residuals, equalities) ** 2 - dual.multipliers**2) / (2 * dual.penalty)
+            terms = (dual.pulled(residuals, equalities) ** 2 - dual.multipliers**2) / (
+                2 * dual.penalty
+            )
             return value / dual.scale + jnp.sum(terms), (value, residuals, auxiliary)
 
-        (merit, (value, residuals, auxiliary)), gradients = jax.value_and_grad(lagrangian, has_aux=True)(moving)
+        (merit, (value, residuals, auxiliary)), gradients = jax.value_and_grad(
+            lagrangian, has_aux=True
+        )(moving)
         updates, state = self.optimizer.update(
-            gradients, state, moving, value=merit, grad=gradients, value_fn=lambda moving: lagrangian(moving)[0]
+            gradients,
+            state,
+            moving,
+            value=merit,
+            grad=gradients,
+            value_fn=lambda moving: lagrangian(moving)[0],
         )
-        return optax.apply_updates(moving, updates), state, _Seen(value, residuals, gradients, auxiliary)
+        return (
+            optax.apply_updates(moving, updates),
+            state,
+            _Seen(value, residuals, gradients, auxiliary),
+        )
 
-    def first_multipliers(self, moving: Any, state: Any, dual: _Dual, equalities: np.ndarray, key: Key) -> _Dual:
+    def first_multipliers(
+        self, moving: Any, state: Any, dual: _Dual, equalities: np.ndarray, key: Key
+    ) -> _Dual:
         """The least-squares multipliers, min_λ ‖∇f + Σ λ ∇r‖, so that the search starts along the constraints that hold already.
 
         The gradients of f and of each residual come from the compiled step itself, with multipliers (0, ...), (1, 0, ...), and so on.
         """
         weak, none = jnp.full_like(dual.penalty, 1e-6), jnp.zeros_like(dual.multipliers)
         units = [none, *(none.at[i].set(1) for i in range(none.size))]
-        seen = [self.step(moving, state, dual._replace(multipliers=unit, penalty=weak), key)[2] for unit in units]
+        seen = [
+            self.step(moving, state, dual._replace(multipliers=unit, penalty=weak), key)[2]
+            for unit in units
+        ]
         of_value, *sums = (np.asarray(ravel_pytree(each.gradients)[0]) for each in seen)
         if not sums or not np.all(np.isfinite([of_value, *sums])):
             return dual
         multipliers = np.linalg.lstsq(np.stack([x - of_value for x in sums], axis=1), -of_value)[0]
         # A residual that is flat at the start asks for any multiplier; what the penalty makes of a residual of 10 is more than enough.
         multipliers = np.clip(multipliers, -10 * float(dual.penalty), 10 * float(dual.penalty))
-        return dual._replace(multipliers=jnp.asarray(np.where(equalities, multipliers, np.maximum(multipliers, 0)), dual.penalty.dtype))
+        return dual._replace(
+            multipliers=jnp.asarray(
+                np.where(equalities, multipliers, np.maximum(multipliers, 0)), dual.penalty.dtype
+            )
+        )
 
 
 # A gradient this many times the usual one comes from a run that leaves the stable range of its step, not from a steep objective. Near an
@@ -339,7 +453,9 @@ class _Search(eqx.Module):
 _EXPLOSION = 1e6
 
 
-def _trouble(iteration: int, value: float, residuals: np.ndarray, norm: float, norms: list[float]) -> str | None:
+def _trouble(
+    iteration: int, value: float, residuals: np.ndarray, norm: float, norms: list[float]
+) -> str | None:
     if not np.isfinite(value) or not np.all(np.isfinite(residuals)):
         what = "the objective or a residual is not finite"
     elif not np.isfinite(norm):

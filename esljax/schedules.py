@@ -97,7 +97,9 @@ class WarmupStableDecay(AbstractSchedule):
         check_positive("decay", self.decay)
         whole = self.warmup + self.decay
         if known(whole) and not bool(jnp.all(whole <= 1 + 1e-6)):
-            raise refuse("decay", "leave warmup + decay at most 1", f"makes it {float(jnp.max(whole)):g}")
+            raise refuse(
+                "decay", "leave warmup + decay at most 1", f"makes it {float(jnp.max(whole)):g}"
+            )
 
     def __call__(self, s: ScalarLike) -> Scalar:
         rise = jnp.clip(s / self.warmup, 0, 1)
@@ -128,7 +130,9 @@ class Knots(AbstractSchedule):
         values = as_float(values)
         check_choice("interpolation", interpolation, ("log-linear", "linear"))
         if values.ndim != 1 or values.size < 2:
-            raise refuse("values", "have shape (m,) with m of at least 2", f"has shape {values.shape}")
+            raise refuse(
+                "values", "have shape (m,) with m of at least 2", f"has shape {values.shape}"
+            )
         if interpolation == "log-linear":
             check_positive("values", values)
         self.parameters = jnp.log(values) if interpolation == "log-linear" else values

@@ -42,10 +42,15 @@ def member_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
         present = jax.devices()
         wanted = len(present) if devices is None else devices
         if isinstance(devices, bool) or not 1 <= wanted <= len(present):
-            hint = "; on a CPU, ask for more by jax.config.update('jax_num_cpu_devices', ...) before anything else" * (
-                wanted > len(present)
+            hint = (
+                "; on a CPU, ask for more by jax.config.update('jax_num_cpu_devices', ...) before anything else"
+                * (wanted > len(present))
             )
-            raise refuse("devices", f"be between 1 and {len(present)}, the {present[0].platform} devices present{hint}", f"is {devices!r}")
+            raise refuse(
+                "devices",
+                f"be between 1 and {len(present)}, the {present[0].platform} devices present{hint}",
+                f"is {devices!r}",
+            )
         devices = present[:wanted]
     if isinstance(devices, str) or not isinstance(devices, Sequence | np.ndarray):
         raise refuse("devices", "be a number of devices, or devices themselves", f"is {devices!r}")
@@ -83,7 +88,12 @@ def find_mesh(mesh: Any, x: Any) -> AnyMesh | None:
     # Within a shard_map there is only the share of one device.
     ambient = None if ambient.empty or AxisType.Manual in ambient.axis_types else ambient
     visible = isinstance(x, jax.Array) and known(x)
-    if mesh is None and visible and isinstance(x.sharding, NamedSharding) and x.sharding.mesh.size > 1:
+    if (
+        mesh is None
+        and visible
+        and isinstance(x.sharding, NamedSharding)
+        and x.sharding.mesh.size > 1
+    ):
         mesh = x.sharding.mesh
     elif mesh is None and ambient is None and isinstance(x, Tracer):
         # What came into `jit` from a mesh says so in its type.
@@ -91,14 +101,27 @@ def find_mesh(mesh: Any, x: Any) -> AnyMesh | None:
         mesh = lies if lies.size > 1 and AxisType.Manual not in lies.axis_types else None
     elif mesh is None and ambient is not None:
         mesh = _mesh_that_is_set()
-    elif mesh is None and visible and not x.committed and x.device in (local := jax.local_devices()) and len(local) > 1:
+    elif (
+        mesh is None
+        and visible
+        and not x.committed
+        and x.device in (local := jax.local_devices())
+        and len(local) > 1
+    ):
         mesh = member_mesh(local)
     if mesh is None:
         return None
     mesh = _automatic(mesh)
     if ambient is not None and mesh.abstract_mesh != ambient:
-        told = [f"{dict(each.shape)} with {'/'.join(kind.name.lower() for kind in each.axis_types)} axes" for each in (ambient, mesh)]
-        raise refuse("mesh", f"be that of jax.set_mesh, with auto axes as member_mesh() has them: set is {told[0]}", f"is {told[1]}")
+        told = [
+            f"{dict(each.shape)} with {'/'.join(kind.name.lower() for kind in each.axis_types)} axes"
+            for each in (ambient, mesh)
+        ]
+        raise refuse(
+            "mesh",
+            f"be that of jax.set_mesh, with auto axes as member_mesh() has them: set is {told[0]}",
+            f"is {told[1]}",
+        )
     return mesh
 
 
@@ -112,7 +135,11 @@ def _mesh_that_is_set() -> AnyMesh:
 def _automatic(mesh: AnyMesh) -> AnyMesh:
     """The same devices. Within this package the compiler, not the types, keeps track of what lies where."""
     axes = (AxisType.Auto,) * len(mesh.axis_names)
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=axes) if isinstance(mesh, Mesh) else mesh.update(axis_types=axes)
+    return (
+        Mesh(mesh.devices, mesh.axis_names, axis_types=axes)
+        if isinstance(mesh, Mesh)
+        else mesh.update(axis_types=axes)
+    )
 
 
 def shard_members(x: Any, mesh: AnyMesh | None, axis: int = 0) -> Array:
@@ -136,7 +163,12 @@ def bring(tree: Any, mesh: AnyMesh | None) -> Any:
     if not isinstance(mesh, Mesh):
         return tree
     here, sharding = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
-    strange = lambda x: isinstance(x, jax.Array) and known(x) and x.committed and x.sharding.device_set != here  # noqa: E731
+
+    def strange(x):
+        return (
+            isinstance(x, jax.Array) and known(x) and x.committed and x.sharding.device_set != here
+        )
+
     return jax.tree.map(lambda x: _put(x, sharding) if strange(x) else x, tree)
 
 
@@ -146,7 +178,9 @@ def _put(x: Any, sharding: NamedSharding) -> Array:
         return jax.jit(jax.lax.with_sharding_constraint, static_argnums=1)(jnp.asarray(x), sharding)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         # To devices of other processes jax puts numbers only.
-        return jax.random.wrap_key_data(jax.device_put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+        return jax.random.wrap_key_data(
+            jax.device_put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
+        )
     return jax.device_put(x, sharding)
 
 
@@ -196,11 +230,15 @@ def map_pairs(
     x, y = (snapshots[ends[np.arange(share * devices) % count]] for ends in pairs)
 
     def solve(shared, x, y):
-        one = lambda pair: function(shared, *pair)  # noqa: E731
+        def one(pair):
+            return function(shared, *pair)
+
         if together == share:
             return jax.vmap(one)((x, y))
         # Problems that wait for each other shall not leave all they went through to the reverse sweep.
-        one = jax.checkpoint(one, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT))
+        one = jax.checkpoint(
+            one, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT)
+        )
         return jax.lax.map(one, (x, y), batch_size=together if together > 1 else None)
 
     if mesh is None:

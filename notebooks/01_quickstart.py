@@ -42,7 +42,9 @@ start = potential.init(members=members, key=key)
 start.shape
 
 # %%
-path = esl.simulate(potential, esl.Langevin(learning_rate=0.25, temperature=1e-7), start, steps=steps, key=key)
+path = esl.simulate(
+    potential, esl.Langevin(learning_rate=0.25, temperature=1e-7), start, steps=steps, key=key
+)
 print(path)
 print("test accuracy", potential.accuracy(path.final, data.test).mean())
 
@@ -68,7 +70,9 @@ target = float(potential(path.final).mean())
 def train(learning_rate, key):
     start_key, path_key = jax.random.split(key)
     start = potential.init(members=members, key=start_key)
-    return esl.simulate(potential, esl.Langevin(learning_rate, 1e-7), start, steps=steps, key=path_key)
+    return esl.simulate(
+        potential, esl.Langevin(learning_rate, 1e-7), start, steps=steps, key=path_key
+    )
 
 
 def objective(learning_rate, key):
@@ -77,7 +81,9 @@ def objective(learning_rate, key):
     return sigma, potential(path.final).mean() / target - 1
 
 
-optimum = esl.optimize(objective, esl.Knots(jnp.full(12, 0.25)), key=jax.random.key(1), iterations=iterations)
+optimum = esl.optimize(
+    objective, esl.Knots(jnp.full(12, 0.25)), key=jax.random.key(1), iterations=iterations
+)
 print(optimum)
 
 # %% [markdown]

@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = timing.parser(__doc__.splitlines()[0])
     parser.add_argument("--growth", action="store_true", help="also K = 1000 and 5000")
     arguments = parser.parse_args(argv)
-    members, lengths, rounds = (4, (20,), 1) if arguments.smoke else (32, (200, 1000, 5000) if arguments.growth else (200,), 5)
+    members, lengths, rounds = (
+        (4, (20,), 1)
+        if arguments.smoke
+        else (32, (200, 1000, 5000) if arguments.growth else (200,), 5)
+    )
     data = esl.datasets.digits()
     potential = esl.FlaxLoss(esl.models.mlp(64, 32, 10), data.train, batch_size=256, l2=1e-4)
     start = potential.init(members=members, key=jax.random.key(0))
@@ -46,23 +50,43 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             path = esl.simulate(potential, rule, start, steps=steps, key=key, gradient=way)
             return esl.speed_limit(path, transport=transport, jackknife=0).entropy_production
 
-        forward = jax.jit(lambda knots, f=entropy_production: f(knots, key, esl.HessianAdjoint())).lower(knots).compile()
+        forward = (
+            jax.jit(lambda knots, f=entropy_production: f(knots, key, esl.HessianAdjoint()))
+            .lower(knots)
+            .compile()
+        )
         compiled = {"forward": forward}
         for name, way in WAYS.items():
-            gradient = jax.value_and_grad(lambda knots, f=entropy_production, way=way: f(knots, key, way))
+            gradient = jax.value_and_grad(
+                lambda knots, f=entropy_production, way=way: f(knots, key, way)
+            )
             compiled[name] = jax.jit(gradient).lower(knots).compile()
-        memory = {name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()}
-        calls = {name: lambda program=program: program(knots) for name, program in compiled.items() if memory[name] < MOST_MEMORY}
+        memory = {
+            name: program.memory_analysis().temp_size_in_bytes for name, program in compiled.items()
+        }
+        calls = {
+            name: lambda program=program: program(knots)
+            for name, program in compiled.items()
+            if memory[name] < MOST_MEMORY
+        }
         times = timing.medians(calls, rounds if steps == lengths[0] else 1)
         table[str(steps)] = {
-            name: {"seconds": times.get(name), "ratio": times[name] / times["forward"] if name in times else None, "bytes": memory[name]}
+            name: {
+                "seconds": times.get(name),
+                "ratio": times[name] / times["forward"] if name in times else None,
+                "bytes": memory[name],
+            }
             for name in compiled
         }
 
     print(f"{'K':>6}  {'value and gradient':<36}{'time':>10}{'ratio':>8}{'temporary memory':>20}")
     for steps, rows in table.items():
         for name, row in rows.items():
-            time = f"{row['seconds']:>8.2f} s{row['ratio']:>8.2f}" if row["seconds"] else f"{'not run':>18}"
+            time = (
+                f"{row['seconds']:>8.2f} s{row['ratio']:>8.2f}"
+                if row["seconds"]
+                else f"{'not run':>18}"
+            )
             print(f"{steps:>6}  {name:<36}{time}{row['bytes'] / 1e6:>17.1f} MB")
     timing.write(arguments.out, {"runs": table})
     return table

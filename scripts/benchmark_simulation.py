@@ -23,12 +23,24 @@ def systems(smoke: bool) -> dict[str, tuple[Any, Any, int, float]]:
     quadratic = esl.Quadratic(jnp.linspace(0.5, 2.0, 10))
     small, large = (4, 8) if smoke else (32, 1024)
     return {
-        "digits MLP": (network, network.init(members=small, key=jax.random.key(0)), 20 if smoke else 200, 1e-7),
-        "quadratic, d = 10": (quadratic, jax.random.normal(jax.random.key(0), (large, 10)), 20 if smoke else 1000, 0.1),
+        "digits MLP": (
+            network,
+            network.init(members=small, key=jax.random.key(0)),
+            20 if smoke else 200,
+            1e-7,
+        ),
+        "quadratic, d = 10": (
+            quadratic,
+            jax.random.normal(jax.random.key(0), (large, 10)),
+            20 if smoke else 1000,
+            0.1,
+        ),
     }
 
 
-def bare_scan(potential: Any, temperature: float, steps: int, links: int) -> Callable[[Any, Any, Any], Any]:
+def bare_scan(
+    potential: Any, temperature: float, steps: int, links: int
+) -> Callable[[Any, Any, Any], Any]:
     """The loop that a user would write for this one rule, with nothing of the package but the potential."""
 
     def step(key, positions, k, rate):
@@ -67,17 +79,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             return esl.simulate(potential, rule, positions, steps=steps, snapshots=links, key=key)
 
         path, (snapshots, energies) = ours(positions, rule, key), bare(positions, rates, key)
-        difference = max(float(jnp.max(jnp.abs(path.positions - snapshots))), float(jnp.max(jnp.abs(path.energies - energies))))
+        difference = max(
+            float(jnp.max(jnp.abs(path.positions - snapshots))),
+            float(jnp.max(jnp.abs(path.energies - energies))),
+        )
         calls = {
-            "simulate": lambda ours=ours, positions=positions, rule=rule: ours(positions, rule, key),
-            "bare scan": lambda bare=bare, positions=positions, rates=rates: bare(positions, rates, key),
+            "simulate": lambda ours=ours, positions=positions, rule=rule: ours(
+                positions, rule, key
+            ),
+            "bare scan": lambda bare=bare, positions=positions, rates=rates: bare(
+                positions, rates, key
+            ),
         }
         measured = timing.medians(calls, rounds)
-        table[name] = {**measured, "ratio": measured["simulate"] / measured["bare scan"], "largest difference": difference}
+        table[name] = {
+            **measured,
+            "ratio": measured["simulate"] / measured["bare scan"],
+            "largest difference": difference,
+        }
 
     print(f"{'system':<22}{'simulate':>12}{'bare scan':>12}{'ratio':>8}{'largest difference':>22}")
     for name, row in table.items():
-        print(f"{name:<22}{row['simulate']:>10.4f} s{row['bare scan']:>10.4f} s{row['ratio']:>8.3f}{row['largest difference']:>22.2e}")
+        print(
+            f"{name:<22}{row['simulate']:>10.4f} s{row['bare scan']:>10.4f} s{row['ratio']:>8.3f}{row['largest difference']:>22.2e}"
+        )
     timing.write(arguments.out, {"seconds": table})
     return table
 

@@ -19,7 +19,9 @@ from esljax.transport import ExactTransport, GaussianTransport, SinkhornTranspor
 
 def contenders(n: int, d: int) -> dict[str, Callable[[], object]]:
     rng = np.random.default_rng(n)
-    x, y = (jax.device_put((rng.normal(size=(n, d)) + shift).astype(np.float32)) for shift in (0.0, 0.5))
+    x, y = (
+        jax.device_put((rng.normal(size=(n, d)) + shift).astype(np.float32)) for shift in (0.0, 0.5)
+    )
     cost = ((np.asarray(x, np.float64)[:, None] - np.asarray(y, np.float64)) ** 2).sum(-1)
     transports = {
         "exact": ExactTransport(),
@@ -34,7 +36,9 @@ def contenders(n: int, d: int) -> dict[str, Callable[[], object]]:
             ("value and gradient", jax.jit(jax.value_and_grad(transport.squared, (0, 1)))),
         ):
             calls[f"{name}: {what}"] = lambda fn=fn: fn(x, y)
-    calls["scipy linear_sum_assignment: value"] = lambda: cost[scipy.optimize.linear_sum_assignment(cost)].mean()
+    calls["scipy linear_sum_assignment: value"] = lambda: cost[
+        scipy.optimize.linear_sum_assignment(cost)
+    ].mean()
     calls["POT emd2: value"] = lambda: ot.emd2([], [], cost)
     return calls
 

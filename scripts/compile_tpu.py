@@ -45,12 +45,18 @@ def compiled(topology: str, members: int, steps: int, transport: Any) -> dict[st
     """What the compiler says of value and gradient of Σ - W2² on one slice; `transport` None for the run alone."""
     devices = get_topology_desc(topology_name=topology, platform="tpu").devices
     mesh = Mesh(np.asarray(devices), ("members",), axis_types=(AxisType.Auto,))
-    potential = esl.FlaxLoss(esl.models.mlp(64, 32, 10), esl.datasets.digits().train, batch_size=256, l2=1e-4)
-    numbers = jax.eval_shape(lambda key: potential.init(members=2, key=key), jax.random.key(0)).shape[1]
+    potential = esl.FlaxLoss(
+        esl.models.mlp(64, 32, 10), esl.datasets.digits().train, batch_size=256, l2=1e-4
+    )
+    numbers = jax.eval_shape(
+        lambda key: potential.init(members=2, key=key), jax.random.key(0)
+    ).shape[1]
 
     def gap(rates, start, seed):
         rule = esl.Langevin(esl.Knots(rates), 1e-7)
-        path = esl.simulate(potential, rule, start, steps=steps, snapshots=20, key=jax.random.key(seed), mesh=mesh)
+        path = esl.simulate(
+            potential, rule, start, steps=steps, snapshots=20, key=jax.random.key(seed), mesh=mesh
+        )
         if transport is None:
             return jnp.mean(potential(path.final))
         return esl.speed_limit(path, transport=transport, jackknife=0).gap
@@ -58,7 +64,9 @@ def compiled(topology: str, members: int, steps: int, transport: Any) -> dict[st
     everywhere = NamedSharding(mesh, PartitionSpec())
     arguments = (
         jax.ShapeDtypeStruct((12,), jnp.float32, sharding=everywhere),
-        jax.ShapeDtypeStruct((members, numbers), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("members"))),
+        jax.ShapeDtypeStruct(
+            (members, numbers), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("members"))
+        ),
         jax.ShapeDtypeStruct((), jnp.uint32, sharding=everywhere),
     )
     return described(jax.value_and_grad(gap), arguments, topology, len(devices))
@@ -69,7 +77,12 @@ def compiled_transport(topology: str, points: int, chunk: int) -> dict[str, Any]
     chip = get_topology_desc(topology_name=topology, platform="tpu").devices[0]
     ensemble = jax.ShapeDtypeStruct((points, 10), jnp.float32, sharding=SingleDeviceSharding(chip))
     transport = esl.SinkhornTransport(2.0, chunk=chunk)
-    return described(jax.value_and_grad(lambda x, y: transport.solve(x, y).squared, (0, 1)), (ensemble, ensemble), topology, 1)
+    return described(
+        jax.value_and_grad(lambda x, y: transport.solve(x, y).squared, (0, 1)),
+        (ensemble, ensemble),
+        topology,
+        1,
+    )
 
 
 def described(function: Any, arguments: tuple, topology: str, chips: int) -> dict[str, Any]:
@@ -79,7 +92,10 @@ def described(function: Any, arguments: tuple, topology: str, chips: int) -> dic
     return {
         "topology": topology,
         "chips": chips,
-        "megabytes": (memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes) / 1e6,
+        "megabytes": (
+            memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+        )
+        / 1e6,
         "collectives": dict(collections.Counter(re.findall(_COLLECTIVES, program.as_text()))),
         "seconds": time.perf_counter() - started,
     }
@@ -90,26 +106,45 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--members", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--topologies", nargs="+", default=["v5e:2x2", "v5e:16x16"])
-    parser.add_argument("--points", type=int, nargs="*", default=[100_000], help="members of the very large ensembles")
-    parser.add_argument("--chunk", type=int, default=1024, help="those whose distances are held at a time")
+    parser.add_argument(
+        "--points",
+        type=int,
+        nargs="*",
+        default=[100_000],
+        help="members of the very large ensembles",
+    )
+    parser.add_argument(
+        "--chunk", type=int, default=1024, help="those whose distances are held at a time"
+    )
     asked = parser.parse_args(argv)
     topologies, transports = asked.topologies, {"run alone": None, **TRANSPORTS}
     if asked.smoke:
         topologies, transports = topologies[:1], {"run alone": None, "sliced": TRANSPORTS["sliced"]}
     found = []
-    print("| slice | chips | program | MB a chip | collectives | compiled in |\n|---|---|---|---|---|---|")
+    print(
+        "| slice | chips | program | MB a chip | collectives | compiled in |\n|---|---|---|---|---|---|"
+    )
 
     def show(name: str, row: dict[str, Any]) -> None:
         said = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items()) or "none"
-        print(f"| {row['topology']} | {row['chips']} | {name} | {row['megabytes']:.1f} | {said} | {row['seconds']:.0f} s |", flush=True)
+        print(
+            f"| {row['topology']} | {row['chips']} | {name} | {row['megabytes']:.1f} | {said} | {row['seconds']:.0f} s |",
+            flush=True,
+        )
         found.append({"program": name, **row})
 
     for topology in topologies:
         for name, transport in transports.items():
-            show(name, compiled(topology, asked.members, 20 if asked.smoke else asked.steps, transport))
+            show(
+                name,
+                compiled(topology, asked.members, 20 if asked.smoke else asked.steps, transport),
+            )
     for points in [256] if asked.smoke else asked.points:
         chunk = min(asked.chunk, points // 4)
-        show(f"sinkhorn of {points} members in blocks of {chunk}", compiled_transport(topologies[0], points, chunk))
+        show(
+            f"sinkhorn of {points} members in blocks of {chunk}",
+            compiled_transport(topologies[0], points, chunk),
+        )
     timing.write(asked.out, {"table": found})
     return found
 

@@ -31,7 +31,10 @@ def truth(d: int) -> dict[str, float]:
     for k in range(K):
         variance[k + 1] = (1 - h) ** 2 * variance[k] + 2 * TEMPERATURE * h
     root = np.sqrt(variance)
-    squared = lambda i, j: (mean[j] - mean[i]) ** 2 + d * (root[j] - root[i]) ** 2  # noqa: E731
+
+    def squared(i, j):
+        return (mean[j] - mean[i]) ** 2 + d * (root[j] - root[i]) ** 2
+
     at = np.arange(0, K + 1, K // J)
     rate = mean**2 + d * (root - TEMPERATURE / root) ** 2
     chain, whole = J * sum(squared(i, j) for i, j in itertools.pairwise(at)), squared(0, K)
@@ -61,7 +64,9 @@ def cases(n: int, d: int, chosen: Sequence[str]) -> list[tuple[str, esl.Abstract
     return [case for case in found if any(case[0].startswith(name) for name in chosen)]
 
 
-def rows(name: str, d: int, velocity: Any, report: esl.SpeedLimit) -> list[tuple[str, str, np.ndarray, np.ndarray, np.ndarray, float]]:
+def rows(
+    name: str, d: int, velocity: Any, report: esl.SpeedLimit
+) -> list[tuple[str, str, np.ndarray, np.ndarray, np.ndarray, float]]:
     """Name, quantity, estimates, lower and upper ends (repetitions,), and the estimand."""
     exact = truth(d)
     sigma = exact["chain" if velocity is None else "velocity"]
@@ -72,25 +77,44 @@ def rows(name: str, d: int, velocity: Any, report: esl.SpeedLimit) -> list[tuple
         "gap": exact["velocity"] - exact["w2_squared"],
     }
     if velocity is None:
-        wanted |= {"debiased_entropy_production": exact["chain"], "debiased_w2_squared": exact["w2_squared"], "debiased_gap": gap}
+        wanted |= {
+            "debiased_entropy_production": exact["chain"],
+            "debiased_w2_squared": exact["w2_squared"],
+            "debiased_gap": gap,
+        }
     else:
         del wanted["w2_squared"]
     found = []
     for number, value in wanted.items():
         interval = report.interval(number)
-        found.append((name, number, np.asarray(getattr(report, number)), np.asarray(interval.lower), np.asarray(interval.upper), value))
+        found.append(
+            (
+                name,
+                number,
+                np.asarray(getattr(report, number)),
+                np.asarray(interval.lower),
+                np.asarray(interval.upper),
+                value,
+            )
+        )
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = timing.parser(__doc__.splitlines()[0])
     parser.add_argument("--repetitions", type=int, default=400, help="repetitions of every case")
-    parser.add_argument("--only", default="Gaussian,affine,exact", help="the rows to print, by how their names begin, with commas between")
+    parser.add_argument(
+        "--only",
+        default="Gaussian,affine,exact",
+        help="the rows to print, by how their names begin, with commas between",
+    )
     arguments = parser.parse_args(argv)
     repetitions, sizes = (6, (12,)) if arguments.smoke else (arguments.repetitions, (50, 200))
     potential, rule = esl.Quadratic(1.0), esl.Langevin(TIME / K, TEMPERATURE)
     table = []
-    print(f"{'d':>2}{'n':>5}  {'estimator':<45}{'number':<30}{'truth':>9}{'mean':>9}{'bias/error':>12}{'width':>8}{'coverage':>10}")
+    print(
+        f"{'d':>2}{'n':>5}  {'estimator':<45}{'number':<30}{'truth':>9}{'mean':>9}{'bias/error':>12}{'width':>8}{'coverage':>10}"
+    )
     for d in (1, 5):
         for n in sizes:
             for name, transport, velocity in cases(n, d, arguments.only.split(",")):
@@ -98,15 +122,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 @eqx.filter_jit
                 def reports(keys, d=d, n=n, transport=transport, velocity=velocity):
                     def one(key):
-                        start = jax.random.normal(jax.random.fold_in(key, 0), (n, d)) + SHIFT * jnp.eye(d)[0]
-                        path = esl.simulate(potential, rule, start, steps=K, snapshots=J, key=jax.random.fold_in(key, 1))
-                        given = {} if velocity is None else {"velocity": velocity, "potential": potential}
+                        start = (
+                            jax.random.normal(jax.random.fold_in(key, 0), (n, d))
+                            + SHIFT * jnp.eye(d)[0]
+                        )
+                        path = esl.simulate(
+                            potential,
+                            rule,
+                            start,
+                            steps=K,
+                            snapshots=J,
+                            key=jax.random.fold_in(key, 1),
+                        )
+                        given = (
+                            {}
+                            if velocity is None
+                            else {"velocity": velocity, "potential": potential}
+                        )
                         return esl.speed_limit(path, transport=transport, debias=True, **given)
 
                     return jax.lax.map(one, keys)
 
                 found = reports(jax.random.split(jax.random.key(10 * d + n), repetitions))
-                for estimator, number, values, lower, upper, value in rows(name, d, velocity, found):
+                for estimator, number, values, lower, upper, value in rows(
+                    name, d, velocity, found
+                ):
                     row = {
                         "d": d,
                         "n": n,

@@ -35,15 +35,26 @@ def entropies(smoke: bool) -> dict[str, Any]:
 
 def drives() -> dict[str, tuple[esl.Driven, float]]:
     """Potential and reference work of each."""
-    moving = lambda center: esl.Quadratic(1.0, center)  # noqa: E731
+
+    def moving(center):
+        return esl.Quadratic(1.0, center)
+
     s = jnp.linspace(0, 1, 401)
     speed = LEAST_WIDTH - 1
     width = 1 + speed * s
     return {
         "moving trap, straight": (esl.Driven(moving, esl.Linear(0.0, 5.0)), 9.1969860),
-        "moving trap, least": (esl.Driven(moving, esl.Linear(5 / 3, 10 / 3), before=0.0, after=5.0), 25 / 3),
+        "moving trap, least": (
+            esl.Driven(moving, esl.Linear(5 / 3, 10 / 3), before=0.0, after=5.0),
+            25 / 3,
+        ),
         "stiffening trap, least": (
-            esl.Driven(esl.Quadratic, esl.Knots((1 - width * speed) / width**2, "linear"), before=1.0, after=2.0),
+            esl.Driven(
+                esl.Quadratic,
+                esl.Knots((1 - width * speed) / width**2, "linear"),
+                before=1.0,
+                after=2.0,
+            ),
             0.40291836,
         ),
     }
@@ -54,29 +65,61 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     smoke = arguments.smoke
     members, steps, links = (64, 20, 4) if smoke else (4000, 400, 20)
     balance: dict[str, Any] = {}
-    print(f"{'entropy':<20}{'d':>3}{'D (exact)':>12}{'D by balance':>22}{'D measured':>22}{'residual':>20}")
+    print(
+        f"{'entropy':<20}{'d':>3}{'D (exact)':>12}{'D by balance':>22}{'D measured':>22}{'residual':>20}"
+    )
     for d, exact in list(DISSIPATION.items())[: 1 if smoke else 2]:
         potential, rule = esl.Quadratic(1.0), esl.Langevin(1 / steps, 0.1)
         start = 2 * jnp.eye(d)[0] + jax.random.normal(jax.random.key(1), (members, d))
-        path = esl.simulate(potential, rule, start, steps=steps, snapshots=links, key=jax.random.key(2))
+        path = esl.simulate(
+            potential, rule, start, steps=steps, snapshots=links, key=jax.random.key(2)
+        )
         for name, entropy in entropies(smoke).items():
-            books = esl.free_energy(path, potential, entropy=entropy, velocity=esl.AffineVelocity(), jackknife=8 if smoke else 32)
-            row = {key: [float(getattr(books, key)), float(getattr(books.standard_error, key))] for key in ROWS}
+            books = esl.free_energy(
+                path,
+                potential,
+                entropy=entropy,
+                velocity=esl.AffineVelocity(),
+                jackknife=8 if smoke else 32,
+            )
+            row = {
+                key: [float(getattr(books, key)), float(getattr(books.standard_error, key))]
+                for key in ROWS
+            }
             balance[f"{name}, d = {d}"] = row
             cells = "".join(f"{value:>14.4f} ± {error:.4f}" for value, error in row.values())
             print(f"{name:<20}{d:>3}{exact:>12.4f}{cells}")
 
     works: dict[str, Any] = {}
     many = members if smoke else 5 * members
-    print(f"\n{'drive':<28}{'work (reference)':>18}{'work':>20}{'Σ':>18}{'W2²':>18}{'final width':>13}")
+    print(
+        f"\n{'drive':<28}{'work (reference)':>18}{'work':>20}{'Σ':>18}{'W2²':>18}{'final width':>13}"
+    )
     for name, (potential, reference) in drives().items():
         start = jax.random.normal(jax.random.key(4), (many, 1))
-        path = esl.simulate(potential, esl.Langevin(1 / steps, 1.0), start, steps=steps, snapshots=links, key=jax.random.key(5))
-        books = esl.free_energy(path, potential, entropy=esl.GaussianEntropy(), velocity=esl.AffineVelocity())
-        limit = esl.speed_limit(path, transport=esl.GaussianTransport(), velocity=esl.AffineVelocity(), potential=potential)
+        path = esl.simulate(
+            potential,
+            esl.Langevin(1 / steps, 1.0),
+            start,
+            steps=steps,
+            snapshots=links,
+            key=jax.random.key(5),
+        )
+        books = esl.free_energy(
+            path, potential, entropy=esl.GaussianEntropy(), velocity=esl.AffineVelocity()
+        )
+        limit = esl.speed_limit(
+            path,
+            transport=esl.GaussianTransport(),
+            velocity=esl.AffineVelocity(),
+            potential=potential,
+        )
         row = {
             "work": [float(books.work), float(books.standard_error.work)],
-            "entropy_production": [float(limit.entropy_production), float(limit.standard_error.entropy_production)],
+            "entropy_production": [
+                float(limit.entropy_production),
+                float(limit.standard_error.entropy_production),
+            ],
             "w2_squared": [float(limit.w2_squared), float(limit.standard_error.w2_squared)],
         }
         width = float(jnp.std(path.final))

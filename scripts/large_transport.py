@@ -16,13 +16,28 @@ import timing
 
 from esljax.transport import SinkhornTransport, Solution
 
-HEADER = ("n", "matrix, MB", "value, s", "memory, MB", "and gradient, s", "memory, MB", "squared", "converged")
+HEADER = (
+    "n",
+    "matrix, MB",
+    "value, s",
+    "memory, MB",
+    "and gradient, s",
+    "memory, MB",
+    "squared",
+    "converged",
+)
 
 
 def row(n: int, d: int, chunk: int, rounds: int) -> dict[str, float | bool]:
     rng = np.random.default_rng(n)
-    x, y = (jax.device_put((rng.normal(size=(n, d)) + shift).astype(np.float32)) for shift in (0.0, 0.5))
-    mean_cost = jnp.mean(jnp.sum(x**2, axis=1)) + jnp.mean(jnp.sum(y**2, axis=1)) - 2 * jnp.sum(jnp.mean(x, axis=0) * jnp.mean(y, axis=0))
+    x, y = (
+        jax.device_put((rng.normal(size=(n, d)) + shift).astype(np.float32)) for shift in (0.0, 0.5)
+    )
+    mean_cost = (
+        jnp.mean(jnp.sum(x**2, axis=1))
+        + jnp.mean(jnp.sum(y**2, axis=1))
+        - 2 * jnp.sum(jnp.mean(x, axis=0) * jnp.mean(y, axis=0))
+    )
     transport = SinkhornTransport(0.05 * mean_cost, chunk=chunk)
 
     def with_gradient(x: jax.Array, y: jax.Array) -> tuple[Solution, tuple[jax.Array, jax.Array]]:
@@ -35,7 +50,10 @@ def row(n: int, d: int, chunk: int, rounds: int) -> dict[str, float | bool]:
 
     numbers: dict[str, float | bool] = {"matrix_megabytes": 4e-6 * n**2}
     solutions: list[Solution] = []
-    for name, fn in (("value", lambda x, y: (transport.solve(x, y), None)), ("gradient", with_gradient)):
+    for name, fn in (
+        ("value", lambda x, y: (transport.solve(x, y), None)),
+        ("gradient", with_gradient),
+    ):
         compiled = jax.jit(fn).lower(x, y).compile()
 
         def call(compiled: jax.stages.Compiled = compiled) -> None:
@@ -44,16 +62,26 @@ def row(n: int, d: int, chunk: int, rounds: int) -> dict[str, float | bool]:
 
         numbers[f"{name}_seconds"] = statistics.median(timing.seconds(call) for _ in range(rounds))
         numbers[f"{name}_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
-    return {**numbers, "squared": float(solutions[-1].squared), "converged": all(bool(solution.converged) for solution in solutions)}
+    return {
+        **numbers,
+        "squared": float(solutions[-1].squared),
+        "converged": all(bool(solution.converged) for solution in solutions),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float | bool]]:
     parser = timing.parser(__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, nargs="+", default=[1000, 3000, 10000], help="members of either ensemble")
-    parser.add_argument("--chunk", type=int, default=256, help="members whose distances are held at a time")
+    parser.add_argument(
+        "--n", type=int, nargs="+", default=[1000, 3000, 10000], help="members of either ensemble"
+    )
+    parser.add_argument(
+        "--chunk", type=int, default=256, help="members whose distances are held at a time"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each program")
     arguments = parser.parse_args(argv)
-    sizes, chunk, rounds = ([40], 16, 1) if arguments.smoke else (arguments.n, arguments.chunk, arguments.rounds)
+    sizes, chunk, rounds = (
+        ([40], 16, 1) if arguments.smoke else (arguments.n, arguments.chunk, arguments.rounds)
+    )
 
     table = {}
     print("".join(f"{word:>16}" for word in HEADER))

@@ -25,7 +25,9 @@ import esljax as esl
 from esljax.command.cli import main as esljax_main
 
 
-def train(members: int, steps: int, snapshots: int, rate: float = 1e-3, batch: int = 128) -> tuple[np.ndarray, np.ndarray, float]:
+def train(
+    members: int, steps: int, snapshots: int, rate: float = 1e-3, batch: int = 128
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Snapshots (J+1, n, d), the steps at which they were taken, and the mean test accuracy at the end."""
     data = esl.datasets.digits()
     make = esl.models.mlp(64, 32, 10)
@@ -41,19 +43,28 @@ def train(members: int, steps: int, snapshots: int, rate: float = 1e-3, batch: i
     def one(member, key):
         def step(carry, k):
             member, state = carry
-            rows = jax.random.randint(jax.random.fold_in(key, k), (batch,), 0, len(data.train.labels))
-            updates, state = adam.update(jax.grad(loss)(member, data.train.inputs[rows], data.train.labels[rows]), state)
+            rows = jax.random.randint(
+                jax.random.fold_in(key, k), (batch,), 0, len(data.train.labels)
+            )
+            updates, state = adam.update(
+                jax.grad(loss)(member, data.train.inputs[rows], data.train.labels[rows]), state
+            )
             return (optax.apply_updates(member, updates), state), None
 
         carry, kept = (member, adam.init(member)), [member]
         for first, last in itertools.pairwise(taken):
             carry, _ = jax.lax.scan(step, carry, jnp.arange(first, last))
             kept.append(carry[0])
-        hits = jnp.argmax(nnx.merge(graph, unravel(carry[0]))(data.test.inputs), axis=1) == data.test.labels
+        hits = (
+            jnp.argmax(nnx.merge(graph, unravel(carry[0]))(data.test.inputs), axis=1)
+            == data.test.labels
+        )
         return jnp.stack(kept), jnp.mean(hits)
 
     starts = jnp.stack([ravel_pytree(nnx.state(make(nnx.Rngs(i))))[0] for i in range(members)])
-    positions, accuracy = jax.jit(jax.vmap(one, out_axes=(1, 0)))(starts, jax.random.split(jax.random.key(1), members))
+    positions, accuracy = jax.jit(jax.vmap(one, out_axes=(1, 0)))(
+        starts, jax.random.split(jax.random.key(1), members)
+    )
     return np.asarray(positions), taken, float(jnp.mean(accuracy))
 
 
@@ -66,13 +77,28 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     table = {}
     for name, flags in {
         "adam-members": [],
-        "adam-moments": ["--transport", "gaussian", "--project", "pca", "--coordinates", "2" if arguments.smoke else "10"],
+        "adam-moments": [
+            "--transport",
+            "gaussian",
+            "--project",
+            "pca",
+            "--coordinates",
+            "2" if arguments.smoke else "10",
+        ],
     }.items():
         print(f"\n{name}")
         code = esljax_main(["measure", "adam.npz", *flags, "--jackknife", groups, "--out", name])
         report = json.loads((Path(name) / "report.json").read_text(encoding="utf-8"))
         table[name] = {
-            key: report[key] for key in ("entropy_production", "length_squared", "w2_squared", "temporal", "geometric", "verdict")
+            key: report[key]
+            for key in (
+                "entropy_production",
+                "length_squared",
+                "w2_squared",
+                "temporal",
+                "geometric",
+                "verdict",
+            )
         }
         table[name]["exit_code"] = code
     timing.write(arguments.out, {"accuracy": accuracy, "measured": table})

@@ -52,14 +52,31 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         moments, whole = esl.Projected(gaussian, directions), esl.Projected(exact, directions)
         of_run = {"potential": potential}
         rows[f"{p} principal: chain of moments"] = (path, {"transport": moments})
-        rows[f"{p} principal: affine velocity"] = (path, {"transport": moments, "velocity": esl.AffineVelocity(), **of_run})
-        rows[f"{p} principal: kernel velocity"] = (path, {"transport": whole, "velocity": esl.KernelVelocity(), **of_run})
-        rows[f"{p} principal: kde velocity"] = (path, {"transport": whole, "velocity": esl.KDEVelocity(), **of_run})
+        rows[f"{p} principal: affine velocity"] = (
+            path,
+            {"transport": moments, "velocity": esl.AffineVelocity(), **of_run},
+        )
+        rows[f"{p} principal: kernel velocity"] = (
+            path,
+            {"transport": whole, "velocity": esl.KernelVelocity(), **of_run},
+        )
+        rows[f"{p} principal: kde velocity"] = (
+            path,
+            {"transport": whole, "velocity": esl.KDEVelocity(), **of_run},
+        )
         if p <= 3:
-            rows[f"{p} principal: histogram velocity"] = (path, {"transport": whole, "velocity": esl.HistogramVelocity(), **of_run})
-        rows[f"{p} principal: transport velocity"] = (path, {"transport": whole, "velocity": esl.TransportVelocity(exact)})
+            rows[f"{p} principal: histogram velocity"] = (
+                path,
+                {"transport": whole, "velocity": esl.HistogramVelocity(), **of_run},
+            )
+        rows[f"{p} principal: transport velocity"] = (
+            path,
+            {"transport": whole, "velocity": esl.TransportVelocity(exact)},
+        )
     table = {}
-    print(f"{'law and estimator':<42}{'Σ':>17}{'L²':>9}{'W2²':>9}{'housekeeping':>14}{'Σ debiased':>12}{'W2² debiased':>14}  findings")
+    print(
+        f"{'law and estimator':<42}{'Σ':>17}{'L²':>9}{'W2²':>9}{'housekeeping':>14}{'Σ debiased':>12}{'W2² debiased':>14}  findings"
+    )
     for name, (run, given) in rows.items():
         report = esl.speed_limit(run, debias=True, **given)
         findings = [finding.name for finding in report.diagnose()]
@@ -82,7 +99,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     noise = esl.minibatch_noise(path, potential, key=noise_key)
     print(f"\n{noise}")
-    batches = {"floor": float(noise.floor), "floor_error": float(noise.floor_error), "temperature": noise.temperature.tolist()}
+    batches = {
+        "floor": float(noise.floor),
+        "floor_error": float(noise.floor_error),
+        "temperature": noise.temperature.tolist(),
+    }
     timing.write(arguments.out, {"rows": table, "minibatch_noise": batches})
     return {"rows": table}
 

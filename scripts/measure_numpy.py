@@ -17,13 +17,17 @@ import timing
 from esljax.command.cli import main as esljax_main
 
 
-def problem(rng: np.random.Generator, examples: int = 400, features: int = 5) -> tuple[np.ndarray, np.ndarray]:
+def problem(
+    rng: np.random.Generator, examples: int = 400, features: int = 5
+) -> tuple[np.ndarray, np.ndarray]:
     """Two overlapping classes."""
     labels = rng.integers(0, 2, examples)
     return rng.normal(size=(examples, features)) + np.where(labels, 0.7, -0.7)[:, None], labels
 
 
-def train(folder: Path, members: int, steps: int, every: int, rate: float = 0.05, batch: int = 32) -> float:
+def train(
+    folder: Path, members: int, steps: int, every: int, rate: float = 0.05, batch: int = 32
+) -> float:
     """Write a checkpoint of every member at every `every`-th step; the mean training accuracy at the end."""
     inputs, labels = problem(np.random.default_rng(0))
     right = []
@@ -49,7 +53,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = Path("numpy-smoke" if arguments.smoke else "numpy-run")
     accuracy = train(folder, members, steps, every)
     print(f"training accuracy after {steps} steps: {accuracy:.3f}\n")
-    code = esljax_main(["measure", str(folder), "--jackknife", "0" if arguments.smoke else "32", "--out", "numpy-measured"])
+    code = esljax_main(
+        [
+            "measure",
+            str(folder),
+            "--jackknife",
+            "0" if arguments.smoke else "32",
+            "--out",
+            "numpy-measured",
+        ]
+    )
     report = json.loads((Path("numpy-measured") / "report.json").read_text(encoding="utf-8"))
     timing.write(arguments.out, {"accuracy": accuracy, "exit_code": code, "measured": report})
     return report

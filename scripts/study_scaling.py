@@ -17,10 +17,14 @@ import timing
 
 import esljax as esl
 
-BASE = esl.RunConfig(data="teacher", hidden=(8,), steps=50, snapshots=10, batch_size=32, temperature=1e-7)
+BASE = esl.RunConfig(
+    data="teacher", hidden=(8,), steps=50, snapshots=10, batch_size=32, temperature=1e-7
+)
 
 
-def costs(base: esl.RunConfig, members: Sequence[int], runs: int, rounds: int) -> list[dict[str, float]]:
+def costs(
+    base: esl.RunConfig, members: Sequence[int], runs: int, rounds: int
+) -> list[dict[str, float]]:
     """Milliseconds a run, in a study of `runs` seeds and in a loop over them."""
     rows = []
     for n in members:
@@ -37,22 +41,32 @@ def costs(base: esl.RunConfig, members: Sequence[int], runs: int, rounds: int) -
         if not np.array_equal(in_study()[0], in_loop()):
             raise RuntimeError("The study and the loop should give the same bits.")
         taken = timing.medians({"study": in_study, "loop": in_loop}, rounds)
-        rows.append({"members": n, **{name: 1e3 * seconds / runs for name, seconds in taken.items()}})
+        rows.append(
+            {"members": n, **{name: 1e3 * seconds / runs for name, seconds in taken.items()}}
+        )
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = timing.parser(__doc__.splitlines()[0])
-    parser.add_argument("--store", type=Path, help="where to keep the results; by default they are dropped")
+    parser.add_argument(
+        "--store", type=Path, help="where to keep the results; by default they are dropped"
+    )
     arguments = parser.parse_args(argv)
-    rates, seeds, members = ([0.1, 0.4], 2, (4, 6)) if arguments.smoke else ([0.05, 0.1, 0.2, 0.4, 0.8, 1.6], 60, (8, 16, 32))
+    rates, seeds, members = (
+        ([0.1, 0.4], 2, (4, 6))
+        if arguments.smoke
+        else ([0.05, 0.1, 0.2, 0.4, 0.8, 1.6], 60, (8, 16, 32))
+    )
     study = esl.Study(BASE, grid={"members": members, "rate": rates, "seed": range(seeds)})
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         results = esl.run_study(study, arguments.store or Path(folder) / "study.zarr").load()
         wall = time.perf_counter() - started
     done = int((results["done"] == 1).sum())
-    print(f"{done} of {study.size} runs in {wall:.0f} s, compilation of {len(members)} programs included")
+    print(
+        f"{done} of {study.size} runs in {wall:.0f} s, compilation of {len(members)} programs included"
+    )
     print(f"{'members':>8}{'rate':>8}{'Σ':>20}{'W2²':>20}{'gap':>20}{'accuracy':>20}")
     numbers = ("entropy_production", "w2_squared", "gap", "test_accuracy")
     table = []
@@ -64,7 +78,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     cost = costs(BASE, members, *((4, 1) if arguments.smoke else (64, 5)))
     print(f"\n{'members':>8}{'ms a run: study':>18}{'loop of esl.run':>18}{'ratio':>8}")
     for row in cost:
-        print(f"{row['members']:>8}{row['study']:>18.2f}{row['loop']:>18.2f}{row['study'] / row['loop']:>8.2f}")
+        print(
+            f"{row['members']:>8}{row['study']:>18.2f}{row['loop']:>18.2f}{row['study'] / row['loop']:>8.2f}"
+        )
     timing.write(arguments.out, {"wall_seconds": wall, "runs": done, "table": table, "cost": cost})
     return {"table": table, "cost": cost}
 

@@ -34,7 +34,9 @@ def medians(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
 
 def parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--smoke", action="store_true", help="the smallest sizes, one round: to see that it runs")
+    parser.add_argument(
+        "--smoke", action="store_true", help="the smallest sizes, one round: to see that it runs"
+    )
     parser.add_argument("--out", type=Path, help="where to write the numbers as JSON")
     return parser
 
@@ -43,5 +45,13 @@ def write(out: Path | None, numbers: Any) -> None:
     """The numbers with what they were measured on."""
     if out is not None:
         device = jax.devices()[0]
-        about = {"jax": jax.__version__, "python": platform.python_version(), "device": device.device_kind, "cores": os.cpu_count()}
-        out.write_text(json.dumps({"about": about, **numbers}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        about = {
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+            "device": device.device_kind,
+            "cores": os.cpu_count(),
+        }
+        out.write_text(
+            json.dumps({"about": about, **numbers}, indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
+        )

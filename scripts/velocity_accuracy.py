@@ -23,7 +23,9 @@ ESTIMATORS: dict[str, Callable[[bool], esl.AbstractVelocity]] = {
     "kde": lambda smoke: esl.KDEVelocity(),
     "histogram": lambda smoke: esl.HistogramVelocity(),
     "flow": lambda smoke: esl.FlowVelocity(jax.random.key(0), steps=5 if smoke else 1000),
-    "network": lambda smoke: esl.NetworkVelocity(key=jax.random.key(0), iterations=20 if smoke else 400),
+    "network": lambda smoke: esl.NetworkVelocity(
+        key=jax.random.key(0), iterations=20 if smoke else 400
+    ),
 }
 
 
@@ -51,10 +53,19 @@ def cases(n: int, smoke: bool) -> Iterator[tuple[str, Any, Any, Any, Any, float]
     # H C + C Hᵀ = 2D, and v = (D C⁻¹ - H) θ.
     hessian, noise = np.array([[2.0, 0.5], [0.5, 1.0]]), np.diag([0.3, 0.1])
     identity = np.eye(2)
-    covariance = np.linalg.solve(np.kron(hessian, identity) + np.kron(identity, hessian), 2 * noise.ravel()).reshape(2, 2)
+    covariance = np.linalg.solve(
+        np.kron(hessian, identity) + np.kron(identity, hessian), 2 * noise.ravel()
+    ).reshape(2, 2)
     x = rng.normal(size=(n, 2)) @ np.linalg.cholesky(covariance).T
     slope = noise @ np.linalg.inv(covariance) - hessian
-    yield "stochastic gradients at rest", x, -x @ hessian.T, noise, x @ slope.T, float(np.trace(slope @ covariance @ slope.T))
+    yield (
+        "stochastic gradients at rest",
+        x,
+        -x @ hessian.T,
+        noise,
+        x @ slope.T,
+        float(np.trace(slope @ covariance @ slope.T)),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -63,16 +74,38 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     print(f"{'case':<36}{'estimator':<14}{'σ':>10}{'error':>10}{'truth':>10}{'ratio':>8}  bound")
     for case, x, drift, diffusion, exact, truth in cases(members, arguments.smoke):
         sample = float(np.mean(np.sum(exact**2, axis=1)))
-        rows.append({"case": case, "estimator": "true velocity", "sigma": sample, "truth": truth, "ratio": sample / truth})
-        print(f"{case:<36}{'true velocity':<14}{sample:>10.4g}{'':>10}{truth:>10.4g}{sample / truth:>8.3f}")
+        rows.append(
+            {
+                "case": case,
+                "estimator": "true velocity",
+                "sigma": sample,
+                "truth": truth,
+                "ratio": sample / truth,
+            }
+        )
+        print(
+            f"{case:<36}{'true velocity':<14}{sample:>10.4g}{'':>10}{truth:>10.4g}{sample / truth:>8.3f}"
+        )
         for name, make in ESTIMATORS.items():
             if name == "histogram" and x.shape[1] > 3:
                 continue
-            found = make(arguments.smoke)(x.astype(np.float32), drift.astype(np.float32), np.float32(diffusion))
+            found = make(arguments.smoke)(
+                x.astype(np.float32), drift.astype(np.float32), np.float32(diffusion)
+            )
             sigma, error = float(found.squared), float(found.standard_error)
-            row = {"case": case, "estimator": name, "sigma": sigma, "standard_error": error, "truth": truth, "ratio": sigma / truth}
+            row = {
+                "case": case,
+                "estimator": name,
+                "sigma": sigma,
+                "standard_error": error,
+                "truth": truth,
+                "ratio": sigma / truth,
+            }
             rows.append({**row, "bound": found.bound})
-            print(f"{case:<36}{name:<14}{sigma:>10.4g}{error:>10.2g}{truth:>10.4g}{sigma / truth:>8.3f}  {found.bound}", flush=True)
+            print(
+                f"{case:<36}{name:<14}{sigma:>10.4g}{error:>10.2g}{truth:>10.4g}{sigma / truth:>8.3f}  {found.bound}",
+                flush=True,
+            )
     timing.write(arguments.out, {"members": members, "rows": rows})
     return rows
 

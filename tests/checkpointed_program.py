@@ -33,11 +33,15 @@ def main() -> None:
     def simulate(learning_rate, key, checkpoints=None):
         rule = esl.Langevin(learning_rate, 0.01)
         mesh = esl.member_mesh()
-        return esl.simulate(trap, rule, start, steps=120, snapshots=40, key=key, mesh=mesh, checkpoints=checkpoints)
+        return esl.simulate(
+            trap, rule, start, steps=120, snapshots=40, key=key, mesh=mesh, checkpoints=checkpoints
+        )
 
     def objective(learning_rate, key):
         path = simulate(learning_rate, key)
-        sigma = esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=0).entropy_production
+        sigma = esl.speed_limit(
+            path, transport=esl.GaussianTransport(), jackknife=0
+        ).entropy_production
         return sigma, jnp.mean(trap(path.final)) / 0.1 - 1
 
     def pause(seen):
@@ -45,7 +49,9 @@ def main() -> None:
         time.sleep(asked.pause)
 
     print("starts", flush=True)
-    path = simulate(esl.Cosine(0.3), key, esl.Checkpoints(asked.folder / "run", resume=True, every=0))
+    path = simulate(
+        esl.Cosine(0.3), key, esl.Checkpoints(asked.folder / "run", resume=True, every=0)
+    )
     print("simulated", flush=True)
     optimum = esl.optimize(
         objective,

@@ -46,7 +46,9 @@ def refused(request):
     annotations = request.config.getoption("jaxtyping_packages", None)
 
     def check(call, sentence):
-        with pytest.raises((InputError, jaxtyping.TypeCheckError) if annotations else InputError) as caught:
+        with pytest.raises(
+            (InputError, jaxtyping.TypeCheckError) if annotations else InputError
+        ) as caught:
             call()
         if isinstance(caught.value, InputError):
             said = str(caught.value)

@@ -22,8 +22,20 @@ O2 = {0.5: 1.0207470, 1.0: 1.0819767, 2.0: 1.3130353, 5.0: 2.5339183, 10.0: 5.00
 
 # The law of O1 with U = 2 in unit training time: {d: {mobility: Σ}}, {d: (D, L², W2²)} and {d=1: η* at s = 0, ½, 1}.
 O3_ENTROPY_PRODUCTION = {
-    1: {"2": 4.5952533, "4(1-s)": 7.9919600, "2(1+cos πs)": 8.6114022, "∝ exp(-5s)": 17.965774, "4s": 3.9002495},
-    10: {"2": 10.611896, "4(1-s)": 18.767854, "2(1+cos πs)": 20.141747, "∝ exp(-5s)": 42.634841, "4s": 8.5662907},
+    1: {
+        "2": 4.5952533,
+        "4(1-s)": 7.9919600,
+        "2(1+cos πs)": 8.6114022,
+        "∝ exp(-5s)": 17.965774,
+        "4s": 3.9002495,
+    },
+    10: {
+        "2": 10.611896,
+        "4(1-s)": 18.767854,
+        "2(1+cos πs)": 20.141747,
+        "∝ exp(-5s)": 42.634841,
+        "4s": 8.5662907,
+    },
 }
 O3_PATH = {1: (2.2976266, 3.4379491, 3.4244691), 10: (5.3059480, 7.4011631, 7.3294684)}
 O3_OPTIMUM = (0.84542908, 1.4918779, 6.7437645)
@@ -78,13 +90,24 @@ def linear_drift(mean, covariance, stiffness, center, mobility, temperature):
 
     def rate(s, y):
         dm, dc, total, metric, eta = parts(s, y)
-        return np.concatenate([dm, dc.ravel(), [total, np.sqrt(metric), total - metric, total / eta, eta]])
+        return np.concatenate(
+            [dm, dc.ravel(), [total, np.sqrt(metric), total - metric, total / eta, eta]]
+        )
 
     start = np.concatenate([mean, covariance.ravel(), np.zeros(5)])
     end = solve_ivp(rate, (0, 1), start, method="DOP853", rtol=1e-11, atol=1e-13).y[:, -1]
     m, c = end[:d], end[d : d + d * d].reshape(d, d)
     total, length, housekeeping, dissipation, clock = end[d + d * d :]
-    return Truth(total, length**2, gaussian_w2_squared(mean, covariance, m, c), housekeeping, dissipation, clock, m, c)
+    return Truth(
+        total,
+        length**2,
+        gaussian_w2_squared(mean, covariance, m, c),
+        housekeeping,
+        dissipation,
+        clock,
+        m,
+        c,
+    )
 
 
 def ornstein_uhlenbeck(k, temperature, width, shift, d, clock):
@@ -97,7 +120,11 @@ def ornstein_uhlenbeck(k, temperature, width, shift, d, clock):
     end = temperature / k + (width - temperature / k) * np.exp(-2 * k * clock)
     dissipation = quad(metric_squared, 0, clock, epsabs=0, epsrel=1e-12)[0]
     length = quad(lambda t: np.sqrt(metric_squared(t)), 0, clock, epsabs=0, epsrel=1e-12)[0]
-    return dissipation, length**2, (shift - shift * np.exp(-k * clock)) ** 2 + d * (np.sqrt(width) - np.sqrt(end)) ** 2
+    return (
+        dissipation,
+        length**2,
+        (shift - shift * np.exp(-k * clock)) ** 2 + d * (np.sqrt(width) - np.sqrt(end)) ** 2,
+    )
 
 
 # --- Derivatives and schedules ------------------------------------------------------------------------------------------------------------
@@ -110,20 +137,27 @@ def central_difference(fn, x, direction, h=1e-5):
 def warmup_cosine(count, start, peak, warmup, steps, end):
     """A line from `start` to `peak` over `warmup` counts, then half a cosine down to `end` at `steps`."""
     fraction = np.clip((count - warmup) / (steps - warmup), 0, 1)
-    return np.where(count < warmup, start + (peak - start) * count / warmup, end + (peak - end) * (1 + np.cos(np.pi * fraction)) / 2)
+    return np.where(
+        count < warmup,
+        start + (peak - start) * count / warmup,
+        end + (peak - end) * (1 + np.cos(np.pi * fraction)) / 2,
+    )
 
 
 # --- Potentials ---------------------------------------------------------------------------------------------------------------------------
 
 
 def double_well(position, barrier, width, stiffness):
-    return barrier * ((position[0] / width) ** 2 - 1) ** 2 + stiffness * np.sum(position[1:] ** 2) / 2
+    return (
+        barrier * ((position[0] / width) ** 2 - 1) ** 2 + stiffness * np.sum(position[1:] ** 2) / 2
+    )
 
 
 def mixture(position, means, variances, weights):
     """Minus the log density of a mixture of isotropic Gaussians."""
     parts = [
-        weight * multivariate_normal.pdf(position, mean, variance) for mean, variance, weight in zip(means, variances, weights, strict=True)
+        weight * multivariate_normal.pdf(position, mean, variance)
+        for mean, variance, weight in zip(means, variances, weights, strict=True)
     ]
     return -np.log(np.sum(parts) / np.sum(weights))
 
@@ -177,14 +211,22 @@ def double_well_flow(positions, barrier, width, time):
 def chain_of_pairs(path, times):
     """(Σ, L², W2²) of a chain (J+1, n, d) whose best pairing is that of the members with themselves."""
     squares = np.mean(np.sum(np.diff(path, axis=0) ** 2, axis=2), axis=1)
-    return np.sum(squares / np.diff(times)), np.sum(np.sqrt(squares)) ** 2, np.mean(np.sum((path[-1] - path[0]) ** 2, axis=1))
+    return (
+        np.sum(squares / np.diff(times)),
+        np.sum(np.sqrt(squares)) ** 2,
+        np.mean(np.sum((path[-1] - path[0]) ** 2, axis=1)),
+    )
 
 
 def gaussian_chain(means, covariances, times):
     """(Σ, L², W2²) of a chain of Gaussian laws in the Bures distance."""
     pairs = list(zip(means, covariances, strict=True))
     squares = np.array([gaussian_w2_squared(*a, *b) for a, b in itertools.pairwise(pairs)])
-    return np.sum(squares / np.diff(times)), np.sum(np.sqrt(squares)) ** 2, gaussian_w2_squared(*pairs[0], *pairs[-1])
+    return (
+        np.sum(squares / np.diff(times)),
+        np.sum(np.sqrt(squares)) ** 2,
+        gaussian_w2_squared(*pairs[0], *pairs[-1]),
+    )
 
 
 def ornstein_uhlenbeck_moments(k, temperature, width, shift, d, clock):
@@ -220,14 +262,19 @@ def driven_books(stiffness, center, jumps):
         k, c = stiffness(s), center(s)
         h = 1e-5
         a, b = max(s - h, 0), min(s + h, 1)
-        change = (energy((stiffness(b), center(b)), mean, variance) - energy((stiffness(a), center(a)), mean, variance)) / (b - a)
+        change = (
+            energy((stiffness(b), center(b)), mean, variance)
+            - energy((stiffness(a), center(a)), mean, variance)
+        ) / (b - a)
         moved = -k * (mean - c)
         return [moved, 2 - 2 * k * variance, change, moved**2 + (1 - k * variance) ** 2 / variance]
 
     def energy(trap, mean, variance):
         return trap[0] * (variance + (mean - trap[1]) ** 2) / 2
 
-    mean, variance, work, dissipated = solve_ivp(rate, (0, 1), [0, 1, 0, 0], rtol=1e-10, atol=1e-12).y[:, -1]
+    mean, variance, work, dissipated = solve_ivp(
+        rate, (0, 1), [0, 1, 0, 0], rtol=1e-10, atol=1e-12
+    ).y[:, -1]
     first = energy((stiffness(0), center(0)), 0, 1) - energy(jumps[0], 0, 1)
     last = energy(jumps[1], mean, variance) - energy((stiffness(1), center(1)), mean, variance)
     return work + first + last, dissipated, mean, np.sqrt(variance)
@@ -238,7 +285,10 @@ def driven_steps(stiffness, center, jumps):
     `center`: their values at 0, 1/K, ..., 1."""
     steps = len(stiffness) - 1
     mean, variance = 0.0, 1.0
-    energy = lambda k, c: k * (variance + (mean - c) ** 2) / 2  # noqa: E731
+
+    def energy(k, c):
+        return k * (variance + (mean - c) ** 2) / 2
+
     work = energy(stiffness[0], center[0]) - energy(*jumps[0])
     for i in range(steps):
         pair = (stiffness[i], center[i]), (stiffness[i + 1], center[i + 1])

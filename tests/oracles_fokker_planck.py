@@ -45,7 +45,16 @@ class Diffusion:
         times = np.asarray(times, float)
         # SciPy's BDF fills its table of differences into memory as it finds it, and may meet NaN in rows that it has yet to write.
         with np.errstate(invalid="ignore"):
-            solved = solve_ivp(lambda t, p: generator @ p, (0, times[-1]), start, "BDF", times, jac=generator, rtol=1e-8, atol=1e-14)
+            solved = solve_ivp(
+                lambda t, p: generator @ p,
+                (0, times[-1]),
+                start,
+                "BDF",
+                times,
+                jac=generator,
+                rtol=1e-8,
+                atol=1e-14,
+            )
         laws = solved.y.T
         if not np.all(np.isfinite(laws)):
             raise ArithmeticError("the oracle's integration failed")
@@ -72,7 +81,10 @@ class Diffusion:
         """From the quantile functions, by the midpoint rule in the level."""
         laws, _ = self.laws([0.0, clock])
         edges = self.low + self.width * np.arange(self.cells + 1)
-        ranks = [np.concatenate([[0], np.cumsum(np.maximum(law, 0))]) / np.sum(np.maximum(law, 0)) for law in laws]
+        ranks = [
+            np.concatenate([[0], np.cumsum(np.maximum(law, 0))]) / np.sum(np.maximum(law, 0))
+            for law in laws
+        ]
         levels = (np.arange(200_000) + 0.5) / 200_000
         first, last = (np.interp(levels, *_increasing(rank, edges)) for rank in ranks)
         return float(np.mean((first - last) ** 2))
@@ -91,7 +103,10 @@ class FallingCloud:
 
     def numbers(self):
         """(Σ, L², W2²) at a constant learning rate in unit training time."""
-        energy = lambda x: self.barrier * ((x / self.width) ** 2 - 1) ** 2  # noqa: E731
+
+        def energy(x):
+            return self.barrier * ((x / self.width) ** 2 - 1) ** 2
+
         law = Diffusion(energy, self.temperature, normal_density(self.mean, self.deviation), -6, 6)
         dissipation, length_squared, distance = law.path(self.clock)
         return self.clock * dissipation, length_squared, distance
@@ -119,7 +134,9 @@ def normal_density(mean, deviation):
 
 def mixture_rate(means, deviation, temperature):
     """E‖v‖² = T² E‖∇log q‖² of free diffusion from an even mixture of normals, by quadrature."""
-    parts = lambda x: norm.pdf(x, means, deviation)  # noqa: E731
+
+    def parts(x):
+        return norm.pdf(x, means, deviation)
 
     def integrand(x):
         slope = np.sum(parts(x) * (np.asarray(means) - x)) / deviation**2 / np.sum(parts(x))

@@ -57,7 +57,9 @@ def entropic(x, y, epsilon, sweeps=5000):
     for _ in range(sweeps):
         # Half of a step of both at once: slower than taking turns, but it does not stall between a cloud and itself.
         new_f = -epsilon * (scipy.special.logsumexp((g - cost) / epsilon, axis=1) - np.log(m))
-        new_g = -epsilon * (scipy.special.logsumexp((f[:, None] - cost) / epsilon, axis=0) - np.log(n))
+        new_g = -epsilon * (
+            scipy.special.logsumexp((f[:, None] - cost) / epsilon, axis=0) - np.log(n)
+        )
         change = max(np.abs(new_f - f).max(), np.abs(new_g - g).max())
         f, g = (f + new_f) / 2, (g + new_g) / 2
         if change < 1e-12:
@@ -69,7 +71,9 @@ def entropic(x, y, epsilon, sweeps=5000):
 
 
 def sinkhorn_divergence(x, y, epsilon):
-    return entropic(x, y, epsilon)[0] - entropic(x, x, epsilon)[0] / 2 - entropic(y, y, epsilon)[0] / 2
+    return (
+        entropic(x, y, epsilon)[0] - entropic(x, x, epsilon)[0] / 2 - entropic(y, y, epsilon)[0] / 2
+    )
 
 
 def quantile_midpoints(mean, std, n):

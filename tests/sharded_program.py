@@ -24,7 +24,9 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
     jax.config.update("jax_num_cpu_devices", int(devices))
     if processes:
         address, count, index = processes
-        jax.distributed.initialize(coordinator_address=address, num_processes=int(count), process_id=int(index))
+        jax.distributed.initialize(
+            coordinator_address=address, num_processes=int(count), process_id=int(index)
+        )
 
     import jax.numpy as jnp
     import numpy as np
@@ -54,20 +56,46 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
 
     def simulate(potential, rates, start, mesh, checkpoints=None):
         rule = esl.Langevin(esl.Knots(rates), 0.01)
-        return esl.simulate(potential, rule, start, steps=20, snapshots=10, key=key, mesh=mesh, checkpoints=checkpoints)
+        return esl.simulate(
+            potential,
+            rule,
+            start,
+            steps=20,
+            snapshots=10,
+            key=key,
+            mesh=mesh,
+            checkpoints=checkpoints,
+        )
 
     def gap(rates, potential, start, transport, mesh):
-        return esl.speed_limit(simulate(potential, rates, start, mesh), transport=transport, jackknife=0).gap
+        return esl.speed_limit(
+            simulate(potential, rates, start, mesh), transport=transport, jackknife=0
+        ).gap
 
     def numbers(report) -> list[float]:
-        names = ("entropy_production", "length_squared", "w2_squared", "debiased_entropy_production", "debiased_w2_squared")
-        errors = [] if report.standard_error is None else [report.standard_error.gap, report.standard_error.gap_upper]
-        return [float(x) for x in [*(getattr(report, name) for name in names), *errors] if x is not None]
+        names = (
+            "entropy_production",
+            "length_squared",
+            "w2_squared",
+            "debiased_entropy_production",
+            "debiased_w2_squared",
+        )
+        errors = (
+            []
+            if report.standard_error is None
+            else [report.standard_error.gap, report.standard_error.gap_upper]
+        )
+        return [
+            float(x) for x in [*(getattr(report, name) for name in names), *errors] if x is not None
+        ]
 
     for size in map(int, meshes.split(",")):
         mesh = esl.member_mesh(size)
         rates = jnp.array([0.1, 0.2, 0.3])
-        paths = {"network": simulate(network, rates, weights, mesh), "trap": simulate(trap, rates, points, mesh)}
+        paths = {
+            "network": simulate(network, rates, weights, mesh),
+            "trap": simulate(trap, rates, points, mesh),
+        }
         for name, path in paths.items():
             assert path.positions.sharding.shard_shape(path.positions.shape)[1] == 16 // size
             found[f"{size} positions {name}"] = process_allgather(path.positions, tiled=True)
@@ -76,25 +104,53 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             if processes and name in ("sliced", "sinkhorn"):
                 continue  # what crosses processes is the same for all
             full = name == "exact"  # compiling the resampling once is enough
-            report = esl.speed_limit(paths["trap"], transport=transport, jackknife=8 * full, debias=full)
+            report = esl.speed_limit(
+                paths["trap"], transport=transport, jackknife=8 * full, debias=full
+            )
             found[f"{size} report {name}"] = np.array(numbers(report))
             assert str(report)
             assert report.diagnose() is not None
         for name, (transport, velocity, potential) in velocities.items():
-            report = esl.speed_limit(paths["trap"], transport=transport, velocity=velocity, potential=potential, jackknife=0)
-            found[f"{size} velocity {name}"] = np.array([report.entropy_production, report.length_squared, report.w2_squared])
+            report = esl.speed_limit(
+                paths["trap"],
+                transport=transport,
+                velocity=velocity,
+                potential=potential,
+                jackknife=0,
+            )
+            found[f"{size} velocity {name}"] = np.array(
+                [report.entropy_production, report.length_squared, report.w2_squared]
+            )
         report = esl.speed_limit(paths["network"], transport=esl.ExactTransport(), jackknife=0)
-        found[f"{size} network exact"] = np.array([report.entropy_production, report.length_squared, report.w2_squared])
+        found[f"{size} network exact"] = np.array(
+            [report.entropy_production, report.length_squared, report.w2_squared]
+        )
         for name in ("exact",) if processes else ("exact", "gaussian", "sliced"):
-            slope = jax.jit(jax.grad(functools.partial(gap, potential=trap, start=points, transport=transports[name], mesh=mesh)))
+            slope = jax.jit(
+                jax.grad(
+                    functools.partial(
+                        gap, potential=trap, start=points, transport=transports[name], mesh=mesh
+                    )
+                )
+            )
             found[f"{size} gradient {name}"] = np.asarray(slope(rates))
-        slope = jax.jit(jax.grad(functools.partial(gap, potential=network, start=weights, transport=esl.ExactTransport(), mesh=mesh)))
+        slope = jax.jit(
+            jax.grad(
+                functools.partial(
+                    gap, potential=network, start=weights, transport=esl.ExactTransport(), mesh=mesh
+                )
+            )
+        )
         found[f"{size} gradient network"] = np.asarray(slope(rates))
         # A recording lies nowhere in particular, and a run in an objective where the optimization is told to spread it.
         recording = esl.recorded(found[f"{size} positions trap"])
-        report = esl.speed_limit(recording, transport=esl.GaussianTransport(), jackknife=0, mesh=mesh)
+        report = esl.speed_limit(
+            recording, transport=esl.GaussianTransport(), jackknife=0, mesh=mesh
+        )
         assert len(report.gap.sharding.device_set) == size
-        found[f"{size} report recorded"] = np.array([report.entropy_production, report.length_squared, report.w2_squared])
+        found[f"{size} report recorded"] = np.array(
+            [report.entropy_production, report.length_squared, report.w2_squared]
+        )
 
         traced = []
 
@@ -104,13 +160,21 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             assert path.mesh.size == size
             return esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=0).gap
 
-        optimum = esl.optimize(objective, jnp.log(rates), key=key, iterations=2, rounds=1, mesh=mesh)
+        optimum = esl.optimize(
+            objective, jnp.log(rates), key=key, iterations=2, rounds=1, mesh=mesh
+        )
         found[f"{size} optimum"] = np.asarray(optimum.controls)
         # The judge, the shapes and the step; arrays that come back from the devices otherwise than they went there would compile again.
         assert len(traced) == 3
 
     if processes:
-        saved = simulate(trap, rates, points, esl.member_mesh(), esl.Checkpoints(Path(out).parent / "checkpoints", every=0))
+        saved = simulate(
+            trap,
+            rates,
+            points,
+            esl.member_mesh(),
+            esl.Checkpoints(Path(out).parent / "checkpoints", every=0),
+        )
         found["2 saved"] = process_allgather(saved.positions, tiled=True)
     if not processes:
         # Controls that were found on other devices come to those of the run.
@@ -121,28 +185,43 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         assert choose_mesh(None, jax.numpy.asarray(points)).size == len(jax.devices())
         mesh = esl.member_mesh()
         with jax.set_mesh(mesh):
-            for path in (simulate(trap, rates, points, None), jax.jit(lambda start: simulate(trap, rates, start, None))(points)):
+            for path in (
+                simulate(trap, rates, points, None),
+                jax.jit(lambda start: simulate(trap, rates, start, None))(points),
+            ):
                 assert path.positions.sharding.shard_shape(path.positions.shape)[1] == 2
                 np.testing.assert_array_equal(path.positions, found["8 positions trap"])
         # What `jit` returned knows its devices by its arrays alone; it is measured on them, or on others.
         for there in (None, esl.member_mesh(3)):
-            report = esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=0, mesh=there)
+            report = esl.speed_limit(
+                path, transport=esl.GaussianTransport(), jackknife=0, mesh=there
+            )
             assert len(report.gap.sharding.device_set) == (8 if there is None else 3)
-            np.testing.assert_allclose(report.entropy_production, found["8 report recorded"][0], rtol=1e-6)
+            np.testing.assert_allclose(
+                report.entropy_production, found["8 report recorded"][0], rtol=1e-6
+            )
         # What came into `jit` from a mesh stays on it; under a mesh that is set a gradient need not be compiled.
         spread = shard_members(points, mesh)
         path = jax.jit(lambda start: simulate(trap, rates, start, None))(spread)
         assert path.mesh.size == 8
-        final = lambda rates, mesh: jnp.sum(simulate(trap, rates, points, mesh).final)  # noqa: E731
+
+        def final(rates, mesh):
+            return jnp.sum(simulate(trap, rates, points, mesh).final)
+
         with jax.set_mesh(mesh):
             slope = jax.grad(final)(rates, None)
         np.testing.assert_allclose(slope, jax.grad(final)(rates, mesh), rtol=1e-6)
         # Runs on different devices, and a projection left on another one, are measured together.
         directions = jax.device_put(jnp.eye(5)[:, :2], jax.devices()[5])
         paths = [simulate(trap, rates, points, esl.member_mesh(size)) for size in (8, 4)]
-        report = esl.speed_limit(paths, transport=esl.Projected(esl.GaussianTransport(), directions))
+        report = esl.speed_limit(
+            paths, transport=esl.Projected(esl.GaussianTransport(), directions)
+        )
         assert float(report.standard_error.gap) < 1e-5 < float(report.gap)
-        measure = lambda path: esl.speed_limit(path, transport=esl.SinkhornTransport(1.0, chunk=4), jackknife=0)  # noqa: E731
+
+        def measure(path):
+            return esl.speed_limit(path, transport=esl.SinkhornTransport(1.0, chunk=4), jackknife=0)
+
         found["collectives of a sinkhorn report"] = collectives(measure, path)
         found["refusals"] = []
         for set_mesh in (mesh, jax.make_mesh((8,), ("members",))):
@@ -154,10 +233,18 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         start = shard_members(weights, mesh)
         # A run needs no word between devices, its gradient one sum at the end, and distances only the turn of the history.
         path = jax.jit(lambda start: simulate(network, rates, start, mesh))(start)
-        found["collectives of a run"] = collectives(lambda start: simulate(network, rates, start, mesh).positions, start)
-        final = lambda rates, start: jnp.sum(simulate(network, rates, start, mesh).final)  # noqa: E731
+        found["collectives of a run"] = collectives(
+            lambda start: simulate(network, rates, start, mesh).positions, start
+        )
+
+        def final(rates, start):
+            return jnp.sum(simulate(network, rates, start, mesh).final)
+
         found["collectives of a gradient"] = collectives(jax.grad(final), rates, start)
-        measure = lambda path: esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=8, debias=True)  # noqa: E731
+
+        def measure(path):
+            return esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=8, debias=True)
+
         found["collectives of distances"] = collectives(measure, path)
     if not processes or processes[2] == "0":
         np.savez(out, **found)

@@ -30,14 +30,21 @@ class LinearSystem:
 
     def sample(self, members: int, key: Any) -> jax.Array:
         root = jnp.linalg.cholesky(self.law.covariance)
-        return self.law.mean + jax.random.normal(key, (members, self.law.mean.size), self.law.mean.dtype) @ root.T
+        return (
+            self.law.mean
+            + jax.random.normal(key, (members, self.law.mean.size), self.law.mean.dtype) @ root.T
+        )
 
 
 def ornstein_uhlenbeck(d: int, steps: int) -> LinearSystem:
     """O1: k = 1, T = .1, from N(2e₁, I), for U = 1 at a constant rate."""
-    sigma, length_squared, distance = oracles.O1[d] if d in oracles.O1 else oracles.ornstein_uhlenbeck(1.0, 0.1, 1.0, 2.0, d, 1.0)
+    sigma, length_squared, distance = (
+        oracles.O1[d] if d in oracles.O1 else oracles.ornstein_uhlenbeck(1.0, 0.1, 1.0, 2.0, d, 1.0)
+    )
     rule = Langevin(Constant(1 / steps), 0.1)
-    return LinearSystem(Quadratic(1.0), rule, _start(d), steps, sigma, length_squared, distance, sigma, 1.0)
+    return LinearSystem(
+        Quadratic(1.0), rule, _start(d), steps, sigma, length_squared, distance, sigma, 1.0
+    )
 
 
 def cosine_decay(d: int, steps: int) -> LinearSystem:
@@ -45,14 +52,23 @@ def cosine_decay(d: int, steps: int) -> LinearSystem:
     dissipation, length_squared, distance = oracles.O3_PATH[d]
     rule = Langevin(Cosine(4 / steps), 0.1)
     sigma = oracles.O3_ENTROPY_PRODUCTION[d]["2(1+cos πs)"]
-    return LinearSystem(Quadratic(1.0), rule, _start(d), steps, sigma, length_squared, distance, dissipation, 2.0)
+    return LinearSystem(
+        Quadratic(1.0), rule, _start(d), steps, sigma, length_squared, distance, dissipation, 2.0
+    )
 
 
 def non_symmetric(steps: int) -> LinearSystem:
     """A drift with circulation, K ≠ Kᵀ, from an anisotropic start for U = 1."""
     stiffness, center = np.array([[1.0, 2.0], [-1.5, 0.7]]), np.array([0.5, -1.0])
     law = Law(np.array([2.0, 1.0]), np.array([[1.0, 0.3], [0.3, 0.5]]))
-    truth = oracles.linear_drift(np.asarray(law.mean), np.asarray(law.covariance), stiffness, center, lambda s: 1.0, lambda s: 0.2)
+    truth = oracles.linear_drift(
+        np.asarray(law.mean),
+        np.asarray(law.covariance),
+        stiffness,
+        center,
+        lambda s: 1.0,
+        lambda s: 0.2,
+    )
     rule = Langevin(Constant(1 / steps), 0.2)
     return LinearSystem(
         Quadratic(stiffness, center),
@@ -106,7 +122,12 @@ class Wells:
 
     def path(self, members: int, times: np.ndarray) -> np.ndarray:
         """Positions (J+1, n, 1) of the gradient flow at constant mobility."""
-        return oracles.double_well_flow(self.start(members), self.barrier, self.width, self.time * np.asarray(times)[:, None, None])
+        return oracles.double_well_flow(
+            self.start(members),
+            self.barrier,
+            self.width,
+            self.time * np.asarray(times)[:, None, None],
+        )
 
 
 def _start(d: int) -> Law:

@@ -33,8 +33,16 @@ emulated = jax.jit(measured, compiler_options={"xla_allow_excess_precision": Fal
 def test_sigma_hardly_feels_it():
     """A network rounded to 8 bits moves its members by what a thousandth of the error over seeds would not show."""
     start = network(None).init(members=16, key=KEY)
-    (path, report), (rounded, other) = emulated(network(None), start), emulated(network("bfloat16"), start)
-    assert rounded.positions.dtype == rounded.energies.dtype == other.entropy_production.dtype == jnp.float32
+    (path, report), (rounded, other) = (
+        emulated(network(None), start),
+        emulated(network("bfloat16"), start),
+    )
+    assert (
+        rounded.positions.dtype
+        == rounded.energies.dtype
+        == other.entropy_production.dtype
+        == jnp.float32
+    )
     # The rounding is there: a relative 2⁻⁹ in every number, which members feel one by one.
     moved = float(jnp.max(jnp.abs(rounded.final - path.final)))
     assert 1e-5 < moved < 1e-1
@@ -46,10 +54,17 @@ def test_sigma_hardly_feels_it():
 def test_the_model_alone_multiplies_in_it():
     start = network(None).init(members=4, key=KEY)
     text = jax.jit(measured).lower(network("bfloat16"), start).as_text()
-    products = [re.findall(r": \((.*?)\) -> (.*)", line)[-1] for line in text.splitlines() if "dot_general" in line]
+    products = [
+        re.findall(r": \((.*?)\) -> (.*)", line)[-1]
+        for line in text.splitlines()
+        if "dot_general" in line
+    ]
     inside = [shapes for shapes in products if "bf16" in shapes[0]]
     assert len(inside) >= 4  # two layers, forward and backward
-    assert all("bf16" in first and not re.search(r"x(bf16)>, tensor<[\dx]*xf32", first) for first, _ in inside)
+    assert all(
+        "bf16" in first and not re.search(r"x(bf16)>, tensor<[\dx]*xf32", first)
+        for first, _ in inside
+    )
     assert re.search(r"tensor<11x4x2410xf32>", text)
 
 

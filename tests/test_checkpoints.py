@@ -96,7 +96,9 @@ def test_a_run_goes_on_from_where_it_was(tmp_path, monkeypatch):
         manager = opened._manager
     assert sorted(manager.all_steps()) == [5, 6]
     seen = []
-    monkeypatch.setattr(module.Session, "offer", lambda self, step, state, last=False: seen.append(step))
+    monkeypatch.setattr(
+        module.Session, "offer", lambda self, step, state, last=False: seen.append(step)
+    )
     shutil.rmtree(tmp_path / "6")
     run(resumed)
     assert seen == [6]
@@ -106,20 +108,28 @@ def test_a_search_goes_on_from_where_it_was(tmp_path):
     with pytest.raises(Stop):
         search(Checkpoints(tmp_path, every=0), stopped_at(7))
     seen = []
-    resumed = search(Checkpoints(tmp_path, resume=True, every=0), lambda at: seen.append(at.iteration))
+    resumed = search(
+        Checkpoints(tmp_path, resume=True, every=0), lambda at: seen.append(at.iteration)
+    )
     same(search(), resumed)
     assert seen == [7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize(
     "objective",
-    [lambda x, key: noisy_parabola(x, key)[0], lambda x, key: (noisy_parabola(x, key)[0], (), jnp.sum(x))],
+    [
+        lambda x, key: noisy_parabola(x, key)[0],
+        lambda x, key: (noisy_parabola(x, key)[0], (), jnp.sum(x)),
+    ],
     ids=["a scalar alone", "auxiliary without residuals"],
 )
 def test_a_search_without_constraints_goes_on(tmp_path, objective):
     with pytest.raises(Stop):
         search(Checkpoints(tmp_path, every=0), stopped_at(7), objective)
-    same(search(objective=objective), search(Checkpoints(tmp_path, resume=True, every=0), objective=objective))
+    same(
+        search(objective=objective),
+        search(Checkpoints(tmp_path, resume=True, every=0), objective=objective),
+    )
 
 
 def test_an_optimizer_with_a_key_goes_on(tmp_path):
@@ -132,10 +142,16 @@ def test_an_optimizer_with_a_key_goes_on(tmp_path):
 @pytest.mark.usefixtures("x64")
 def test_a_history_comes_back_in_double_precision(tmp_path):
     """The norm of the gradient has more digits than a value in half precision."""
-    objective = lambda x, key: (noisy_parabola(x, key)[0].astype(jnp.float16), jnp.sum(x) - 5.0)  # noqa: E731
+
+    def objective(x, key):
+        return (noisy_parabola(x, key)[0].astype(jnp.float16), jnp.sum(x) - 5.0)
+
     with pytest.raises(Stop):
         search(Checkpoints(tmp_path, every=0), stopped_at(7), objective)
-    same(search(objective=objective), search(Checkpoints(tmp_path, resume=True, every=0), objective=objective))
+    same(
+        search(objective=objective),
+        search(Checkpoints(tmp_path, resume=True, every=0), objective=objective),
+    )
 
 
 def test_a_finished_run_is_read_and_not_run_again(tmp_path):
@@ -172,7 +188,10 @@ def test_nothing_readable_is_refused(tmp_path, refused):
             if path.is_file():
                 os.truncate(path, 0)
     with pytest.warns(RuntimeWarning, match="cannot be read"):
-        refused(lambda: run(Checkpoints(tmp_path, resume=True)), "hold at least one checkpoint that can be read")
+        refused(
+            lambda: run(Checkpoints(tmp_path, resume=True)),
+            "hold at least one checkpoint that can be read",
+        )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +216,9 @@ def test_another_run_is_refused(tmp_path, refused, other, sentence):
 def test_another_version_is_refused(tmp_path, refused, monkeypatch):
     run(Checkpoints(tmp_path))
     monkeypatch.setattr(module, "versions", lambda: {**versions(), "jax": "0.1"})
-    refused(lambda: run(Checkpoints(tmp_path, resume=True)), "whose version of jax is .*, not '?0.1")
+    refused(
+        lambda: run(Checkpoints(tmp_path, resume=True)), "whose version of jax is .*, not '?0.1"
+    )
 
 
 def test_another_search_is_refused(tmp_path, refused):
@@ -207,26 +228,40 @@ def test_another_search_is_refused(tmp_path, refused):
         return 2 * noisy_parabola(x, key)[0]
 
     again = Checkpoints(tmp_path, resume=True)
-    refused(lambda: search(again, objective=steeper), "whose objective is noisy_parabola .*, not .*steeper")
+    refused(
+        lambda: search(again, objective=steeper),
+        "whose objective is noisy_parabola .*, not .*steeper",
+    )
     refused(lambda: search(again, iterations=13), "whose iterations is 12, not 13")
 
 
 def test_bad_input_is_one_sentence(tmp_path, refused):
     run(Checkpoints(tmp_path / "used"))
-    refused(lambda: run(Checkpoints(tmp_path / "used")), "be a folder without a run, or say resume=True .* come to round 6")
+    refused(
+        lambda: run(Checkpoints(tmp_path / "used")),
+        "be a folder without a run, or say resume=True .* come to round 6",
+    )
     (tmp_path / "file").touch()
     refused(lambda: Checkpoints(tmp_path / "file"), "`folder` must be a folder")
-    refused(lambda: Checkpoints("gs://bucket/run"), "`folder` must be a folder of a file system that is mounted here, but is gs:")
+    refused(
+        lambda: Checkpoints("gs://bucket/run"),
+        "`folder` must be a folder of a file system that is mounted here, but is gs:",
+    )
     refused(lambda: Checkpoints(tmp_path, every=-1), "`every` must be at least 0")
     refused(lambda: run(str(tmp_path)), "`checkpoints` must be Checkpoints")
-    gradient = jax.grad(lambda rate: jnp.sum(run(Checkpoints(tmp_path / "new"), rule=Langevin(rate, 0.1)).final))
+    gradient = jax.grad(
+        lambda rate: jnp.sum(run(Checkpoints(tmp_path / "new"), rule=Langevin(rate, 0.1)).final)
+    )
     refused(lambda: gradient(0.1), "left out inside jit, grad and vmap")
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path, refused):
     again = Checkpoints(tmp_path, resume=True)
     with session(again, {}):
-        refused(lambda: run(again), f"`checkpoints` must have no other writer, but process {os.getpid()} of .* is writing it")
+        refused(
+            lambda: run(again),
+            f"`checkpoints` must have no other writer, but process {os.getpid()} of .* is writing it",
+        )
     run(again)
     assert [path.name for path in tmp_path.iterdir()] == ["6"]
 
@@ -302,9 +337,16 @@ def test_a_full_disk_does_not_end_the_search(tmp_path, monkeypatch):
             raise ValueError("No space left on device\nand a long account of it")
 
     disturbed(monkeypatch, full)
-    with pytest.warns(RuntimeWarning, match="^The checkpoint of round .* cannot be written: No space left on device$") as warned:
+    with pytest.warns(
+        RuntimeWarning,
+        match="^The checkpoint of round .* cannot be written: No space left on device$",
+    ) as warned:
         same(search(), search(Checkpoints(tmp_path, every=0)))
-    assert [re.search(r"round (\d+)", str(warning.message)).group(1) for warning in warned] == ["5", "6", "12"]
+    assert [re.search(r"round (\d+)", str(warning.message)).group(1) for warning in warned] == [
+        "5",
+        "6",
+        "12",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11"]
     monkeypatch.undo()
     same(search(), search(Checkpoints(tmp_path, resume=True)))
@@ -320,7 +362,10 @@ def test_told_to_end_on_a_full_disk_it_says_how_far_it_came(tmp_path, monkeypatc
 
     disturbed(monkeypatch, full)
     left = f"goes on from round {failing - 1}, which is saved"
-    with pytest.warns(RuntimeWarning, match=f"round {failing} .* cannot be written"), pytest.raises(Terminated, match=left):
+    with (
+        pytest.warns(RuntimeWarning, match=f"round {failing} .* cannot be written"),
+        pytest.raises(Terminated, match=left),
+    ):
         search(Checkpoints(tmp_path, every=0))
 
 
@@ -335,13 +380,18 @@ def test_interrupted_it_saves_and_gives_the_best_so_far(tmp_path):
 
 @pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("from_where", ["step", "callback"])
-def test_interrupted_in_the_first_iteration_it_gives_the_start(tmp_path, monkeypatch, saved, from_where):
+def test_interrupted_in_the_first_iteration_it_gives_the_start(
+    tmp_path, monkeypatch, saved, from_where
+):
     def interrupt(*_):
         raise KeyboardInterrupt
 
     if from_where == "step":
         monkeypatch.setattr(optax.tree, "norm", interrupt)
-    alone = lambda x, key: noisy_parabola(x, key)[0]  # noqa: E731
+
+    def alone(x, key):
+        return noisy_parabola(x, key)[0]
+
     found = search(Checkpoints(tmp_path) if saved else None, interrupt, alone)
     assert found.interrupted
     assert len(found.history.value) == (from_where == "callback")
@@ -366,12 +416,22 @@ def undisturbed(tmp_path_factory, environment) -> dict[str, np.ndarray]:
 
 
 def finish(out: Path, folder: Path, environment: dict[str, str], *more: str) -> None:
-    subprocess.run(command(out, folder, *more), env=environment, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    subprocess.run(
+        command(out, folder, *more),
+        env=environment,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        timeout=300,
+    )
 
 
-def killed_after(lines: int, seconds: float, out: Path, folder: Path, environment: dict[str, str], *more: str) -> int:
+def killed_after(
+    lines: int, seconds: float, out: Path, folder: Path, environment: dict[str, str], *more: str
+) -> int:
     """Run until so many lines have been printed and so many seconds more have passed; the exit code."""
-    with subprocess.Popen(command(out, folder, *more), env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command(out, folder, *more), env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
         for _ in zip(range(lines), process.stdout, strict=False):
             pass
         time.sleep(seconds)
@@ -387,12 +447,20 @@ def same_files(found: Path, expected: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(kills, tmp_path, undisturbed, environment):
+def test_killed_at_random_moments_it_ends_with_the_same_bits(
+    kills, tmp_path, undisturbed, environment
+):
     out, moments = tmp_path / "out.npz", random.Random(kills)
     for i in range(kills):
         # The first line comes before anything is computed, the second after the simulation, each other after a round of the search.
         lines = 1 if i < kills // 2 else moments.randint(2, 4)
-        killed_after(lines, moments.uniform(0, 1.5 if lines == 1 else 0.1), out, tmp_path / "kept", environment)
+        killed_after(
+            lines,
+            moments.uniform(0, 1.5 if lines == 1 else 0.1),
+            out,
+            tmp_path / "kept",
+            environment,
+        )
         if i == 0:
             assert not out.exists()
     finish(out, tmp_path / "kept", environment)
@@ -414,9 +482,13 @@ def test_terminated_it_exits_with_its_own_code_and_goes_on(tmp_path, undisturbed
 
 def test_it_goes_on_on_other_devices(tmp_path, undisturbed, environment):
     out = tmp_path / "out.npz"
-    assert killed_after(2, 0, out, tmp_path / "kept", environment, "--devices", "8") == -signal.SIGKILL
+    assert (
+        killed_after(2, 0, out, tmp_path / "kept", environment, "--devices", "8") == -signal.SIGKILL
+    )
     # Without the last of its checkpoints it has a link to go.
-    for step in sorted((tmp_path / "kept" / "run").glob("[0-9]*"), key=lambda path: int(path.name))[-1:]:
+    for step in sorted((tmp_path / "kept" / "run").glob("[0-9]*"), key=lambda path: int(path.name))[
+        -1:
+    ]:
         shutil.rmtree(step)
     finish(out, tmp_path / "kept", environment, "--devices", "4")
     with np.load(out) as found:

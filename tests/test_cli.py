@@ -28,7 +28,14 @@ iterations = 12
 judge_runs = 3
 """
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
-NAMES = {"constant", "linear_decay", "cosine", "warmup_stable_decay", "exponential_decay", "optimized"}
+NAMES = {
+    "constant",
+    "linear_decay",
+    "cosine",
+    "warmup_stable_decay",
+    "exponential_decay",
+    "optimized",
+}
 NUMBERS = {
     "entropy_production",
     "length_squared",
@@ -53,7 +60,16 @@ def _restore_precision():
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("optimize")
     (folder / "small.toml").write_text(SMALL)
-    code = cli.main(["optimize", "--config", str(folder / "small.toml"), "--out", str(folder / "first"), "--quiet"])
+    code = cli.main(
+        [
+            "optimize",
+            "--config",
+            str(folder / "small.toml"),
+            "--out",
+            str(folder / "first"),
+            "--quiet",
+        ]
+    )
     return code, folder
 
 
@@ -66,10 +82,19 @@ def test_writes_what_it_promises(small):
         assert set(schedule) >= NUMBERS | {"learning_rates", "standard_error"}
         assert set(schedule["standard_error"]) == NUMBERS
         assert len(schedule["learning_rates"]) == 40
-        assert schedule["gap"] == pytest.approx(schedule["entropy_production"] - schedule["w2_squared"], rel=1e-5)
-        assert schedule["gap"] == pytest.approx(schedule["temporal"] + schedule["geometric"], rel=1e-5)
+        assert schedule["gap"] == pytest.approx(
+            schedule["entropy_production"] - schedule["w2_squared"], rel=1e-5
+        )
+        assert schedule["gap"] == pytest.approx(
+            schedule["temporal"] + schedule["geometric"], rel=1e-5
+        )
         assert sum(schedule["learning_rates"]) == pytest.approx(schedule["learning_time"], rel=1e-5)
-        assert schedule["entropy_production"] >= schedule["length_squared"] >= schedule["w2_squared"] > 0
+        assert (
+            schedule["entropy_production"]
+            >= schedule["length_squared"]
+            >= schedule["w2_squared"]
+            > 0
+        )
     sigmas = [schedule["entropy_production"] for schedule in report["schedules"].values()]
     assert sigmas == sorted(sigmas), "best first"
     optimized = report["schedules"]["optimized"]
@@ -91,11 +116,27 @@ def test_the_written_config_gives_the_same_report_again(small):
     config = folder / "first" / "config.toml"
     assert tomllib.loads(config.read_text())["hidden"] == [8]
     cli.main(["optimize", "--config", str(config), "--out", str(folder / "second"), "--quiet"])
-    first, second = (json.loads((folder / name / "report.json").read_text()) for name in ("first", "second"))
+    first, second = (
+        json.loads((folder / name / "report.json").read_text()) for name in ("first", "second")
+    )
     assert first["schedules"] == second["schedules"]
     assert first["target_loss"] == second["target_loss"]
-    cli.main(["optimize", "--config", str(config), "--out", str(folder / "third"), "--seed", "1", "--quiet"])
-    assert json.loads((folder / "third" / "report.json").read_text())["target_loss"] != first["target_loss"]
+    cli.main(
+        [
+            "optimize",
+            "--config",
+            str(config),
+            "--out",
+            str(folder / "third"),
+            "--seed",
+            "1",
+            "--quiet",
+        ]
+    )
+    assert (
+        json.loads((folder / "third" / "report.json").read_text())["target_loss"]
+        != first["target_loss"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,11 +147,17 @@ def test_the_written_config_gives_the_same_report_again(small):
         (["--snapshots", "7"], "Argument `snapshots` must divide the 200 steps, but is 7."),
         (["--rate", "-0.1"], "Argument `rate` must be greater than 0, but is -0.1."),
         (["--rate", "nan"], "Argument `rate` must be greater than 0, but is nan."),
-        (["--temperature", "-1"], "Argument `temperature` must be at least 0 and not NaN, but has the value -1."),
+        (
+            ["--temperature", "-1"],
+            "Argument `temperature` must be at least 0 and not NaN, but has the value -1.",
+        ),
         (["--epsilon", "0"], "Argument `epsilon` must be greater than 0, but is 0."),
         (["--target", "-2"], "Argument `target` must be a positive loss, but is -2.0."),
         (["--hidden", "0"], "Argument `hidden` must be an integer of at least 1, but is 0."),
-        (["--judge-runs", "1"], "Argument `judge_runs` must be an integer of at least 2, but is 1."),
+        (
+            ["--judge-runs", "1"],
+            "Argument `judge_runs` must be an integer of at least 2, but is 1.",
+        ),
         (["--config", "/nowhere.toml"], "Argument `config` must be a readable file"),
     ],
 )
@@ -137,7 +184,12 @@ def test_bad_values_are_one_sentence(arguments, sentence, capsys, tmp_path):
 )
 def test_bad_files_are_one_sentence(content, sentence, capsys, tmp_path):
     (tmp_path / "bad.toml").write_text(content)
-    assert cli.main(["optimize", "--out", str(tmp_path / "out"), "--config", str(tmp_path / "bad.toml")]) == 2
+    assert (
+        cli.main(
+            ["optimize", "--out", str(tmp_path / "out"), "--config", str(tmp_path / "bad.toml")]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith(f"esljax: {sentence}")
     assert error.count("\n") == 1
@@ -159,7 +211,18 @@ def test_out_is_a_file(tmp_path, capsys):
 
 def test_target_out_of_reach(tmp_path, capsys):
     (tmp_path / "small.toml").write_text(SMALL)
-    code = cli.main(["optimize", "--config", str(tmp_path / "small.toml"), "--target", "1e-5", "--out", str(tmp_path / "out"), "--quiet"])
+    code = cli.main(
+        [
+            "optimize",
+            "--config",
+            str(tmp_path / "small.toml"),
+            "--target",
+            "1e-5",
+            "--out",
+            str(tmp_path / "out"),
+            "--quiet",
+        ]
+    )
     error = capsys.readouterr().err
     assert code == 2
     assert "Argument `target` must be a loss that constant can reach, but is 1e-05" in error
@@ -170,7 +233,16 @@ def test_help_explains_every_flag(capsys):
     assert cli.main(["optimize", "--help"]) == 0
     text = capsys.readouterr().out
     flags = re.findall(r"--[a-z0-9-]+", text)
-    for field in ("members", "judge-runs", "batch-size", "temperature", "config", "quiet", "dtype", "transport"):
+    for field in (
+        "members",
+        "judge-runs",
+        "batch-size",
+        "temperature",
+        "config",
+        "quiet",
+        "dtype",
+        "transport",
+    ):
         assert f"--{field}" in flags
     assert "130 interrupted" in text
 
@@ -180,7 +252,13 @@ def test_interrupting_the_optimization_keeps_the_best_so_far(tmp_path):
     (tmp_path / "small.toml").write_text(SMALL.replace("iterations = 12", "iterations = 100000"))
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "esljax", "optimize", "--config", "small.toml", "--out", "out"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "160"})
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
+    )
     os.close(theirs)
     seen, sent, deadline = "", False, time.monotonic() + 240
     try:

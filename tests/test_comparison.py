@@ -16,12 +16,16 @@ from esljax.files.storage import write_json, write_toml
 def problem():
     data = esl.datasets.two_moons(300)
     potential = esl.FlaxLoss(esl.models.mlp(2, 8, 2), data.train, batch_size=32, l2=1e-4)
-    return comparison.Problem(potential, data.test, 1e-6, esl.ExactTransport(), members=6, steps=20, snapshots=5)
+    return comparison.Problem(
+        potential, data.test, 1e-6, esl.ExactTransport(), members=6, steps=20, snapshots=5
+    )
 
 
 def test_table_reads_the_same_rates(problem):
     for shape in comparison.usual_shapes().values():
-        np.testing.assert_allclose(problem.table(shape).rates(20), shape.rates(20), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            problem.table(shape).rates(20), shape.rates(20), rtol=1e-6, atol=1e-7
+        )
 
 
 def test_run_is_the_simulation_that_it_says(problem):
@@ -30,11 +34,17 @@ def test_run_is_the_simulation_that_it_says(problem):
     outcome = problem.run(esl.Constant(0.2), key)
     start_key, path_key = jax.random.split(key)
     start = problem.potential.init(members=6, key=start_key)
-    path = esl.simulate(problem.potential, esl.Langevin(0.2, 1e-6), start, steps=20, snapshots=5, key=path_key)
+    path = esl.simulate(
+        problem.potential, esl.Langevin(0.2, 1e-6), start, steps=20, snapshots=5, key=path_key
+    )
     losses = [float(problem.potential.energy(member)) for member in path.final]
     np.testing.assert_allclose(outcome.final_loss, np.mean(losses), rtol=1e-5)
     logits = problem.potential.predict(path.final, problem.test.inputs)
-    np.testing.assert_allclose(outcome.test_accuracy, np.mean(np.argmax(logits, -1) == np.asarray(problem.test.labels)), rtol=1e-6)
+    np.testing.assert_allclose(
+        outcome.test_accuracy,
+        np.mean(np.argmax(logits, -1) == np.asarray(problem.test.labels)),
+        rtol=1e-6,
+    )
 
 
 def test_match_endpoint_meets_the_target_on_its_keys(problem):
@@ -42,7 +52,15 @@ def test_match_endpoint_meets_the_target_on_its_keys(problem):
     target = comparison.final_loss(problem, esl.Constant(0.2), keys)
     trials = []
     for name, shape in comparison.usual_shapes().items():
-        matched = comparison.match_endpoint(problem, shape, target=target, learning_time=4.0, keys=keys, name=name, watch=trials.append)
+        matched = comparison.match_endpoint(
+            problem,
+            shape,
+            target=target,
+            learning_time=4.0,
+            keys=keys,
+            name=name,
+            watch=trials.append,
+        )
         loss = np.mean([problem.run(matched, key).final_loss for key in keys])
         assert abs(loss / target - 1) < 1e-3, name
         # The shape is kept: only its scale moved.
@@ -54,11 +72,16 @@ def test_match_endpoint_meets_the_target_on_its_keys(problem):
 def test_unreachable_target_lists_what_was_tried(problem):
     keys = jax.random.split(jax.random.key(0), 1)
     with pytest.raises(
-        esl.InputError, match="Argument `target` must be a loss that cosine can reach, but is 1e-06: scaling the rates gave"
+        esl.InputError,
+        match="Argument `target` must be a loss that cosine can reach, but is 1e-06: scaling the rates gave",
     ):
-        comparison.match_endpoint(problem, esl.Cosine(1.0), target=1e-6, learning_time=4.0, keys=keys, name="cosine")
+        comparison.match_endpoint(
+            problem, esl.Cosine(1.0), target=1e-6, learning_time=4.0, keys=keys, name="cosine"
+        )
     with pytest.raises(esl.InputError, match="positive sum"):
-        comparison.match_endpoint(problem, esl.Constant(0.0), target=0.5, learning_time=4.0, keys=keys)
+        comparison.match_endpoint(
+            problem, esl.Constant(0.0), target=0.5, learning_time=4.0, keys=keys
+        )
 
 
 def test_judge_averages_single_runs(problem):
@@ -83,13 +106,21 @@ def test_ratio_is_paired(problem):
     ratios = np.asarray(fast.entropy_productions) / np.asarray(slow.entropy_productions)
     np.testing.assert_allclose(mean, ratios.mean(), rtol=1e-6)
     np.testing.assert_allclose(error, ratios.std(ddof=1) / np.sqrt(6), rtol=1e-6)
-    spread = np.std(np.asarray(slow.entropy_productions), ddof=1) / np.sqrt(6) / np.mean(np.asarray(slow.entropy_productions))
+    spread = (
+        np.std(np.asarray(slow.entropy_productions), ddof=1)
+        / np.sqrt(6)
+        / np.mean(np.asarray(slow.entropy_productions))
+    )
     assert error < spread
 
 
 def test_files_are_whole_or_absent(tmp_path):
     write_json(tmp_path / "a.json", {"x": float("nan"), "y": [1.5, float("inf")], "z": math.pi})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [1.5, None], "z": math.pi}
+    assert json.loads((tmp_path / "a.json").read_text()) == {
+        "x": None,
+        "y": [1.5, None],
+        "z": math.pi,
+    }
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"x": object()})
     assert "null" in (tmp_path / "a.json").read_text(), "the old file stays"

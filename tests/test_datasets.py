@@ -12,7 +12,12 @@ from esljax import datasets
 DATASETS = {
     "digits": (datasets.digits, 1797, 64, 10),
     "moons": (lambda **options: datasets.two_moons(samples=203, noise=0.2, **options), 203, 2, 2),
-    "teacher": (lambda **options: datasets.teacher(samples=301, features=7, classes=4, hidden=5, **options), 301, 7, 4),
+    "teacher": (
+        lambda **options: datasets.teacher(samples=301, features=7, classes=4, hidden=5, **options),
+        301,
+        7,
+        4,
+    ),
 }
 every = pytest.mark.parametrize("name", DATASETS)
 
@@ -28,7 +33,10 @@ def test_shapes_types_and_classes(name):
     make, samples, features, classes = DATASETS[name]
     data = make(test_fraction=0.3)
     tests = round(0.3 * samples)
-    assert (data.train.inputs.shape, data.test.inputs.shape) == ((samples - tests, features), (tests, features))
+    assert (data.train.inputs.shape, data.test.inputs.shape) == (
+        (samples - tests, features),
+        (tests, features),
+    )
     for split in data:
         assert split.labels.shape == split.inputs.shape[:1]
         assert split.inputs.dtype == np.float32
@@ -42,7 +50,9 @@ def test_shapes_types_and_classes(name):
 @every
 def test_the_seed_fixes_everything(name):
     make = DATASETS[name][0]
-    for one, other in zip(jax.tree.leaves(make(seed=3)), jax.tree.leaves(make(seed=3)), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(make(seed=3)), jax.tree.leaves(make(seed=3)), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
     assert not np.array_equal(make(seed=3).train.inputs, make(seed=4).train.inputs)
 
@@ -56,7 +66,9 @@ def test_digits_are_all_there_once_and_shuffled():
     bunch = sklearn.datasets.load_digits()
     data = datasets.digits(seed=5)
     together = jax.tree.map(lambda *parts: jnp.concatenate(parts), data.train, data.test)
-    np.testing.assert_allclose(rows(together), rows(datasets.Examples(bunch.data / 16, bunch.target)), rtol=1e-7)
+    np.testing.assert_allclose(
+        rows(together), rows(datasets.Examples(bunch.data / 16, bunch.target)), rtol=1e-7
+    )
     assert (float(together.inputs.min()), float(together.inputs.max())) == (0.0, 1.0)
     # The file runs 0, 1, ..., 9 again and again; a split without a shuffle would show it.
     assert not np.array_equal(data.test.labels[:10], bunch.target[:10])
@@ -70,7 +82,9 @@ def test_digits_are_all_there_once_and_shuffled():
 def test_splits_are_disjoint_and_complete(name, fraction):
     """The same seed gives the same examples however they are split, and generated examples are all different."""
     data, other = (DATASETS[name][0](seed=6, test_fraction=x) for x in (fraction, 0.25))
-    together, again = (jax.tree.map(lambda *parts: jnp.concatenate(parts), x.train, x.test) for x in (data, other))
+    together, again = (
+        jax.tree.map(lambda *parts: jnp.concatenate(parts), x.train, x.test) for x in (data, other)
+    )
     np.testing.assert_array_equal(rows(together), rows(again))
     assert len({tuple(row) for row in rows(together)}) == DATASETS[name][1]
 
@@ -80,7 +94,10 @@ def test_moons_are_two_half_circles():
     centers = np.array([[0.0, 0.0], [1.0, 0.5]])[labels]
     np.testing.assert_allclose(np.linalg.norm(inputs - centers, axis=1), 1, rtol=1e-5)
     assert bool(
-        np.all((np.asarray(inputs - centers)[:, 1] >= -1e-6) == (np.asarray(labels) == 0) | (np.abs(inputs - centers)[:, 1] < 1e-6))
+        np.all(
+            (np.asarray(inputs - centers)[:, 1] >= -1e-6)
+            == (np.asarray(labels) == 0) | (np.abs(inputs - centers)[:, 1] < 1e-6)
+        )
     )
     noisy = datasets.two_moons(samples=4000, noise=0.2, seed=1, test_fraction=0.1).train
     radial = np.linalg.norm(noisy.inputs - np.array([[0.0, 0.0], [1.0, 0.5]])[noisy.labels], axis=1)
@@ -104,17 +121,44 @@ def test_the_teacher_can_be_learned_and_its_inputs_are_standard_normal():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: datasets.digits(test_fraction=0.0), r"`test_fraction` must leave both splits of 1797 examples non-empty, but is 0\.0\."),
-        (lambda: datasets.digits(test_fraction=1.0), r"`test_fraction` must leave both splits of 1797 examples non-empty, but is 1\.0\."),
+        (
+            lambda: datasets.digits(test_fraction=0.0),
+            r"`test_fraction` must leave both splits of 1797 examples non-empty, but is 0\.0\.",
+        ),
+        (
+            lambda: datasets.digits(test_fraction=1.0),
+            r"`test_fraction` must leave both splits of 1797 examples non-empty, but is 1\.0\.",
+        ),
         (lambda: datasets.digits(test_fraction=np.nan), r"`test_fraction` must .*, but is nan\."),
         (lambda: datasets.digits(seed=-1), r"`seed` must be an integer of at least 0, but is -1\."),
-        (lambda: datasets.two_moons(samples=1), r"`samples` must be an integer of at least 2, but is 1\."),
-        (lambda: datasets.two_moons(noise=-0.1), r"`noise` must be at least 0 and not NaN, but has the value -0\.1\."),
-        (lambda: datasets.two_moons(seed=0.5), r"`seed` must be an integer of at least 0, but is 0\.5\."),
-        (lambda: datasets.teacher(classes=1), r"`classes` must be an integer of at least 2, but is 1\."),
-        (lambda: datasets.teacher(features=0), r"`features` must be an integer of at least 1, but is 0\."),
-        (lambda: datasets.teacher(hidden=0), r"`hidden` must be an integer of at least 1, but is 0\."),
-        (lambda: datasets.teacher(seed=-1), r"`seed` must be an integer of at least 0, but is -1\."),
+        (
+            lambda: datasets.two_moons(samples=1),
+            r"`samples` must be an integer of at least 2, but is 1\.",
+        ),
+        (
+            lambda: datasets.two_moons(noise=-0.1),
+            r"`noise` must be at least 0 and not NaN, but has the value -0\.1\.",
+        ),
+        (
+            lambda: datasets.two_moons(seed=0.5),
+            r"`seed` must be an integer of at least 0, but is 0\.5\.",
+        ),
+        (
+            lambda: datasets.teacher(classes=1),
+            r"`classes` must be an integer of at least 2, but is 1\.",
+        ),
+        (
+            lambda: datasets.teacher(features=0),
+            r"`features` must be an integer of at least 1, but is 0\.",
+        ),
+        (
+            lambda: datasets.teacher(hidden=0),
+            r"`hidden` must be an integer of at least 1, but is 0\.",
+        ),
+        (
+            lambda: datasets.teacher(seed=-1),
+            r"`seed` must be an integer of at least 0, but is -1\.",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(call, sentence, refused):

@@ -16,7 +16,13 @@ from esljax.transport import ExactTransport, GaussianTransport
 from esljax.velocity import TransportVelocity
 
 KEY = jax.random.key(0)
-DEBIASED = ("debiased_entropy_production", "debiased_w2_squared", "debiased_gap", "gap_lower", "gap_upper")
+DEBIASED = (
+    "debiased_entropy_production",
+    "debiased_w2_squared",
+    "debiased_gap",
+    "gap_lower",
+    "gap_upper",
+)
 
 
 def debiased(trajectory, transport):
@@ -36,28 +42,42 @@ def wandering(n, d=2, links=4, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("n", "d", "plug_in", "repetitions"), [(64, 2, 0.32, 100), (256, 2, 0.12, 25), (64, 5, 2.31, 100), (256, 5, 1.34, 25)]
+    ("n", "d", "plug_in", "repetitions"),
+    [(64, 2, 0.32, 100), (256, 2, 0.12, 25), (64, 5, 2.31, 100), (256, 5, 1.34, 25)],
 )
 def test_two_samples_of_one_law(n, d, plug_in, repetitions):
     """W2² of the law is 0: raw it comes out as the known plug-in number of independent samples, debiased as 0."""
 
     @jax.jit
     def pairs(keys):
-        one = lambda key: speed_limit(  # noqa: E731
-            recorded(jax.random.normal(key, (2, n, d))), transport=ExactTransport(), debias=True, jackknife=0
-        )
+        def one(key):
+            return speed_limit(
+                recorded(jax.random.normal(key, (2, n, d))),
+                transport=ExactTransport(),
+                debias=True,
+                jackknife=0,
+            )
+
         return jax.lax.map(one, keys)
 
     mean = average(pairs(jax.random.split(KEY, repetitions)))
     error = mean.standard_error
-    assert abs(float(mean.w2_squared) - plug_in) < 5 * float(error.w2_squared) + 0.005  # known to two decimals
-    for name in ("debiased_w2_squared", "debiased_entropy_production", "debiased_gap"):  # one link in unit time: Σ is W2²
+    assert (
+        abs(float(mean.w2_squared) - plug_in) < 5 * float(error.w2_squared) + 0.005
+    )  # known to two decimals
+    for name in (
+        "debiased_w2_squared",
+        "debiased_entropy_production",
+        "debiased_gap",
+    ):  # one link in unit time: Σ is W2²
         assert abs(float(getattr(mean, name))) <= 5 * float(getattr(error, name))
     assert plug_in > 10 * float(error.debiased_w2_squared)
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("transport", [ExactTransport(), GaussianTransport()], ids=["exact", "gaussian"])
+@pytest.mark.parametrize(
+    "transport", [ExactTransport(), GaussianTransport()], ids=["exact", "gaussian"]
+)
 def test_members_that_move_together(transport):
     """W2²(x, y + c) = W2²(x, y) + 2c·(ȳ - x̄) + c² for any two samples, so a translation loses all its bias; standing still is one by 0."""
     along = np.array([3.0]) if isinstance(transport, ExactTransport) else np.array([1.0, 2.0, -2.0])
@@ -76,7 +96,11 @@ def test_members_that_move_together(transport):
 @pytest.mark.usefixtures("x64")
 def test_by_hand():
     """W(x, y') - ½ W(x, x') - ½ W(y, y') of every link, both ways, for halves that are every second member."""
-    positions, times, squared = wandering(10, d=1), np.array([0, 0.1, 0.4, 0.6, 1]), ExactTransport().squared
+    positions, times, squared = (
+        wandering(10, d=1),
+        np.array([0, 0.1, 0.4, 0.6, 1]),
+        ExactTransport().squared,
+    )
     half, other = positions[:, ::2], positions[:, 1::2]
 
     def between(i, j):
@@ -95,7 +119,13 @@ def test_by_hand():
 def test_an_odd_member_has_no_half_to_be_in():
     positions = wandering(9, d=1)
     report, even = (
-        speed_limit(recorded(positions[:, :n]), transport=ExactTransport(), debias=True, jackknife=0 if n == 8 else 32) for n in (9, 8)
+        speed_limit(
+            recorded(positions[:, :n]),
+            transport=ExactTransport(),
+            debias=True,
+            jackknife=0 if n == 8 else 32,
+        )
+        for n in (9, 8)
     )
     for name in DEBIASED[:3]:
         np.testing.assert_allclose(getattr(report, name), getattr(even, name), rtol=1e-12)
@@ -104,14 +134,19 @@ def test_an_odd_member_has_no_half_to_be_in():
     assert report.errors == "jackknife over 4 groups of 2 of 9 members"
     assert report.freedom == 3
     kept = [np.delete(positions, [2 * i, 2 * i + 1], axis=1) for i in range(4)]
-    left = [speed_limit(recorded(x), transport=ExactTransport(), debias=True, jackknife=0) for x in kept]
+    left = [
+        speed_limit(recorded(x), transport=ExactTransport(), debias=True, jackknife=0) for x in kept
+    ]
     for name in (*DEBIASED, "entropy_production"):
         values = np.array([float(getattr(one, name)) for one in left])
         by_hand = np.sqrt(7 / 8 * np.sum((values - values.mean()) ** 2))
         np.testing.assert_allclose(getattr(report.standard_error, name), by_hand, rtol=1e-10)
 
 
-@pytest.mark.parametrize(("n", "errors"), [(2, "none"), (3, "none"), (5, "none"), (6, "jackknife over 3 groups of 2 of 6 members")])
+@pytest.mark.parametrize(
+    ("n", "errors"),
+    [(2, "none"), (3, "none"), (5, "none"), (6, "jackknife over 3 groups of 2 of 6 members")],
+)
 def test_few_members(n, errors):
     report = speed_limit(recorded(wandering(n, d=1)), transport=ExactTransport(), debias=True)
     assert np.isfinite(float(report.debiased_gap))
@@ -127,7 +162,9 @@ def test_jackknife_errors_are_the_spread_over_repetitions(speed, groups):
     """At even speed the gap has no part that is linear in the law, and of what is quadratic a jackknife doubles the variance (Efron and
     Stein, 1981): intervals of so small a gap are √2 too wide, on the safe side. All other errors are right."""
     n, runs = 64, 400
-    centers = jnp.array([0.0, 1, 6, 7, 12] if speed == "uneven" else [0.0, 2, 4, 6, 8])[:, None, None]
+    centers = jnp.array([0.0, 1, 6, 7, 12] if speed == "uneven" else [0.0, 2, 4, 6, 8])[
+        :, None, None
+    ]
 
     @jax.jit
     def reports(keys):
@@ -159,8 +196,12 @@ def report():
 def test_widths_are_quantiles_of_student(report, freedom, level):
     interval = dataclasses.replace(report, freedom=freedom).interval("w2_squared", level)
     truth = float(stats.t.ppf(0.5 + level / 2, freedom) * report.standard_error.w2_squared)
-    np.testing.assert_allclose((interval.upper - interval.lower) / 2, truth, rtol=1e-2 if level < 0.1 else 1e-4)
-    np.testing.assert_allclose((interval.upper + interval.lower) / 2, report.w2_squared, rtol=1e-5, atol=1e-5 * truth)
+    np.testing.assert_allclose(
+        (interval.upper - interval.lower) / 2, truth, rtol=1e-2 if level < 0.1 else 1e-4
+    )
+    np.testing.assert_allclose(
+        (interval.upper + interval.lower) / 2, report.w2_squared, rtol=1e-5, atol=1e-5 * truth
+    )
     assert interval.level == level
 
 
@@ -182,15 +223,26 @@ def test_ends_by_hand(report):
     for name in ("debiased_gap", "entropy_production"):
         interval = report.interval(name, 0.9)
         value, error = getattr(report, name), getattr(errors, name)
-        np.testing.assert_allclose((interval.lower, interval.upper), (value - width * error, value + width * error), rtol=1e-4)
+        np.testing.assert_allclose(
+            (interval.lower, interval.upper),
+            (value - width * error, value + width * error),
+            rtol=1e-4,
+        )
 
 
 def test_ends_with_a_velocity():
     """A Σ that is itself a lower bound stands in for the debiased chain below; above stays the chain, with what its spacing hides."""
     path = recorded(wandering(16, links=6))
-    report = speed_limit(path, transport=GaussianTransport(), velocity=TransportVelocity(GaussianTransport()), debias=True)
+    report = speed_limit(
+        path,
+        transport=GaussianTransport(),
+        velocity=TransportVelocity(GaussianTransport()),
+        debias=True,
+    )
     chain = speed_limit(path, transport=GaussianTransport(), debias=True)
-    assert float(report.entropy_production) != pytest.approx(float(chain.entropy_production), rel=1e-2)
+    assert float(report.entropy_production) != pytest.approx(
+        float(chain.entropy_production), rel=1e-2
+    )
     for name in ("gap_upper", "gap_lower", "hidden_by_spacing"):
         np.testing.assert_allclose(getattr(report, name), getattr(chain, name), rtol=1e-5)
     bound = dataclasses.replace(report, bound="lower")
@@ -202,10 +254,14 @@ def test_spacing_hides_nothing_where_nothing_tells():
     """One link less and there is no coarser chain; and a coarser chain that is higher hides nothing."""
     odd = speed_limit(recorded(wandering(8, links=5)), transport=GaussianTransport(), debias=True)
     assert float(odd.hidden_by_spacing) == 0
-    higher = speed_limit(recorded(wandering(8, links=4)), transport=GaussianTransport(), debias=True)
+    higher = speed_limit(
+        recorded(wandering(8, links=4)), transport=GaussianTransport(), debias=True
+    )
     higher = dataclasses.replace(higher, entropy_production_coarse=2 * higher.entropy_production)
     assert float(higher.hidden_by_spacing) == 0
-    np.testing.assert_allclose(higher.gap_upper, higher.entropy_production - higher.debiased_w2_squared, rtol=1e-6)
+    np.testing.assert_allclose(
+        higher.gap_upper, higher.entropy_production - higher.debiased_w2_squared, rtol=1e-6
+    )
 
 
 def test_without_splitting_the_gap_is_about_itself():
@@ -214,13 +270,24 @@ def test_without_splitting_the_gap_is_about_itself():
     assert plain.gap_lower is None
     assert plain.gap_upper is None
     interval, width = plain.interval("gap"), stats.t.ppf(0.975, plain.freedom)
-    np.testing.assert_allclose(interval.upper - interval.lower, 2 * width * plain.standard_error.gap, rtol=1e-4)
+    np.testing.assert_allclose(
+        interval.upper - interval.lower, 2 * width * plain.standard_error.gap, rtol=1e-4
+    )
 
 
 def test_bad_input(report, refused):
     for level, said in ((0, "0"), (1.0, "1.0"), (95, "95"), (-0.5, "-0.5"), (float("nan"), "nan")):
-        refused(lambda level=level: report.interval("gap", level), f"Argument `level` must lie between 0 and 1, but is {said}.")
+        refused(
+            lambda level=level: report.interval("gap", level),
+            f"Argument `level` must lie between 0 and 1, but is {said}.",
+        )
     refused(lambda: report.interval("Σ"), "Argument `name` must be one of 'entropy_production'")
     bare = speed_limit(recorded(wandering(16)), transport=GaussianTransport(), jackknife=0)
-    refused(lambda: bare.interval("gap"), "Argument `name` must be a number that the report has a standard error of, but is 'gap'")
-    refused(lambda: report.interval("dissipation"), "that the report has a standard error of, but is 'dissipation'")
+    refused(
+        lambda: bare.interval("gap"),
+        "Argument `name` must be a number that the report has a standard error of, but is 'gap'",
+    )
+    refused(
+        lambda: report.interval("dissipation"),
+        "that the report has a standard error of, but is 'dissipation'",
+    )

@@ -19,7 +19,10 @@ DENSITIES = {
     "flow": lambda: FlowDensity(jax.random.key(0), layers=1, width=2, steps=2),
 }
 # The flow compiles for tens of seconds.
-every = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "flow" else ()) for name in DENSITIES])
+every = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "flow" else ()) for name in DENSITIES],
+)
 SMOOTH = [name for name in DENSITIES if name != "histogram"]
 
 
@@ -27,7 +30,10 @@ def skewed(n, d=2, seed=0, dtype=np.float32):
     """Correlated, of unequal widths, and skewed in the first coordinate, so that signs and axes matter."""
     rng = np.random.default_rng(seed)
     mix = np.eye(d) + 0.5 * np.tri(d, k=-1)
-    return jnp.asarray(np.column_stack([rng.gamma(4.0, size=n), *(rng.normal(size=(d - 1, n)) * 3.0)]) @ mix.T, dtype)
+    return jnp.asarray(
+        np.column_stack([rng.gamma(4.0, size=n), *(rng.normal(size=(d - 1, n)) * 3.0)]) @ mix.T,
+        dtype,
+    )
 
 
 @eqx.filter_jit
@@ -44,9 +50,18 @@ def test_compiled_is_uncompiled_and_vmap_is_a_loop(name):
     density = DENSITIES[name]()
     x = jnp.stack([skewed(40, seed=seed) for seed in range(2)])
     alone = [evaluated(density.fit(rows), rows) for rows in x]
-    chex.assert_trees_all_close(evaluated(density.estimate(x[0], density.init(x[0]))[0], x[0]), alone[0], rtol=1e-3, atol=1e-3)
-    together = eqx.filter_vmap(lambda rows: evaluated(density.estimate(rows, density.init(rows))[0], rows))(x)
-    chex.assert_trees_all_close(together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone), rtol=1e-3, atol=1e-3)
+    chex.assert_trees_all_close(
+        evaluated(density.estimate(x[0], density.init(x[0]))[0], x[0]),
+        alone[0],
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    together = eqx.filter_vmap(
+        lambda rows: evaluated(density.estimate(rows, density.init(rows))[0], rows)
+    )(x)
+    chex.assert_trees_all_close(
+        together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone), rtol=1e-3, atol=1e-3
+    )
 
 
 @every
@@ -54,11 +69,15 @@ def test_compiled_is_uncompiled_and_vmap_is_a_loop(name):
 def test_one_trace_serves_two_calls_and_the_precision_is_the_input_s(name):
     density = DENSITIES[name]()
     chex.clear_trace_counter()
-    traced = eqx.filter_jit(chex.assert_max_traces(lambda density, x: density.estimate(x, density.init(x)), n=1))
+    traced = eqx.filter_jit(
+        chex.assert_max_traces(lambda density, x: density.estimate(x, density.init(x)), n=1)
+    )
     for seed in range(2):
         law, state = traced(density, skewed(40, seed=seed))
         assert law.log_density(jnp.zeros(2)).dtype == law.score(jnp.zeros(2)).dtype == jnp.float32
-        assert {leaf.dtype for leaf in jax.tree.leaves((eqx.filter(law, eqx.is_inexact_array), state))} == {np.dtype(np.float32)}
+        assert {
+            leaf.dtype for leaf in jax.tree.leaves((eqx.filter(law, eqx.is_inexact_array), state))
+        } == {np.dtype(np.float32)}
 
 
 @every
@@ -82,13 +101,19 @@ def test_a_fit_goes_on_from_the_state_of_the_one_before_inside_a_scan(name):
         assert abs(scanned[1] - fresh) > 1e-4
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "flow" else ()) for name in SMOOTH])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "flow" else ()) for name in SMOOTH],
+)
 def test_the_score_is_the_slope_of_the_logarithm(name, x64):
     # Enough members for the correlation of the axes to survive shrinkage.
     x = skewed(400, dtype=np.float64)
     law = DENSITIES[name]().fit(x)
     for at in (x[0], x.mean(axis=0), x.max(axis=0) + 1.0):
-        slope = [(law.log_density(at + step) - law.log_density(at - step)) / 2e-5 for step in 1e-5 * jnp.eye(2)]
+        slope = [
+            (law.log_density(at + step) - law.log_density(at - step)) / 2e-5
+            for step in 1e-5 * jnp.eye(2)
+        ]
         np.testing.assert_allclose(law.score(at), slope, rtol=1e-5, atol=1e-8)
 
 
@@ -100,7 +125,9 @@ def test_the_density_adds_up_to_one(name, x64):
     center, width = x.mean(axis=0), 12 * x.std(axis=0)
     axis = (jnp.arange(400) + 0.5) / 400 - 0.5
     grid = center + width * jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-    total = jnp.sum(jnp.exp(jax.lax.map(law.log_density, grid, batch_size=4000))) * jnp.prod(width / 400)
+    total = jnp.sum(jnp.exp(jax.lax.map(law.log_density, grid, batch_size=4000))) * jnp.prod(
+        width / 400
+    )
     # The middle of a cell stands for it: exact for smooth laws, off by the cut edges of the box for the histogram.
     np.testing.assert_allclose(total, 1.0, rtol=0.02 if name == "histogram" else 1e-3)
 
@@ -113,7 +140,9 @@ def test_the_gaussian_is_scipy_s(x64):
     law = GaussianDensity().fit(jnp.asarray(x))
     truth = scipy.stats.norm(x.mean(), x.std())
     np.testing.assert_allclose(law.log_density(jnp.array([3.0])), truth.logpdf(3.0), rtol=1e-12)
-    np.testing.assert_allclose(law.score(jnp.array([3.0])), [(x.mean() - 3.0) / x.var()], rtol=1e-12)
+    np.testing.assert_allclose(
+        law.score(jnp.array([3.0])), [(x.mean() - 3.0) / x.var()], rtol=1e-12
+    )
 
 
 def test_kernels_are_scipy_s(x64):
@@ -122,19 +151,27 @@ def test_kernels_are_scipy_s(x64):
     # SciPy divides the covariance by n - 1; shrinkage moves correlations by about 1/n.
     truth = scipy.stats.gaussian_kde(x.T, bw_method=float(law.bandwidth) * np.sqrt(1999 / 2000))
     at = x[:20] + 0.3
-    np.testing.assert_allclose(jax.vmap(law.log_density)(jnp.asarray(at)), truth.logpdf(at.T), rtol=2e-3)
+    np.testing.assert_allclose(
+        jax.vmap(law.log_density)(jnp.asarray(at)), truth.logpdf(at.T), rtol=2e-3
+    )
 
 
 @pytest.mark.parametrize("modes", [1, 2])
 def test_the_bandwidth_follows_the_modes(modes):
     """Near Silverman's rule for one Gaussian mode, and near that of one mode when there are two, eight of their widths apart."""
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(2000, 1)) + (rng.choice([-4.0, 4.0], size=(2000, 1)) if modes == 2 else 0.0)
+    x = rng.normal(size=(2000, 1)) + (
+        rng.choice([-4.0, 4.0], size=(2000, 1)) if modes == 2 else 0.0
+    )
     law = KernelDensity().fit(x.astype(np.float32))
     silverman = (4 / (3 * 2000 / modes)) ** 0.2
     assert 0.6 < float(law.bandwidth) * float(x.std()) / silverman < 1.6
     wide = KernelDensity(for_score=True).fit(x.astype(np.float32))
-    np.testing.assert_allclose(wide.bandwidth / law.bandwidth, (4 / 5 / 2000) ** (1 / 7) / (4 / 3 / 2000) ** (1 / 5), rtol=1e-5)
+    np.testing.assert_allclose(
+        wide.bandwidth / law.bandwidth,
+        (4 / 5 / 2000) ** (1 / 7) / (4 / 3 / 2000) ** (1 / 5),
+        rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("name", ["kernels for a score", "histogram"])
@@ -167,7 +204,9 @@ def test_the_score_of_a_histogram_is_that_of_a_parabola(x64):
     law = eqx.tree_at(lambda law: (law.counts, law.lower, law.width), law, table)
     for u, v in ((2.2, 3.7), (4.0, 3.0), (4.0 - 1e-9, 6.999), (5.5, 2.5)):
         score = law.score(jnp.array([1.0 + 0.5 * u, 2.0 + 2.0 * v]))
-        np.testing.assert_allclose(score, [-(u - 3.0) / 2 / 0.5, -(v - 5.0) / 3 / 2.0], rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(
+            score, [-(u - 3.0) / 2 / 0.5, -(v - 5.0) / 3 / 2.0], rtol=1e-6, atol=1e-8
+        )
 
 
 @pytest.mark.parametrize("name", ["kernels for a score", "histogram"])
@@ -175,7 +214,9 @@ def test_local_means(name):
     """Of a sine with noise about it; and of nothing but a number, which kernels return and bins draw to 0 by half a member."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, 1)).astype(np.float32)
-    values = np.column_stack([np.sin(2 * x[:, 0]) + 0.3 * rng.normal(size=len(x)), np.full(len(x), 3.0)]).astype(np.float32)
+    values = np.column_stack(
+        [np.sin(2 * x[:, 0]) + 0.3 * rng.normal(size=len(x)), np.full(len(x), 3.0)]
+    ).astype(np.float32)
     smooth = DENSITIES[name]().fit(x).smooth(jnp.asarray(x), jnp.asarray(values))
     means = jax.vmap(smooth)(jnp.linspace(-1, 1, 21)[:, None])
     np.testing.assert_allclose(means[:, 0], np.sin(2 * np.linspace(-1, 1, 21)), atol=0.15)
@@ -184,10 +225,15 @@ def test_local_means(name):
 
 def test_a_short_flow_gains_on_its_start():
     """In one dimension, a skewed law: a few steps raise the likelihood of fresh members."""
-    x, fresh = (np.random.default_rng(seed).gamma(1.0, size=(400, 1)).astype(np.float32) for seed in range(2))
+    x, fresh = (
+        np.random.default_rng(seed).gamma(1.0, size=(400, 1)).astype(np.float32)
+        for seed in range(2)
+    )
     density = FlowDensity(jax.random.key(0), layers=1, width=4, steps=200)
     law = density.fit(x)
-    gained = np.mean(jax.vmap(law.log_density)(fresh)) - np.mean(jax.vmap(GaussianDensity().fit(x).log_density)(fresh))
+    gained = np.mean(jax.vmap(law.log_density)(fresh)) - np.mean(
+        jax.vmap(GaussianDensity().fit(x).log_density)(fresh)
+    )
     # The exponential law has entropy 1, its Gaussian 1.419.
     assert gained > 0.2
 
@@ -195,7 +241,9 @@ def test_a_short_flow_gains_on_its_start():
 @pytest.mark.slow
 def test_a_flow_keeps_what_is_likely_for_members_it_was_not_fitted_to():
     """Eighty members in five dimensions and far too many parameters: fitted to the end, it loses to the Gaussian by nats."""
-    x, fresh = (np.random.default_rng(seed).normal(size=(80, 5)).astype(np.float32) for seed in range(2))
+    x, fresh = (
+        np.random.default_rng(seed).normal(size=(80, 5)).astype(np.float32) for seed in range(2)
+    )
     law = FlowDensity(jax.random.key(0), steps=300).fit(x)
     assert np.mean(jax.vmap(law.log_density)(fresh)) > -5 * 1.4189 - 1.0
 
@@ -204,14 +252,27 @@ def test_a_flow_keeps_what_is_likely_for_members_it_was_not_fitted_to():
 
 
 def test_bad_input_is_refused(refused):
-    refused(lambda: KernelDensity().fit(jnp.ones((4, 4, 4))), r"`positions` must have shape \(n, d\)")
-    refused(lambda: KernelDensity().fit(jnp.ones((3, 1))), "`positions` must hold at least 4 members")
+    refused(
+        lambda: KernelDensity().fit(jnp.ones((4, 4, 4))), r"`positions` must have shape \(n, d\)"
+    )
+    refused(
+        lambda: KernelDensity().fit(jnp.ones((3, 1))), "`positions` must hold at least 4 members"
+    )
     refused(lambda: KernelDensity().fit(jnp.full((4, 1), jnp.nan)), "`positions` must be finite")
-    refused(lambda: HistogramDensity().fit(skewed(40, d=4)), "`positions` must have at most 3 coordinates per member .* \\(40, 4\\)")
+    refused(
+        lambda: HistogramDensity().fit(skewed(40, d=4)),
+        "`positions` must have at most 3 coordinates per member .* \\(40, 4\\)",
+    )
     for name in ("gaussian", "kernels"):
-        refused(lambda name=name: DENSITIES[name]().fit(jnp.ones((8, 2))), "`positions` must be spread out")
+        refused(
+            lambda name=name: DENSITIES[name]().fit(jnp.ones((8, 2))),
+            "`positions` must be spread out",
+        )
     refused(lambda: FlowDensity(0), "`key` must be made by `jax.random.key`")
     refused(lambda: FlowDensity(jax.random.key(0), layers=0), "`layers` must be an integer")
     refused(lambda: FlowDensity(jax.random.key(0), width=0), "`width` must be an integer")
     refused(lambda: FlowDensity(jax.random.key(0), steps=0), "`steps` must be an integer")
-    refused(lambda: FlowDensity(jax.random.key(0), learning_rate=0.0), "`learning_rate` must be greater than 0")
+    refused(
+        lambda: FlowDensity(jax.random.key(0), learning_rate=0.0),
+        "`learning_rate` must be greater than 0",
+    )

@@ -96,7 +96,11 @@ def script(text, name="__main__", **others):
 
 
 def loading(text, **others):
-    return script("def objective(x):\n    return run(x)\ndef run(x):\n    return [SCALE * y for y in x]\n" + text, **others).objective
+    return script(
+        "def objective(x):\n    return run(x)\ndef run(x):\n    return [SCALE * y for y in x]\n"
+        + text,
+        **others,
+    ).objective
 
 
 def backward(factor):
@@ -109,7 +113,12 @@ def backward(factor):
 
 
 schedule = optax.piecewise_constant_schedule
-settings = lambda scale: script(f"SCALE = {scale}", "settings_of_mine")  # noqa: E731
+
+
+def settings(scale):
+    return script(f"SCALE = {scale}", "settings_of_mine")
+
+
 through = "from jax import numpy\ndef objective(x):\n    return mine.SCALE * x"
 
 
@@ -145,7 +154,10 @@ through = "from jax import numpy\ndef objective(x):\n    return mine.SCALE * x"
         (network(jnp.tanh), network(jnp.sin)),
         (backward(1.0), backward(2.0)),
         (FromFunction(function(1.0)), FromFunction(function(3.0))),
-        (eqx.nn.MLP(2, 1, 4, 1, jax.nn.relu, key=jax.random.key(0)), eqx.nn.MLP(2, 1, 4, 1, jax.nn.tanh, key=jax.random.key(0))),
+        (
+            eqx.nn.MLP(2, 1, 4, 1, jax.nn.relu, key=jax.random.key(0)),
+            eqx.nn.MLP(2, 1, 4, 1, jax.nn.tanh, key=jax.random.key(0)),
+        ),
         (jnp.zeros(2), np.zeros(2)),
         (jax.random.key(0), jax.random.key(1)),
         (jax.random.key(0), jax.random.key(0, impl="rbg")),
@@ -211,7 +223,13 @@ def test_what_does_not_change_numbers_does_not_count():
 
 def test_the_devices_do_not_count():
     """A run goes on on others, or on a single one, where there is no mesh at all."""
-    places = (member_mesh(), member_mesh().abstract_mesh, jax.devices()[0], jnp.zeros(2).sharding, None)
+    places = (
+        member_mesh(),
+        member_mesh().abstract_mesh,
+        jax.devices()[0],
+        jnp.zeros(2).sharding,
+        None,
+    )
     assert len({describe(function(place)) for place in places}) == 1
 
 
@@ -266,7 +284,13 @@ def test_no_process_describes_it_otherwise(tmp_path):
     path.write_text(HASHED)
     here = runpy.run_path(str(path))["told"]
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    there = subprocess.run([sys.executable, path], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True)
+    there = subprocess.run(
+        [sys.executable, path],
+        env={**os.environ, "PYTHONHASHSEED": seed},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert str(here) == there.stdout.strip()
 
 
@@ -276,5 +300,8 @@ def test_of_the_flags_of_a_script_those_count_that_are_read():
     def objective(flags):
         return lambda x: flags.rate * x
 
-    first, again, other = (argparse.Namespace(rate=rate, resume=resume) for rate, resume in ((0.1, False), (0.1, True), (0.2, True)))
+    first, again, other = (
+        argparse.Namespace(rate=rate, resume=resume)
+        for rate, resume in ((0.1, False), (0.1, True), (0.2, True))
+    )
     assert describe(objective(first)) == describe(objective(again)) != describe(objective(other))

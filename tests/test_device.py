@@ -42,7 +42,9 @@ def on(platform, function, *arguments):
 
 
 def same_on_both(function, *arguments, rounding):
-    here, there = (jax.tree.leaves(on(platform, function, *arguments)) for platform in (None, "cpu"))
+    here, there = (
+        jax.tree.leaves(on(platform, function, *arguments)) for platform in (None, "cpu")
+    )
     for one, other in zip(here, there, strict=True):
         assert np.all(np.isfinite(other))
         assert np.abs(one - other).max() <= rounding * np.abs(other).max()
@@ -56,7 +58,9 @@ def full_precision():
 
 
 def run(potential, start, rates, steps=20, snapshots=10):
-    return simulate(potential, Langevin(Knots(rates), 1e-3), start, steps=steps, snapshots=snapshots, key=KEY)
+    return simulate(
+        potential, Langevin(Knots(rates), 1e-3), start, steps=steps, snapshots=snapshots, key=KEY
+    )
 
 
 def network(members=16):
@@ -66,7 +70,11 @@ def network(members=16):
 
 def test_trajectories_of_a_trap_are_those_of_the_cpu():
     start = jax.random.normal(KEY, (16, 5))
-    same_on_both(lambda start: run(Quadratic(jnp.linspace(1.0, 3.0, 5)), start, RATES).positions, start, rounding=1e-6)
+    same_on_both(
+        lambda start: run(Quadratic(jnp.linspace(1.0, 3.0, 5)), start, RATES).positions,
+        start,
+        rounding=1e-6,
+    )
 
 
 def test_trajectories_of_networks_are_those_of_the_cpu(full_precision):
@@ -80,7 +88,9 @@ def test_distances_and_their_gradients_are_those_of_the_cpu(name):
     same_on_both(jax.value_and_grad(TRANSPORTS[name].squared, (0, 1)), x, y, rounding=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name, transport in TRANSPORTS.items() if transport.is_metric])
+@pytest.mark.parametrize(
+    "name", [name for name, transport in TRANSPORTS.items() if transport.is_metric]
+)
 def test_small_increments_are_those_of_the_cpu(name):
     """Neighbouring snapshots, far from the origin: what one coarse product of an accelerator would drown."""
     x = jax.random.normal(KEY, (64, 10)) + 10
@@ -91,14 +101,20 @@ def test_the_gradient_of_the_gap_is_that_of_the_cpu(full_precision):
     potential, start = network()
 
     def gap(rates, start):
-        return speed_limit(run(potential, start, rates), transport=ExactTransport(), jackknife=0).gap
+        return speed_limit(
+            run(potential, start, rates), transport=ExactTransport(), jackknife=0
+        ).gap
 
     same_on_both(jax.value_and_grad(gap), RATES, start, rounding=1e-3)
 
 
 def test_a_run_and_its_gradient_have_the_same_bits_twice():
     potential, start = network()
-    program = jax.jit(jax.value_and_grad(lambda rates: jnp.mean(potential(run(potential, start, rates, steps=100).final))))
+    program = jax.jit(
+        jax.value_and_grad(
+            lambda rates: jnp.mean(potential(run(potential, start, rates, steps=100).final))
+        )
+    )
     first, second = program(RATES), program(RATES)
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1], second[1])
@@ -110,7 +126,9 @@ def test_the_planned_memory_is_what_the_compiler_asks_for(members):
     transport = GaussianTransport()
 
     def gap(rates):
-        return speed_limit(run(potential, start, rates, steps=100), transport=transport, jackknife=0).gap
+        return speed_limit(
+            run(potential, start, rates, steps=100), transport=transport, jackknife=0
+        ).gap
 
     needed = jax.jit(jax.grad(gap)).lower(RATES).compile().memory_analysis().temp_size_in_bytes
     planned = plan(potential, start, steps=100, snapshots=10, transport=transport).total

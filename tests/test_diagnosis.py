@@ -15,7 +15,13 @@ from esljax.potentials import DoubleWell, FlaxLoss, Mixture, Quadratic
 from esljax.potentials.datasets import two_moons
 from esljax.schedules import Knots
 from esljax.simulation import Langevin, Trajectory, simulate
-from esljax.transport import ExactTransport, GaussianTransport, Projected, SinkhornTransport, SlicedTransport
+from esljax.transport import (
+    ExactTransport,
+    GaussianTransport,
+    Projected,
+    SinkhornTransport,
+    SlicedTransport,
+)
 from esljax.velocity import AffineVelocity
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
@@ -48,7 +54,14 @@ def translated(n=32, d=2, links=8):
 
 def falling():
     """Members that fall into a trap, each its own way."""
-    return simulate(Quadratic(jnp.array([1.0, 0.5])), Langevin(0.02, 1e-3), 3 + cloud(32, 2), steps=40, snapshots=20, key=KEY)
+    return simulate(
+        Quadratic(jnp.array([1.0, 0.5])),
+        Langevin(0.02, 1e-3),
+        3 + cloud(32, 2),
+        steps=40,
+        snapshots=20,
+        key=KEY,
+    )
 
 
 def names(report, convexity=None):
@@ -65,8 +78,15 @@ def unchecked(trajectory, transport):
 
 
 def test_nothing_is_found_where_nothing_is_wrong():
-    for transport in (ExactTransport(), GaussianTransport(), SlicedTransport(8, KEY), SinkhornTransport(0.2)):
-        report = speed_limit(recorded(translated()), transport=transport, debias=transport.is_metric)
+    for transport in (
+        ExactTransport(),
+        GaussianTransport(),
+        SlicedTransport(8, KEY),
+        SinkhornTransport(0.2),
+    ):
+        report = speed_limit(
+            recorded(translated()), transport=transport, debias=transport.is_metric
+        )
         assert names(report) == []
         assert "diagnose" not in report.verdict()
 
@@ -88,44 +108,74 @@ def test_a_violated_bound_is_found_with_its_size():
 def test_the_interval_decides_about_a_violation_where_there_is_one():
     report = speed_limit(falling(), transport=GaussianTransport(), debias=True)
     above = float(report.gap_upper) + 6 * float(report.standard_error.gap_upper)
-    assert names(replace(report, debiased_w2_squared=report.debiased_w2_squared + above)) == ["bound violated"]
+    assert names(replace(report, debiased_w2_squared=report.debiased_w2_squared + above)) == [
+        "bound violated"
+    ]
 
 
 def test_negative_entropy_production_is_found():
     report = speed_limit(falling(), transport=ExactTransport())
-    negative = replace(report, entropy_production=-6 * report.standard_error.entropy_production, w2_squared=jnp.zeros(()))
+    negative = replace(
+        report,
+        entropy_production=-6 * report.standard_error.entropy_production,
+        w2_squared=jnp.zeros(()),
+    )
     assert "negative entropy production" in names(negative)
-    assert "negative entropy production" not in names(replace(negative, entropy_production=-negative.standard_error.entropy_production))
+    assert "negative entropy production" not in names(
+        replace(negative, entropy_production=-negative.standard_error.entropy_production)
+    )
 
 
 @pytest.mark.parametrize("fault", ["iterations", "heavy tails", "point mass"])
 def test_transport_that_did_not_converge_is_found_with_its_cause(fault):
-    start = {"iterations": cloud(32, 2), "heavy tails": cloud(32, 2).at[3].mul(300.0), "point mass": jnp.zeros((32, 2))}[fault]
+    start = {
+        "iterations": cloud(32, 2),
+        "heavy tails": cloud(32, 2).at[3].mul(300.0),
+        "point mass": jnp.zeros((32, 2)),
+    }[fault]
     positions = start + 2 * jnp.arange(5)[:, None, None] / 4 * cloud(32, 2, jax.random.key(1))
-    report = speed_limit(recorded(positions), transport=SinkhornTransport(1e-3, max_iterations=3), jackknife=0)
+    report = speed_limit(
+        recorded(positions), transport=SinkhornTransport(1e-3, max_iterations=3), jackknife=0
+    )
     finding = report.diagnose()[0]
     assert finding.name == "transport did not converge"
-    likeliest = {"iterations": "too few iterations", "heavy tails": "heavy tails", "point mass": "a point mass"}[fault]
+    likeliest = {
+        "iterations": "too few iterations",
+        "heavy tails": "heavy tails",
+        "point mass": "a point mass",
+    }[fault]
     assert finding.causes[0].startswith(likeliest)
 
 
 def test_an_extreme_gap_is_found():
-    there_and_back = cloud(32, 2) + 2 * jnp.sin(jnp.pi * jnp.arange(9) / 8.3)[:, None, None] * jnp.eye(2)[0]
+    there_and_back = (
+        cloud(32, 2) + 2 * jnp.sin(jnp.pi * jnp.arange(9) / 8.3)[:, None, None] * jnp.eye(2)[0]
+    )
     assert "gap extreme" in names(speed_limit(recorded(there_and_back), transport=ExactTransport()))
 
 
 def test_spacing_that_hides_entropy_production_is_found():
-    turning = cloud(64, 2) + jnp.stack([jnp.sin(1.5 * jnp.arange(5.0)), jnp.arange(5.0)], axis=1)[:, None, :]
-    assert names(speed_limit(recorded(turning), transport=GaussianTransport())) == ["Σ not converged in snapshot spacing"]
+    turning = (
+        cloud(64, 2)
+        + jnp.stack([jnp.sin(1.5 * jnp.arange(5.0)), jnp.arange(5.0)], axis=1)[:, None, :]
+    )
+    assert names(speed_limit(recorded(turning), transport=GaussianTransport())) == [
+        "Σ not converged in snapshot spacing"
+    ]
 
 
 def test_a_noise_dominated_chain_and_too_few_members_are_found():
     path = simulate(Quadratic(1.0), Langevin(0.01, 0.1), 3 + cloud(8, 200), steps=100, key=KEY)
-    assert set(names(speed_limit(path, transport=ExactTransport()))) >= {"noise-dominated chain", "n too small for d"}
+    assert set(names(speed_limit(path, transport=ExactTransport()))) >= {
+        "noise-dominated chain",
+        "n too small for d",
+    }
     cold = simulate(Quadratic(1.0), Langevin(0.01, 1e-6), 3 + cloud(8, 200), steps=100, key=KEY)
     assert names(speed_limit(cold, transport=ExactTransport())) == ["n too small for d"]
     # In projection there are members enough.
-    assert names(speed_limit(cold, transport=Projected(ExactTransport(), jnp.eye(200)[:, :2]))) == []
+    assert (
+        names(speed_limit(cold, transport=Projected(ExactTransport(), jnp.eye(200)[:, :2]))) == []
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e4])
@@ -149,15 +199,27 @@ def test_a_rate_above_the_stability_limit_is_found():
 
 
 def test_heating_from_a_cold_start_is_no_instability():
-    path = simulate(Quadratic(1.0), Langevin(0.05, 1.0), jnp.zeros((64, 3)) + 1e-3 * cloud(64, 3), steps=40, key=KEY)
-    assert "rate above the stability limit" not in names(speed_limit(path, transport=GaussianTransport(), jackknife=0))
+    path = simulate(
+        Quadratic(1.0),
+        Langevin(0.05, 1.0),
+        jnp.zeros((64, 3)) + 1e-3 * cloud(64, 3),
+        steps=40,
+        key=KEY,
+    )
+    assert "rate above the stability limit" not in names(
+        speed_limit(path, transport=GaussianTransport(), jackknife=0)
+    )
 
 
 def test_a_dependence_on_epsilon_is_found():
     # Spread over the whole distance, the plan of a large ε no longer follows the members.
     positions = cloud(32, 1) * jnp.linspace(1.0, 2.0, 5)[:, None, None]
-    assert names(speed_limit(recorded(positions), transport=SinkhornTransport(20.0), jackknife=0)) == ["ε dependence"]
-    assert names(speed_limit(recorded(positions), transport=SinkhornTransport(0.5), jackknife=0)) == []
+    assert names(
+        speed_limit(recorded(positions), transport=SinkhornTransport(20.0), jackknife=0)
+    ) == ["ε dependence"]
+    assert (
+        names(speed_limit(recorded(positions), transport=SinkhornTransport(0.5), jackknife=0)) == []
+    )
 
 
 def test_the_sharper_bound_of_a_convex_potential():
@@ -189,7 +251,9 @@ def harmonic(d):
 
 
 def well(key):
-    barrier, width = jax.random.uniform(key, (2,), minval=jnp.array([0.2, 1.5]), maxval=jnp.array([1.0, 2.5]))
+    barrier, width = jax.random.uniform(
+        key, (2,), minval=jnp.array([0.2, 1.5]), maxval=jnp.array([1.0, 2.5])
+    )
     return DoubleWell(barrier, width), 0.5
 
 
@@ -228,18 +292,30 @@ def test_nothing_is_found_in_healthy_runs(name):
         keys = jax.random.split(key, 6)
         potential, time = make(keys[0])
         # Colder where a projection leaves little of the motion to see beside the noise.
-        temperature = 10 ** jax.random.uniform(keys[1], minval=-4.0, maxval=-2.3) * (1e-3 if transport == "projected" else 1)
+        temperature = 10 ** jax.random.uniform(keys[1], minval=-4.0, maxval=-2.3) * (
+            1e-3 if transport == "projected" else 1
+        )
         shape = Knots(jnp.exp(0.7 * jax.random.normal(keys[2], (4,)))).rates(60)
         rates = Knots(jnp.exp(0.7 * jax.random.normal(keys[2], (4,))) * time / jnp.sum(shape))
         direction = jax.random.normal(keys[3], (d,))
         center = 3 * direction / jnp.linalg.norm(direction)
-        start = center + jax.random.uniform(keys[4], minval=0.3, maxval=0.8) * jax.random.normal(keys[4], (n, d))
+        start = center + jax.random.uniform(keys[4], minval=0.3, maxval=0.8) * jax.random.normal(
+            keys[4], (n, d)
+        )
         start = potential.init(members=n, key=keys[4]) if isinstance(potential, FlaxLoss) else start
         rates = Knots(rates.values * 2) if isinstance(potential, FlaxLoss) else rates
         path = simulate(potential, Langevin(rates, temperature), start, steps=60, key=keys[5])
-        across = jnp.linalg.qr(jax.random.normal(keys[3], (d, 2)))[0] if transport == "projected" else None
+        across = (
+            jnp.linalg.qr(jax.random.normal(keys[3], (d, 2)))[0]
+            if transport == "projected"
+            else None
+        )
         by = Projected(GaussianTransport(), across) if transport == "projected" else transport
-        affine = {"velocity": AffineVelocity(), "potential": potential} if isinstance(transport, GaussianTransport) else {}
+        affine = (
+            {"velocity": AffineVelocity(), "potential": potential}
+            if isinstance(transport, GaussianTransport)
+            else {}
+        )
         return speed_limit(path, transport=by, jackknife=12, debias=n % 2 == 0, **affine)
 
     reports = jax.lax.map(report, jax.random.split(jax.random.key(7), EACH))

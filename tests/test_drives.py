@@ -20,7 +20,13 @@ from esljax.transport import GaussianTransport
 from esljax.velocity import AffineVelocity
 
 KEY = jax.random.key(7)
-MODES = [HessianAdjoint(), HessianAdjoint(checkpoint=True), Autodiff(), Autodiff(checkpoint=True), ForwardMode()]
+MODES = [
+    HessianAdjoint(),
+    HessianAdjoint(checkpoint=True),
+    Autodiff(),
+    Autodiff(checkpoint=True),
+    ForwardMode(),
+]
 
 
 def trap(center):
@@ -42,12 +48,21 @@ class Widening(eqx.Module):
 @pytest.mark.usefixtures("x64")
 def test_every_step_reads_the_drive_at_its_own_time_and_never_outside_the_jumps():
     start = np.random.default_rng(0).normal(size=(4, 2))
-    path = simulate(Driven(trap, Linear(1.0, 3.0), before=50.0, after=-50.0), Langevin(0.3), start, steps=6, snapshots=3, key=KEY)
+    path = simulate(
+        Driven(trap, Linear(1.0, 3.0), before=50.0, after=-50.0),
+        Langevin(0.3),
+        start,
+        steps=6,
+        snapshots=3,
+        key=KEY,
+    )
     truth = [start]
     for k in range(6):
         truth.append(truth[-1] - 0.3 * (truth[-1] - (1 + 2 * k / 6)))
     np.testing.assert_allclose(path.positions, truth[::2], rtol=1e-12)
-    np.testing.assert_allclose(path.energies[-1], np.sum((truth[-1] - 3.0) ** 2, axis=1) / 2, rtol=1e-12)
+    np.testing.assert_allclose(
+        path.energies[-1], np.sum((truth[-1] - 3.0) ** 2, axis=1) / 2, rtol=1e-12
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -56,7 +71,9 @@ def test_the_work_of_jumps_alone_is_the_change_of_the_potential():
     driven = Driven(Widening(0.7), Knots([1.0, 2.0, 1.4]), before=0.8, after=1.9)
     path = simulate(driven, Langevin(0.0), start, steps=4, snapshots=4, key=KEY)  # nothing moves
     report = free_energy(path, driven, entropy=GaussianEntropy())
-    truth = [np.mean([oracles.double_well(x, 0.7, width, 1.2) for x in start]) for width in (0.8, 1.9)]
+    truth = [
+        np.mean([oracles.double_well(x, 0.7, width, 1.2) for x in start]) for width in (0.8, 1.9)
+    ]
     np.testing.assert_allclose(report.energy[jnp.array([0, -1])], truth, rtol=1e-12)
     np.testing.assert_allclose(report.work, truth[1] - truth[0], rtol=1e-10)
     np.testing.assert_allclose(report.heat, 0, atol=1e-12)
@@ -68,7 +85,11 @@ def test_the_work_of_jumps_alone_is_the_change_of_the_potential():
 def arguments():
     drive = Knots([1.1, 1.4, 0.9], "linear")
     driven = Driven(Widening(jnp.asarray(0.7)), drive, before=1.0, after=1.3)
-    return driven, Langevin(Knots([0.05, 0.2, 0.1]), Linear(0.3, 0.1)), jnp.asarray(np.random.default_rng(2).normal(size=(6, 2)))
+    return (
+        driven,
+        Langevin(Knots([0.05, 0.2, 0.1]), Linear(0.3, 0.1)),
+        jnp.asarray(np.random.default_rng(2).normal(size=(6, 2))),
+    )
 
 
 @eqx.filter_jit
@@ -77,8 +98,17 @@ def value_and_gradient(driven, rule, positions, mode):
         driven, rule = moving
         path = simulate(driven, rule, positions, steps=12, snapshots=3, key=KEY, gradient=mode)
         report = free_energy(path, driven, entropy=GaussianEntropy())
-        weigh = lambda x: jnp.sum(jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x)  # noqa: E731
-        return weigh(path.final**2) + weigh(path.energies) + report.work + 2 * report.tempering - 3 * report.dissipation_by_balance
+
+        def weigh(x):
+            return jnp.sum(jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x)
+
+        return (
+            weigh(path.final**2)
+            + weigh(path.energies)
+            + report.work
+            + 2 * report.tempering
+            - 3 * report.dissipation_by_balance
+        )
 
     return eqx.filter_value_and_grad(value)((driven, rule))
 
@@ -94,13 +124,26 @@ def test_all_ways_of_differentiating_agree_in_the_drive_and_with_central_differe
         for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(truth), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-10)
 
-    leaves = [lambda d: d.drive.parameters, lambda d: d.before, lambda d: d.after, lambda d: d.family.barrier]
+    leaves = [
+        lambda d: d.drive.parameters,
+        lambda d: d.before,
+        lambda d: d.after,
+        lambda d: d.family.barrier,
+    ]
     for leaf in leaves:
         direction = np.cos(1.0 + np.arange(leaf(driven).size)).reshape(leaf(driven).shape)
-        moved = lambda x, leaf=leaf: value_and_gradient(eqx.tree_at(leaf, driven, x), rule, positions, MODES[0])[0]  # noqa: E731
+
+        def moved(x, leaf=leaf):
+            return value_and_gradient(eqx.tree_at(leaf, driven, x), rule, positions, MODES[0])[0]
+
         slope = np.sum(leaf(truth[0]) * direction)
         assert abs(slope) > 1e-4  # a leaf that nothing depends on would test nothing
-        np.testing.assert_allclose(slope, oracles.central_difference(moved, leaf(driven), direction, 3e-6), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            slope,
+            oracles.central_difference(moved, leaf(driven), direction, 3e-6),
+            rtol=1e-6,
+            atol=1e-9,
+        )
 
 
 # Drives of least work
@@ -122,7 +165,9 @@ DRIVES = {
         oracles.O6["best"],
     ),
     "stiffening, best": (
-        lambda: Driven(Quadratic, Knots(oracles.stiffening_drive(GRID), "linear"), before=1.0, after=2.0),
+        lambda: Driven(
+            Quadratic, Knots(oracles.stiffening_drive(GRID), "linear"), before=1.0, after=2.0
+        ),
         (oracles.stiffening_drive, lambda s: 0 * np.asarray(s)),
         ((1, 0), (2, 0)),
         (oracles.O7[1], (1 - oracles.O7[0]) ** 2, (1 - oracles.O7[0]) ** 2),
@@ -145,15 +190,25 @@ def test_the_references_are_what_the_equations_of_the_moments_say(name):
 def test_members_do_the_work_and_produce_the_entropy_of_the_references(name):
     make, (stiffness, center), jumps, (work, sigma, distance) = DRIVES[name]
     driven, start = make(), jax.random.normal(jax.random.key(3), (MEMBERS, 1))
-    path = simulate(driven, Langevin(1 / STEPS, 1.0), start, steps=STEPS, snapshots=SNAPSHOTS, key=KEY)
+    path = simulate(
+        driven, Langevin(1 / STEPS, 1.0), start, steps=STEPS, snapshots=SNAPSHOTS, key=KEY
+    )
     books = free_energy(path, driven, entropy=GaussianEntropy(), velocity=AffineVelocity())
-    limit = speed_limit(path, transport=GaussianTransport(), velocity=AffineVelocity(), potential=driven)
+    limit = speed_limit(
+        path, transport=GaussianTransport(), velocity=AffineVelocity(), potential=driven
+    )
     error = books.standard_error
     # The finite step moves the work by less than its standard error, which is below a percent.
-    assert abs(oracles.driven_steps(stiffness(GRID), center(GRID), jumps) - work) < error.work < 0.01 * work
+    assert (
+        abs(oracles.driven_steps(stiffness(GRID), center(GRID), jumps) - work)
+        < error.work
+        < 0.01 * work
+    )
     assert abs(books.work - work) < 5 * error.work
     assert abs(books.residual) < 3 * error.residual
-    assert abs(books.entropy_production_by_balance - sigma) < 5 * error.entropy_production_by_balance
+    assert (
+        abs(books.entropy_production_by_balance - sigma) < 5 * error.entropy_production_by_balance
+    )
     assert abs(limit.entropy_production - sigma) < 5 * limit.standard_error.entropy_production
     assert abs(limit.w2_squared - distance) < 5 * limit.standard_error.w2_squared
     assert abs(limit.gap - (sigma - distance)) < 5 * limit.standard_error.gap
@@ -180,8 +235,12 @@ def test_the_search_over_a_drive_finds_the_jumps():
 
 BAD = {
     "`family` must be a function of the drive to a potential, but is 3": lambda: Driven(3, 1.0),
-    "`family` must return a potential such as Quadratic.*, but returns a ShapeDtypeStruct": lambda: Driven(lambda x: x**2, 1.0),
-    r"`after` must be one number, but has shape \(2,\)": lambda: Driven(trap, 1.0, after=np.ones(2)),
+    "`family` must return a potential such as Quadratic.*, but returns a ShapeDtypeStruct": lambda: (
+        Driven(lambda x: x**2, 1.0)
+    ),
+    r"`after` must be one number, but has shape \(2,\)": lambda: Driven(
+        trap, 1.0, after=np.ones(2)
+    ),
 }
 
 

@@ -9,7 +9,15 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from esljax.density import Entropy, FlowEntropy, GaussianEntropy, HistogramEntropy, KDEEntropy, KernelDensity, NearestNeighborEntropy
+from esljax.density import (
+    Entropy,
+    FlowEntropy,
+    GaussianEntropy,
+    HistogramEntropy,
+    KDEEntropy,
+    KernelDensity,
+    NearestNeighborEntropy,
+)
 
 # Every class. Functions, so that no array is made before a test chooses its precision.
 ESTIMATORS = {
@@ -20,14 +28,20 @@ ESTIMATORS = {
     "flow": lambda: FlowEntropy(jax.random.key(0), steps=2),
 }
 # The flow compiles for tens of seconds.
-every = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "flow" else ()) for name in ESTIMATORS])
+every = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "flow" else ()) for name in ESTIMATORS],
+)
 
 
 def skewed(n, d=2, seed=0):
     """Correlated, of unequal widths, and skewed in the first coordinate, so that signs and axes matter."""
     rng = np.random.default_rng(seed)
     mix = np.eye(d) + 0.5 * np.tri(d, k=-1)
-    return jnp.asarray(np.column_stack([rng.gamma(4.0, size=n), *(rng.normal(size=(d - 1, n)) * 3.0)]) @ mix.T, jnp.float32)
+    return jnp.asarray(
+        np.column_stack([rng.gamma(4.0, size=n), *(rng.normal(size=(d - 1, n)) * 3.0)]) @ mix.T,
+        jnp.float32,
+    )
 
 
 # Contracts
@@ -41,7 +55,9 @@ def test_compiled_is_uncompiled_and_vmap_is_a_loop(name):
     alone = [entropy(rows) for rows in x]
     chex.assert_trees_all_close(entropy.estimate(x[0]), alone[0], rtol=2e-4, atol=2e-4)
     together = eqx.filter_vmap(entropy.estimate)(x)
-    chex.assert_trees_all_close(together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone), rtol=2e-4, atol=2e-4)
+    chex.assert_trees_all_close(
+        together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone), rtol=2e-4, atol=2e-4
+    )
 
 
 @every
@@ -66,7 +82,9 @@ def test_a_gaussian_law_is_met_without_bias(d, x64):
     rng = np.random.default_rng(d)
     mix = np.eye(d) + 0.5 * np.tri(d, k=-1)
     x = jnp.asarray(rng.normal(size=(400, 20, d)) @ mix.T + 3.0)
-    values = np.asarray(eqx.filter_jit(eqx.filter_vmap(lambda x: GaussianEntropy().estimate(x).value))(x))
+    values = np.asarray(
+        eqx.filter_jit(eqx.filter_vmap(lambda x: GaussianEntropy().estimate(x).value))(x)
+    )
     truth = scipy.stats.multivariate_normal(np.zeros(d), mix @ mix.T).entropy()
     error = values.std(ddof=1) / 20
     assert abs(values.mean() - truth) < 5 * error
@@ -81,7 +99,10 @@ LAWS = {
         np.log(2) + scipy.stats.norm(scale=0.5).entropy(),
     ),
     "sheared": (
-        lambda rng, n: np.column_stack([rng.gamma(4.0, size=n), 3 * rng.normal(size=n)]) @ np.array([[1.0, 0.5], [0.0, 1.0]]),
+        lambda rng, n: (
+            np.column_stack([rng.gamma(4.0, size=n), 3 * rng.normal(size=n)])
+            @ np.array([[1.0, 0.5], [0.0, 1.0]])
+        ),
         scipy.stats.gamma(4.0).entropy() + scipy.stats.norm(scale=3.0).entropy(),
     ),
 }
@@ -101,7 +122,9 @@ def test_a_law_that_is_not_gaussian_is_met(name, law):
 def test_a_change_of_units_moves_every_estimate_by_its_logarithm():
     positions = skewed(400)
     for name in ("gaussian", "neighbors", "kde", "histogram"):
-        before, after = (ESTIMATORS[name]()(x).value for x in (positions, positions * jnp.array([3.0, 0.1])))
+        before, after = (
+            ESTIMATORS[name]()(x).value for x in (positions, positions * jnp.array([3.0, 0.1]))
+        )
         np.testing.assert_allclose(after - before, np.log(0.3), atol=2e-3, err_msg=name)
 
 
@@ -112,7 +135,12 @@ def test_the_neighbors_are_those_of_a_sorted_table(x64):
     x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T, bias=True))).T
     third = np.sort(np.linalg.norm(x[:, None] - x, axis=-1), axis=1)[:, 3]
     answer = NearestNeighborEntropy(3)(jnp.asarray(x))
-    terms = scipy.special.digamma(50) - scipy.special.digamma(3) + np.log(4 / 3 * np.pi) + 3 * np.log(third)
+    terms = (
+        scipy.special.digamma(50)
+        - scipy.special.digamma(3)
+        + np.log(4 / 3 * np.pi)
+        + 3 * np.log(third)
+    )
     # The covariance of the frame is shrunk towards 1, which leaves a white cloud as it is.
     np.testing.assert_allclose(answer.contributions, terms, rtol=1e-10)
 
@@ -140,7 +168,9 @@ def test_counts_are_corrected_for_their_number():
 def test_a_flow_bounds_the_entropy_from_above():
     """For two modes: within .06 of the truth, where the Gaussian estimate is high by .72."""
     sample, truth = LAWS["two modes"]
-    answer = FlowEntropy(jax.random.key(0))(sample(np.random.default_rng(1), 2000).astype(np.float32))
+    answer = FlowEntropy(jax.random.key(0))(
+        sample(np.random.default_rng(1), 2000).astype(np.float32)
+    )
     error = float(answer.standard_error)
     assert -5 * error < float(answer.value) - truth < 0.06 + 4 * error
 
@@ -150,26 +180,40 @@ def test_a_flow_bounds_the_entropy_from_above():
 
 def test_coincident_members_are_refused_and_never_minus_infinity(refused):
     positions = jnp.concatenate([skewed(40), jnp.ones((4, 2))])
-    refused(lambda: NearestNeighborEntropy()(positions), "`positions` must be spread out .* leaves 4 without a density")
+    refused(
+        lambda: NearestNeighborEntropy()(positions),
+        "`positions` must be spread out .* leaves 4 without a density",
+    )
     terms = eqx.filter_jit(NearestNeighborEntropy().estimate)(positions).contributions
     assert np.isnan(terms[-4:]).all()
     assert np.isfinite(terms[:-4]).all()
     for name in ("gaussian", "kde", "histogram"):
-        refused(lambda name=name: ESTIMATORS[name]()(jnp.ones((8, 1))), "`positions` must be spread out")
+        refused(
+            lambda name=name: ESTIMATORS[name]()(jnp.ones((8, 1))), "`positions` must be spread out"
+        )
 
 
 def test_bad_arguments_are_refused(refused):
     refused(lambda: NearestNeighborEntropy(0), "`neighbors` must be an integer of at least 1")
-    refused(lambda: NearestNeighborEntropy(4)(jnp.ones((4, 1))), "`positions` must hold more members than the 4 neighbors")
-    refused(lambda: HistogramEntropy()(skewed(40, d=4)), "`positions` must have at most 3 coordinates")
+    refused(
+        lambda: NearestNeighborEntropy(4)(jnp.ones((4, 1))),
+        "`positions` must hold more members than the 4 neighbors",
+    )
+    refused(
+        lambda: HistogramEntropy()(skewed(40, d=4)), "`positions` must have at most 3 coordinates"
+    )
     refused(lambda: FlowEntropy(0), "`key` must be made by `jax.random.key`")
-    refused(lambda: FlowEntropy(jax.random.key(0), steps=0), "`steps` must be an integer of at least 1")
+    refused(
+        lambda: FlowEntropy(jax.random.key(0), steps=0), "`steps` must be an integer of at least 1"
+    )
 
 
 def test_bad_ensembles_are_refused(refused):
     refused(lambda: GaussianEntropy()(jnp.ones((4, 4, 4))), r"`positions` must have shape \(n, d\)")
     refused(lambda: GaussianEntropy()(jnp.ones((3, 1))), "`positions` must hold at least 4 members")
-    refused(lambda: GaussianEntropy()(jnp.ones((4, 4))), "`positions` must hold more than 4 members")
+    refused(
+        lambda: GaussianEntropy()(jnp.ones((4, 4))), "`positions` must hold more than 4 members"
+    )
     refused(lambda: GaussianEntropy()(jnp.full((4, 1), jnp.nan)), "`positions` must be finite")
 
 

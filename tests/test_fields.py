@@ -15,16 +15,27 @@ from esljax.simulation import Langevin, simulate
 from esljax.transport import ExactTransport, GaussianTransport
 from esljax.velocity import AffineVelocity, KernelVelocity, NetworkVelocity
 
-FLEXIBLE = {"kernel": lambda: KernelVelocity(), "network": lambda: NetworkVelocity(key=jax.random.key(7))}
+FLEXIBLE = {
+    "kernel": lambda: KernelVelocity(),
+    "network": lambda: NetworkVelocity(key=jax.random.key(7)),
+}
 
 
 def test_the_oracle_solves_ornstein_uhlenbeck():
-    solved = oracles_fokker_planck.Diffusion(lambda x: x**2 / 2, 0.1, oracles_fokker_planck.normal_density(2, 1), -5, 9)
+    solved = oracles_fokker_planck.Diffusion(
+        lambda x: x**2 / 2, 0.1, oracles_fokker_planck.normal_density(2, 1), -5, 9
+    )
     np.testing.assert_allclose(solved.path(1.0), oracles.O1[1], rtol=5e-4)
-    coarse = oracles_fokker_planck.Diffusion(lambda x: x**2 / 2, 0.1, oracles_fokker_planck.normal_density(2, 1), -5, 9, 800)
+    coarse = oracles_fokker_planck.Diffusion(
+        lambda x: x**2 / 2, 0.1, oracles_fokker_planck.normal_density(2, 1), -5, 9, 800
+    )
     errors = [np.array(one.path(1.0)) / oracles.O1[1] - 1 for one in (coarse, solved)]
-    np.testing.assert_allclose(errors[0] / errors[1], 4, rtol=0.05)  # second order in the width of a cell
-    np.testing.assert_allclose(oracles_fokker_planck.mixture_rate([-2, 2], 0.5, 1.0), 3.993714, rtol=1e-6)
+    np.testing.assert_allclose(
+        errors[0] / errors[1], 4, rtol=0.05
+    )  # second order in the width of a cell
+    np.testing.assert_allclose(
+        oracles_fokker_planck.mixture_rate([-2, 2], 0.5, 1.0), 3.993714, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", FLEXIBLE)
@@ -36,7 +47,9 @@ def test_modes_that_diffuse(name):
     truth = oracles_fokker_planck.mixture_rate([-2, 2], 0.5, heat)
     velocity = FLEXIBLE[name]()(x, 0 * x, heat)
     np.testing.assert_allclose(velocity.squared, truth, rtol=0.1)
-    np.testing.assert_allclose(AffineVelocity()(x, 0 * x, heat).squared, 0.235294 * heat**2, rtol=0.1)
+    np.testing.assert_allclose(
+        AffineVelocity()(x, 0 * x, heat).squared, 0.235294 * heat**2, rtol=0.1
+    )
     assert velocity.bound == "lower"
 
 
@@ -53,7 +66,9 @@ def test_stationary_circulation_is_all_housekeeping(velocity, case):
     """From members with exact moments."""
     stiffness, diffusion, truth = CIRCULATION[case]
     x = exact_halves(4000, [0.0, 0.0], solve_continuous_lyapunov(stiffness, 2 * diffusion))
-    found = velocity(x.astype(np.float32), (-x @ stiffness.T).astype(np.float32), diffusion.astype(np.float32))
+    found = velocity(
+        x.astype(np.float32), (-x @ stiffness.T).astype(np.float32), diffusion.astype(np.float32)
+    )
     np.testing.assert_allclose(found.squared, truth, rtol=0.05)
     assert abs(float(jnp.mean(found.gradient_contributions))) < 0.05 * truth
 
@@ -64,14 +79,19 @@ def test_stationary_circulation_of_plain_samples(case):
     stiffness, diffusion, truth = CIRCULATION[case]
     covariance = solve_continuous_lyapunov(stiffness, 2 * diffusion)
     x = np.random.default_rng(0).normal(size=(400_000, 2)) @ np.linalg.cholesky(covariance).T
-    found = AffineVelocity()(x.astype(np.float32), (-x @ stiffness.T).astype(np.float32), diffusion.astype(np.float32))
+    found = AffineVelocity()(
+        x.astype(np.float32), (-x @ stiffness.T).astype(np.float32), diffusion.astype(np.float32)
+    )
     assert float(found.standard_error) < 0.02 * truth
     np.testing.assert_allclose(found.squared, truth, rtol=0.05)
     apart = found.contributions - found.gradient_contributions
     np.testing.assert_allclose(jnp.mean(apart), truth, rtol=0.05)  # all of it housekeeping
 
 
-@pytest.mark.parametrize("name", ["affine", *(pytest.param(x, marks=[pytest.mark.slow] * (x == "network")) for x in FLEXIBLE)])
+@pytest.mark.parametrize(
+    "name",
+    ["affine", *(pytest.param(x, marks=[pytest.mark.slow] * (x == "network")) for x in FLEXIBLE)],
+)
 def test_nothing_moves_at_equilibrium(name):
     x = (np.random.default_rng(1).normal(size=(2000, 2)) * 0.5**0.5).astype(np.float32)
     found = (AffineVelocity() if name == "affine" else FLEXIBLE[name]())(x, -x, 0.5)
@@ -94,23 +114,47 @@ def test_double_well_with_noise():
     """Σ, L² and W2² within 3 % of the Fokker-Planck equation, where a cloud on the top falls into both wells."""
     cloud = oracles_fokker_planck.FallingCloud()
     truth = cloud.numbers()
-    potential, rule = DoubleWell(cloud.barrier, cloud.width), Langevin(cloud.clock / 600, cloud.temperature)
-    run = lambda seed: simulate(potential, rule, cloud.start(2000), steps=600, snapshots=40, key=jax.random.key(seed))  # noqa: E731
+    potential, rule = (
+        DoubleWell(cloud.barrier, cloud.width),
+        Langevin(cloud.clock / 600, cloud.temperature),
+    )
+
+    def run(seed):
+        return simulate(
+            potential, rule, cloud.start(2000), steps=600, snapshots=40, key=jax.random.key(seed)
+        )
+
     # One run scatters by 2 % in each number, so the mean of three.
-    report = speed_limit([run(seed) for seed in range(3)], transport=ExactTransport(), velocity=KernelVelocity(), potential=potential)
+    report = speed_limit(
+        [run(seed) for seed in range(3)],
+        transport=ExactTransport(),
+        velocity=KernelVelocity(),
+        potential=potential,
+    )
     found = (report.entropy_production, report.length_squared, report.w2_squared)
     np.testing.assert_allclose(found, truth, rtol=0.03)
     assert abs(float(report.housekeeping)) < 1e-6
     # Affine fields see one broad cloud and miss most of it; the chain of empirical laws adds the noise of every link.
     assert report.entropy_production_chain > 1.1 * report.entropy_production
-    moments = {"transport": GaussianTransport(), "velocity": AffineVelocity(), "potential": potential}
+    moments = {
+        "transport": GaussianTransport(),
+        "velocity": AffineVelocity(),
+        "potential": potential,
+    }
     assert speed_limit(run(0), jackknife=0, **moments).entropy_production < 0.9 * truth[0]
 
 
 def test_few_members_in_one_dimension_do_not_fool_the_cross_validation():
     """Halves of 25 Gaussian members, whose best field is affine: the best of 25 kernels must not win by chance and blow up."""
     keys = jax.random.split(jax.random.key(7), 60)
-    draw = lambda key: 1.2131 + 0.65683 * jax.random.normal(key, (50, 1))  # noqa: E731
-    ratios = jax.jit(lambda keys: jax.lax.map(lambda key: KernelVelocity()(draw(key), -draw(key), 0.1).squared / 1.7257, keys))(keys)
+
+    def draw(key):
+        return 1.2131 + 0.65683 * jax.random.normal(key, (50, 1))
+
+    ratios = jax.jit(
+        lambda keys: jax.lax.map(
+            lambda key: KernelVelocity()(draw(key), -draw(key), 0.1).squared / 1.7257, keys
+        )
+    )(keys)
     assert float(jnp.min(ratios)) > 0
     assert abs(float(jnp.mean(ratios)) - 1) < 5 * float(jnp.std(ratios)) / 60**0.5

@@ -25,7 +25,10 @@ def _name(path: Path) -> str:
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-SOURCES = {_name(path): path.read_text(encoding="utf-8") for path in sorted((ROOT / "esljax").rglob("*.py"))}
+SOURCES = {
+    _name(path): path.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "esljax").rglob("*.py"))
+}
 FOLDERS = sorted({name.split(".")[0] for name in SOURCES if "." in name})
 
 # From the ground up: a room imports only from the floors below its own. A room is a folder or a single file.
@@ -77,7 +80,12 @@ DISTRIBUTIONS = {
     "dask_jobqueue": "dask-jobqueue",
 }
 # What only extras install, and which.
-EXTRAS = {"zarr": ("zarr", "studies"), "xarray": ("studies",), "distributed": ("cluster",), "dask-jobqueue": ("cluster",)}
+EXTRAS = {
+    "zarr": ("zarr", "studies"),
+    "xarray": ("studies",),
+    "distributed": ("cluster",),
+    "dask-jobqueue": ("cluster",),
+}
 
 LONGEST = 600
 
@@ -88,7 +96,16 @@ LONGEST = 600
 def breaches(module: str, source: str) -> list[str]:
     """What is wrong with one file, such as "transport.exact", or with a door, such as "transport", in sentences."""
     tree = ast.parse(source)
-    rules = (_misplaced, _upward, _past_the_door, _unfenced, _forbidden, _sinks, _undocumented, _too_long)
+    rules = (
+        _misplaced,
+        _upward,
+        _past_the_door,
+        _unfenced,
+        _forbidden,
+        _sinks,
+        _undocumented,
+        _too_long,
+    )
     return [f"{module}: {sentence}" for rule in rules for sentence in rule(module, tree, source)]
 
 
@@ -101,7 +118,10 @@ def imports(tree: ast.Module) -> Iterator[str]:
             name = "." * node.level + (node.module or "")
             # `from esljax import gaussian` imports a module, `from esljax import simulate` the whole package.
             names = [f"{name}.{alias.name}" for alias in node.names]
-            yield from (full if name in ("equinox", "jax", "esljax") or _file(full) else name for full in names)
+            yield from (
+                full if name in ("equinox", "jax", "esljax") or _file(full) else name
+                for full in names
+            )
 
 
 def _file(name: str) -> bool:
@@ -147,8 +167,14 @@ def _misplaced(module: str, tree: ast.Module, source: str) -> Iterator[str]:
 
 
 def _upward(module: str, tree: ast.Module, source: str) -> Iterator[str]:
-    for other in sorted({room(other) for other in within(tree)} - {room(module)} if "." in module else map(room, within(tree))):
-        own_files = other == module and all("." in name for name in within(tree) if room(name) == module)
+    for other in sorted(
+        {room(other) for other in within(tree)} - {room(module)}
+        if "." in module
+        else map(room, within(tree))
+    ):
+        own_files = other == module and all(
+            "." in name for name in within(tree) if room(name) == module
+        )
         if FLOOR[other] >= FLOOR.get(room(module), 0) and not own_files:
             yield f"imports {other}, which is not on a lower floor"
     for name in imports(tree):
@@ -159,14 +185,20 @@ def _upward(module: str, tree: ast.Module, source: str) -> Iterator[str]:
 def _past_the_door(module: str, tree: ast.Module, source: str) -> Iterator[str]:
     """Rooms are entered by their doors from outside, and never from inside."""
     for other in sorted(within(tree)):
-        if "." in other and room(other) != room(module) and other.split(".")[1] not in exported(room(other)):
+        if (
+            "." in other
+            and room(other) != room(module)
+            and other.split(".")[1] not in exported(room(other))
+        ):
             yield f"reaches for {other} past the door of {room(other)}"
         if "." in module and other == room(module):
             yield f"imports {other}, its own door"
 
 
 def _unfenced(module: str, tree: ast.Module, source: str) -> Iterator[str]:
-    for library in sorted({name.split(".")[0] for name in imports(tree) if not name.startswith(".")}):
+    for library in sorted(
+        {name.split(".")[0] for name in imports(tree) if not name.startswith(".")}
+    ):
         if library in sys.stdlib_module_names or library in EVERYWHERE or library == "esljax":
             continue
         if room(module) not in FENCES.get(library, ()):
@@ -191,15 +223,22 @@ def _forbidden(module: str, tree: ast.Module, source: str) -> Iterator[str]:
 
 def _reads(tree: ast.Module, owner: str, attribute: str) -> bool:
     return any(
-        isinstance(node, ast.Attribute) and node.attr == attribute and isinstance(node.value, ast.Name) and node.value.id == owner
+        isinstance(node, ast.Attribute)
+        and node.attr == attribute
+        and isinstance(node.value, ast.Name)
+        and node.value.id == owner
         for node in ast.walk(tree)
     )
 
 
-def _public(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+def _public(
+    body: list[ast.stmt],
+) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
     for node in body:
         dunder = getattr(node, "name", "").startswith("__")
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and (dunder or not node.name.startswith("_")):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and (
+            dunder or not node.name.startswith("_")
+        ):
             yield node
 
 
@@ -218,7 +257,9 @@ def _undocumented(module: str, tree: ast.Module, source: str) -> Iterator[str]:
             yield f"{node.name} has no docstring"
         for method in _public(node.body) if isinstance(node, ast.ClassDef) else ():
             # What overrides an abstract method inherits what is said there.
-            if any(ast.unparse(mark).endswith("abstractmethod") for mark in method.decorator_list) and not ast.get_docstring(method):
+            if any(
+                ast.unparse(mark).endswith("abstractmethod") for mark in method.decorator_list
+            ) and not ast.get_docstring(method):
                 yield f"{node.name}.{method.name} has no docstring"
 
 
@@ -243,7 +284,12 @@ def test_the_map_names_what_exists():
     """No floor and no fence for what is gone, and no fence wider than its use."""
     assert set(FLOOR) == {room(module) for module in SOURCES}
     assert len(FLOOR) == sum(map(len, FLOORS)) <= MOST_ROOMS
-    used = {library: {room(module) for module, source in SOURCES.items() if library in _libraries(source)} for library in FENCES}
+    used = {
+        library: {
+            room(module) for module, source in SOURCES.items() if library in _libraries(source)
+        }
+        for library in FENCES
+    }
     assert used == FENCES
 
 
@@ -259,12 +305,19 @@ def test_a_door_only_opens(folder):
 
 def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    names = {re.match(r"[\w-]+", requirement).group().lower() for requirement in project["dependencies"]}
-    assert {DISTRIBUTIONS.get(library, library) for library in EVERYWHERE | set(FENCES)} - set(EXTRAS) <= names
+    names = {
+        re.match(r"[\w-]+", requirement).group().lower() for requirement in project["dependencies"]
+    }
+    assert {DISTRIBUTIONS.get(library, library) for library in EVERYWHERE | set(FENCES)} - set(
+        EXTRAS
+    ) <= names
     assert not set(EXTRAS) & names
     for library, extras in EXTRAS.items():
         for extra in extras:
-            assert any(requirement.startswith(library) for requirement in project["optional-dependencies"][extra])
+            assert any(
+                requirement.startswith(library)
+                for requirement in project["optional-dependencies"][extra]
+            )
 
 
 def _libraries(source: str) -> set[str]:
@@ -274,15 +327,43 @@ def _libraries(source: str) -> set[str]:
 # --- The checker catches what it should ---------------------------------------------------------------------------------------------------
 
 PLANTED = [
-    ("schedules", "from esljax.potentials import Quadratic", "imports potentials, which is not on a lower floor"),
+    (
+        "schedules",
+        "from esljax.potentials import Quadratic",
+        "imports potentials, which is not on a lower floor",
+    ),
     ("schedules", "from esljax import measures", "imports measures, which is not on a lower floor"),
     ("schedules", "import esljax.schedules", "imports schedules, which is not on a lower floor"),
-    ("potentials.base", "from esljax.transport import Solution", "imports transport, which is not on a lower floor"),
-    ("potentials", "from esljax.simulation import simulate", "imports simulation, which is not on a lower floor"),
-    ("command.cli", "from esljax import simulate", "imports __init__, which is not on a lower floor"),
-    ("density.flow", "def run():\n    'Runs.'\n    from esljax.simulation import simulate", "imports simulation, which is not"),
-    ("simulation.loop", "from esljax.potentials.flax import FlaxLoss", "reaches for potentials.flax past the door of potentials"),
-    ("command.check", "from esljax.files import description", "reaches for files.description past the door of files"),
+    (
+        "potentials.base",
+        "from esljax.transport import Solution",
+        "imports transport, which is not on a lower floor",
+    ),
+    (
+        "potentials",
+        "from esljax.simulation import simulate",
+        "imports simulation, which is not on a lower floor",
+    ),
+    (
+        "command.cli",
+        "from esljax import simulate",
+        "imports __init__, which is not on a lower floor",
+    ),
+    (
+        "density.flow",
+        "def run():\n    'Runs.'\n    from esljax.simulation import simulate",
+        "imports simulation, which is not",
+    ),
+    (
+        "simulation.loop",
+        "from esljax.potentials.flax import FlaxLoss",
+        "reaches for potentials.flax past the door of potentials",
+    ),
+    (
+        "command.check",
+        "from esljax.files import description",
+        "reaches for files.description past the door of files",
+    ),
     ("transport.exact", "from esljax.transport import Solution", "imports transport, its own door"),
     ("transport.exact", "from . import gaussian", "imports . by a relative path"),
     ("physics", "", "has no floor"),
@@ -290,17 +371,29 @@ PLANTED = [
     ("transport.utils", "", "is named after what it holds"),
     ("schedules", "import optax", "imports optax outside its fence"),
     ("simulation.loop", "from flax import nnx", "imports flax outside its fence"),
-    ("measures.report", "def show():\n    'Shows.'\n    import rich.table", "imports rich outside its fence"),
+    (
+        "measures.report",
+        "def show():\n    'Shows.'\n    import rich.table",
+        "imports rich outside its fence",
+    ),
     ("figures.study", "import pandas", "imports pandas outside its fence"),
     ("simulation.rules", "from jaxtyping import Float", "imports jaxtyping outside its fence"),
     ("simulation.loop", "import equinox.internal as eqxi", "uses equinox.internal"),
     ("simulation.loop", "from equinox import internal", "uses equinox.internal"),
     ("simulation.loop", "from equinox.internal import while_loop", "uses equinox.internal"),
-    ("simulation.loop", "import equinox as eqx\n_loop = eqx.internal.while_loop", "uses equinox.internal"),
+    (
+        "simulation.loop",
+        "import equinox as eqx\n_loop = eqx.internal.while_loop",
+        "uses equinox.internal",
+    ),
     ("simulation.loop", "import jax\n_many = jax.pmap(abs)", "uses jax.pmap"),
     ("simulation.loop", "from jax import pmap", "uses jax.pmap"),
     ("measures.speed_limit", "def speed(**kwargs):\n    'Runs.'", r"speed takes \*\*kwargs"),
-    ("measures.speed_limit", "class Speed:\n    'Runs.'\n    def __init__(self, **options): ...", r"__init__ takes \*\*options"),
+    (
+        "measures.speed_limit",
+        "class Speed:\n    'Runs.'\n    def __init__(self, **options): ...",
+        r"__init__ takes \*\*options",
+    ),
     ("measures.speed_limit", "def _of_one(n):\n    assert n > 1", "asserts at line 3"),
     ("measures.speed_limit", "def speed(): ...", "speed has no docstring"),
     ("measures.speed_limit", "class Speed: ...", "Speed has no docstring"),

@@ -12,7 +12,13 @@ import pytest
 import systems
 
 from esljax._checks import InputError
-from esljax.density import FlowEntropy, GaussianEntropy, HistogramEntropy, KDEEntropy, NearestNeighborEntropy
+from esljax.density import (
+    FlowEntropy,
+    GaussianEntropy,
+    HistogramEntropy,
+    KDEEntropy,
+    NearestNeighborEntropy,
+)
 from esljax.measures import FreeEnergy, TransportedEntropy, free_energy
 from esljax.measures.free_energy import Balance
 from esljax.potentials import Driven, FlaxLoss, FromFunction, Quadratic, mlp
@@ -42,13 +48,19 @@ def relaxation(d, members, steps=400):
     """O1 and its run."""
     system = systems.ornstein_uhlenbeck(d, steps)
     start = system.sample(members, jax.random.key(1))
-    return system, simulate(system.potential, system.rule, start, steps=steps, snapshots=20, key=KEY)
+    return system, simulate(
+        system.potential, system.rule, start, steps=steps, snapshots=20, key=KEY
+    )
 
 
 @functools.cache
 def trapped(members=4000, **jumps):
     """A trap that moves, stiffens and cools at a falling rate, so that every term of the books counts."""
-    potential = Driven(lambda x: Quadratic(1 + x, 2 * x), Linear(0.2, 1.5), **{"before": 0.0, "after": 2.0, **jumps})
+    potential = Driven(
+        lambda x: Quadratic(1 + x, 2 * x),
+        Linear(0.2, 1.5),
+        **{"before": 0.0, "after": 2.0, **jumps},
+    )
     rule = Langevin(Cosine(4 / 400), Linear(1.5, 0.5))
     start = jax.random.normal(jax.random.key(2), (members, 1))
     return potential, simulate(potential, rule, start, steps=400, snapshots=20, key=KEY)
@@ -61,7 +73,11 @@ def trapped(members=4000, **jumps):
     ("name", "d"),
     # In two dimensions one estimator stands for all in the quick tier; a flow takes a minute.
     [
-        pytest.param(name, d, marks=pytest.mark.slow if name == "flow" or (d == 2 and name != "gaussian") else ())
+        pytest.param(
+            name,
+            d,
+            marks=pytest.mark.slow if name == "flow" or (d == 2 and name != "gaussian") else (),
+        )
         for name in ENTROPIES
         for d in (1, 2)
     ],
@@ -72,8 +88,13 @@ def test_the_books_of_relaxation_balance(name, d):
     report = free_energy(path, system.potential, entropy=make(), velocity=AffineVelocity())
     error = report.standard_error
     assert abs(report.residual) < 3 * error.residual < 0.05 * report.dissipation
-    assert abs(report.dissipation_by_balance - system.dissipation) < 5 * error.dissipation_by_balance
-    assert abs(report.entropy_production_by_balance - system.entropy_production) < 5 * error.entropy_production_by_balance
+    assert (
+        abs(report.dissipation_by_balance - system.dissipation) < 5 * error.dissipation_by_balance
+    )
+    assert (
+        abs(report.entropy_production_by_balance - system.entropy_production)
+        < 5 * error.entropy_production_by_balance
+    )
     change = d / 2 * np.log(0.1 + 0.9 * np.exp(-2))
     assert abs(report.heat_content_change - 0.1 * change) < 5 * error.heat_content_change
     assert "The books balance" in report.verdict()
@@ -86,15 +107,28 @@ def test_the_books_from_a_skewed_start(name):
     rng, members = np.random.default_rng(4), 2000
     which = rng.choice(2, size=members, p=weights)
     start = np.array(means)[which] + np.sqrt(variances)[which] * rng.normal(size=members)
-    path = simulate(Quadratic(1.0), Langevin(1 / 400, temperature), start[:, None].astype(np.float32), steps=400, snapshots=20, key=KEY)
+    path = simulate(
+        Quadratic(1.0),
+        Langevin(1 / 400, temperature),
+        start[:, None].astype(np.float32),
+        steps=400,
+        snapshots=20,
+        key=KEY,
+    )
     ends, dissipated = oracles.relaxing_mixture(weights, means, variances, 1.0, temperature, 1.0)
-    np.testing.assert_allclose(ends[0][2] - ends[1][2], dissipated, rtol=1e-5)  # the oracle balances its own books
-    report = free_energy(path, Quadratic(1.0), entropy=ENTROPIES[name][0](), velocity=AffineVelocity())
+    np.testing.assert_allclose(
+        ends[0][2] - ends[1][2], dissipated, rtol=1e-5
+    )  # the oracle balances its own books
+    report = free_energy(
+        path, Quadratic(1.0), entropy=ENTROPIES[name][0](), velocity=AffineVelocity()
+    )
     error, truth = report.standard_error, np.array(ends)
     gaussian = name == "gaussian"
     # The Gaussian of the same moments has books of its own, which the affine velocity closes; those of the law itself it cannot.
     assert (abs(report.residual) < 3 * error.residual) == gaussian
-    assert (abs(report.dissipation_by_balance - dissipated) < 3 * error.dissipation_by_balance) == (not gaussian)
+    assert (abs(report.dissipation_by_balance - dissipated) < 3 * error.dissipation_by_balance) == (
+        not gaussian
+    )
     for j, row in ((0, 0), (1, -1)):
         assert abs(report.energy[row] - truth[j, 0]) < 5 * error.energy[row]
         assert gaussian or abs(report.entropy[row] - truth[j, 1]) < 5 * error.entropy[row] + 0.005
@@ -105,7 +139,10 @@ def test_the_books_of_a_driven_and_cooled_trap_balance(name):
     potential, path = trapped()
     report = free_energy(path, potential, entropy=ENTROPIES[name][0](), velocity=AffineVelocity())
     assert abs(report.residual) < 3 * report.standard_error.residual
-    assert min(abs(report.work), abs(report.tempering), report.dissipation) > 20 * report.standard_error.residual
+    assert (
+        min(abs(report.work), abs(report.tempering), report.dissipation)
+        > 20 * report.standard_error.residual
+    )
     assert "Work and tempering are what the controls did" in report.verdict()
 
 
@@ -119,18 +156,26 @@ def planted(fault):
         "work missing": lambda: {"work_of_links": 0 * report.work_of_links},
         "temperature missing": lambda: {"temperature": jnp.zeros_like(report.temperature)},
         "entropy of the wrong sign": lambda: {"entropy": -report.entropy},
-        "dissipation for entropy production": lambda: {"dissipation_of_links": report.mobility * report.dissipation_of_links},
+        "dissipation for entropy production": lambda: {
+            "dissipation_of_links": report.mobility * report.dissipation_of_links
+        },
     }
     if fault in wrong:
         return FreeEnergy(**{**values, **wrong[fault]()})
     without = {"first jump missing": {"before": None}, "last jump of another size": {"after": 2.5}}
-    if fault in without:  # the ends of F and the work go together, so the balance itself cannot see a jump
+    if (
+        fault in without
+    ):  # the ends of F and the work go together, so the balance itself cannot see a jump
         other = trapped(**without[fault])[0]
         work = free_energy(path, other, entropy=GaussianEntropy()).work_of_links
         return FreeEnergy(**{**values, "work_of_links": work})
     other = {
-        "potential of another stiffness": Driven(lambda x: Quadratic(1.1 + x, 2 * x), Linear(0.2, 1.5), before=0.0, after=2.0),
-        "drive of another end": Driven(lambda x: Quadratic(1 + x, 2 * x), Linear(0.2, 1.6), before=0.0, after=2.0),
+        "potential of another stiffness": Driven(
+            lambda x: Quadratic(1.1 + x, 2 * x), Linear(0.2, 1.5), before=0.0, after=2.0
+        ),
+        "drive of another end": Driven(
+            lambda x: Quadratic(1 + x, 2 * x), Linear(0.2, 1.6), before=0.0, after=2.0
+        ),
     }
     return free_energy(path, other[fault], entropy=GaussianEntropy(), velocity=AffineVelocity())
 
@@ -161,10 +206,16 @@ def test_the_spacing_error_of_work_is_of_second_order():
     driven = Driven(lambda x: Quadratic(1 + x, x**2), Linear(0.0, 2.0))
     counts = [4, 8, 16, 480]
     works = [
-        free_energy(simulate(driven, Langevin(1 / 480), start, steps=480, snapshots=count, key=KEY), driven, entropy=GaussianEntropy()).work
+        free_energy(
+            simulate(driven, Langevin(1 / 480), start, steps=480, snapshots=count, key=KEY),
+            driven,
+            entropy=GaussianEntropy(),
+        ).work
         for count in counts
     ]
-    order = np.polyfit(np.log(1 / np.array(counts[:3])), np.log(np.abs(np.array(works[:3]) - works[3])), 1)[0]
+    order = np.polyfit(
+        np.log(1 / np.array(counts[:3])), np.log(np.abs(np.array(works[:3]) - works[3])), 1
+    )[0]
     assert 1.9 < order < 2.1
 
 
@@ -179,13 +230,20 @@ def test_errors_over_members_are_the_spread_over_runs(transport):
 
     def one(key):
         start = jnp.array([2.0]) + jax.random.normal(jax.random.fold_in(key, 1), (members, 1))
-        return simulate(Quadratic(1.0), Langevin(1 / 40, 0.5), start, steps=40, snapshots=4, key=key)
+        return simulate(
+            Quadratic(1.0), Langevin(1 / 40, 0.5), start, steps=40, snapshots=4, key=key
+        )
 
     paths = jax.vmap(one)(keys)
     together = free_energy(paths, Quadratic(1.0), entropy=GaussianEntropy(), **measured)
     assert together.errors == "spread over 40 independent runs"
     singles = [
-        free_energy(jax.tree.map(lambda x: x[i], paths), Quadratic(1.0), entropy=GaussianEntropy(), **measured)  # noqa: B023
+        free_energy(
+            jax.tree.map(lambda x: x[i], paths),
+            Quadratic(1.0),
+            entropy=GaussianEntropy(),
+            **measured,
+        )
         for i in range(6)
     ]
     for name in Balance.__dataclass_fields__:
@@ -199,13 +257,25 @@ def test_errors_over_members_are_the_spread_over_runs(transport):
 
 def test_of_several_runs_the_mean():
     paths = [
-        simulate(Quadratic(1.0), Langevin(0.1, 0.5), np.eye(4, 2, dtype=np.float32) + i, steps=4, snapshots=2, key=KEY) for i in (0, 1)
+        simulate(
+            Quadratic(1.0),
+            Langevin(0.1, 0.5),
+            np.eye(4, 2, dtype=np.float32) + i,
+            steps=4,
+            snapshots=2,
+            key=KEY,
+        )
+        for i in (0, 1)
     ]
     report = free_energy(paths, Quadratic(1.0), entropy=GaussianEntropy())
     singles = [free_energy(path, Quadratic(1.0), entropy=GaussianEntropy()) for path in paths]
-    np.testing.assert_allclose(report.free_energy, np.mean([one.free_energy for one in singles], axis=0), rtol=1e-6)
     np.testing.assert_allclose(
-        report.standard_error.energy, np.std([one.energy for one in singles], axis=0, ddof=1) / np.sqrt(2), rtol=1e-5
+        report.free_energy, np.mean([one.free_energy for one in singles], axis=0), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        report.standard_error.energy,
+        np.std([one.energy for one in singles], axis=0, ddof=1) / np.sqrt(2),
+        rtol=1e-5,
     )
     assert singles[0].errors == "over 4 members"
     assert report.residual is None
@@ -237,7 +307,9 @@ def test_jit_and_vmap_change_nothing():
     potential, path = trapped(members=8)
     report = functools.partial(free_energy, entropy=GaussianEntropy(), velocity=AffineVelocity())
     alone = report(path, potential)
-    chex.assert_trees_all_close(eqx.filter_jit(report)(path, potential), alone, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(
+        eqx.filter_jit(report)(path, potential), alone, rtol=1e-5, atol=1e-5
+    )
     paths = jax.tree.map(lambda x: jnp.stack([x, x]), path)
     mapped = jax.vmap(lambda path: report(path, potential).residual)(paths)
     np.testing.assert_allclose(mapped, np.full(2, alone.residual), rtol=1e-3, atol=1e-4)
@@ -248,29 +320,53 @@ def test_jit_and_vmap_change_nothing():
 @pytest.mark.parametrize("name", ["gaussian", "along the velocity"])
 def test_gradient_of_a_whole_run_is_the_central_difference(name):
     start = np.random.default_rng(3).normal(size=(9, 2))
-    fields = lambda report: report.residual + report.work + 2 * report.tempering + jnp.sum(jnp.sin(report.free_energy))  # noqa: E731
+
+    def fields(report):
+        return (
+            report.residual
+            + report.work
+            + 2 * report.tempering
+            + jnp.sum(jnp.sin(report.free_energy))
+        )
 
     @jax.jit
     def value(x):
         driven = Driven(lambda s: Quadratic(1 + s, s), Linear(0.1, x[0]), before=0.0, after=x[1])
-        path = simulate(driven, Langevin(x[2], Linear(0.5, x[3])), start, steps=6, snapshots=2, key=KEY)
-        return fields(free_energy(path, driven, entropy=ENTROPIES[name][0](), velocity=AffineVelocity(), jackknife=0))
+        path = simulate(
+            driven, Langevin(x[2], Linear(0.5, x[3])), start, steps=6, snapshots=2, key=KEY
+        )
+        return fields(
+            free_energy(
+                path, driven, entropy=ENTROPIES[name][0](), velocity=AffineVelocity(), jackknife=0
+            )
+        )
 
     x = jnp.array([1.0, 2.0, 0.2, 0.3])
     gradient = jax.jit(jax.grad(value))(x)
     for i, direction in enumerate(np.eye(4)):
-        np.testing.assert_allclose(gradient[i], oracles.central_difference(value, x, direction), rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(
+            gradient[i], oracles.central_difference(value, x, direction), rtol=1e-6, atol=1e-8
+        )
 
 
 def test_memory_is_that_of_the_snapshots():
     def temporary(members):
-        path = jax.eval_shape(lambda: simulate(FromFunction(_wide), Langevin(0.1), jnp.ones((members, 3)), steps=20, key=KEY))
-        report = lambda path: free_energy(path, FromFunction(_wide), entropy=GaussianEntropy())  # noqa: E731
+        path = jax.eval_shape(
+            lambda: simulate(
+                FromFunction(_wide), Langevin(0.1), jnp.ones((members, 3)), steps=20, key=KEY
+            )
+        )
+
+        def report(path):
+            return free_energy(path, FromFunction(_wide), entropy=GaussianEntropy())
+
         return jax.jit(report).lower(path).compile().memory_analysis().temp_size_in_bytes
 
     few, many = temporary(200), temporary(800)
     assert many < 5 * few
-    assert many < 40 * 21 * 800 * 4  # some tens of numbers for each member and snapshot, not the square of their count
+    assert (
+        many < 40 * 21 * 800 * 4
+    )  # some tens of numbers for each member and snapshot, not the square of their count
 
 
 def _wide(position):
@@ -284,18 +380,25 @@ def test_print():
     potential, path = trapped(members=50)
     said = str(free_energy(path, potential, entropy=GaussianEntropy(), velocity=AffineVelocity()))
     lines = said.splitlines()
-    assert lines[0] == "free energy by GaussianEntropy and AffineVelocity at 21 snapshots; standard errors: over 50 members"
+    assert (
+        lines[0]
+        == "free energy by GaussianEntropy and AffineVelocity at 21 snapshots; standard errors: over 50 members"
+    )
     assert lines[1].split() == ["s", "T", "E", "H", "F", "=", "E", "-", "T", "H"]
     assert [line.split()[0] for line in lines[2:13]] == [f"{s:.3f}" for s in np.linspace(0, 1, 11)]
     labels = ["ΔE", "Δ(TH)", "ΔF", "work", "heat", "tempering", "D", "D", "residual", "Σ"]
     assert [line.split()[0] for line in lines[13:23]] == labels
     assert all("±" in line for line in lines[2:23])
-    chain = free_energy(path, potential, entropy=GaussianEntropy(), transport=GaussianTransport(), jackknife=5)
+    chain = free_energy(
+        path, potential, entropy=GaussianEntropy(), transport=GaussianTransport(), jackknife=5
+    )
     assert str(chain).startswith(
         "free energy by GaussianEntropy and a chain in GaussianTransport at 21 snapshots; standard errors: jackknife"
     )
     assert chain.errors == "jackknife over 5 groups of 10 of 50 members"
-    bare = free_energy(path, potential, entropy=GaussianEntropy(), transport=GaussianTransport(), jackknife=0)
+    bare = free_energy(
+        path, potential, entropy=GaussianEntropy(), transport=GaussianTransport(), jackknife=0
+    )
     assert "no standard error to judge that by" in bare.verdict()
     assert "±" not in str(bare)
     np.testing.assert_allclose(bare.dissipation, chain.dissipation, rtol=1e-6)
@@ -303,7 +406,9 @@ def test_print():
 
 def test_a_run_at_fixed_controls_has_no_reversible_part():
     system, path = relaxation(1, 4000)
-    said = free_energy(path, system.potential, entropy=GaussianEntropy(), velocity=AffineVelocity()).verdict()
+    said = free_energy(
+        path, system.potential, entropy=GaussianEntropy(), velocity=AffineVelocity()
+    ).verdict()
     assert "the whole drop of F is dissipation" in said
     assert "reversible" not in said
 
@@ -311,8 +416,12 @@ def test_a_run_at_fixed_controls_has_no_reversible_part():
 # Bad input
 
 BAD = {
-    "`potential` must be the potential of the run, such as Quadratic.*, but is None": {"potential": None},
-    "`entropy` must be an entropy estimator such as GaussianEntropy.*, but is 'gaussian'": {"entropy": "gaussian"},
+    "`potential` must be the potential of the run, such as Quadratic.*, but is None": {
+        "potential": None
+    },
+    "`entropy` must be an entropy estimator such as GaussianEntropy.*, but is 'gaussian'": {
+        "entropy": "gaussian"
+    },
     "`velocity` must be a velocity estimator such as AffineVelocity.*, but is 3": {"velocity": 3},
     "`velocity` must be given beside TransportedEntropy, which follows it, but is missing": {
         "entropy": TransportedEntropy(GaussianEntropy())
@@ -328,19 +437,42 @@ BAD = {
     "`transport` must be a transport between whole members, such as GaussianTransport": {
         "transport": Mapped(GaussianTransport(), jnp.tanh)
     },
-    "`trajectory` must hold the positions of the members, but is a run observed in features": {"observe": jnp.tanh},
+    "`trajectory` must hold the positions of the members, but is a run observed in features": {
+        "observe": jnp.tanh
+    },
     "`trajectory` must hold at least 4 members for an entropy, but holds 3": {"members": 3},
     "`positions` must hold more than 4 members": {"members": 4, "d": 4},
     "`jackknife` must be an integer of at least 0, but is -1": {"jackknife": -1},
-    "`trajectory` must be a Trajectory or a sequence of at least two, but is a float": {"trajectory": 3.0},
+    "`trajectory` must be a Trajectory or a sequence of at least two, but is a float": {
+        "trajectory": 3.0
+    },
 }
 
 
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_input(sentence, refused):
-    options = {"members": 6, "d": 2, "observe": None, "potential": Quadratic(1.0), "entropy": GaussianEntropy(), **BAD[sentence]}
-    start = np.random.default_rng(0).normal(size=(options.pop("members"), options.pop("d"))).astype(np.float32)
-    path = simulate(Quadratic(1.0), Langevin(0.1, 0.1), start, steps=4, snapshots=2, key=KEY, observe=options.pop("observe"))
+    options = {
+        "members": 6,
+        "d": 2,
+        "observe": None,
+        "potential": Quadratic(1.0),
+        "entropy": GaussianEntropy(),
+        **BAD[sentence],
+    }
+    start = (
+        np.random.default_rng(0)
+        .normal(size=(options.pop("members"), options.pop("d")))
+        .astype(np.float32)
+    )
+    path = simulate(
+        Quadratic(1.0),
+        Langevin(0.1, 0.1),
+        start,
+        steps=4,
+        snapshots=2,
+        key=KEY,
+        observe=options.pop("observe"),
+    )
     path, potential = options.pop("trajectory", path), options.pop("potential")
     refused(lambda: free_energy(path, potential, **options), sentence)
 

@@ -69,17 +69,30 @@ def lowered(problem, transport: AbstractTransport | None, platform: str) -> str:
     potential, start = problem
 
     def gap(rates):
-        path = simulate(potential, Langevin(Knots(rates), 1e-7), start, steps=8, snapshots=2, key=KEY)
-        return jnp.sum(path.final) if transport is None else speed_limit(path, transport=transport, jackknife=0).gap
+        path = simulate(
+            potential, Langevin(Knots(rates), 1e-7), start, steps=8, snapshots=2, key=KEY
+        )
+        return (
+            jnp.sum(path.final)
+            if transport is None
+            else speed_limit(path, transport=transport, jackknife=0).gap
+        )
 
-    return jax.jit(jax.value_and_grad(gap)).trace(jnp.full(4, 0.1)).lower(lowering_platforms=(platform,)).as_text()
+    return (
+        jax.jit(jax.value_and_grad(gap))
+        .trace(jnp.full(4, 0.1))
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+    )
 
 
 def careless(text: str) -> collections.Counter[str]:
     """The matrix products that are not at the highest precision, by the shapes that they multiply."""
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert products
-    return collections.Counter(re.findall(r": (\(.*)", line)[-1] for line in products if "HIGHEST" not in line)
+    return collections.Counter(
+        re.findall(r": (\(.*)", line)[-1] for line in products if "HIGHEST" not in line
+    )
 
 
 def faults(problem, transport: AbstractTransport, platform: str) -> list[str]:
@@ -96,12 +109,23 @@ def faults_of_velocity(velocity: AbstractVelocity, platform: str) -> list[str]:
     potential = DoubleWell()
 
     def gap(rates):
-        start = jax.random.normal(KEY, (64, 2))  # enough members for every estimator to go beyond moments
-        path = simulate(potential, Langevin(Knots(rates), 1e-2), start, steps=8, snapshots=2, key=KEY)
-        return speed_limit(path, transport=GaussianTransport(), velocity=velocity, potential=potential, jackknife=0).gap
+        start = jax.random.normal(
+            KEY, (64, 2)
+        )  # enough members for every estimator to go beyond moments
+        path = simulate(
+            potential, Langevin(Knots(rates), 1e-2), start, steps=8, snapshots=2, key=KEY
+        )
+        return speed_limit(
+            path, transport=GaussianTransport(), velocity=velocity, potential=potential, jackknife=0
+        ).gap
 
     try:
-        text = jax.jit(jax.value_and_grad(gap)).trace(jnp.full(4, 0.1)).lower(lowering_platforms=(platform,)).as_text()
+        text = (
+            jax.jit(jax.value_and_grad(gap))
+            .trace(jnp.full(4, 0.1))
+            .lower(lowering_platforms=(platform,))
+            .as_text()
+        )
     except (NotImplementedError, ValueError) as error:
         return [f"does not lower: {error}"]
     return _listed(text, careless(text))
@@ -109,7 +133,11 @@ def faults_of_velocity(velocity: AbstractVelocity, platform: str) -> list[str]:
 
 def _listed(text: str, roughly: collections.Counter[str]) -> list[str]:
     found = [f"multiplies at less than the highest precision: {shape}" for shape in roughly]
-    return found + [f"has {word}" for word in ("callback", "infeed", "outfeed", "xf64", "tensor<f64") if word in text]
+    return found + [
+        f"has {word}"
+        for word in ("callback", "infeed", "outfeed", "xf64", "tensor<f64")
+        if word in text
+    ]
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
@@ -127,7 +155,9 @@ def test_the_gradient_of_a_gap_from_velocities_lowers(name, platform):
 def test_a_flow_is_precise_but_has_callbacks():
     # flowjax checks the values that it is made of on the host; such a program runs on its own platform and is lowered by no other.
     flow = FlowDensity(KEY, steps=2)
-    traced = jax.jit(lambda x: flow.estimate(x, flow.init(x))[0].score(x[0])).trace(jax.random.normal(KEY, (16, 2)))
+    traced = jax.jit(lambda x: flow.estimate(x, flow.init(x))[0].score(x[0])).trace(
+        jax.random.normal(KEY, (16, 2))
+    )
     text = traced.lower().as_text()
     assert _listed(text, careless(text)) == ["has callback"]
     with pytest.raises(ValueError, match="platform"):
@@ -154,7 +184,10 @@ class _Talkative(AbstractTransport):
         return Solution(squared, jnp.array(True))
 
 
-@pytest.mark.parametrize(("transport", "fault"), [(_Rough(), "multiplies at less"), (_Talkative(), "callback|does not lower")])
+@pytest.mark.parametrize(
+    ("transport", "fault"),
+    [(_Rough(), "multiplies at less"), (_Talkative(), "callback|does not lower")],
+)
 def test_a_fault_is_seen(problem, transport, fault):
     (first, *_) = faults(problem, transport, "tpu")
     assert re.search(fault, first)

@@ -17,7 +17,15 @@ from esljax.command import cli
 from esljax.command.measure import transport_problems
 from esljax.measures import speed_limit
 from esljax.simulation import recorded
-from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Projected, SinkhornTransport, SlicedTransport, Solution
+from esljax.transport import (
+    AbstractTransport,
+    ExactTransport,
+    GaussianTransport,
+    Projected,
+    SinkhornTransport,
+    SlicedTransport,
+    Solution,
+)
 from esljax.velocity import TransportVelocity
 
 NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric")
@@ -32,7 +40,9 @@ def _restore_precision():
 
 def wandering(links=4, members=6, d=5, seed=0):
     rng = np.random.default_rng(seed)
-    return np.cumsum(rng.normal(size=(links + 1, members, d)) * np.array([3, 1, 0.3, 1, 2])[:d], axis=0)
+    return np.cumsum(
+        rng.normal(size=(links + 1, members, d)) * np.array([3, 1, 0.3, 1, 2])[:d], axis=0
+    )
 
 
 @pytest.fixture
@@ -51,17 +61,42 @@ def test_a_translation_by_hand(tmp_path, capsys):
     """All members move by c_j along a vector of length 3: Σ = 9 Σ Δc²/Δs, L² = W2² = 9 c_J²."""
     moved, times = np.array([0, 1, 2, 3, 5.0]), np.array([200, 210, 220, 250, 300])
     cloud = np.random.default_rng(0).normal(size=(7, 3))
-    np.savez(tmp_path / "run.npz", positions=cloud + moved[:, None, None] * np.array([1, 2, -2]), times=times)
-    assert cli.main(["measure", str(tmp_path / "run.npz"), "--out", str(tmp_path / "out"), "--dtype", "float64"]) == 0
+    np.savez(
+        tmp_path / "run.npz",
+        positions=cloud + moved[:, None, None] * np.array([1, 2, -2]),
+        times=times,
+    )
+    assert (
+        cli.main(
+            [
+                "measure",
+                str(tmp_path / "run.npz"),
+                "--out",
+                str(tmp_path / "out"),
+                "--dtype",
+                "float64",
+            ]
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    np.testing.assert_allclose(report["entropy_production"], 9 * np.sum(np.diff(moved) ** 2 / (np.diff(times) / 100)), rtol=1e-12)
+    np.testing.assert_allclose(
+        report["entropy_production"],
+        9 * np.sum(np.diff(moved) ** 2 / (np.diff(times) / 100)),
+        rtol=1e-12,
+    )
     np.testing.assert_allclose([report["length_squared"], report["w2_squared"]], 225, rtol=1e-12)
-    np.testing.assert_allclose(report["speed"]["values"], 3 * np.diff(moved) / (np.diff(times) / 100), rtol=1e-12)
+    np.testing.assert_allclose(
+        report["speed"]["values"], 3 * np.diff(moved) / (np.diff(times) / 100), rtol=1e-12
+    )
     np.testing.assert_allclose(report["speed"]["times"], [0.05, 0.15, 0.35, 0.75])
     assert report["gap"] == pytest.approx(report["temporal"], rel=1e-12)
     assert (report["snapshots"], report["members"], report["coordinates"]) == (5, 7, 3)
     printed = capsys.readouterr().out
-    assert "5 snapshots of 7 members, 3 parameters each; times 200 to 300 rescaled to [0, 1]." in printed
+    assert (
+        "5 snapshots of 7 members, 3 parameters each; times 200 to 300 rescaled to [0, 1]."
+        in printed
+    )
     assert "entropy production Σ                 282" in printed
     assert "The speed limit holds: Σ is 1.25 times W2²" in printed
 
@@ -69,9 +104,21 @@ def test_a_translation_by_hand(tmp_path, capsys):
 def test_writes_what_it_promises(run, tmp_path, capsys):
     report = measured(run, out=tmp_path / "out")
     assert capsys.readouterr().out == ""
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json", "config.toml", "speed_limit.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.json",
+        "config.toml",
+        "speed_limit.png",
+    }
     assert (tmp_path / "out" / "speed_limit.png").read_bytes().startswith(b"\x89PNG")
-    assert {*NUMBERS, "noise_floor", "transport_converged", "learning_time", "standard_error", "versions", "wall_seconds"} <= set(report)
+    assert {
+        *NUMBERS,
+        "noise_floor",
+        "transport_converged",
+        "learning_time",
+        "standard_error",
+        "versions",
+        "wall_seconds",
+    } <= set(report)
     assert set(NUMBERS) <= set(report["standard_error"])
     assert report["learning_time"] is None
     assert report["noise_floor"] is None
@@ -83,7 +130,9 @@ def test_writes_what_it_promises(run, tmp_path, capsys):
     by_hand = speed_limit(recorded(wandering(), [0, 1, 2, 4, 8]), transport=ExactTransport())
     for name in NUMBERS:
         assert report[name] == pytest.approx(float(getattr(by_hand, name)), rel=1e-6)
-        assert report["standard_error"][name] == pytest.approx(float(getattr(by_hand.standard_error, name)), rel=1e-5)
+        assert report["standard_error"][name] == pytest.approx(
+            float(getattr(by_hand.standard_error, name)), rel=1e-5
+        )
     again = measured("--config", tmp_path / "out" / "config.toml", out=tmp_path / "again")
     assert tomllib.loads((tmp_path / "out" / "config.toml").read_text())["recording"] == str(run)
     for key in ("config", "wall_seconds"):
@@ -92,23 +141,42 @@ def test_writes_what_it_promises(run, tmp_path, capsys):
 
 
 GIVEN = np.linalg.qr(np.random.default_rng(5).normal(size=(5, 2)))[0]
-SLICED = lambda: SlicedTransport(8, jax.random.split(jax.random.key(3))[1])  # noqa: E731
+
+
+def SLICED():
+    return SlicedTransport(8, jax.random.split(jax.random.key(3))[1])
 
 
 @pytest.mark.parametrize(
     ("flags", "transport", "velocity"),
     [
         (["--transport", "gaussian"], lambda matrix: GaussianTransport(), None),
-        (["--transport", "sliced", "--directions", "8", "--seed", "3"], lambda matrix: SLICED(), None),
-        (["--transport", "sinkhorn", "--epsilon", "3"], lambda matrix: SinkhornTransport(3.0), None),
-        (["--velocity", "transport"], lambda matrix: ExactTransport(), TransportVelocity(ExactTransport())),
+        (
+            ["--transport", "sliced", "--directions", "8", "--seed", "3"],
+            lambda matrix: SLICED(),
+            None,
+        ),
+        (
+            ["--transport", "sinkhorn", "--epsilon", "3"],
+            lambda matrix: SinkhornTransport(3.0),
+            None,
+        ),
+        (
+            ["--velocity", "transport"],
+            lambda matrix: ExactTransport(),
+            TransportVelocity(ExactTransport()),
+        ),
         (["--project", "matrix.npz"], lambda matrix: Projected(ExactTransport(), GIVEN), None),
         (
             ["--project", "matrix.npz", "--transport", "gaussian", "--velocity", "transport"],
             lambda matrix: Projected(GaussianTransport(), GIVEN),
             TransportVelocity(GaussianTransport()),
         ),
-        (["--project", "pca", "--coordinates", "2"], lambda matrix: Projected(ExactTransport(), matrix), None),
+        (
+            ["--project", "pca", "--coordinates", "2"],
+            lambda matrix: Projected(ExactTransport(), matrix),
+            None,
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -125,18 +193,39 @@ def test_flags_are_what_speed_limit_takes(flags, transport, velocity, run, tmp_p
     assert report["standard_error"] is None
     assert report["errors"] == "none"
     if "pca" in flags:
-        share = np.sort(np.linalg.eigvalsh(np.cov(pooled.T)))[-2:].sum() / np.trace(np.cov(pooled.T))
-        assert report["projection"] == {"name": "pca", "coordinates": 2, "variance_share": pytest.approx(share)}
+        share = np.sort(np.linalg.eigvalsh(np.cov(pooled.T)))[-2:].sum() / np.trace(
+            np.cov(pooled.T)
+        )
+        assert report["projection"] == {
+            "name": "pca",
+            "coordinates": 2,
+            "variance_share": pytest.approx(share),
+        }
 
 
 def test_random_projections_differ_by_seed_and_bound_from_below(run, tmp_path):
     whole = measured(run, "--jackknife", 0, out=tmp_path / "whole")
     first, second, again = (
-        measured(run, "--project", "random", "--coordinates", 3, "--jackknife", 0, "--seed", seed, out=tmp_path / name)
+        measured(
+            run,
+            "--project",
+            "random",
+            "--coordinates",
+            3,
+            "--jackknife",
+            0,
+            "--seed",
+            seed,
+            out=tmp_path / name,
+        )
         for seed, name in ((0, "a"), (1, "b"), (0, "c"))
     )
-    assert first["entropy_production"] == again["entropy_production"] != second["entropy_production"]
-    assert max(first["entropy_production"], second["entropy_production"]) < whole["entropy_production"]
+    assert (
+        first["entropy_production"] == again["entropy_production"] != second["entropy_production"]
+    )
+    assert (
+        max(first["entropy_production"], second["entropy_production"]) < whole["entropy_production"]
+    )
     assert max(first["w2_squared"], second["w2_squared"]) < whole["w2_squared"]
 
 
@@ -146,10 +235,16 @@ def test_a_folder_and_features(tmp_path):
     for i in range(6):
         (tmp_path / "run" / f"member_{i}").mkdir(parents=True)
         for j, time in enumerate(times):
-            np.savez(tmp_path / "run" / f"member_{i}" / f"{time}.npz", b=positions[j, i, 2:], a=positions[j, i, :2])
+            np.savez(
+                tmp_path / "run" / f"member_{i}" / f"{time}.npz",
+                b=positions[j, i, 2:],
+                a=positions[j, i, :2],
+            )
     np.savez(tmp_path / "features.npz", features=positions)
     np.savez(tmp_path / "run.npz", positions=positions, times=times)
-    from_folder, from_file = (measured(tmp_path / name, out=tmp_path / name[:3]) for name in ("run", "run.npz"))
+    from_folder, from_file = (
+        measured(tmp_path / name, out=tmp_path / name[:3]) for name in ("run", "run.npz")
+    )
     features = measured(tmp_path / "features.npz", out=tmp_path / "features")
     assert all(from_folder[name] == from_file[name] for name in NUMBERS)
     assert from_folder["times"] == from_file["times"]
@@ -162,7 +257,16 @@ def test_numbers_not_to_be_trusted_are_exit_code_1(tmp_path, capsys):
     """Two clouds far apart at an ε that the iterations cannot reach."""
     start = np.random.default_rng(0).normal(size=(1, 20, 2))
     np.savez(tmp_path / "run.npz", positions=np.concatenate([start, start * 100]))
-    arguments = ["--transport", "sinkhorn", "--epsilon", "1e-3", "--jackknife", "0", "--out", str(tmp_path / "out")]
+    arguments = [
+        "--transport",
+        "sinkhorn",
+        "--epsilon",
+        "1e-3",
+        "--jackknife",
+        "0",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert cli.main(["measure", str(tmp_path / "run.npz"), *arguments]) == 1
     assert "did not converge: do not trust these numbers" in capsys.readouterr().out
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -181,7 +285,9 @@ class Counting(AbstractTransport):
             return np.float32(0)
 
         # Once for each problem of a batch.
-        nothing = jax.pure_callback(count, jax.ShapeDtypeStruct((), np.float32), x, vmap_method="sequential")
+        nothing = jax.pure_callback(
+            count, jax.ShapeDtypeStruct((), np.float32), x, vmap_method="sequential"
+        )
         return Solution(jnp.mean(jnp.sum((x - y) ** 2, axis=1)) + nothing, jnp.asarray(True))
 
     def map(self, x, y):
@@ -200,22 +306,41 @@ def test_problems_are_foretold(links, jackknife, debias, maps):
     transport = Counting(Tally())
     path = recorded(np.float32(wandering(links=links, members=members)))
     velocity = TransportVelocity(transport) if maps else None
-    jax.block_until_ready(speed_limit(path, transport=transport, velocity=velocity, jackknife=jackknife, debias=debias))
+    jax.block_until_ready(
+        speed_limit(
+            path, transport=transport, velocity=velocity, jackknife=jackknife, debias=debias
+        )
+    )
     whole = sum(count for size, count in transport.solved.items() if size > members // 2)
     found = whole, transport.solved.total() - whole
-    assert found == transport_problems(links + 1, members, maps=maps, jackknife=jackknife, debias=debias)
+    assert found == transport_problems(
+        links + 1, members, maps=maps, jackknife=jackknife, debias=debias
+    )
 
 
 def test_says_beforehand_how_long_it_will_take(tmp_path, capsys):
     """The default of 32 groups of 64 members, five snapshots and debiasing: 33 · (4 + 1 + 2) and 33 · 3 · 5 problems."""
     np.savez(tmp_path / "run.npz", positions=wandering(members=64))
-    assert cli.main(["measure", str(tmp_path / "run.npz"), "--transport", "gaussian", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        cli.main(
+            [
+                "measure",
+                str(tmp_path / "run.npz"),
+                "--transport",
+                "gaussian",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
     first, second, third = capsys.readouterr().out.splitlines()[:3]
     assert first == "231 transport problems of up to 64 members and 495 of up to 32."
     each, half, whole = map(
         float,
         re.fullmatch(
-            r"A batch of them took (\S+) s each and (\S+) s for the smaller ones: about (\S+) seconds in all, and some to compile.", second
+            r"A batch of them took (\S+) s each and (\S+) s for the smaller ones: about (\S+) seconds in all, and some to compile.",
+            second,
         ).groups(),
     )
     assert whole == pytest.approx(231 * each + 495 * half, rel=0.05, abs=0.05)
@@ -224,7 +349,9 @@ def test_says_beforehand_how_long_it_will_take(tmp_path, capsys):
 
 def test_members_that_do_not_move(tmp_path):
     np.savez(tmp_path / "run.npz", positions=np.ones((3, 4, 2)))
-    report = measured(tmp_path / "run.npz", "--project", "pca", "--coordinates", 1, out=tmp_path / "out")
+    report = measured(
+        tmp_path / "run.npz", "--project", "pca", "--coordinates", 1, out=tmp_path / "out"
+    )
     assert "Nothing moved" in report["verdict"]
     assert report["efficiency"] is None, "0/0 is no number"
 
@@ -254,45 +381,113 @@ def _text(path, content):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (lambda tmp, run: [], "Argument `recording` must be a file of snapshots or a folder of checkpoints, but is not given."),
-        (lambda tmp, run: ["/nowhere.npz"], "Argument `recording` must be a file or folder, but /nowhere.npz does not exist."),
-        (lambda tmp, run: [_arrays(tmp, weights=wandering())], "Argument `recording` must hold either `positions` or `features`"),
-        (lambda tmp, run: [_hole(tmp)], "Argument `positions` must be finite in float32, but is not for member 3 at snapshot 2."),
-        (lambda tmp, run: [_arrays(tmp, features=wandering()[:1])], "Argument `features` must hold at least two snapshots"),
+        (
+            lambda tmp, run: [],
+            "Argument `recording` must be a file of snapshots or a folder of checkpoints, but is not given.",
+        ),
+        (
+            lambda tmp, run: ["/nowhere.npz"],
+            "Argument `recording` must be a file or folder, but /nowhere.npz does not exist.",
+        ),
+        (
+            lambda tmp, run: [_arrays(tmp, weights=wandering())],
+            "Argument `recording` must hold either `positions` or `features`",
+        ),
+        (
+            lambda tmp, run: [_hole(tmp)],
+            "Argument `positions` must be finite in float32, but is not for member 3 at snapshot 2.",
+        ),
+        (
+            lambda tmp, run: [_arrays(tmp, features=wandering()[:1])],
+            "Argument `features` must hold at least two snapshots",
+        ),
         (
             lambda tmp, run: [_arrays(tmp, positions=wandering()[:, :1])],
             "Argument `positions` must hold at least two snapshots of at least",
         ),
-        (lambda tmp, run: [_arrays(tmp, positions=wandering(), times=[0, 1, 1, 2, 3])], "Argument `times` must increase"),
-        (lambda tmp, run: [_arrays(tmp, positions=wandering(), times=[0, 1])], "Argument `times` must have shape (5,)"),
-        (lambda tmp, run: [_arrays(tmp, positions=np.array([{}], object))], "Argument `recording` must be plain arrays, because a pickle"),
+        (
+            lambda tmp, run: [_arrays(tmp, positions=wandering(), times=[0, 1, 1, 2, 3])],
+            "Argument `times` must increase",
+        ),
+        (
+            lambda tmp, run: [_arrays(tmp, positions=wandering(), times=[0, 1])],
+            "Argument `times` must have shape (5,)",
+        ),
+        (
+            lambda tmp, run: [_arrays(tmp, positions=np.array([{}], object))],
+            "Argument `recording` must be plain arrays, because a pickle",
+        ),
         (lambda tmp, run: [_cut(tmp)], "Argument `recording` must be a whole .npz archive"),
-        (lambda tmp, run: [_text(tmp / "run.pt", "")], "Argument `recording` must be plain arrays, because a pickle"),
+        (
+            lambda tmp, run: [_text(tmp / "run.pt", "")],
+            "Argument `recording` must be plain arrays, because a pickle",
+        ),
         (lambda tmp, run: [str(tmp)], "Argument `recording` must hold one folder for each member"),
-        (lambda tmp, run: [run, "--project", "pca"], "Argument `coordinates` must be at most 5, the numbers in one member, but is 10."),
+        (
+            lambda tmp, run: [run, "--project", "pca"],
+            "Argument `coordinates` must be at most 5, the numbers in one member, but is 10.",
+        ),
         (lambda tmp, run: [run, "--project", "random"], "Argument `coordinates` must be at most 5"),
-        (lambda tmp, run: [run, "--project", "umap"], "Argument `project` must be 'pca', 'random', 'none' or an .npz file, but umap does"),
-        (lambda tmp, run: [run, "--project", _arrays(tmp, matrix=np.eye(4))], "Argument `project` must hold a matrix (5, p), p ≤ 5"),
-        (lambda tmp, run: [run, "--project", _arrays(tmp, matrix=np.ones((5, 6)))], "Argument `project` must hold a matrix (5, p), p ≤ 5"),
-        (lambda tmp, run: [run, "--transport", "sliced", "--velocity", "transport"], "Argument `velocity` must be 'none' beside"),
-        (lambda tmp, run: [run, "--epsilon", "0"], "Argument `epsilon` must be greater than 0, but is 0."),
+        (
+            lambda tmp, run: [run, "--project", "umap"],
+            "Argument `project` must be 'pca', 'random', 'none' or an .npz file, but umap does",
+        ),
+        (
+            lambda tmp, run: [run, "--project", _arrays(tmp, matrix=np.eye(4))],
+            "Argument `project` must hold a matrix (5, p), p ≤ 5",
+        ),
+        (
+            lambda tmp, run: [run, "--project", _arrays(tmp, matrix=np.ones((5, 6)))],
+            "Argument `project` must hold a matrix (5, p), p ≤ 5",
+        ),
+        (
+            lambda tmp, run: [run, "--transport", "sliced", "--velocity", "transport"],
+            "Argument `velocity` must be 'none' beside",
+        ),
+        (
+            lambda tmp, run: [run, "--epsilon", "0"],
+            "Argument `epsilon` must be greater than 0, but is 0.",
+        ),
         (lambda tmp, run: [run, "--epsilon", "inf"], "Argument `epsilon` must be finite"),
-        (lambda tmp, run: [run, "--coordinates", "0"], "Argument `coordinates` must be an integer of at least 1, but is 0."),
-        (lambda tmp, run: [run, "--directions", "0"], "Argument `directions` must be an integer of at least 1, but is 0."),
-        (lambda tmp, run: [run, "--jackknife", "-1"], "Argument `jackknife` must be an integer of at least 0, but is -1."),
-        (lambda tmp, run: [run, "--seed", "-1"], "Argument `seed` must be an integer of at least 0"),
-        (lambda tmp, run: [run, "--config", "/nowhere.toml"], "Argument `config` must be a readable file"),
+        (
+            lambda tmp, run: [run, "--coordinates", "0"],
+            "Argument `coordinates` must be an integer of at least 1, but is 0.",
+        ),
+        (
+            lambda tmp, run: [run, "--directions", "0"],
+            "Argument `directions` must be an integer of at least 1, but is 0.",
+        ),
+        (
+            lambda tmp, run: [run, "--jackknife", "-1"],
+            "Argument `jackknife` must be an integer of at least 0, but is -1.",
+        ),
+        (
+            lambda tmp, run: [run, "--seed", "-1"],
+            "Argument `seed` must be an integer of at least 0",
+        ),
+        (
+            lambda tmp, run: [run, "--config", "/nowhere.toml"],
+            "Argument `config` must be a readable file",
+        ),
         (lambda tmp, run: [run, "--config", _text(tmp / "c.toml", "steps = 3")], "Key `steps` of"),
-        (lambda tmp, run: [run, "--config", _text(tmp / "c.toml", "project = 3")], "Argument `project` must be a string in"),
+        (
+            lambda tmp, run: [run, "--config", _text(tmp / "c.toml", "project = 3")],
+            "Argument `project` must be a string in",
+        ),
         (
             lambda tmp, run: [run, "--config", _text(tmp / "c.toml", "velocity = 'affine'")],
             "Argument `velocity` must be one of 'none', 'tr",
         ),
-        (lambda tmp, run: [run, f"--config={_text(tmp / 'c.toml', 'recording = 3')}"], "Argument `recording` must be a string in"),
+        (
+            lambda tmp, run: [run, f"--config={_text(tmp / 'c.toml', 'recording = 3')}"],
+            "Argument `recording` must be a string in",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, sentence, run, tmp_path, capsys):
-    assert cli.main(["measure", *arguments(tmp_path, str(run)), "--out", str(tmp_path / "out")]) == 2
+    assert (
+        cli.main(["measure", *arguments(tmp_path, str(run)), "--out", str(tmp_path / "out")]) == 2
+    )
     captured = capsys.readouterr()
     assert captured.err.startswith(f"esljax: {sentence}")
     assert captured.err.count("\n") == 1
@@ -303,7 +498,10 @@ def test_bad_input_is_one_sentence(arguments, sentence, run, tmp_path, capsys):
 def test_where_it_cannot_write(run, tmp_path, capsys):
     assert cli.main(["measure", str(run), "--out", str(run)]) == 2
     assert "Argument `out` must be a folder, but is the file" in capsys.readouterr().err
-    assert cli.main(["measure", str(run), "--out", str(run / "inside"), "--jackknife", "0", "--quiet"]) == 2
+    assert (
+        cli.main(["measure", str(run), "--out", str(run / "inside"), "--jackknife", "0", "--quiet"])
+        == 2
+    )
     error = capsys.readouterr().err
     assert "Argument `out` must be a folder that can be written" in error
     assert error.count("\n") == 1

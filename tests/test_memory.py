@@ -14,7 +14,13 @@ from esljax.potentials import Driven, FlaxLoss, FromFunction, Quadratic, mlp
 from esljax.potentials.datasets import digits
 from esljax.schedules import Constant, Knots, Linear
 from esljax.simulation import Autodiff, ForwardMode, HessianAdjoint, Langevin, simulate
-from esljax.transport import ExactTransport, GaussianTransport, Projected, SinkhornTransport, SlicedTransport
+from esljax.transport import (
+    ExactTransport,
+    GaussianTransport,
+    Projected,
+    SinkhornTransport,
+    SlicedTransport,
+)
 
 KEY = jax.random.key(0)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -22,7 +28,10 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 def test_a_driven_potential_is_planned():
     driven = Driven(lambda center: Quadratic(1.0, center), Linear(0.0, 2.0))
-    assert plan(driven, jnp.zeros((64, 10)), steps=100).total == plan(Quadratic(1.0), jnp.zeros((64, 10)), steps=100).total
+    assert (
+        plan(driven, jnp.zeros((64, 10)), steps=100).total
+        == plan(Quadratic(1.0), jnp.zeros((64, 10)), steps=100).total
+    )
 
 
 def problem(transport=None, hidden=32, batch=256, recompute=False, gradient=None, **sizes):
@@ -30,7 +39,14 @@ def problem(transport=None, hidden=32, batch=256, recompute=False, gradient=None
     potential = FlaxLoss(mlp(64, hidden, 10), data.train, batch_size=batch, l2=1e-4)
     sizes = {"members": 32, "steps": 200, "snapshots": 20, **sizes}
     transport = ExactTransport() if transport is None else transport
-    return Problem(potential, data.test, Constant(1e-7), transport, gradient=gradient or HessianAdjoint(checkpoint=recompute), **sizes)
+    return Problem(
+        potential,
+        data.test,
+        Constant(1e-7),
+        transport,
+        gradient=gradient or HessianAdjoint(checkpoint=recompute),
+        **sizes,
+    )
 
 
 def needed(problem: Problem, differentiated: bool) -> int:
@@ -89,32 +105,44 @@ def test_a_plan_is_right_within_a_half(settings, differentiated):
     ids=str,
 )
 @pytest.mark.parametrize("differentiated", [True, slow(False)], ids=["gradient", "value"])
-def test_a_plan_of_many_members_in_few_coordinates_is_right_within_a_half(transport, members, coordinates, differentiated):
+def test_a_plan_of_many_members_in_few_coordinates_is_right_within_a_half(
+    transport, members, coordinates, differentiated
+):
     """Where costs, orders and projections outweigh the members themselves."""
     start, potential = jax.ShapeDtypeStruct((members, coordinates), jnp.float32), Quadratic(1.0)
 
     def gap(rates, start):
-        path = simulate(potential, Langevin(Knots(rates), 0.01), start, steps=20, snapshots=10, key=KEY)
+        path = simulate(
+            potential, Langevin(Knots(rates), 0.01), start, steps=20, snapshots=10, key=KEY
+        )
         return speed_limit(path, transport=transport, jackknife=0).gap
 
     program = jax.jit(jax.value_and_grad(gap) if differentiated else gap)
     found = program.lower(jnp.full(3, 0.1), start).compile().memory_analysis().temp_size_in_bytes
-    planned = plan(potential, start, steps=20, snapshots=10, transport=transport, differentiated=differentiated).total
+    planned = plan(
+        potential, start, steps=20, snapshots=10, transport=transport, differentiated=differentiated
+    ).total
     assert 1 / 1.5 < planned / found < 1.5
 
 
 def test_a_loop_over_layers_counts_every_layer():
     def energy(layers):
-        return lambda member: jnp.sum(jax.lax.scan(lambda x, _: (jnp.sin(x), None), member, None, length=layers)[0])
+        return lambda member: jnp.sum(
+            jax.lax.scan(lambda x, _: (jnp.sin(x), None), member, None, length=layers)[0]
+        )
 
-    few, many = (plan(FromFunction(energy(layers)), jnp.zeros((16, 50)), steps=20).network for layers in (10, 1000))
+    few, many = (
+        plan(FromFunction(energy(layers)), jnp.zeros((16, 50)), steps=20).network
+        for layers in (10, 1000)
+    )
     assert 50 < many / few < 150
 
 
 def test_ways_of_differentiating_are_told_apart():
     """jax keeps what the network computed at every step, forward mode nothing of any."""
     planned = {
-        name: problem(gradient=way).plan().adjoint for name, way in (("h", HessianAdjoint()), ("a", Autodiff()), ("f", ForwardMode()))
+        name: problem(gradient=way).plan().adjoint
+        for name, way in (("h", HessianAdjoint()), ("a", Autodiff()), ("f", ForwardMode()))
     }
     assert planned["a"] > 5 * planned["h"] > 0 == planned["f"]
 
@@ -133,12 +161,18 @@ def test_devices_share_what_they_can():
     ("settings", "remedy"),
     [
         ({"steps": 20000}, "recompute states"),
-        ({"members": 4096, "hidden": 2, "batch": 4096, "steps": 2, "snapshots": 2}, "smaller batches"),
+        (
+            {"members": 4096, "hidden": 2, "batch": 4096, "steps": 2, "snapshots": 2},
+            "smaller batches",
+        ),
         ({"members": 20000, "hidden": 2, "steps": 20}, "sinkhorn transport in chunks"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_to_change(settings, remedy, refused):
-    refused(lambda: problem(**settings).plan().check(1e8), f"`members` must fit in 100.0 MB a device .*{remedy}.* or use more devices")
+    refused(
+        lambda: problem(**settings).plan().check(1e8),
+        f"`members` must fit in 100.0 MB a device .*{remedy}.* or use more devices",
+    )
 
 
 def test_bad_input_is_one_sentence(refused):
@@ -152,15 +186,23 @@ def test_bad_input_is_one_sentence(refused):
         ({"potential": Quadratic(jnp.ones(4))}, "`potential` must accept members of 3 coordinates"),
     ):
         asked = {"potential": Quadratic(1.0), "positions": ensemble, "steps": 100, **change}
-        refused(lambda asked=asked: plan(asked.pop("potential"), asked.pop("positions"), **asked), sentence)
-    refused(lambda: problem().plan(devices=3), "`devices` must divide the 32 members that they share, but is 3")
+        refused(
+            lambda asked=asked: plan(asked.pop("potential"), asked.pop("positions"), **asked),
+            sentence,
+        )
+    refused(
+        lambda: problem().plan(devices=3),
+        "`devices` must divide the 32 members that they share, but is 3",
+    )
 
 
 def test_the_command(capsys, tmp_path):
     assert cli.main(["plan", "--devices", "4", "--memory", "16"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("32 members of 2410 numbers on 4 devices")
-    assert re.search(r"adjoint +32\.5 MB", said)  # 200 times positions, noise and batches of 8 members
+    assert re.search(
+        r"adjoint +32\.5 MB", said
+    )  # 200 times positions, noise and batches of 8 members
     assert cli.main(["plan", "--memory", "0.1"]) == 2
     assert "must fit in 100.0 MB a device" in capsys.readouterr().err
     assert cli.main(["plan", "--memory", "-1"]) == 2

@@ -20,7 +20,14 @@ def run():
     inputs = jax.random.normal(KEY, (40, 3))
     data = (inputs, (inputs[:, 0] + inputs[:, 1] ** 2 > 0.5).astype(jnp.int32))
     potential = FlaxLoss(mlp(3, 4, 2), data, batch_size=BATCH, l2=1e-2)
-    path = simulate(potential, Langevin(0.2, 0.0), potential.init(members=16, key=KEY), steps=20, snapshots=4, key=jax.random.key(1))
+    path = simulate(
+        potential,
+        Langevin(0.2, 0.0),
+        potential.init(members=16, key=KEY),
+        steps=20,
+        snapshots=4,
+        key=jax.random.key(1),
+    )
     return potential, path
 
 
@@ -29,11 +36,17 @@ def truth(potential, path):
 
     @jax.jit
     def of_examples(position):
-        return jax.vmap(lambda i: potential.energy_and_gradient(position, i[None])[1])(jnp.arange(len(potential.inputs)))
+        return jax.vmap(lambda i: potential.energy_and_gradient(position, i[None])[1])(
+            jnp.arange(len(potential.inputs))
+        )
 
-    each = np.array([[of_examples(member) for member in snapshot] for snapshot in path.positions], float)
+    each = np.array(
+        [[of_examples(member) for member in snapshot] for snapshot in path.positions], float
+    )
     mean = each.mean(axis=2)
-    return np.sum(mean**2, axis=-1), np.sum((each - mean[:, :, None]) ** 2, axis=-1).mean(axis=2) / BATCH
+    return np.sum(mean**2, axis=-1), np.sum((each - mean[:, :, None]) ** 2, axis=-1).mean(
+        axis=2
+    ) / BATCH
 
 
 def test_gradient_and_noise_are_those_of_the_data(run):
@@ -42,7 +55,9 @@ def test_gradient_and_noise_are_those_of_the_data(run):
     noise = minibatch_noise(path, potential, key=jax.random.key(2), pairs=400)
     # Drawn batches leave an error beside that over members, so members are compared as they are: with 400 pairs each.
     spread = np.asarray(noise.gradient_squared_error)
-    scatter = np.sqrt(2 * variance.mean(axis=1) * (2 * squared + variance).mean(axis=1) / (400 * 16))
+    scatter = np.sqrt(
+        2 * variance.mean(axis=1) * (2 * squared + variance).mean(axis=1) / (400 * 16)
+    )
     assert np.all(np.abs(noise.gradient_squared - squared.mean(axis=1)) < 5 * scatter)
     np.testing.assert_allclose(noise.variance, variance.mean(axis=1), rtol=0.03)
     # A square of one batch's gradient would be off by the variance, which is many errors.
@@ -60,15 +75,32 @@ def test_the_floor_is_what_steps_spread(run):
     expected = of_members.mean()
     noise = minibatch_noise(path, potential, key=jax.random.key(2), pairs=200)
     assert abs(float(noise.floor) - expected) < 0.03 * expected
-    np.testing.assert_allclose(noise.temperature, 0.2 * per_snapshot / (2 * path.positions.shape[2]), rtol=0.05)
+    np.testing.assert_allclose(
+        noise.temperature, 0.2 * per_snapshot / (2 * path.positions.shape[2]), rtol=0.05
+    )
     np.testing.assert_allclose(noise.floor_error, of_members.std(ddof=1) / 4, rtol=0.3)
-    np.testing.assert_allclose(noise.temperature_error, noise.variance_error * noise.temperature / noise.variance, rtol=1e-5)
+    np.testing.assert_allclose(
+        noise.temperature_error,
+        noise.variance_error * noise.temperature / noise.variance,
+        rtol=1e-5,
+    )
     assert "Batches contribute up to" in str(noise)
 
 
 def test_what_has_no_batches_is_refused(run, refused):
     potential, path = run
-    smooth = simulate(Quadratic(1.0), Langevin(0.1), jnp.ones((4, 2)), steps=4, snapshots=2, key=KEY)
-    refused(lambda: minibatch_noise(smooth, Quadratic(1.0), key=KEY), "Argument `potential` must draw batches")
-    refused(lambda: minibatch_noise(path, potential, key=KEY, pairs=0), "Argument `pairs` must be an integer of at least 1")
-    refused(lambda: minibatch_noise(path.positions, potential, key=KEY), "Argument `trajectory` must be one run")
+    smooth = simulate(
+        Quadratic(1.0), Langevin(0.1), jnp.ones((4, 2)), steps=4, snapshots=2, key=KEY
+    )
+    refused(
+        lambda: minibatch_noise(smooth, Quadratic(1.0), key=KEY),
+        "Argument `potential` must draw batches",
+    )
+    refused(
+        lambda: minibatch_noise(path, potential, key=KEY, pairs=0),
+        "Argument `pairs` must be an integer of at least 1",
+    )
+    refused(
+        lambda: minibatch_noise(path.positions, potential, key=KEY),
+        "Argument `trajectory` must be one run",
+    )

@@ -45,8 +45,14 @@ class EntropyProduction(eqx.Module):
     def __call__(self, knots, key):
         mobility = Knots(knots.values * 2 / clock(knots)) if self.rescaled else knots
         rule = Langevin(mobility, self.system.rule.temperature)
-        report = gaussian.speed_limit(self.system.law, self.system.potential, rule, steps=1, panels=4)
-        return report.entropy_production if self.rescaled else (report.entropy_production, Equality(report.learning_time / 2 - 1))
+        report = gaussian.speed_limit(
+            self.system.law, self.system.potential, rule, steps=1, panels=4
+        )
+        return (
+            report.entropy_production
+            if self.rescaled
+            else (report.entropy_production, Equality(report.learning_time / 2 - 1))
+        )
 
 
 def cosine_start(floor=0.02):
@@ -75,25 +81,33 @@ def test_default_finds_the_schedule_of_constant_speed(d):
     assert float(optimum.history.value[0]) > 2 * length_squared  # from far
     best = optimum.controls.values * 2 / clock(optimum.controls)
     exact = systems.cosine_decay(d, 1)
-    rate = gaussian.optimal_learning_rate(exact.law, exact.potential, temperature=0.1, learning_time=2.0, steps=1, knots=64)
+    rate = gaussian.optimal_learning_rate(
+        exact.law, exact.potential, temperature=0.1, learning_time=2.0, steps=1, knots=64
+    )
     np.testing.assert_allclose(best, rate.values, rtol=0.03)
     assert best[0] < best[32] < best[-1]  # it rises
 
 
 @pytest.mark.usefixtures("x64")
 def test_learning_time_as_a_constraint():
-    optimum = optimize(objective_of(1, False), cosine_start(), key=KEY, iterations=300, tolerance=1e-4)
+    optimum = optimize(
+        objective_of(1, False), cosine_start(), key=KEY, iterations=300, tolerance=1e-4
+    )
     assert optimum.satisfied
     assert abs(float(optimum.value) / oracles.O3_PATH[1][1] - 1) < 1e-4
     # The multiplier is what a little more time costs: dL²/dU = 2 L g(U) at U = 2, with residual U/2 - 1.
     mean, variance = 2 * np.exp(-2.0), 0.1 + 0.9 * np.exp(-4.0)
     g = np.sqrt(mean**2 + (variance - 0.1) ** 2 / variance)
-    np.testing.assert_allclose(optimum.multipliers, -4 * np.sqrt(oracles.O3_PATH[1][1]) * g, rtol=0.01)
+    np.testing.assert_allclose(
+        optimum.multipliers, -4 * np.sqrt(oracles.O3_PATH[1][1]) * g, rtol=0.01
+    )
 
 
 @pytest.mark.usefixtures("x64")
 def test_lbfgs_finds_the_schedule_of_constant_speed():
-    optimum = optimize(objective_of(1, True), cosine_start(0.2), key=KEY, iterations=120, optimizer=optax.lbfgs())
+    optimum = optimize(
+        objective_of(1, True), cosine_start(0.2), key=KEY, iterations=120, optimizer=optax.lbfgs()
+    )
     assert abs(float(optimum.value) / oracles.O3_PATH[1][1] - 1) < 1e-4
 
 
@@ -105,7 +119,9 @@ def test_discrete_translation_through_the_simulation():
 
     def report_of(rates):
         rule = Langevin(Knots(jnp.append(rates, rates[-1]), "linear"))
-        path = simulate(case.potential, rule, start, steps=case.steps, snapshots=case.steps, key=KEY)
+        path = simulate(
+            case.potential, rule, start, steps=case.steps, snapshots=case.steps, key=KEY
+        )
         return speed_limit(path, transport=GaussianTransport(), jackknife=0), path.final[0, 0]
 
     def objective(logarithms, key):
@@ -147,7 +163,9 @@ def test_two_constraints_one_of_them_inactive():
         x, y = point["x"], point["y"]
         return x**2 + y**2, {"active": 5 - x - 2 * y, "idle": x - 9}
 
-    optimum = optimize(objective, {"x": jnp.array(3.0), "y": jnp.array(3.0)}, key=KEY, iterations=600)
+    optimum = optimize(
+        objective, {"x": jnp.array(3.0), "y": jnp.array(3.0)}, key=KEY, iterations=600
+    )
     np.testing.assert_allclose((optimum.controls["x"], optimum.controls["y"]), (1, 2), atol=5e-3)
     np.testing.assert_allclose(optimum.multipliers, [2, 0], atol=0.15)
     assert optimum.multipliers[1] == 0
@@ -170,7 +188,9 @@ def test_an_equality_beside_an_inequality():
 @pytest.mark.usefixtures("x64")
 def test_an_equality_binds_from_both_sides():
     for target in (-2.0, 2.0):
-        optimum = optimize(lambda x, key: (x**2, Equality(x - target)), 1.0, key=KEY, iterations=400)  # noqa: B023
+        optimum = optimize(
+            lambda x, key: (x**2, Equality(x - target)), 1.0, key=KEY, iterations=400
+        )
         np.testing.assert_allclose(optimum.controls, target, atol=2e-3)
         np.testing.assert_allclose(optimum.multipliers, [-2 * target], rtol=0.02)
 
@@ -183,7 +203,12 @@ def test_constraints_that_cannot_hold_are_said_not_to():
 
 def test_a_candidate_is_not_kept_for_being_nearer_to_its_constraints_by_next_to_nothing():
     """The start violates by a little less than the end, whose value is far smaller."""
-    optimum = optimize(lambda x, key: (1 + 100 * x**2, 0.01 + 1e-6 * (1 - jnp.abs(x))), 1.0, key=KEY, iterations=200)
+    optimum = optimize(
+        lambda x, key: (1 + 100 * x**2, 0.01 + 1e-6 * (1 - jnp.abs(x))),
+        1.0,
+        key=KEY,
+        iterations=200,
+    )
     assert abs(float(optimum.controls)) < 0.1
 
 
@@ -191,8 +216,12 @@ def test_a_candidate_is_not_kept_for_being_nearer_to_its_constraints_by_next_to_
 
 
 def test_every_iteration_sees_fresh_noise_and_candidates_are_judged_on_other_keys():
-    noise = lambda key: 0.1 * jax.random.normal(key)  # noqa: E731
-    optimum = optimize(lambda x, key: (x - 1) ** 2 + noise(key), 1.0, key=KEY, iterations=30, validation=5)
+    def noise(key):
+        return 0.1 * jax.random.normal(key)
+
+    optimum = optimize(
+        lambda x, key: (x - 1) ** 2 + noise(key), 1.0, key=KEY, iterations=30, validation=5
+    )
     assert len(np.unique(optimum.history.value)) == 30
     expected = [noise(jax.random.fold_in(KEY, i)) for i in range(35)]
     np.testing.assert_allclose(optimum.history.value, expected[:30], rtol=1e-5, atol=1e-7)
@@ -207,7 +236,9 @@ def test_a_noisy_optimum_under_a_constraint():
 
     def objective(x, key):
         one, two = jax.random.split(key)
-        return jnp.mean((x + 0.5 * jax.random.normal(one, (16,))) ** 2), 1 - x + jnp.mean(0.1 * jax.random.normal(two, (16,)))
+        return jnp.mean((x + 0.5 * jax.random.normal(one, (16,))) ** 2), 1 - x + jnp.mean(
+            0.1 * jax.random.normal(two, (16,))
+        )
 
     optimum = optimize(objective, 2.0, key=KEY, iterations=300, validation=64)
     # The residual wanders by .025 an iteration, and its average over the last half of the search by .01.
@@ -225,8 +256,13 @@ def test_the_best_on_held_out_keys_is_kept():
 
 
 def test_same_key_same_answer():
-    objective = lambda x, key: jnp.sum((x - 1) ** 2) + x[0] * jax.random.normal(key)  # noqa: E731
-    one, two, other = (optimize(objective, np.zeros(2, np.float32), key=jax.random.key(k), iterations=20) for k in (0, 0, 1))
+    def objective(x, key):
+        return jnp.sum((x - 1) ** 2) + x[0] * jax.random.normal(key)
+
+    one, two, other = (
+        optimize(objective, np.zeros(2, np.float32), key=jax.random.key(k), iterations=20)
+        for k in (0, 0, 1)
+    )
     chex.assert_trees_all_equal((one.controls, one.history), (two.controls, two.history))
     assert not np.array_equal(one.controls, other.controls)
 
@@ -236,7 +272,14 @@ def test_same_key_same_answer():
 
 def test_a_search_that_runs_into_nan_keeps_what_it_had():
     """No gradient beyond x = 2, which the search reaches in its ninth step of .1 from 1.15."""
-    optimum = optimize(lambda x, key: jnp.where(x < 2, -x, jnp.nan), 1.15, key=KEY, iterations=100, optimizer=optax.sgd(0.115), rounds=1)
+    optimum = optimize(
+        lambda x, key: jnp.where(x < 2, -x, jnp.nan),
+        1.15,
+        key=KEY,
+        iterations=100,
+        optimizer=optax.sgd(0.115),
+        rounds=1,
+    )
     assert optimum.message.startswith(
         "Stopped at iteration 9: the objective or a residual is not finite; the likely cause is a learning rate"
     )
@@ -251,16 +294,27 @@ def test_a_search_that_runs_into_nan_keeps_what_it_had():
 
 
 def test_a_gradient_that_is_not_finite_stops_the_search():
-    optimum = optimize(lambda x, key: jnp.sqrt(jnp.maximum(x, 0)), 0.25, key=KEY, iterations=50, optimizer=optax.sgd(0.05))
+    optimum = optimize(
+        lambda x, key: jnp.sqrt(jnp.maximum(x, 0)),
+        0.25,
+        key=KEY,
+        iterations=50,
+        optimizer=optax.sgd(0.05),
+    )
     assert "Stopped at iteration" in optimum.message
     assert "gradient" in optimum.message
     assert np.isfinite(optimum.controls)
 
 
 def test_a_gradient_that_explodes_stops_the_search():
-    steep = lambda x, key: jnp.where(x < 2, -x, -2 - 1e8 * (x - 2))  # noqa: E731
+    def steep(x, key):
+        return jnp.where(x < 2, -x, -2 - 1e8 * (x - 2))
+
     optimum = optimize(steep, 1.0, key=KEY, iterations=100)
-    assert "the gradient exploded to 1e+08; the likely cause is a learning rate above the stability limit" in optimum.message
+    assert (
+        "the gradient exploded to 1e+08; the likely cause is a learning rate above the stability limit"
+        in optimum.message
+    )
     assert 1.8 < optimum.controls < 2
 
 
@@ -272,13 +326,24 @@ def test_settling_on_an_optimum_is_no_explosion():
 
     optimum = optimize(objective, 0.0, key=KEY, iterations=60)
     assert optimum.message == "Ran all iterations."
-    still = optimize(lambda x, key: jnp.maximum(x, 0) ** 2 + jnp.where(jax.random.bernoulli(key), x, 0), -1.0, key=KEY, iterations=30)
+    still = optimize(
+        lambda x, key: jnp.maximum(x, 0) ** 2 + jnp.where(jax.random.bernoulli(key), x, 0),
+        -1.0,
+        key=KEY,
+        iterations=30,
+    )
     assert still.message == "Ran all iterations."
 
 
-@pytest.mark.parametrize("objective", [lambda x, key: jnp.log(x), lambda x, key: jnp.sqrt(x + 1), lambda x, key: (x, jnp.log(x))])
+@pytest.mark.parametrize(
+    "objective",
+    [lambda x, key: jnp.log(x), lambda x, key: jnp.sqrt(x + 1), lambda x, key: (x, jnp.log(x))],
+)
 def test_a_start_that_is_not_finite_is_refused(objective):
-    with pytest.raises(InputError, match="`controls` must start where the objective and its gradient are finite, but give"):
+    with pytest.raises(
+        InputError,
+        match="`controls` must start where the objective and its gradient are finite, but give",
+    ):
         optimize(objective, -1.0, key=KEY, iterations=5)
 
 
@@ -317,14 +382,29 @@ class Target(eqx.Module):
     center: Any
 
     def __call__(self, controls, key):
-        misfit = jnp.sum((controls["schedule"].values - self.center) ** 2) + (controls["pair"][0] - 2.0) ** 2
-        return misfit, (controls["pair"][0] - 10, jnp.stack([misfit - 1e6, -misfit])), {"misfit": misfit}
+        misfit = (
+            jnp.sum((controls["schedule"].values - self.center) ** 2)
+            + (controls["pair"][0] - 2.0) ** 2
+        )
+        return (
+            misfit,
+            (controls["pair"][0] - 10, jnp.stack([misfit - 1e6, -misfit])),
+            {"misfit": misfit},
+        )
 
 
 def test_controls_of_any_form_keep_what_is_not_a_number_to_move():
-    controls = {"schedule": Knots([1.0, 2.0]), "pair": (0.5, 7), "name": "cosine", "count": np.arange(3), "nothing": None}
+    controls = {
+        "schedule": Knots([1.0, 2.0]),
+        "pair": (0.5, 7),
+        "name": "cosine",
+        "count": np.arange(3),
+        "nothing": None,
+    }
     seen = []
-    optimum = optimize(Target(jnp.array([3.0, 4.0])), controls, key=KEY, iterations=300, callback=seen.append)
+    optimum = optimize(
+        Target(jnp.array([3.0, 4.0])), controls, key=KEY, iterations=300, callback=seen.append
+    )
     np.testing.assert_allclose(optimum.controls["schedule"].values, [3, 4], rtol=0.02)
     np.testing.assert_allclose(optimum.controls["pair"][0], 2, rtol=0.02)
     assert optimum.controls["pair"][1] == 7
@@ -333,8 +413,17 @@ def test_controls_of_any_form_keep_what_is_not_a_number_to_move():
     assert optimum.controls["nothing"] is None
     np.testing.assert_array_equal(optimum.controls["count"], [0, 1, 2])
     history = optimum.history
-    assert (history.value.shape, history.residuals.shape, history.gradient_norm.shape) == ((300,), (300, 3), (300,))
-    assert optimum.residuals.shape == optimum.residuals_error.shape == optimum.multipliers.shape == (3,)
+    assert (history.value.shape, history.residuals.shape, history.gradient_norm.shape) == (
+        (300,),
+        (300, 3),
+        (300,),
+    )
+    assert (
+        optimum.residuals.shape
+        == optimum.residuals_error.shape
+        == optimum.multipliers.shape
+        == (3,)
+    )
     assert [each.iteration for each in seen] == list(range(300))
     assert isinstance(seen[-1].controls["schedule"], Knots)
     np.testing.assert_allclose(seen[5].auxiliary["misfit"], seen[5].value)
@@ -351,7 +440,13 @@ def test_one_compilation_for_a_whole_search():
     counts = []
     for iterations in (3, 30):
         traces.clear()
-        optimize(functools.partial(objective), 2.0, key=KEY, iterations=iterations, optimizer=optax.adam(0.1))
+        optimize(
+            functools.partial(objective),
+            2.0,
+            key=KEY,
+            iterations=iterations,
+            optimizer=optax.adam(0.1),
+        )
         counts.append(len(traces))
     assert counts[0] == counts[1]
 
@@ -359,7 +454,9 @@ def test_one_compilation_for_a_whole_search():
 @pytest.mark.usefixtures("x64")
 def test_precision_is_that_of_the_controls():
     for dtype in (np.float32, np.float64):
-        optimum = optimize(lambda x, key: (jnp.sum(x**2), 1 - x[0]), np.ones(2, dtype), key=KEY, iterations=5)
+        optimum = optimize(
+            lambda x, key: (jnp.sum(x**2), 1 - x[0]), np.ones(2, dtype), key=KEY, iterations=5
+        )
         assert optimum.controls.dtype == optimum.value.dtype == optimum.residuals.dtype == dtype
 
 
@@ -383,7 +480,10 @@ def test_without_constraints():
         ("`validation` must be an integer of at least 1, but is 0", {"validation": 0}),
         ("`penalty` must be greater than 0, but is -1", {"penalty": -1.0}),
         ("`tolerance` must be at least 0", {"tolerance": -1.0}),
-        ("`controls` must have at least one floating-point leaf to optimize, but has none", {"controls": {"a": 1}}),
+        (
+            "`controls` must have at least one floating-point leaf to optimize, but has none",
+            {"controls": {"a": 1}},
+        ),
         (
             r"`objective` must return a scalar, or \(scalar, residuals\), but returned shape \(2,\)",
             {"objective": lambda x, key: jnp.ones(2) * x},
@@ -394,7 +494,13 @@ def test_without_constraints():
     ],
 )
 def test_bad_input(sentence, arguments, refused):
-    arguments = {"objective": lambda x, key: x**2, "controls": 1.0, "key": KEY, "iterations": 3, **arguments}
+    arguments = {
+        "objective": lambda x, key: x**2,
+        "controls": 1.0,
+        "key": KEY,
+        "iterations": 3,
+        **arguments,
+    }
     objective, controls = arguments.pop("objective"), arguments.pop("controls")
     refused(lambda: optimize(objective, controls, **arguments), sentence)
 

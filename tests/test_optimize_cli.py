@@ -32,11 +32,23 @@ checkpoint_every = 0
 
 def command(folder: Path, out: str, *more: str) -> list[str]:
     program = "import sys; from esljax.command import main; sys.exit(main(sys.argv[1:]))"
-    return [sys.executable, "-c", program, "optimize", "--config", str(folder / "small.toml"), "--out", str(folder / out), *more]
+    return [
+        sys.executable,
+        "-c",
+        program,
+        "optimize",
+        "--config",
+        str(folder / "small.toml"),
+        "--out",
+        str(folder / out),
+        *more,
+    ]
 
 
 def finish(folder: Path, out: str, environment: dict[str, str], *more: str) -> None:
-    assert subprocess.run(command(folder, out, "--quiet", *more), env=environment, timeout=300).returncode in (0, 1)
+    assert subprocess.run(
+        command(folder, out, "--quiet", *more), env=environment, timeout=300
+    ).returncode in (0, 1)
 
 
 def report(folder: Path, out: str) -> dict:
@@ -56,11 +68,17 @@ def test_a_finished_run_leaves_no_checkpoints(folder):
     assert not (folder / "undisturbed" / "checkpoints").exists()
 
 
-def ended_by(folder: Path, out: str, environment: dict[str, str], number: int, stage: str, *more: str) -> int:
+def ended_by(
+    folder: Path, out: str, environment: dict[str, str], number: int, stage: str, *more: str
+) -> int:
     """Start the command, end it by a signal when a stage has been saved, and return its exit code."""
-    with subprocess.Popen(command(folder, out, "--quiet", *more), env=environment, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command(folder, out, "--quiet", *more), env=environment, stderr=subprocess.DEVNULL
+    ) as process:
         # What is half written is named by more than a number.
-        while process.poll() is None and not any(path.name.isdecimal() for path in (folder / out / "checkpoints" / stage).glob("*")):
+        while process.poll() is None and not any(
+            path.name.isdecimal() for path in (folder / out / "checkpoints" / stage).glob("*")
+        ):
             time.sleep(0.02)
         process.send_signal(number)
     return process.returncode
@@ -92,13 +110,26 @@ def test_killed_it_is_finished_on_other_devices(folder, environment):
     assert (folder / "moved" / "report.json").exists()
     assert ended_by(folder, "alone", eight, signal.SIGKILL, "search", *members) == -signal.SIGKILL
     finish(folder, "alone", environment, *members, "--resume")
-    assert report(folder, "alone")["schedules"].keys() == report(folder, "moved")["schedules"].keys()
+    assert (
+        report(folder, "alone")["schedules"].keys() == report(folder, "moved")["schedules"].keys()
+    )
 
 
 @pytest.mark.slow
 def test_another_network_does_not_finish_what_was_matched(folder, environment, capsys):
-    assert ended_by(folder, "wide", environment, signal.SIGKILL, "matching", "--hidden", "8", "4", "8") == -signal.SIGKILL
-    given = ["optimize", "--config", str(folder / "small.toml"), "--out", str(folder / "wide"), "--quiet", "--resume"]
+    assert (
+        ended_by(folder, "wide", environment, signal.SIGKILL, "matching", "--hidden", "8", "4", "8")
+        == -signal.SIGKILL
+    )
+    given = [
+        "optimize",
+        "--config",
+        str(folder / "small.toml"),
+        "--out",
+        str(folder / "wide"),
+        "--quiet",
+        "--resume",
+    ]
     assert cli.main([*given, "--hidden", "8", "4", "4"]) == 2
     assert "whose hidden is" in capsys.readouterr().err
 
@@ -125,7 +156,14 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, flags, sentence):
 
 
 def test_what_cannot_run_leaves_nothing_to_finish(folder, capsys):
-    given = ["optimize", "--config", str(folder / "small.toml"), "--out", str(folder / "unreachable"), "--quiet"]
+    given = [
+        "optimize",
+        "--config",
+        str(folder / "small.toml"),
+        "--out",
+        str(folder / "unreachable"),
+        "--quiet",
+    ]
     for _ in range(2):
         assert cli.main([*given, "--target", "1e-9"]) == 2
         assert "be a loss that" in capsys.readouterr().err
@@ -145,7 +183,14 @@ def test_a_refused_resumption_drops_nothing(folder, capsys):
     """Refused it may be, but what is there took a while to compute."""
     kept = folder / "refused" / "checkpoints"
     (kept / "matching" / "3").mkdir(parents=True)
-    given = ["optimize", "--config", str(folder / "small.toml"), "--out", str(folder / "refused"), "--quiet"]
+    given = [
+        "optimize",
+        "--config",
+        str(folder / "small.toml"),
+        "--out",
+        str(folder / "refused"),
+        "--quiet",
+    ]
     assert cli.main([*given, "--devices", "3", "--resume"]) == 2
     assert cli.main(given) == 2
     assert "without an unfinished run" in capsys.readouterr().err
@@ -166,7 +211,10 @@ def test_two_processes_share_a_run(folder, environment):
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     flags = ["--quiet", "--distributed", "--coordinator", address, "--processes", "2", "--process"]
-    started = [subprocess.Popen(command(folder, "shared", *flags, str(index)), env=environment) for index in range(2)]
+    started = [
+        subprocess.Popen(command(folder, "shared", *flags, str(index)), env=environment)
+        for index in range(2)
+    ]
     try:
         assert {process.wait(timeout=300) for process in started} <= {0, 1}
     finally:
@@ -175,7 +223,9 @@ def test_two_processes_share_a_run(folder, environment):
     for name, schedule in report(folder, "undisturbed")["schedules"].items():
         shared = report(folder, "shared")["schedules"][name]
         assert shared["learning_rates"] == pytest.approx(schedule["learning_rates"], rel=1e-4)
-        assert shared["entropy_production"] == pytest.approx(schedule["entropy_production"], rel=1e-4)
+        assert shared["entropy_production"] == pytest.approx(
+            schedule["entropy_production"], rel=1e-4
+        )
 
 
 @pytest.fixture(autouse=True)

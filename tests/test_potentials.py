@@ -14,7 +14,9 @@ from esljax.potentials.models import MLP
 POSITION = np.array([0.7, -0.4, 1.3])
 CENTER = np.array([0.3, 0.0, -1.0])
 DIAGONAL = np.array([2.0, 0.5, 3.0])
-MATRIX = np.array([[2.0, 0.9, 0.0], [-0.4, 1.0, 0.7], [0.3, 0.0, 0.5]])  # neither symmetric nor normal
+MATRIX = np.array(
+    [[2.0, 0.9, 0.0], [-0.4, 1.0, 0.7], [0.3, 0.0, 0.5]]
+)  # neither symmetric nor normal
 MEANS = np.array([[0.0, 1.0, 0.5], [2.0, -1.0, 0.0]])
 
 
@@ -43,7 +45,11 @@ class Tanh(linen.Module):
         return linen.Dense(3)(x)
 
 
-MODELS = {"nnx factory": lambda: mlp(*SIZES), "nnx instance": lambda: MLP(SIZES, rngs=nnx.Rngs(0)), "linen": lambda: Tanh()}
+MODELS = {
+    "nnx factory": lambda: mlp(*SIZES),
+    "nnx instance": lambda: MLP(SIZES, rngs=nnx.Rngs(0)),
+    "linen": lambda: Tanh(),
+}
 MEMBERS = 400
 
 
@@ -56,13 +62,20 @@ class Network:
 
     def __init__(self, model):
         self.model, self.potential = model, flax_loss(model)
-        self.start = jax.jit(lambda key: self.potential.init(members=MEMBERS, key=key))(jax.random.key(7))
+        self.start = jax.jit(lambda key: self.potential.init(members=MEMBERS, key=key))(
+            jax.random.key(7)
+        )
         self.layout = layout(self.potential, self.start.shape[1])
         # Somewhere with biases, which the initializers set to zero.
-        self.positions = np.asarray(self.start[:4], np.float64) + 1.5 * np.random.default_rng(2).normal(size=(4, self.start.shape[1]))
+        self.positions = np.asarray(self.start[:4], np.float64) + 1.5 * np.random.default_rng(
+            2
+        ).normal(size=(4, self.start.shape[1]))
 
     def layers(self, position):
-        return [(np.asarray(position)[kernel], np.asarray(position)[bias]) for kernel, bias in self.layout]
+        return [
+            (np.asarray(position)[kernel], np.asarray(position)[bias])
+            for kernel, bias in self.layout
+        ]
 
     def energy(self, position, rows=slice(None)):
         outputs = oracles.mlp(self.layers(position), INPUTS[rows])
@@ -75,7 +88,10 @@ def layout(potential, d):
     if isinstance(model, nnx.Module):
         layers = [(layer.kernel[...], layer.bias[...]) for layer in model.layers]
     else:
-        layers = [(model["params"][name]["kernel"], model["params"][name]["bias"]) for name in ("Dense_0", "Dense_1")]
+        layers = [
+            (model["params"][name]["kernel"], model["params"][name]["bias"])
+            for name in ("Dense_0", "Dense_1")
+        ]
     return [tuple(np.asarray(part).astype(int) for part in layer) for layer in layers]
 
 
@@ -88,12 +104,30 @@ def network(request):
 # Each potential beside its closed form.
 POTENTIALS = {
     "quadratic, scalar": (lambda: Quadratic(2.0, 0.5), lambda x: np.sum((x - 0.5) ** 2)),
-    "quadratic, diagonal": (lambda: Quadratic(DIAGONAL, CENTER), lambda x: np.sum(DIAGONAL * (x - CENTER) ** 2) / 2),
-    "quadratic, symmetric": (lambda: Quadratic(MATRIX + MATRIX.T, CENTER), lambda x: (x - CENTER) @ MATRIX @ (x - CENTER)),
-    "double well": (lambda: DoubleWell(0.7, 1.5, 0.4), lambda x: oracles.double_well(x, 0.7, 1.5, 0.4)),
-    "mixture": (lambda: Mixture(MEANS, [0.5, 2.0], [1.0, 3.0]), lambda x: oracles.mixture(x, MEANS, [0.5, 2.0], [1.0, 3.0])),
-    "mixture, equal": (lambda: Mixture(MEANS), lambda x: oracles.mixture(x, MEANS, [1.0, 1.0], [1.0, 1.0])),
-    "function": (lambda: FromFunction(lambda x: jnp.sum(x**4) + x[0]), lambda x: np.sum(x**4) + x[0]),
+    "quadratic, diagonal": (
+        lambda: Quadratic(DIAGONAL, CENTER),
+        lambda x: np.sum(DIAGONAL * (x - CENTER) ** 2) / 2,
+    ),
+    "quadratic, symmetric": (
+        lambda: Quadratic(MATRIX + MATRIX.T, CENTER),
+        lambda x: (x - CENTER) @ MATRIX @ (x - CENTER),
+    ),
+    "double well": (
+        lambda: DoubleWell(0.7, 1.5, 0.4),
+        lambda x: oracles.double_well(x, 0.7, 1.5, 0.4),
+    ),
+    "mixture": (
+        lambda: Mixture(MEANS, [0.5, 2.0], [1.0, 3.0]),
+        lambda x: oracles.mixture(x, MEANS, [0.5, 2.0], [1.0, 3.0]),
+    ),
+    "mixture, equal": (
+        lambda: Mixture(MEANS),
+        lambda x: oracles.mixture(x, MEANS, [1.0, 1.0], [1.0, 1.0]),
+    ),
+    "function": (
+        lambda: FromFunction(lambda x: jnp.sum(x**4) + x[0]),
+        lambda x: np.sum(x**4) + x[0],
+    ),
     "module": (lambda: FromFunction(Well(jnp.asarray(0.6))), lambda x: 0.6 * np.sum(x**2) + x[0]),
 }
 every = pytest.mark.parametrize("name", POTENTIALS)
@@ -108,8 +142,12 @@ def test_energy_is_the_closed_form_and_the_gradient_its_difference(name, x64):
     potential = make()
     energy, gradient = potential.energy_and_gradient(jnp.asarray(POSITION))
     np.testing.assert_allclose(energy, formula(POSITION), rtol=1e-12)
-    np.testing.assert_allclose(potential.energy(jnp.asarray(POSITION)), formula(POSITION), rtol=1e-12)
-    differences = [oracles.central_difference(formula, POSITION, direction) for direction in np.eye(3)]
+    np.testing.assert_allclose(
+        potential.energy(jnp.asarray(POSITION)), formula(POSITION), rtol=1e-12
+    )
+    differences = [
+        oracles.central_difference(formula, POSITION, direction) for direction in np.eye(3)
+    ]
     np.testing.assert_allclose(gradient, differences, rtol=1e-7, atol=1e-9)
 
 
@@ -119,7 +157,9 @@ def test_compiled_is_uncompiled_vmap_is_a_loop_and_float32_stays(name, x64):
     positions = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 3)))
     loop = np.array([[potential.energy(x) for x in row] for row in positions])
     np.testing.assert_allclose(potential(positions), loop, rtol=1e-12)
-    np.testing.assert_allclose(eqx.filter_jit(lambda p, x: p(x))(potential, positions), loop, rtol=1e-12)
+    np.testing.assert_allclose(
+        eqx.filter_jit(lambda p, x: p(x))(potential, positions), loop, rtol=1e-12
+    )
     single = positions[0, 0].astype(jnp.float32)
     if name != "module":  # a user's function may widen what it is given
         energy, gradient = potential.energy_and_gradient(single)
@@ -138,9 +178,15 @@ def test_gradient_in_every_leaf(name, x64):
     gradient = jax.grad(energy)(leaves)
     for i, leaf in enumerate(leaves):
         direction = jnp.cos(1.0 + jnp.arange(leaf.size)).reshape(leaf.shape)
-        moved = lambda x, i=i: energy([*leaves[:i], x, *leaves[i + 1 :]])  # noqa: E731
+
+        def moved(x, i=i):
+            return energy([*leaves[:i], x, *leaves[i + 1 :]])
+
         np.testing.assert_allclose(
-            jnp.sum(gradient[i] * direction), oracles.central_difference(moved, leaf, direction), rtol=1e-6, atol=1e-9
+            jnp.sum(gradient[i] * direction),
+            oracles.central_difference(moved, leaf, direction),
+            rtol=1e-6,
+            atol=1e-9,
         )
 
 
@@ -148,7 +194,9 @@ def test_a_matrix_need_not_be_symmetric(x64):
     potential = Quadratic(MATRIX, CENTER)
     energy, slope = potential.energy_and_gradient(jnp.asarray(POSITION))
     np.testing.assert_allclose(slope, MATRIX @ (POSITION - CENTER), rtol=1e-14)
-    np.testing.assert_allclose(energy, (POSITION - CENTER) @ MATRIX @ (POSITION - CENTER) / 2, rtol=1e-14)
+    np.testing.assert_allclose(
+        energy, (POSITION - CENTER) @ MATRIX @ (POSITION - CENTER) / 2, rtol=1e-14
+    )
     assert not potential.conservative
     assert Quadratic(DIAGONAL).conservative
 
@@ -160,7 +208,9 @@ def test_the_mixture_is_normalized(x64):
 
 
 def test_a_module_keeps_its_arrays_differentiable_and_a_function_has_none():
-    gradient = eqx.filter_grad(lambda p: p.energy(jnp.asarray(POSITION)))(FromFunction(Well(jnp.asarray(0.6))))
+    gradient = eqx.filter_grad(lambda p: p.energy(jnp.asarray(POSITION)))(
+        FromFunction(Well(jnp.asarray(0.6)))
+    )
     np.testing.assert_allclose(gradient.fn.depth, np.sum(POSITION**2), rtol=1e-6)
     assert jax.tree.leaves(FromFunction(jnp.sum)) == []
 
@@ -170,7 +220,10 @@ def test_a_module_keeps_its_arrays_differentiable_and_a_function_has_none():
 
 def test_unravel_is_a_permutation_into_the_layers(network):
     assert network.start.shape == (MEMBERS, 4 * 5 + 5 + 5 * 3 + 3)
-    assert [tuple(part.shape for part in layer) for layer in network.layout] == [((4, 5), (5,)), ((5, 3), (3,))]
+    assert [tuple(part.shape for part in layer) for layer in network.layout] == [
+        ((4, 5), (5,)),
+        ((5, 3), (3,)),
+    ]
     places = np.concatenate([part.ravel() for layer in network.layout for part in layer])
     np.testing.assert_array_equal(np.sort(places), np.arange(network.start.shape[1]))
 
@@ -178,23 +231,37 @@ def test_unravel_is_a_permutation_into_the_layers(network):
 def test_energy_of_a_network_is_the_forward_pass_by_hand(network, x64):
     compiled = eqx.filter_jit(lambda potential, x, batch: potential.energy_and_gradient(x, batch))
     for position in network.positions:
-        np.testing.assert_allclose(compiled(network.potential, position, None)[0], network.energy(position), rtol=1e-12)
+        np.testing.assert_allclose(
+            compiled(network.potential, position, None)[0], network.energy(position), rtol=1e-12
+        )
     position, direction = network.positions[0], network.positions[1]
     _, gradient = compiled(network.potential, position, None)
-    np.testing.assert_allclose(gradient @ direction, oracles.central_difference(network.energy, position, direction), rtol=1e-7)
+    np.testing.assert_allclose(
+        gradient @ direction,
+        oracles.central_difference(network.energy, position, direction),
+        rtol=1e-7,
+    )
     rows = np.array([3, 3, 7, 11])
-    np.testing.assert_allclose(compiled(network.potential, position, rows)[0], network.energy(position, rows), rtol=1e-12)
+    np.testing.assert_allclose(
+        compiled(network.potential, position, rows)[0], network.energy(position, rows), rtol=1e-12
+    )
 
 
 def test_predict_and_accuracy(network, x64):
-    outputs = np.array([oracles.mlp(network.layers(x), INPUTS) for x in network.positions]).reshape(2, 2, 20, 3)
+    outputs = np.array([oracles.mlp(network.layers(x), INPUTS) for x in network.positions]).reshape(
+        2, 2, 20, 3
+    )
     positions, inputs = jnp.asarray(network.positions.reshape(2, 2, -1)), jnp.asarray(INPUTS)
-    np.testing.assert_allclose(network.potential.predict(positions, inputs), outputs, rtol=1e-11, atol=1e-12)
+    np.testing.assert_allclose(
+        network.potential.predict(positions, inputs), outputs, rtol=1e-11, atol=1e-12
+    )
     # The guesses of one position, so that another shares only some of them.
     guesses = outputs[0, 1].argmax(-1)
     truth = np.mean(outputs.argmax(-1) == guesses, axis=-1)
     assert truth[0, 1] == 1 > truth.min()
-    np.testing.assert_allclose(network.potential.accuracy(positions, (inputs, jnp.asarray(guesses))), truth)
+    np.testing.assert_allclose(
+        network.potential.accuracy(positions, (inputs, jnp.asarray(guesses))), truth
+    )
 
 
 def test_members_are_independent_and_do_not_depend_on_how_many_there_are(network):
@@ -248,20 +315,30 @@ def test_minibatch_energy_and_gradient_are_unbiased(x64):
     """4000 batches of 6. A batch that left one example out would shift the energy by 1/20 of its deviation: over 10 standard errors."""
     potential = flax_loss(batch_size=6)
     position = jnp.sin(10.0 * jnp.arange(43))
-    compiled = eqx.filter_jit(lambda potential, batches: jax.vmap(potential.energy_and_gradient, (None, 0))(position, batches))
+    compiled = eqx.filter_jit(
+        lambda potential, batches: jax.vmap(potential.energy_and_gradient, (None, 0))(
+            position, batches
+        )
+    )
     energies, gradients = compiled(potential, potential.draw(jax.random.key(9), 4000))
-    whole, slope = eqx.filter_jit(lambda potential: potential.energy_and_gradient(position))(potential)
+    whole, slope = eqx.filter_jit(lambda potential: potential.energy_and_gradient(position))(
+        potential
+    )
     error = energies.std(ddof=1) / np.sqrt(4000)
     assert abs(energies.mean() - whole) < 5 * error
     one = np.asarray(compiled(potential, jnp.arange(20)[:, None])[0])
     assert np.max(np.abs(one - one.mean())) / 20 > 10 * error
     along = gradients @ jnp.cos(jnp.arange(43.0))
-    assert abs(along.mean() - slope @ jnp.cos(jnp.arange(43.0))) < 5 * along.std(ddof=1) / np.sqrt(4000)
+    assert abs(along.mean() - slope @ jnp.cos(jnp.arange(43.0))) < 5 * along.std(ddof=1) / np.sqrt(
+        4000
+    )
 
 
 def test_equal_models_share_compiled_code(network):
     first, second = network.potential, flax_loss(network.model)
-    if network.model == "nnx instance":  # each redraws from arrays of its own, which shared code would confuse
+    if (
+        network.model == "nnx instance"
+    ):  # each redraws from arrays of its own, which shared code would confuse
         assert jax.tree.structure(first) != jax.tree.structure(second)
         return
     assert jax.tree.structure(first) == jax.tree.structure(second)
@@ -286,10 +363,22 @@ def test_other_losses(x64):
     def largest(outputs, labels):
         return jnp.abs(outputs - labels).max(axis=1)
 
-    squares, maxima = (FlaxLoss(mlp(*SIZES), (INPUTS, targets), loss=loss) for loss in ("squared_error", largest))
-    outputs = oracles.mlp([(position[kernel], position[bias]) for kernel, bias in layout(squares, 43)], INPUTS)
-    np.testing.assert_allclose(squares.energy(jnp.asarray(position)), np.mean(np.sum((outputs - targets) ** 2, axis=1)), rtol=1e-11)
-    np.testing.assert_allclose(maxima.energy(jnp.asarray(position)), np.abs(outputs - targets).max(axis=1).mean(), rtol=1e-11)
+    squares, maxima = (
+        FlaxLoss(mlp(*SIZES), (INPUTS, targets), loss=loss) for loss in ("squared_error", largest)
+    )
+    outputs = oracles.mlp(
+        [(position[kernel], position[bias]) for kernel, bias in layout(squares, 43)], INPUTS
+    )
+    np.testing.assert_allclose(
+        squares.energy(jnp.asarray(position)),
+        np.mean(np.sum((outputs - targets) ** 2, axis=1)),
+        rtol=1e-11,
+    )
+    np.testing.assert_allclose(
+        maxima.energy(jnp.asarray(position)),
+        np.abs(outputs - targets).max(axis=1).mean(),
+        rtol=1e-11,
+    )
 
 
 def test_regression_on_one_number():
@@ -310,7 +399,9 @@ def test_float32_positions_meet_float64_data(x64):
 class WithState(nnx.Module):
     def __init__(self, kind, rngs):
         self.first, self.last = nnx.Linear(4, 5, rngs=rngs), nnx.Linear(5, 3, rngs=rngs)
-        self.extra = nnx.BatchNorm(5, rngs=rngs) if kind == "BatchNorm" else nnx.Dropout(0.5, rngs=rngs)
+        self.extra = (
+            nnx.BatchNorm(5, rngs=rngs) if kind == "BatchNorm" else nnx.Dropout(0.5, rngs=rngs)
+        )
 
     def __call__(self, x):
         return self.last(self.extra(self.first(x)))
@@ -335,42 +426,122 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: Quadratic(np.ones((2, 3))), r"`stiffness` must be a scalar or have shape \(d,\) or \(d, d\), but has shape \(2, 3\)\."),
-        (lambda: Quadratic(np.ones((1, 2, 2))), r"`stiffness` must be a scalar or .* has shape \(1, 2, 2\)\."),
-        (lambda: Quadratic(1.0, np.ones((2, 2))), r"`center` must be a scalar or have shape \(d,\), but has shape \(2, 2\)\."),
-        (lambda: Quadratic(np.ones(2), np.ones(3)), r"`center` must have shape \(2,\) like the stiffness, but has shape \(3,\)\."),
-        (lambda: Quadratic([1.0, np.nan]), r"`stiffness` must be finite, but has 1 entries that are not, the first at index \(1,\)\."),
+        (
+            lambda: Quadratic(np.ones((2, 3))),
+            r"`stiffness` must be a scalar or have shape \(d,\) or \(d, d\), but has shape \(2, 3\)\.",
+        ),
+        (
+            lambda: Quadratic(np.ones((1, 2, 2))),
+            r"`stiffness` must be a scalar or .* has shape \(1, 2, 2\)\.",
+        ),
+        (
+            lambda: Quadratic(1.0, np.ones((2, 2))),
+            r"`center` must be a scalar or have shape \(d,\), but has shape \(2, 2\)\.",
+        ),
+        (
+            lambda: Quadratic(np.ones(2), np.ones(3)),
+            r"`center` must have shape \(2,\) like the stiffness, but has shape \(3,\)\.",
+        ),
+        (
+            lambda: Quadratic([1.0, np.nan]),
+            r"`stiffness` must be finite, but has 1 entries that are not, the first at index \(1,\)\.",
+        ),
         (lambda: DoubleWell(barrier=0.0), r"`barrier` must be greater than 0, but is 0\."),
         (lambda: DoubleWell(width=-1.0), r"`width` must be greater than 0, but is -1\."),
-        (lambda: Mixture([1.0]), r"`means` must have shape \(c, d\), one row per component, but has shape \(1,\)\."),
-        (lambda: Mixture(MEANS, np.ones(3)), r"`variances` must be a scalar or have shape \(2,\), but has shape \(3,\)\."),
+        (
+            lambda: Mixture([1.0]),
+            r"`means` must have shape \(c, d\), one row per component, but has shape \(1,\)\.",
+        ),
+        (
+            lambda: Mixture(MEANS, np.ones(3)),
+            r"`variances` must be a scalar or have shape \(2,\), but has shape \(3,\)\.",
+        ),
         (lambda: Mixture(MEANS, 0.0), r"`variances` must be greater than 0, but is 0\."),
-        (lambda: Mixture(MEANS, 1.0, [1.0, -1.0]), r"`weights` must be greater than 0, but is an array with minimum -1\."),
-        (lambda: FromFunction(3.0), r"`fn` must be a function of one position \(d,\), but is 3\.0\."),
+        (
+            lambda: Mixture(MEANS, 1.0, [1.0, -1.0]),
+            r"`weights` must be greater than 0, but is an array with minimum -1\.",
+        ),
+        (
+            lambda: FromFunction(3.0),
+            r"`fn` must be a function of one position \(d,\), but is 3\.0\.",
+        ),
         (
             lambda: FlaxLoss(lambda rngs: WithState("BatchNorm", rngs), (INPUTS, LABELS)),
             r"`model` must keep no state .* also holds BatchStat",
         ),
-        (lambda: FlaxLoss(lambda rngs: WithState("Dropout", rngs), (INPUTS, LABELS)), r"`model` must keep no state .* also holds Rng"),
-        (lambda: FlaxLoss(WithState("BatchNorm", nnx.Rngs(0)), (INPUTS, LABELS)), r"`model` must keep no state .* also holds BatchStat"),
-        (lambda: FlaxLoss(LinenBatchNorm(), (INPUTS, LABELS)), r"`model` must keep no state .* also holds batch_stats\."),
-        (lambda: FlaxLoss(LinenDropout(), (INPUTS, LABELS)), r"`model` must keep no state .* also holds a stream of random numbers\."),
-        (lambda: FlaxLoss(3.0, (INPUTS, LABELS)), r"`model` must be a Flax module or a function rngs -> nnx.Module, but is a float\."),
-        (lambda: FlaxLoss(lambda rngs: 3, (INPUTS, LABELS)), r"`model` must be a Flax module or .*, but returns a int\."),
-        (lambda: FlaxLoss(mlp(7, 3), (INPUTS, LABELS)), r"`model` must accept inputs of shape \(1, 4\), but fails on them: "),
-        (lambda: FlaxLoss(NETWORK, (INPUTS, LABELS + 1)), r"`data` must have labels from 0 to 2, .*, but has labels from 1 to 3\."),
-        (lambda: FlaxLoss(NETWORK, (INPUTS, LABELS - 1)), r"`data` must have labels from 0 to 2, .*, but has labels from -1 to 1\."),
-        (lambda: FlaxLoss(NETWORK, (INPUTS, LABELS + 0.0)), r"`data` must have integer labels \(m,\) .*, but has labels float32\(20,\)\."),
-        (lambda: FlaxLoss(NETWORK, (INPUTS, LABELS[:5])), r"`data` must be \(inputs .*, but has shapes \(20, 4\) and \(5,\)\."),
-        (lambda: FlaxLoss(NETWORK, (INPUTS[:0], LABELS[:0])), r"`data` must be \(inputs .*, but has shapes \(0, 4\) and \(0,\)\."),
-        (lambda: FlaxLoss(NETWORK, (INPUTS,)), r"`data` must be \(inputs .*, but is 1 array\."),
-        (lambda: FlaxLoss(NETWORK, (NAN_INPUTS, LABELS)), r"`data` must be finite, .* the first at index \(3, 1\)\."),
-        (lambda: flax_loss(batch_size=0), r"`batch_size` must be an integer of at least 1, but is 0\."),
-        (lambda: flax_loss(l2=-0.1), r"`l2` must be at least 0 and not NaN, but has the value -0\.1\."),
-        (lambda: flax_loss(loss="hinge"), r"`loss` must be one of 'cross_entropy', 'squared_error', but is 'hinge'\."),
-        (lambda: flax_loss().init(members=0, key=jax.random.key(0)), r"`members` must be an integer of at least 1, but is 0\."),
         (
-            lambda: FlaxLoss(NETWORK, (INPUTS, np.where(LABELS > 1, np.nan, 0.0)), loss="squared_error"),
+            lambda: FlaxLoss(lambda rngs: WithState("Dropout", rngs), (INPUTS, LABELS)),
+            r"`model` must keep no state .* also holds Rng",
+        ),
+        (
+            lambda: FlaxLoss(WithState("BatchNorm", nnx.Rngs(0)), (INPUTS, LABELS)),
+            r"`model` must keep no state .* also holds BatchStat",
+        ),
+        (
+            lambda: FlaxLoss(LinenBatchNorm(), (INPUTS, LABELS)),
+            r"`model` must keep no state .* also holds batch_stats\.",
+        ),
+        (
+            lambda: FlaxLoss(LinenDropout(), (INPUTS, LABELS)),
+            r"`model` must keep no state .* also holds a stream of random numbers\.",
+        ),
+        (
+            lambda: FlaxLoss(3.0, (INPUTS, LABELS)),
+            r"`model` must be a Flax module or a function rngs -> nnx.Module, but is a float\.",
+        ),
+        (
+            lambda: FlaxLoss(lambda rngs: 3, (INPUTS, LABELS)),
+            r"`model` must be a Flax module or .*, but returns a int\.",
+        ),
+        (
+            lambda: FlaxLoss(mlp(7, 3), (INPUTS, LABELS)),
+            r"`model` must accept inputs of shape \(1, 4\), but fails on them: ",
+        ),
+        (
+            lambda: FlaxLoss(NETWORK, (INPUTS, LABELS + 1)),
+            r"`data` must have labels from 0 to 2, .*, but has labels from 1 to 3\.",
+        ),
+        (
+            lambda: FlaxLoss(NETWORK, (INPUTS, LABELS - 1)),
+            r"`data` must have labels from 0 to 2, .*, but has labels from -1 to 1\.",
+        ),
+        (
+            lambda: FlaxLoss(NETWORK, (INPUTS, LABELS + 0.0)),
+            r"`data` must have integer labels \(m,\) .*, but has labels float32\(20,\)\.",
+        ),
+        (
+            lambda: FlaxLoss(NETWORK, (INPUTS, LABELS[:5])),
+            r"`data` must be \(inputs .*, but has shapes \(20, 4\) and \(5,\)\.",
+        ),
+        (
+            lambda: FlaxLoss(NETWORK, (INPUTS[:0], LABELS[:0])),
+            r"`data` must be \(inputs .*, but has shapes \(0, 4\) and \(0,\)\.",
+        ),
+        (lambda: FlaxLoss(NETWORK, (INPUTS,)), r"`data` must be \(inputs .*, but is 1 array\."),
+        (
+            lambda: FlaxLoss(NETWORK, (NAN_INPUTS, LABELS)),
+            r"`data` must be finite, .* the first at index \(3, 1\)\.",
+        ),
+        (
+            lambda: flax_loss(batch_size=0),
+            r"`batch_size` must be an integer of at least 1, but is 0\.",
+        ),
+        (
+            lambda: flax_loss(l2=-0.1),
+            r"`l2` must be at least 0 and not NaN, but has the value -0\.1\.",
+        ),
+        (
+            lambda: flax_loss(loss="hinge"),
+            r"`loss` must be one of 'cross_entropy', 'squared_error', but is 'hinge'\.",
+        ),
+        (
+            lambda: flax_loss().init(members=0, key=jax.random.key(0)),
+            r"`members` must be an integer of at least 1, but is 0\.",
+        ),
+        (
+            lambda: FlaxLoss(
+                NETWORK, (INPUTS, np.where(LABELS > 1, np.nan, 0.0)), loss="squared_error"
+            ),
             r"`data` must be finite, .* the first at index \(2,\)\.",
         ),
         (
@@ -382,10 +553,15 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
             r"`data` must have labels of 3 numbers, one per output of the model, but has labels of shape \(20,\)\.",
         ),
         (
-            lambda: FlaxLoss(NETWORK, (INPUTS, LABELS), loss=lambda outputs, labels: jnp.mean(outputs)),
+            lambda: FlaxLoss(
+                NETWORK, (INPUTS, LABELS), loss=lambda outputs, labels: jnp.mean(outputs)
+            ),
             r"`loss` must return one number per example, shape \(20,\), but returns shape \(\)\.",
         ),
-        (lambda: mlp(4, 0, 3)(nnx.Rngs(0)), r"`sizes` must be an integer of at least 1, but is 0\."),
+        (
+            lambda: mlp(4, 0, 3)(nnx.Rngs(0)),
+            r"`sizes` must be an integer of at least 1, but is 0\.",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(call, sentence, refused):

@@ -12,12 +12,20 @@ from esljax.potentials import DoubleWell, Quadratic
 from esljax.schedules import Knots
 from esljax.simulation import Langevin, ProbabilityFlow, simulate
 from esljax.transport import ExactTransport, GaussianTransport
-from esljax.velocity import AffineVelocity, KDEVelocity, KernelVelocity, PathVelocity, TransportVelocity
+from esljax.velocity import (
+    AffineVelocity,
+    KDEVelocity,
+    KernelVelocity,
+    PathVelocity,
+    TransportVelocity,
+)
 
 KEY = jax.random.key(0)
 
 
-@pytest.mark.parametrize(("n", "d", "steps"), [(4, 50, 6), (4, 1, 3), (9, 2, 8), (16, 5, 5), (40, 3, 12)])
+@pytest.mark.parametrize(
+    ("n", "d", "steps"), [(4, 50, 6), (4, 1, 3), (9, 2, 8), (16, 5, 5), (40, 3, 12)]
+)
 @pytest.mark.parametrize("velocity", [AffineVelocity(), KDEVelocity()], ids=["affine", "kde"])
 def test_the_bound_holds_on_samples(velocity, n, d, steps, x64):
     """K Σ_k mean‖Δ_k‖² ≥ W2² of the members themselves, in 300 random cases; in float64, where rounding is no excuse."""
@@ -26,11 +34,15 @@ def test_the_bound_holds_on_samples(velocity, n, d, steps, x64):
     def sides(key):
         keys = jax.random.split(key, 5)
         stiffness = jax.random.uniform(keys[0], (d,), minval=0.1, maxval=2.0, dtype=jnp.float64)
-        start = jax.random.normal(keys[1], (n, d), jnp.float64) * jax.random.uniform(keys[2], (d,)) + 2 * jax.random.normal(keys[3], (d,))
+        start = jax.random.normal(keys[1], (n, d), jnp.float64) * jax.random.uniform(
+            keys[2], (d,)
+        ) + 2 * jax.random.normal(keys[3], (d,))
         rule = ProbabilityFlow(0.5 / steps, jax.random.uniform(keys[4]), velocity)
         path = simulate(Quadratic(stiffness), rule, start, steps=steps, snapshots=steps, key=key)
         report = speed_limit(path, transport=ExactTransport(), velocity=PathVelocity(), jackknife=0)
-        action = steps * jnp.sum(jnp.mean(jnp.sum(jnp.diff(path.positions, axis=0) ** 2, axis=-1), axis=-1))
+        action = steps * jnp.sum(
+            jnp.mean(jnp.sum(jnp.diff(path.positions, axis=0) ** 2, axis=-1), axis=-1)
+        )
         return report.entropy_production, report.w2_squared, report.length_squared, action
 
     sigma, whole, length, action = jax.lax.map(sides, jax.random.split(KEY, 30))
@@ -52,18 +64,24 @@ def test_its_law_is_that_of_the_exact_ornstein_uhlenbeck_process(d):
     # 40 % of the variance would be missing.
     mean = np.asarray(start).mean(axis=0) * np.exp(-1)
     np.testing.assert_allclose(np.asarray(path.final).mean(axis=0), mean, atol=0.015)
-    variance = np.diag(np.cov(np.asarray(start).T, ddof=0).reshape(d, d)) * np.exp(-2) + 0.1 * (1 - np.exp(-2))
+    variance = np.diag(np.cov(np.asarray(start).T, ddof=0).reshape(d, d)) * np.exp(-2) + 0.1 * (
+        1 - np.exp(-2)
+    )
     np.testing.assert_allclose(np.asarray(path.final).var(axis=0), variance, rtol=0.05)
 
 
 # Kernels wait for evidence of three standard errors, so they need more members: with 400 they end .09 away, with 100 .14.
-@pytest.mark.parametrize(("velocity", "n"), [(KDEVelocity(), 400), (KernelVelocity(), 1600)], ids=["kde", "kernel"])
+@pytest.mark.parametrize(
+    ("velocity", "n"), [(KDEVelocity(), 400), (KernelVelocity(), 1600)], ids=["kde", "kernel"]
+)
 def test_its_law_in_a_double_well_is_that_of_langevin(velocity, n):
     potential, steps = DoubleWell(1.0, 1.5), 40
     many = 0.6 * jax.random.normal(jax.random.key(1), (20000, 1)) + 0.4
     # The start is the quantiles of its law, so that the flow carries no error of sampling.
     start = jnp.quantile(many[:, 0], (jnp.arange(n) + 0.5) / n)[:, None]
-    flow = simulate(potential, ProbabilityFlow(0.02, 0.3, velocity), start, steps=steps, snapshots=4, key=KEY).final
+    flow = simulate(
+        potential, ProbabilityFlow(0.02, 0.3, velocity), start, steps=steps, snapshots=4, key=KEY
+    ).final
     law = simulate(potential, Langevin(0.02, 0.3), many, steps=steps, snapshots=4, key=KEY).final
     # Gradient descent alone, without the score, ends .21 away.
     distance = float(jnp.sqrt(ExactTransport().squared(flow, law)))
@@ -77,7 +95,14 @@ def test_the_numbers_of_a_double_well_are_those_of_the_fokker_planck_equation():
     """Σ, L² and W2² within 3 %, from 2000 members that carry no noise: a cloud on the top falls into both wells."""
     cloud = oracles_fokker_planck.FallingCloud()
     rule = ProbabilityFlow(cloud.clock / 200, cloud.temperature, KernelVelocity())
-    path = simulate(DoubleWell(cloud.barrier, cloud.width), rule, cloud.start(2000), steps=200, snapshots=200, key=KEY)
+    path = simulate(
+        DoubleWell(cloud.barrier, cloud.width),
+        rule,
+        cloud.start(2000),
+        steps=200,
+        snapshots=200,
+        key=KEY,
+    )
     report = speed_limit(path, transport=ExactTransport(), velocity=PathVelocity(), jackknife=0)
     found = (report.entropy_production, report.length_squared, report.w2_squared)
     np.testing.assert_allclose(found, cloud.numbers(), rtol=0.03)
@@ -86,7 +111,10 @@ def test_the_numbers_of_a_double_well_are_those_of_the_fokker_planck_equation():
 def test_no_noise_and_no_key_in_it():
     rule = ProbabilityFlow(0.05, 0.5, AffineVelocity())
     start = jax.random.normal(KEY, (8, 2))
-    runs = [simulate(Quadratic(1.0), rule, start, steps=10, snapshots=2, key=jax.random.key(i)).final for i in range(2)]
+    runs = [
+        simulate(Quadratic(1.0), rule, start, steps=10, snapshots=2, key=jax.random.key(i)).final
+        for i in range(2)
+    ]
     np.testing.assert_array_equal(*runs)
 
 
@@ -95,25 +123,44 @@ def test_gradients_go_through_the_flow(x64):
 
     def spread(rate):
         path = simulate(
-            Quadratic(jnp.array([1.0, 0.4])), ProbabilityFlow(rate, 0.2, AffineVelocity()), start, steps=8, snapshots=2, key=KEY
+            Quadratic(jnp.array([1.0, 0.4])),
+            ProbabilityFlow(rate, 0.2, AffineVelocity()),
+            start,
+            steps=8,
+            snapshots=2,
+            key=KEY,
         )
         return speed_limit(path, transport=GaussianTransport(), jackknife=0).entropy_production
 
     h = 1e-5
-    np.testing.assert_allclose(jax.grad(spread)(0.1), (spread(0.1 + h) - spread(0.1 - h)) / (2 * h), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(spread)(0.1), (spread(0.1 + h) - spread(0.1 - h)) / (2 * h), rtol=1e-6
+    )
 
 
 def test_what_needs_neighbors_cannot_move_members(refused):
-    refused(lambda: ProbabilityFlow(0.1, 0.1, TransportVelocity(ExactTransport())), "Argument `velocity` must estimate from one snapshot")
-    refused(lambda: ProbabilityFlow(0.1, 0.1, "affine"), "Argument `velocity` must estimate from one snapshot")
+    refused(
+        lambda: ProbabilityFlow(0.1, 0.1, TransportVelocity(ExactTransport())),
+        "Argument `velocity` must estimate from one snapshot",
+    )
+    refused(
+        lambda: ProbabilityFlow(0.1, 0.1, "affine"),
+        "Argument `velocity` must estimate from one snapshot",
+    )
 
 
 def test_the_gradient_keeps_positions_and_no_fits():
     """What a fit goes through grows with the square of the members; kept for every step it would outweigh all else."""
-    flow = lambda rates: ProbabilityFlow(Knots(rates), 0.1, KDEVelocity())  # noqa: E731
+
+    def flow(rates):
+        return ProbabilityFlow(Knots(rates), 0.1, KDEVelocity())
 
     def final(rates, start, steps):
-        return jnp.sum(simulate(Quadratic(1.0), flow(rates), start, steps=steps, snapshots=1, key=jax.random.key(0)).final)
+        return jnp.sum(
+            simulate(
+                Quadratic(1.0), flow(rates), start, steps=steps, snapshots=1, key=jax.random.key(0)
+            ).final
+        )
 
     def needed(steps):
         start = jax.ShapeDtypeStruct((200, 1), jnp.float32)

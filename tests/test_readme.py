@@ -15,7 +15,11 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def test_example_runs(capsys):
     _, example, _ = EXAMPLES
-    small = example.replace("members=16", "members=4").replace("steps=100", "steps=20").replace("iterations=20", "iterations=2")
+    small = (
+        example.replace("members=16", "members=4")
+        .replace("steps=100", "steps=20")
+        .replace("iterations=20", "iterations=2")
+    )
     assert small != example
     exec(compile(small, "README.md", "exec"), {})
     printed = capsys.readouterr().out
@@ -27,7 +31,12 @@ def test_mesh_runs():
     """The example of many devices, on those that there are."""
     example, _, _ = EXAMPLES
     key = jax.random.key(0)
-    names = {"esl": esl, "key": key, "potential": esl.Quadratic(1.0), "rule": esl.Langevin(0.01, 0.01)}
+    names = {
+        "esl": esl,
+        "key": key,
+        "potential": esl.Quadratic(1.0),
+        "rule": esl.Langevin(0.01, 0.01),
+    }
     exec(compile(example, "README.md", "exec"), names | {"start": jax.random.normal(key, (8, 2))})
 
 
@@ -36,9 +45,17 @@ def test_measures_run():
     _, _, example = EXAMPLES
     key = jax.random.key(0)
     inputs = jax.random.normal(key, (32, 2))
-    potential = esl.FlaxLoss(esl.models.mlp(2, 2), (inputs, (inputs[:, 0] > 0).astype(int)), batch_size=8, l2=0.1)
+    potential = esl.FlaxLoss(
+        esl.models.mlp(2, 2), (inputs, (inputs[:, 0] > 0).astype(int)), batch_size=8, l2=0.1
+    )
     start = potential.init(members=32, key=key)
-    names = {"esl": esl, "key": key, "potential": potential, "rule": esl.Langevin(0.01, 0.01), "start": start}
+    names = {
+        "esl": esl,
+        "key": key,
+        "potential": potential,
+        "rule": esl.Langevin(0.01, 0.01),
+        "start": start,
+    }
     exec(compile(example.replace("steps=200", "steps=40"), "README.md", "exec"), names)
     assert isinstance(names["books"], esl.FreeEnergy)
     assert isinstance(names["noise"], esl.MinibatchNoise)

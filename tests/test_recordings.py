@@ -22,7 +22,13 @@ from esljax.measures import speed_limit
 from esljax.measures.velocities import learning_clock
 from esljax.potentials import Quadratic
 from esljax.simulation import Langevin, recorded, simulate
-from esljax.transport import ExactTransport, GaussianTransport, Projected, principal_directions, random_directions
+from esljax.transport import (
+    ExactTransport,
+    GaussianTransport,
+    Projected,
+    principal_directions,
+    random_directions,
+)
 from esljax.velocity import AffineVelocity, PathVelocity, TransportVelocity
 
 # A rigid translation by `moved` along (1, 2, -2), which has length 3.
@@ -45,14 +51,20 @@ def wandering(seed=0, links=4, members=5, d=3):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("transport", [ExactTransport(), GaussianTransport()], ids=["exact", "gaussian"])
+@pytest.mark.parametrize(
+    "transport", [ExactTransport(), GaussianTransport()], ids=["exact", "gaussian"]
+)
 def test_a_translation_by_hand(transport):
     """Every W2 is the distance moved, so that Σ = 9 Σ_j Δc_j²/Δs_j, whatever the cloud."""
     path = recorded(translation(), TIMES)
     report = speed_limit(path, transport=transport)
     np.testing.assert_allclose(path.times, SCALED, rtol=1e-15)
-    np.testing.assert_allclose(report.entropy_production, 9 * np.sum(np.diff(MOVED) ** 2 / np.diff(SCALED)), rtol=1e-12)
-    np.testing.assert_allclose(report.entropy_production_coarse, 9 * (4 / 0.2 + 9 / 0.8), rtol=1e-12)
+    np.testing.assert_allclose(
+        report.entropy_production, 9 * np.sum(np.diff(MOVED) ** 2 / np.diff(SCALED)), rtol=1e-12
+    )
+    np.testing.assert_allclose(
+        report.entropy_production_coarse, 9 * (4 / 0.2 + 9 / 0.8), rtol=1e-12
+    )
     np.testing.assert_allclose([report.length_squared, report.w2_squared], 9 * 25, rtol=1e-12)
     np.testing.assert_allclose(report.speed, 3 * np.diff(MOVED) / np.diff(SCALED), rtol=1e-12)
     np.testing.assert_allclose(report.times, (SCALED[1:] + SCALED[:-1]) / 2, rtol=1e-14)
@@ -66,7 +78,9 @@ def test_velocities_on_uneven_times_by_hand():
     velocities = 3 * (MOVED[after] - MOVED[before]) / (SCALED[after] - SCALED[before])
     expected = np.sum(np.diff(SCALED) * (velocities[1:] ** 2 + velocities[:-1] ** 2) / 2)
     path = recorded(translation(), TIMES)
-    projected = Projected(ExactTransport(), np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0])
+    projected = Projected(
+        ExactTransport(), np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+    )
     for transport, velocity in [
         (ExactTransport(), TransportVelocity(ExactTransport())),
         (GaussianTransport(), TransportVelocity(GaussianTransport())),
@@ -74,14 +88,20 @@ def test_velocities_on_uneven_times_by_hand():
     ]:
         report = speed_limit(path, transport=transport, velocity=velocity, jackknife=0)
         np.testing.assert_allclose(report.entropy_production, expected, rtol=1e-12)
-        np.testing.assert_allclose(report.entropy_production_chain, 9 * np.sum(np.diff(MOVED) ** 2 / np.diff(SCALED)), rtol=1e-12)
+        np.testing.assert_allclose(
+            report.entropy_production_chain,
+            9 * np.sum(np.diff(MOVED) ** 2 / np.diff(SCALED)),
+            rtol=1e-12,
+        )
         length = np.sum(np.diff(SCALED) * (velocities[1:] + velocities[:-1]) / 2)
         np.testing.assert_allclose(report.length_squared, length**2, rtol=1e-12)
         assert report.dissipation is None
         assert report.learning_time is None
     # Members' own paths belong to links.
     report = speed_limit(path, transport=ExactTransport(), velocity=PathVelocity(), jackknife=0)
-    np.testing.assert_allclose(report.entropy_production, 9 * np.sum(np.diff(MOVED) ** 2 / np.diff(SCALED)), rtol=1e-12)
+    np.testing.assert_allclose(
+        report.entropy_production, 9 * np.sum(np.diff(MOVED) ** 2 / np.diff(SCALED)), rtol=1e-12
+    )
     np.testing.assert_allclose(report.length_squared, 9 * 25, rtol=1e-12)
 
 
@@ -90,7 +110,12 @@ def test_what_is_not_known_is_none_and_not_printed():
     assert (path.rates, path.temperatures, path.energies) == (None, None, None)
     assert str(path) == "Trajectory: 6 members of 3 coordinates, recorded, 5 snapshots"
     report = speed_limit(path, transport=ExactTransport())
-    assert (report.dissipation, report.learning_time, report.noise_floor, report.standard_error.dissipation) == (None,) * 4
+    assert (
+        report.dissipation,
+        report.learning_time,
+        report.noise_floor,
+        report.standard_error.dissipation,
+    ) == (None,) * 4
     assert "entropy production Σ                 282" in str(report)
     assert "dissipation" not in str(report)
     assert "learning time" not in str(report)
@@ -101,13 +126,24 @@ def test_what_is_not_known_is_none_and_not_printed():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("velocity", [None, TransportVelocity(ExactTransport())], ids=["chain", "velocity"])
+@pytest.mark.parametrize(
+    "velocity", [None, TransportVelocity(ExactTransport())], ids=["chain", "velocity"]
+)
 def test_a_simulated_run_and_its_recording_agree(velocity):
     """At rate 1/K the clock of learning time is training time, so that nothing but D, U and the noise floor is lost."""
     start = np.random.default_rng(2).normal(size=(8, 2))
-    path = simulate(Quadratic([1.0, 3.0]), Langevin(0.05, 0.1), start, steps=20, snapshots=10, key=jax.random.key(0))
+    path = simulate(
+        Quadratic([1.0, 3.0]),
+        Langevin(0.05, 0.1),
+        start,
+        steps=20,
+        snapshots=10,
+        key=jax.random.key(0),
+    )
     known = speed_limit(path, transport=ExactTransport(), velocity=velocity, jackknife=0)
-    blind = speed_limit(recorded(path.positions), transport=ExactTransport(), velocity=velocity, jackknife=0)
+    blind = speed_limit(
+        recorded(path.positions), transport=ExactTransport(), velocity=velocity, jackknife=0
+    )
     for name in ("length_squared", "w2_squared", "speed", "times", "geometric"):
         np.testing.assert_allclose(getattr(blind, name), getattr(known, name), rtol=1e-12)
     # Two equal steps in a link weigh the rates at its ends as one does.
@@ -118,9 +154,14 @@ def test_a_simulated_run_and_its_recording_agree(velocity):
 def test_several_recorded_runs():
     runs = [recorded(wandering(seed), TIMES) for seed in range(3)]
     report = speed_limit(runs, transport=GaussianTransport())
-    singles = [float(speed_limit(run, transport=GaussianTransport(), jackknife=0).entropy_production) for run in runs]
+    singles = [
+        float(speed_limit(run, transport=GaussianTransport(), jackknife=0).entropy_production)
+        for run in runs
+    ]
     np.testing.assert_allclose(report.entropy_production, np.mean(singles), rtol=1e-5)
-    np.testing.assert_allclose(report.standard_error.entropy_production, np.std(singles, ddof=1) / np.sqrt(3), rtol=1e-4)
+    np.testing.assert_allclose(
+        report.standard_error.entropy_production, np.std(singles, ddof=1) / np.sqrt(3), rtol=1e-4
+    )
 
 
 def test_derivatives_in_positions_and_times():
@@ -137,7 +178,9 @@ def test_derivatives_in_positions_and_times():
     np.testing.assert_allclose(jax.jit(sigma)(1.0, 7.0), value, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [np.int32, np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.longdouble])
+@pytest.mark.parametrize(
+    "dtype", [np.int32, np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.longdouble]
+)
 def test_numbers_of_any_kind(dtype):
     whole = np.round(wandering() * 8).astype(dtype)
     path = recorded(whole)
@@ -160,19 +203,43 @@ def _with(value, *where):
 @pytest.mark.parametrize(
     ("positions", "times", "sentence"),
     [
-        (np.zeros((4, 3)), None, r"`positions` must have shape \(snapshots, members, numbers per member\), but has shape \(4, 3\)\."),
+        (
+            np.zeros((4, 3)),
+            None,
+            r"`positions` must have shape \(snapshots, members, numbers per member\), but has shape \(4, 3\)\.",
+        ),
         (np.zeros((1, 4, 3)), None, "but holds 1 snapshot of 4 members"),
         (np.zeros((4, 1, 3)), None, "but holds 4 snapshots of 1 member"),
         (np.zeros((4, 5, 0)), None, r"but has shape \(4, 5, 0\)"),
-        (_with(np.nan, 2, 3, 1), None, r"must be finite in float32, but is not for member 3 at snapshot 2\."),
-        (_with(np.inf, slice(3, None), 1), None, "member 1 at snapshot 3, the first of 2 such places"),
-        (_with(1e300, 1, 0), None, "must be finite in float32, but is not for member 0 at snapshot 1"),
+        (
+            _with(np.nan, 2, 3, 1),
+            None,
+            r"must be finite in float32, but is not for member 3 at snapshot 2\.",
+        ),
+        (
+            _with(np.inf, slice(3, None), 1),
+            None,
+            "member 1 at snapshot 3, the first of 2 such places",
+        ),
+        (
+            _with(1e300, 1, 0),
+            None,
+            "must be finite in float32, but is not for member 0 at snapshot 1",
+        ),
         (wandering().astype(object), None, "must hold real numbers, but has dtype object"),
         (wandering() > 0, None, "must hold real numbers, but has dtype bool"),
         (wandering() * 1j, None, "must hold real numbers, but has dtype complex128"),
         ([[1.0, 2.0], [3.0]], None, "must be an array, but cannot be made one"),
-        (wandering(), [0, 1, 2], r"`times` must have shape \(5,\), one for each snapshot, but has shape \(3,\)"),
-        (wandering(), [0, 1, 3, 2, 4], "must increase from snapshot to snapshot, but is 3 and then 2 at snapshots 2 and 3"),
+        (
+            wandering(),
+            [0, 1, 2],
+            r"`times` must have shape \(5,\), one for each snapshot, but has shape \(3,\)",
+        ),
+        (
+            wandering(),
+            [0, 1, 3, 2, 4],
+            "must increase from snapshot to snapshot, but is 3 and then 2 at snapshots 2 and 3",
+        ),
         (wandering(), [0, 1, 1, 2, 4], "is 1 and then 1 at snapshots 1 and 2"),
         (wandering(), [0, 1, np.nan, 2, 4], "`times` must be finite"),
         (wandering(), list("abcde"), "`times` must hold real numbers"),
@@ -186,10 +253,23 @@ def test_bad_arrays_are_one_sentence(positions, times, sentence, refused):
 
 def test_drift_of_a_recorded_run_is_not_known(refused):
     path = recorded(wandering())
-    call = lambda: speed_limit(path, transport=GaussianTransport(), velocity=AffineVelocity(), potential=Quadratic(1.0))  # noqa: E731
-    refused(call, r"be TransportVelocity\(...\) for a recorded run, where the drift is not known, but is AffineVelocity")
-    simulated = simulate(Quadratic(1.0), Langevin(0.1), wandering()[0], steps=4, snapshots=4, key=jax.random.key(0))
-    refused(lambda: speed_limit([path, simulated], transport=ExactTransport()), "must hold runs of one shape")
+
+    def call():
+        return speed_limit(
+            path, transport=GaussianTransport(), velocity=AffineVelocity(), potential=Quadratic(1.0)
+        )
+
+    refused(
+        call,
+        r"be TransportVelocity\(...\) for a recorded run, where the drift is not known, but is AffineVelocity",
+    )
+    simulated = simulate(
+        Quadratic(1.0), Langevin(0.1), wandering()[0], steps=4, snapshots=4, key=jax.random.key(0)
+    )
+    refused(
+        lambda: speed_limit([path, simulated], transport=ExactTransport()),
+        "must hold runs of one shape",
+    )
 
 
 # Projections
@@ -201,11 +281,19 @@ def test_principal_directions_are_those_of_the_covariance(refused):
     matrix = np.asarray(principal_directions(positions, 3))
     values, vectors = np.linalg.eigh(np.cov(positions.reshape(-1, 6).T))
     np.testing.assert_allclose(matrix.T @ matrix, np.eye(3), atol=1e-12)
-    np.testing.assert_allclose(np.abs(np.sum(matrix * vectors[:, ::-1][:, :3], axis=0)), 1, rtol=1e-9)
+    np.testing.assert_allclose(
+        np.abs(np.sum(matrix * vectors[:, ::-1][:, :3], axis=0)), 1, rtol=1e-9
+    )
     assert np.all(matrix[np.argmax(np.abs(matrix), axis=0), range(3)] > 0)
     assert values[0] < values[-1]
-    refused(lambda: principal_directions(positions, 7), "`coordinates` must be at most 6, the numbers in one member, but is 7")
-    refused(lambda: principal_directions(np.zeros((2, 2, 9)), 5), "must be at most 4, the members of all snapshots together, but is 5")
+    refused(
+        lambda: principal_directions(positions, 7),
+        "`coordinates` must be at most 6, the numbers in one member, but is 7",
+    )
+    refused(
+        lambda: principal_directions(np.zeros((2, 2, 9)), 5),
+        "must be at most 4, the members of all snapshots together, but is 5",
+    )
 
 
 def test_random_directions(refused):
@@ -213,9 +301,17 @@ def test_random_directions(refused):
     np.testing.assert_allclose(matrix.T @ matrix, np.eye(3), atol=1e-6)
     assert not np.allclose(matrix, random_directions(7, 3, jax.random.key(1)))
     # Uniform directions: the mean of u uᵀ is 1/d, and a fixed sign of their entries would show in the mean of u.
-    many = np.asarray(jax.vmap(lambda key: random_directions(4, 2, key))(jax.random.split(jax.random.key(2), 4000)))
+    many = np.asarray(
+        jax.vmap(lambda key: random_directions(4, 2, key))(
+            jax.random.split(jax.random.key(2), 4000)
+        )
+    )
     assert np.all(np.abs(many.mean(axis=0)) < 5 * 0.5 / np.sqrt(4000))
-    np.testing.assert_allclose(np.einsum("kip,kjp->pij", many, many) / 4000, np.broadcast_to(np.eye(4) / 4, (2, 4, 4)), atol=5 * 0.25 / 60)
+    np.testing.assert_allclose(
+        np.einsum("kip,kjp->pij", many, many) / 4000,
+        np.broadcast_to(np.eye(4) / 4, (2, 4, 4)),
+        atol=5 * 0.25 / 60,
+    )
     refused(lambda: random_directions(3, 4, jax.random.key(0)), "must be at most 3")
     refused(lambda: random_directions(3, 2, 0), "`key` must be made by")
 
@@ -244,7 +340,10 @@ def test_arrays_come_back_as_stored(form, tmp_path):
 def test_zarr_is_an_extra(tmp_path, monkeypatch, refused):
     save_zarr(tmp_path / "run.zarr", positions=wandering())
     monkeypatch.setitem(sys.modules, "zarr", None)
-    refused(lambda: recordings.read(tmp_path / "run.zarr"), r"unless zarr is installed \(pip install 'esljax\[zarr\]'\), but is ")
+    refused(
+        lambda: recordings.read(tmp_path / "run.zarr"),
+        r"unless zarr is installed \(pip install 'esljax\[zarr\]'\), but is ",
+    )
 
 
 # Folders of checkpoints
@@ -252,18 +351,35 @@ def test_zarr_is_an_extra(tmp_path, monkeypatch, refused):
 
 def parameters(member, time, dtype=np.float32):
     rng = np.random.default_rng([member, time])
-    sixteenths = lambda *shape: np.asarray(rng.integers(-16, 16, size=shape) / 16, dtype)  # noqa: E731
-    return {"layer": {"kernel": sixteenths(4, 3), "bias": sixteenths(3)}, "head": sixteenths(3, 2), "scale": sixteenths()}
+
+    def sixteenths(*shape):
+        return np.asarray(rng.integers(-16, 16, size=shape) / 16, dtype)
+
+    return {
+        "layer": {"kernel": sixteenths(4, 3), "bias": sixteenths(3)},
+        "head": sixteenths(3, 2),
+        "scale": sixteenths(),
+    }
 
 
 def flat(tree):
-    return {"layer/kernel": tree["layer"]["kernel"], "layer/bias": tree["layer"]["bias"], "head": tree["head"], "scale": tree["scale"]}
+    return {
+        "layer/kernel": tree["layer"]["kernel"],
+        "layer/bias": tree["layer"]["bias"],
+        "head": tree["head"],
+        "scale": tree["scale"],
+    }
 
 
 def row(tree):
     """By hand: the sorted keys are head, layer/bias, layer/kernel, scale."""
     layer = tree["layer"]
-    return np.concatenate([np.asarray(x, np.float64).ravel() for x in (tree["head"], layer["bias"], layer["kernel"], tree["scale"])])
+    return np.concatenate(
+        [
+            np.asarray(x, np.float64).ravel()
+            for x in (tree["head"], layer["bias"], layer["kernel"], tree["scale"])
+        ]
+    )
 
 
 def save_checkpoint(form, path, tree):
@@ -278,7 +394,9 @@ def save_checkpoint(form, path, tree):
             checkpointer.save(path.resolve(), jax.tree.map(jnp.asarray, tree))
     else:
         with ocp.CheckpointManager(path.parent.resolve()) as manager:
-            manager.save(int(path.name), args=ocp.args.StandardSave(jax.tree.map(jnp.asarray, tree)))
+            manager.save(
+                int(path.name), args=ocp.args.StandardSave(jax.tree.map(jnp.asarray, tree))
+            )
             manager.wait_until_finished()
 
 
@@ -286,11 +404,19 @@ def save_folder(folder, form, dtype=np.float32, members=(0, 1, 10), times=(0, 20
     for member in members:
         for time in times:
             name = str(time) if form == "manager" else f"lr0.1_step_{time}"
-            save_checkpoint(form, folder / f"run7_member_{member}" / name, parameters(member, time, dtype))
-    return np.array([[row(parameters(member, time, dtype)) for member in members] for time in times])
+            save_checkpoint(
+                form, folder / f"run7_member_{member}" / name, parameters(member, time, dtype)
+            )
+    return np.array(
+        [[row(parameters(member, time, dtype)) for member in members] for time in times]
+    )
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16], ids=lambda dtype: np.dtype(dtype).name)
+@pytest.mark.parametrize(
+    "dtype",
+    [np.float32, np.float64, np.float16, ml_dtypes.bfloat16],
+    ids=lambda dtype: np.dtype(dtype).name,
+)
 @pytest.mark.parametrize("form", ["npz", "safetensors", "orbax", "manager"])
 def test_checkpoints(form, dtype, tmp_path, request):
     if dtype == np.float64 and form in ("orbax", "manager"):
@@ -328,8 +454,20 @@ def test_all_forms_give_the_same_numbers(tmp_path):
     numbers = []
     for name in ("npz", "safetensors", "orbax", "run.npz", "run.zarr"):
         recording = recordings.read(tmp_path / name)
-        report = speed_limit(recorded(recording.positions, recording.times), transport=ExactTransport())
-        numbers.append([float(x) for x in (report.entropy_production, report.length_squared, report.w2_squared, report.standard_error.gap)])
+        report = speed_limit(
+            recorded(recording.positions, recording.times), transport=ExactTransport()
+        )
+        numbers.append(
+            [
+                float(x)
+                for x in (
+                    report.entropy_production,
+                    report.length_squared,
+                    report.w2_squared,
+                    report.standard_error.gap,
+                )
+            ]
+        )
     assert numbers == [numbers[0]] * 5
     assert numbers[0][0] > 0
 
@@ -357,7 +495,9 @@ def break_folder(kind, folder):
     elif kind == "transposed":
         np.savez(file, **{**flat(parameters(1, 20)), "head": np.zeros((2, 3), np.float32)})
     elif kind == "lacks":
-        np.savez(file, **{key: value for key, value in flat(parameters(1, 20)).items() if key != "head"})
+        np.savez(
+            file, **{key: value for key, value in flat(parameters(1, 20)).items() if key != "head"}
+        )
     elif kind == "extra":
         np.savez(file, **flat(parameters(1, 20)), extra=np.zeros(2, np.float32))
     elif kind == "counter":
@@ -381,22 +521,46 @@ def break_folder(kind, folder):
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("missing time", r"hold every member at every time, but \S+run7_member_1 has no checkpoint at 20\."),
-        ("extra time", r"hold every member at every time, but \S+run7_member_0 has no checkpoint at 30\."),
-        ("empty member", r"but \S+run7_member_1 has no \.npz, \.safetensors or Orbax folder with a number in its name"),
-        ("same time twice", "name each member and time once, but .* has both lr0.1_step_20.npz and other_20.npz"),
+        (
+            "missing time",
+            r"hold every member at every time, but \S+run7_member_1 has no checkpoint at 20\.",
+        ),
+        (
+            "extra time",
+            r"hold every member at every time, but \S+run7_member_0 has no checkpoint at 30\.",
+        ),
+        (
+            "empty member",
+            r"but \S+run7_member_1 has no \.npz, \.safetensors or Orbax folder with a number in its name",
+        ),
+        (
+            "same time twice",
+            "name each member and time once, but .* has both lr0.1_step_20.npz and other_20.npz",
+        ),
         ("same member twice", "has both copy_of_1 and run7_member_1"),
-        ("shape", r"hold parameters of one shape in every checkpoint, but `head` has \(3, 2\) in .*_0.npz and \(3, 5\) in .*_20.npz"),
+        (
+            "shape",
+            r"hold parameters of one shape in every checkpoint, but `head` has \(3, 2\) in .*_0.npz and \(3, 5\) in .*_20.npz",
+        ),
         ("transposed", r"but `head` has \(3, 2\) in .* and \(2, 3\) in "),
-        ("lacks", r"hold the same keys in every checkpoint, but \S+member_1/lr0.1_step_20.npz lacks `head`"),
+        (
+            "lacks",
+            r"hold the same keys in every checkpoint, but \S+member_1/lr0.1_step_20.npz lacks `head`",
+        ),
         ("extra", r"lr0.1_step_0.npz lacks `extra`, which \S+member_1/lr0.1_step_20.npz has"),
         ("counter", r"hold floating-point parameters alone, but `step` of .* has dtype int64"),
         ("objects", "because a pickle runs whatever code it carries, but `head` of .* is pickled"),
         ("empty", "hold parameters, but .* holds none"),
         ("text", "be a whole .npz archive, but .* is cut short or something else"),
-        ("torch", r"never loaded here \(save .npz or .safetensors\), but \S+step_20.pt may be a pickle"),
+        (
+            "torch",
+            r"never loaded here \(save .npz or .safetensors\), but \S+step_20.pt may be a pickle",
+        ),
         ("not orbax", "step_20"),
-        ("nothing", r"as in member_000/step_000100.npz, but \S+ has no folder with a number in its name"),
+        (
+            "nothing",
+            r"as in member_000/step_000100.npz, but \S+ has no folder with a number in its name",
+        ),
     ],
 )
 def test_broken_folders_are_one_sentence(kind, sentence, tmp_path, refused):
@@ -428,17 +592,28 @@ def test_pickles_are_never_loaded(tmp_path, monkeypatch, refused):
 
 
 def test_other_files_are_one_sentence(tmp_path, refused):
-    refused(lambda: recordings.read(tmp_path / "none.npz"), "`recording` must be a file or folder, but .*none.npz does not exist")
+    refused(
+        lambda: recordings.read(tmp_path / "none.npz"),
+        "`recording` must be a file or folder, but .*none.npz does not exist",
+    )
     refused(lambda: recordings.read(tmp_path / "none.zarr"), "does not exist")
     (tmp_path / "run.csv").write_text("1,2")
-    refused(lambda: recordings.read(tmp_path / "run.csv"), "be .npz, .zarr or a folder of checkpoints, but is ")
+    refused(
+        lambda: recordings.read(tmp_path / "run.csv"),
+        "be .npz, .zarr or a folder of checkpoints, but is ",
+    )
     for k, arrays in enumerate([{}, {"weights": wandering()}]):
         np.savez(tmp_path / f"{k}.npz", **arrays)
-        refused(lambda k=k: recordings.read(tmp_path / f"{k}.npz"), "hold either `positions` or `features`, but .* holds neither")
+        refused(
+            lambda k=k: recordings.read(tmp_path / f"{k}.npz"),
+            "hold either `positions` or `features`, but .* holds neither",
+        )
     np.savez(tmp_path / "both.npz", positions=wandering(), features=wandering())
     refused(lambda: recordings.read(tmp_path / "both.npz"), "holds both")
     (tmp_path / "folder.npz").mkdir()
-    refused(lambda: recordings.read(tmp_path / "folder.npz"), "has no folder with a number in its name")
+    refused(
+        lambda: recordings.read(tmp_path / "folder.npz"), "has no folder with a number in its name"
+    )
 
 
 @pytest.mark.parametrize(
@@ -455,7 +630,10 @@ def test_bad_matrices_are_one_sentence(matrix, sentence, tmp_path, refused):
     refused(lambda: recordings.read_matrix(tmp_path / "matrix.npz"), sentence)
     np.savez(tmp_path / "other.npz", other=matrix)
     refused(lambda: recordings.read_matrix(tmp_path / "other.npz"), "holds none")
-    refused(lambda: recordings.read_matrix(tmp_path / "missing.npz"), "be 'pca', 'random', 'none' or an .npz file")
+    refused(
+        lambda: recordings.read_matrix(tmp_path / "missing.npz"),
+        "be 'pca', 'random', 'none' or an .npz file",
+    )
 
 
 def _bytes_of(save):
@@ -480,7 +658,9 @@ def read_quietly(path):
 
 
 @pytest.mark.parametrize("whole", [NPZ, PACKED], ids=["npz", "compressed"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_damaged_npz(whole, data, tmp_path):
     cut = whole[: data.draw(st.integers(0, len(whole) - 1), label="cut")]
@@ -492,7 +672,9 @@ def test_damaged_npz(whole, data, tmp_path):
     read_quietly(tmp_path / "flipped.npz")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_damaged_safetensors(data, tmp_path):
     for member in (0, 1):
@@ -505,14 +687,20 @@ def test_damaged_safetensors(data, tmp_path):
     file.write_bytes(SAFE[: data.draw(st.integers(0, len(SAFE) - 1), label="cut")])
     assert read_quietly(tmp_path) is not None
     place = data.draw(st.integers(0, len(SAFE) - 1), label="place")
-    file.write_bytes(SAFE[:place] + bytes([SAFE[place] ^ data.draw(st.integers(1, 255), label="flip")]) + SAFE[place + 1 :])
+    file.write_bytes(
+        SAFE[:place]
+        + bytes([SAFE[place] ^ data.draw(st.integers(1, 255), label="flip")])
+        + SAFE[place + 1 :]
+    )
     read_quietly(tmp_path)
 
 
 def test_damaged_zarr(tmp_path):
     save_zarr(tmp_path / "run.zarr", positions=wandering(), times=TIMES)
     rng = np.random.default_rng(0)
-    for k, file in enumerate(sorted(path for path in (tmp_path / "run.zarr").rglob("*") if path.is_file())):
+    for k, file in enumerate(
+        sorted(path for path in (tmp_path / "run.zarr").rglob("*") if path.is_file())
+    ):
         whole = file.read_bytes()
         for cut in {0, 1, len(whole) - 1, *rng.integers(0, len(whole), 3).tolist()}:
             file.write_bytes(whole[:cut])

@@ -25,7 +25,9 @@ def test_the_table_holds_the_numbers_of_the_theory():
     held = {(check.name, check.reference) for check in references.CHECKS}
     wanted = {("O1", number) for row in oracles.O1.values() for number in row}
     wanted |= {("O2", number) for number in oracles.O2.values()}
-    wanted |= {("O3", number) for row in oracles.O3_ENTROPY_PRODUCTION.values() for number in row.values()}
+    wanted |= {
+        ("O3", number) for row in oracles.O3_ENTROPY_PRODUCTION.values() for number in row.values()
+    }
     wanted |= {("O3", number) for row in oracles.O3_PATH.values() for number in row}
     wanted |= {("O3", number) for number in oracles.O3_OPTIMUM}
     wanted |= {("O5", number) for row in oracles.O5.values() for number in row}
@@ -63,7 +65,9 @@ def broken():
     raise RuntimeError("no such device")
 
 
-@pytest.mark.parametrize(("compute", "printed"), [(lambda: jnp.nan, "nan"), (lambda: jnp.inf, "inf"), (broken, "device")])
+@pytest.mark.parametrize(
+    ("compute", "printed"), [(lambda: jnp.nan, "nan"), (lambda: jnp.inf, "inf"), (broken, "device")]
+)
 def test_what_gives_no_number_fails(monkeypatch, capsys, compute, printed):
     monkeypatch.setattr(references, "CHECKS", (cheap(compute=compute),))
     assert not references.run_checks()

@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import esljax.schedules as schedules_module
-from esljax.schedules import AbstractSchedule, Constant, Cosine, Exponential, FromOptax, Knots, Linear, WarmupStableDecay, as_schedule
+from esljax.schedules import (
+    AbstractSchedule,
+    Constant,
+    Cosine,
+    Exponential,
+    FromOptax,
+    Knots,
+    Linear,
+    WarmupStableDecay,
+    as_schedule,
+)
 
 TABLE = [0.3, 0.7, 0.1, 0.2]
 OPTAX = optax.warmup_cosine_decay_schedule(0.1, 0.9, 5, 25, 0.05)
@@ -28,9 +38,18 @@ SCHEDULES = {
         lambda: WarmupStableDecay(0.7, 0.13, 0.29, 0.05, 0.02),
         lambda s: np.interp(s, [0, 0.13, 0.71, 1], [0.05, 0.7, 0.7, 0.02]),
     ),
-    "log-linear knots": (lambda: Knots(TABLE), lambda s: np.exp(np.interp(s, np.linspace(0, 1, 4), np.log(TABLE)))),
-    "linear knots": (lambda: Knots(TABLE, "linear"), lambda s: np.interp(s, np.linspace(0, 1, 4), TABLE)),
-    "optax": (lambda: FromOptax(OPTAX, 25), lambda s: oracles.warmup_cosine(25 * s, 0.1, 0.9, 5, 25, 0.05)),
+    "log-linear knots": (
+        lambda: Knots(TABLE),
+        lambda s: np.exp(np.interp(s, np.linspace(0, 1, 4), np.log(TABLE))),
+    ),
+    "linear knots": (
+        lambda: Knots(TABLE, "linear"),
+        lambda s: np.interp(s, np.linspace(0, 1, 4), TABLE),
+    ),
+    "optax": (
+        lambda: FromOptax(OPTAX, 25),
+        lambda s: oracles.warmup_cosine(25 * s, 0.1, 0.9, 5, 25, 0.05),
+    ),
 }
 every = pytest.mark.parametrize("name", SCHEDULES)
 # Knots and corners of the table, both ends, and times between.
@@ -38,7 +57,11 @@ TIMES = np.array([0.0, 0.05, 0.13, 0.2, 1 / 3, 0.5, 0.71, 0.8, 0.95, 1.0])
 
 
 def test_the_table_holds_every_class():
-    final = {cls for _, cls in inspect.getmembers(schedules_module, inspect.isclass) if issubclass(cls, AbstractSchedule)}
+    final = {
+        cls
+        for _, cls in inspect.getmembers(schedules_module, inspect.isclass)
+        if issubclass(cls, AbstractSchedule)
+    }
     assert {type(make()) for make, _ in SCHEDULES.values()} == final - {AbstractSchedule}
 
 
@@ -71,7 +94,9 @@ def test_compiled_is_uncompiled_and_vmap_is_a_loop(name):
     pair = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), schedule)
     both = jax.vmap(lambda one: one.rates(25))(pair)
     for i in range(2):
-        np.testing.assert_allclose(both[i], jax.tree.map(lambda x, i=i: x[i], pair).rates(25), rtol=1e-6)
+        np.testing.assert_allclose(
+            both[i], jax.tree.map(lambda x, i=i: x[i], pair).rates(25), rtol=1e-6
+        )
 
 
 @every
@@ -107,8 +132,18 @@ def test_gradient_is_the_central_difference(name, x64):
     """In every leaf, at times clear of the corners."""
     schedule = SCHEDULES[name][0]()
     leaves, structure = jax.tree.flatten(schedule)
-    assert len(leaves) == {"constant": 1, "linear": 2, "cosine": 2, "exponential": 2, "wsd": 5, "optax": 0}.get(name, 1)
-    times, weights = jnp.array([0.03, 0.11, 0.4, 0.6, 0.77, 0.9]), jnp.array([1.0, -2.0, 0.5, 3.0, 1.5, -0.7])
+    assert len(leaves) == {
+        "constant": 1,
+        "linear": 2,
+        "cosine": 2,
+        "exponential": 2,
+        "wsd": 5,
+        "optax": 0,
+    }.get(name, 1)
+    times, weights = (
+        jnp.array([0.03, 0.11, 0.4, 0.6, 0.77, 0.9]),
+        jnp.array([1.0, -2.0, 0.5, 3.0, 1.5, -0.7]),
+    )
 
     def value(leaves):
         return jnp.dot(weights, jax.vmap(structure.unflatten(leaves))(times))
@@ -117,7 +152,10 @@ def test_gradient_is_the_central_difference(name, x64):
     for i, leaf in enumerate(leaves):
         for entry in np.ndindex(leaf.shape):
             direction = jnp.zeros_like(leaf).at[entry].set(1)
-            moved = lambda x, i=i: value([*leaves[:i], x, *leaves[i + 1 :]])  # noqa: E731
+
+            def moved(x, i=i):
+                return value([*leaves[:i], x, *leaves[i + 1 :]])
+
             difference = oracles.central_difference(moved, leaf, direction)
             assert abs(difference) > 1e-3  # a leaf that does nothing would agree with anything
             np.testing.assert_allclose(gradient[i][entry], difference, rtol=1e-7)
@@ -127,15 +165,26 @@ def test_gradient_is_the_central_difference(name, x64):
 def test_slope_in_time_is_the_central_difference(name, x64):
     schedule = SCHEDULES[name][0]()
     for s in (0.07, 0.42, 0.83):
-        np.testing.assert_allclose(jax.grad(schedule)(s), oracles.central_difference(schedule, s, 1.0), rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(
+            jax.grad(schedule)(s),
+            oracles.central_difference(schedule, s, 1.0),
+            rtol=1e-7,
+            atol=1e-9,
+        )
 
 
 def test_from_optax_reads_the_function_at_the_count():
-    np.testing.assert_allclose(FromOptax(OPTAX, 25).rates(25), [OPTAX(count) for count in range(25)], rtol=1e-6)
-    np.testing.assert_allclose(FromOptax(OPTAX, 25).rates(5), [OPTAX(count) for count in range(0, 25, 5)], rtol=1e-6)
+    np.testing.assert_allclose(
+        FromOptax(OPTAX, 25).rates(25), [OPTAX(count) for count in range(25)], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        FromOptax(OPTAX, 25).rates(5), [OPTAX(count) for count in range(0, 25, 5)], rtol=1e-6
+    )
     # Steps down at every count: a rounded count on the wrong side of one would read the value before.
     stairs = optax.piecewise_constant_schedule(1.0, {count: 0.9 for count in range(1, 49)})
-    np.testing.assert_allclose(FromOptax(stairs, 49).rates(49), [stairs(count) for count in range(49)], rtol=1e-6)
+    np.testing.assert_allclose(
+        FromOptax(stairs, 49).rates(49), [stairs(count) for count in range(49)], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 7, 49, 200])
@@ -162,7 +211,9 @@ def test_log_linear_parameters_are_logarithms():
     np.testing.assert_allclose(schedule.parameters, np.log(TABLE), rtol=1e-6)
     moved = jax.tree.map(lambda x: x - 100.0, schedule)
     assert bool(jnp.all(moved.rates(9) >= 0))
-    np.testing.assert_allclose(jax.tree.map(lambda x: x + np.log(2.0), schedule).rates(9), 2 * schedule.rates(9), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.tree.map(lambda x: x + np.log(2.0), schedule).rates(9), 2 * schedule.rates(9), rtol=1e-6
+    )
 
 
 def test_as_schedule():
@@ -174,21 +225,57 @@ def test_as_schedule():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: Constant(1.0).rates(0), r"Argument `steps` must be an integer of at least 1, but is 0\."),
-        (lambda: Constant(1.0).rates(2.0), r"Argument `steps` must be an integer of at least 1, but is 2\.0\."),
-        (lambda: Constant(1.0).rates(True), r"Argument `steps` must be an integer of at least 1, but is True\."),
+        (
+            lambda: Constant(1.0).rates(0),
+            r"Argument `steps` must be an integer of at least 1, but is 0\.",
+        ),
+        (
+            lambda: Constant(1.0).rates(2.0),
+            r"Argument `steps` must be an integer of at least 1, but is 2\.0\.",
+        ),
+        (
+            lambda: Constant(1.0).rates(True),
+            r"Argument `steps` must be an integer of at least 1, but is True\.",
+        ),
         (lambda: Exponential(0.0, 1.0), r"Argument `start` must be greater than 0, but is 0\."),
         (lambda: Exponential(1.0, -1.0), r"Argument `end` must be greater than 0, but is -1\."),
-        (lambda: WarmupStableDecay(1.0, warmup=0.0), r"Argument `warmup` must be greater than 0, but is 0\."),
-        (lambda: WarmupStableDecay(1.0, decay=-0.1), r"Argument `decay` must be greater than 0, but is -0\.1\."),
-        (lambda: WarmupStableDecay(1.0, 0.6, 0.5), r"Argument `decay` must leave warmup \+ decay at most 1, but makes it 1\.1\."),
-        (lambda: Knots([1.0]), r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape \(1,\)\."),
-        (lambda: Knots([[1.0, 2.0]]), r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape \(1, 2\)\."),
-        (lambda: Knots([1.0, 0.0]), r"Argument `values` must be greater than 0, but is an array with minimum 0\."),
+        (
+            lambda: WarmupStableDecay(1.0, warmup=0.0),
+            r"Argument `warmup` must be greater than 0, but is 0\.",
+        ),
+        (
+            lambda: WarmupStableDecay(1.0, decay=-0.1),
+            r"Argument `decay` must be greater than 0, but is -0\.1\.",
+        ),
+        (
+            lambda: WarmupStableDecay(1.0, 0.6, 0.5),
+            r"Argument `decay` must leave warmup \+ decay at most 1, but makes it 1\.1\.",
+        ),
+        (
+            lambda: Knots([1.0]),
+            r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape \(1,\)\.",
+        ),
+        (
+            lambda: Knots([[1.0, 2.0]]),
+            r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape \(1, 2\)\.",
+        ),
+        (
+            lambda: Knots([1.0, 0.0]),
+            r"Argument `values` must be greater than 0, but is an array with minimum 0\.",
+        ),
         (lambda: Knots([1.0, np.nan]), r"Argument `values` must be greater than 0"),
-        (lambda: Knots([1.0, 2.0], "cubic"), r"Argument `interpolation` must be one of 'log-linear', 'linear', but is 'cubic'\."),
-        (lambda: FromOptax(OPTAX, 0), r"Argument `steps` must be an integer of at least 1, but is 0\."),
-        (lambda: FromOptax(0.1, 10), r"Argument `fn` must be a function of the count, but is 0\.1\."),
+        (
+            lambda: Knots([1.0, 2.0], "cubic"),
+            r"Argument `interpolation` must be one of 'log-linear', 'linear', but is 'cubic'\.",
+        ),
+        (
+            lambda: FromOptax(OPTAX, 0),
+            r"Argument `steps` must be an integer of at least 1, but is 0\.",
+        ),
+        (
+            lambda: FromOptax(0.1, 10),
+            r"Argument `fn` must be a function of the count, but is 0\.1\.",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(call, sentence, refused):

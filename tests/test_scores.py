@@ -17,13 +17,19 @@ VELOCITIES = {
     "flow": lambda: FlowVelocity(jax.random.key(0), steps=2),
 }
 # The flow compiles for tens of seconds.
-every = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name == "flow" else ()) for name in VELOCITIES])
+every = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "flow" else ()) for name in VELOCITIES],
+)
 
 
 def snapshot(n=41, d=2, seed=0, dtype=np.float32):
     """A skewed, sheared cloud in a drift that is neither linear nor a gradient, with a diffusion that mixes axes."""
     rng = np.random.default_rng(seed)
-    x = np.column_stack([rng.gamma(4.0, size=n), *(rng.normal(size=(d - 1, n)) * 3.0)]) @ (np.eye(d) + 0.5 * np.tri(d, k=-1)).T
+    x = (
+        np.column_stack([rng.gamma(4.0, size=n), *(rng.normal(size=(d - 1, n)) * 3.0)])
+        @ (np.eye(d) + 0.5 * np.tri(d, k=-1)).T
+    )
     drift = -x + np.roll(np.sin(x), 1, axis=1)
     diffusion = np.eye(d) * 0.2 + 0.1
     return Snapshot(*(jnp.asarray(part, dtype) for part in (x, drift, diffusion)))
@@ -44,7 +50,10 @@ def test_compiled_is_uncompiled_and_vmap_is_a_loop(name):
     given = [snapshot(seed=seed) for seed in range(2)]
     alone = [velocity(one.positions, one.drift, one.diffusion) for one in given]
     chex.assert_trees_all_close(once(velocity, given[0]), alone[0], rtol=1e-3, atol=1e-3)
-    stack = lambda *parts: jnp.stack(parts)  # noqa: E731
+
+    def stack(*parts):
+        return jnp.stack(parts)
+
     together = eqx.filter_vmap(lambda one: once(velocity, one))(jax.tree.map(stack, *given))
     chex.assert_trees_all_close(together, jax.tree.map(stack, *alone), rtol=1e-3, atol=1e-3)
 
@@ -63,7 +72,10 @@ def test_one_trace_serves_two_calls_and_the_precision_is_the_input_s(name):
 
 
 # Each compiles for twenty seconds: one by default, the others in the slow tier.
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "kde" else pytest.mark.slow) for name in VELOCITIES])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name == "kde" else pytest.mark.slow) for name in VELOCITIES],
+)
 @pytest.mark.usefixtures("quick_compilation")
 def test_snapshots_follow_each_other_inside_a_scan(name):
     velocity = VELOCITIES[name]()
@@ -85,9 +97,15 @@ def test_snapshots_follow_each_other_inside_a_scan(name):
 def test_the_shapes_of_a_diffusion_agree(name):
     """A scalar, the same along each axis, and as a matrix; and a matrix mixes the axes of the score."""
     velocity, given = VELOCITIES[name](), snapshot()
-    answers = [velocity(given.positions, given.drift, d).squared for d in (0.3, 0.3 * jnp.ones(2), 0.3 * jnp.eye(2))]
+    answers = [
+        velocity(given.positions, given.drift, d).squared
+        for d in (0.3, 0.3 * jnp.ones(2), 0.3 * jnp.eye(2))
+    ]
     np.testing.assert_allclose(answers[1:], answers[0], rtol=1e-4)
-    unequal = [velocity(given.positions, given.drift, d).values for d in (jnp.array([0.3, 0.1]), jnp.diag(jnp.array([0.3, 0.1])))]
+    unequal = [
+        velocity(given.positions, given.drift, d).values
+        for d in (jnp.array([0.3, 0.1]), jnp.diag(jnp.array([0.3, 0.1])))
+    ]
     np.testing.assert_allclose(*unequal, rtol=1e-3, atol=1e-3)
 
 
@@ -108,7 +126,9 @@ def test_a_member_is_not_judged_by_a_density_that_it_shaped():
     moved = given.positions.at[0].add(2.0)
     for name in ("kde", "histogram"):
         velocity = VELOCITIES[name]()
-        values = [velocity(x, given.drift, given.diffusion).values for x in (given.positions, moved)]
+        values = [
+            velocity(x, given.drift, given.diffusion).values for x in (given.positions, moved)
+        ]
         changed = np.any(np.asarray(values[0] != values[1]), axis=1)
         assert not changed[2::2].any()
         assert changed[0]
@@ -120,8 +140,13 @@ def test_a_member_is_not_judged_by_a_density_that_it_shaped():
 
 def of_two_modes():
     """E (∂ log q)² of ½ N(±2, ¼) by quadrature."""
-    side = lambda x, m: np.exp(-2 * (x - m) ** 2) / np.sqrt(np.pi / 2) / 2  # noqa: E731
-    slope = lambda x: -4 * ((x + 2) * side(x, -2) + (x - 2) * side(x, 2))  # noqa: E731
+
+    def side(x, m):
+        return np.exp(-2 * (x - m) ** 2) / np.sqrt(np.pi / 2) / 2
+
+    def slope(x):
+        return -4 * ((x + 2) * side(x, -2) + (x - 2) * side(x, 2))
+
     return quad(lambda x: slope(x) ** 2 / (side(x, -2) + side(x, 2)), -6, 6, points=[-2, 0, 2])[0]
 
 
@@ -134,7 +159,9 @@ def test_two_modes_that_diffuse_freely(name):
     ratios, errors = [], []
     for seed in range(1 if name == "flow" else 6):
         rng = np.random.default_rng(seed)
-        x = (rng.choice([-2.0, 2.0], size=(2000, 1)) + 0.5 * rng.normal(size=(2000, 1))).astype(np.float32)
+        x = (rng.choice([-2.0, 2.0], size=(2000, 1)) + 0.5 * rng.normal(size=(2000, 1))).astype(
+            np.float32
+        )
         answer = velocity(x, jnp.zeros_like(x), 1.0)
         ratios.append(float(answer.squared) / truth)
         errors.append(float(answer.standard_error) / truth)
@@ -145,7 +172,9 @@ def test_two_modes_that_diffuse_freely(name):
         assert 0.4 < np.std(ratios, ddof=1) / np.mean(errors) < 2.0
 
 
-@pytest.mark.parametrize(("name", "d"), [("kde", 1), ("kde", 2), ("kde", 10), ("histogram", 1), ("histogram", 2)])
+@pytest.mark.parametrize(
+    ("name", "d"), [("kde", 1), ("kde", 2), ("kde", 10), ("histogram", 1), ("histogram", 2)]
+)
 @pytest.mark.parametrize("end", [False, True])
 def test_an_ornstein_uhlenbeck_snapshot(name, d, end):
     """O1 at its start and at its end: against the members' true velocities, so that their own sampling does not count."""
@@ -158,14 +187,21 @@ def test_an_ornstein_uhlenbeck_snapshot(name, d, end):
         answer = VELOCITIES[name]()(x.astype(np.float32), -x.astype(np.float32), 0.1)
         sampled = np.sum(true**2, axis=1)
         ratios.append(float(answer.squared) / sampled.mean())
-        errors.append(np.std(np.asarray(answer.contributions) - sampled) / np.sqrt(2000) / sampled.mean())
-    assert abs(np.mean(ratios) - 1) < 0.01 * (2 if d == 10 else 1) + 3 * np.mean(errors) / np.sqrt(3)
+        errors.append(
+            np.std(np.asarray(answer.contributions) - sampled) / np.sqrt(2000) / sampled.mean()
+        )
+    assert abs(np.mean(ratios) - 1) < 0.01 * (2 if d == 10 else 1) + 3 * np.mean(errors) / np.sqrt(
+        3
+    )
 
 
 @pytest.mark.parametrize("name", ["kde", "histogram"])
 def test_means_stay_below_and_follow_a_drift_that_is_not_linear(name):
     """A double well's equilibrium, displaced by .3: σ = ∫ p (Φ'(x + .3) - Φ'(x))², of which affine fields miss a fifth."""
-    force = lambda x: -8 * x * (x**2 - 1)  # noqa: E731
+
+    def force(x):
+        return -8 * x * (x**2 - 1)
+
     grid = np.linspace(-3, 3, 60001)
     weight = np.exp(-4 * (grid**2 - 1) ** 2)
     weight /= weight.sum()
@@ -213,7 +249,10 @@ def test_few_members_in_many_dimensions_fall_back_on_their_moments():
 def test_few_members_are_answered_by_their_affine_field(name, n):
     """No half with fewer than four members to spare is asked for a density."""
     given = snapshot(n=n)
-    answer, affine = (velocity(given.positions, given.drift, given.diffusion) for velocity in (VELOCITIES[name](), AffineVelocity()))
+    answer, affine = (
+        velocity(given.positions, given.drift, given.diffusion)
+        for velocity in (VELOCITIES[name](), AffineVelocity())
+    )
     assert np.isfinite(float(answer.squared))
     assert np.isclose(answer.squared, affine.squared, rtol=1e-5) == (n < 32)
 
@@ -236,8 +275,16 @@ def test_what_each_estimator_says_of_itself():
 
 def test_bad_input_is_refused(refused):
     refused(lambda: FlowVelocity(0), "`key` must be made by `jax.random.key`")
-    refused(lambda: FlowVelocity(jax.random.key(0), steps=0), "`steps` must be an integer of at least 1")
+    refused(
+        lambda: FlowVelocity(jax.random.key(0), steps=0), "`steps` must be an integer of at least 1"
+    )
     given = snapshot(d=4)
-    refused(lambda: HistogramVelocity()(given.positions, given.drift, given.diffusion), "`positions` must have at most 3 coordinates")
+    refused(
+        lambda: HistogramVelocity()(given.positions, given.drift, given.diffusion),
+        "`positions` must have at most 3 coordinates",
+    )
     for name in ("kde", "histogram"):
-        refused(lambda name=name: once(VELOCITIES[name](), Snapshot(given.positions[:, :2])), "`snapshot` must carry the drift")
+        refused(
+            lambda name=name: once(VELOCITIES[name](), Snapshot(given.positions[:, :2])),
+            "`snapshot` must carry the drift",
+        )

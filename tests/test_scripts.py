@@ -9,7 +9,11 @@ import jupytext
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "def main(" in path.read_text(encoding="utf-8"))
+SCRIPTS = sorted(
+    path
+    for path in (ROOT / "scripts").glob("*.py")
+    if "def main(" in path.read_text(encoding="utf-8")
+)
 # Most of these compile every estimator, for a minute or two each; benchmarks compile several ways of doing one thing.
 LONG = {
     "benchmark_device",
@@ -43,7 +47,9 @@ def test_there_is_something_to_run():
 
 
 @pytest.mark.parametrize(
-    "script", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in SCRIPTS], ids=lambda path: path.stem
+    "script",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in SCRIPTS],
+    ids=lambda path: path.stem,
 )
 def test_scripts(script, tmp_path):
     if script.stem == "compile_tpu":
@@ -61,7 +67,10 @@ def test_scripts(script, tmp_path):
         reports = list(dictionaries(numbers, "w2_squared"))
         assert len(reports) >= times
         # Chains in a metric obey the limit on samples.
-        assert all(one["entropy_production"] > one["length_squared"] > one["w2_squared"] > 0 for one in reports)
+        assert all(
+            one["entropy_production"] > one["length_squared"] > one["w2_squared"] > 0
+            for one in reports
+        )
 
 
 def dictionaries(numbers, key):

@@ -32,14 +32,20 @@ ROUNDING = 1e-6
 @pytest.fixture(scope="module", params=["quick", pytest.param("optimized", marks=pytest.mark.slow)])
 def compiled(request, environment) -> dict[str, str]:
     """How the processes compile."""
-    return environment if request.param == "quick" else {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return (
+        environment
+        if request.param == "quick"
+        else {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    )
 
 
 @pytest.fixture(scope="module")
 def devices(tmp_path_factory, compiled) -> dict[str, np.ndarray]:
     """One process with eight fake devices."""
     out = tmp_path_factory.mktemp("devices") / "found.npz"
-    subprocess.run([sys.executable, PROGRAM, out, "1,8", "8"], env=compiled, check=True, timeout=600)
+    subprocess.run(
+        [sys.executable, PROGRAM, out, "1,8", "8"], env=compiled, check=True, timeout=600
+    )
     return dict(np.load(out))
 
 
@@ -60,25 +66,39 @@ def processes(tmp_path_factory, compiled) -> dict[str, np.ndarray]:
     return {**np.load(out), "checkpoints": out.parent / "checkpoints"}
 
 
-def compared(found: dict[str, np.ndarray], other: dict[str, np.ndarray], size: int, kind: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def compared(
+    found: dict[str, np.ndarray], other: dict[str, np.ndarray], size: int, kind: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
     names = [name for name in found if name.startswith("1 ") and kind in name]
-    pairs = [(found[name], other[f"{size} {name[2:]}"]) for name in names if f"{size} {name[2:]}" in other]
+    pairs = [
+        (found[name], other[f"{size} {name[2:]}"])
+        for name in names
+        if f"{size} {name[2:]}" in other
+    ]
     assert pairs
     return pairs
 
 
-@pytest.mark.parametrize("kind", ["positions", "energies", "report", "velocity", "exact", "gradient", "optimum"])
+@pytest.mark.parametrize(
+    "kind", ["positions", "energies", "report", "velocity", "exact", "gradient", "optimum"]
+)
 def test_eight_devices_give_the_numbers_of_one(devices, kind):
     for one, eight in compared(devices, devices, 8, kind):
         exact = kind == "positions"
-        np.testing.assert_allclose(eight, one, rtol=0, atol=0 if exact else ROUNDING * np.abs(one).max())
+        np.testing.assert_allclose(
+            eight, one, rtol=0, atol=0 if exact else ROUNDING * np.abs(one).max()
+        )
 
 
-@pytest.mark.parametrize("kind", ["positions", "energies", "report", "velocity", "exact", "gradient", "optimum"])
+@pytest.mark.parametrize(
+    "kind", ["positions", "energies", "report", "velocity", "exact", "gradient", "optimum"]
+)
 def test_two_processes_give_the_numbers_of_one(devices, processes, kind):
     for one, two in compared(devices, processes, 2, kind):
         exact = kind == "positions"
-        np.testing.assert_allclose(two, one, rtol=0, atol=0 if exact else ROUNDING * np.abs(one).max())
+        np.testing.assert_allclose(
+            two, one, rtol=0, atol=0 if exact else ROUNDING * np.abs(one).max()
+        )
 
 
 def test_what_two_processes_have_saved_is_taken_up_by_one(devices, processes):
@@ -87,11 +107,24 @@ def test_what_two_processes_have_saved_is_taken_up_by_one(devices, processes):
     shutil.rmtree(folder / "10")
     # As `simulate` of the program has it.
     key = jax.random.key(0)
-    trap, rule = Quadratic(jnp.linspace(1.0, 3.0, 5)), Langevin(Knots(jnp.array([0.1, 0.2, 0.3])), 0.01)
+    trap, rule = (
+        Quadratic(jnp.linspace(1.0, 3.0, 5)),
+        Langevin(Knots(jnp.array([0.1, 0.2, 0.3])), 0.01),
+    )
     start = np.asarray(jax.random.normal(key, (16, 5)))
-    path = simulate(trap, rule, start, steps=20, snapshots=10, key=key, checkpoints=Checkpoints(folder, resume=True))
+    path = simulate(
+        trap,
+        rule,
+        start,
+        steps=20,
+        snapshots=10,
+        key=key,
+        checkpoints=Checkpoints(folder, resume=True),
+    )
     np.testing.assert_allclose(path.positions, processes["2 saved"], rtol=0, atol=ROUNDING)
-    np.testing.assert_array_equal(path.positions[:-1], processes["2 saved"][:-1])  # read, not run again
+    np.testing.assert_array_equal(
+        path.positions[:-1], processes["2 saved"][:-1]
+    )  # read, not run again
 
 
 def test_a_run_and_its_gradient_hardly_talk(devices):
@@ -105,7 +138,10 @@ def test_no_device_gathers_the_history(devices):
     largest = {}
     for line in devices["collectives of distances"]:
         name, result = line.split(" ", 1)
-        sizes = [np.prod([int(x) for x in shape.split(",") if x]) for shape in re.findall(r"f32\[([\d,]*)\]", result)]
+        sizes = [
+            np.prod([int(x) for x in shape.split(",") if x])
+            for shape in re.findall(r"f32\[([\d,]*)\]", result)
+        ]
         largest[name] = max([largest.get(name, 0), *sizes])
     assert largest.pop("all-to-all") <= 11 * 16 * 2410 / 8
     assert max(largest.values()) <= 2410
@@ -133,12 +169,24 @@ def on_one_device() -> jax.Array:
     [
         (lambda: member_mesh(0), "`devices` must be between 1 and 1"),
         (lambda: member_mesh(2), "`devices` must be between 1 and 1"),
-        (lambda: member_mesh(2.0), "`devices` must be a number of devices, or devices themselves, but is 2.0"),
-        (lambda: member_mesh("cpu"), "`devices` must be a number of devices, or devices themselves, but is .cpu."),
+        (
+            lambda: member_mesh(2.0),
+            "`devices` must be a number of devices, or devices themselves, but is 2.0",
+        ),
+        (
+            lambda: member_mesh("cpu"),
+            "`devices` must be a number of devices, or devices themselves, but is .cpu.",
+        ),
         (lambda: member_mesh([]), "`devices` must name at least one device"),
-        (lambda: member_mesh(jax.devices() * 2), "`devices` must name at least one device, each once"),
+        (
+            lambda: member_mesh(jax.devices() * 2),
+            "`devices` must name at least one device, each once",
+        ),
         (lambda: choose_mesh("cpu", on_one_device()), "`mesh` must be a jax.sharding.Mesh"),
-        (lambda: optimize(lambda x, key: x**2, 1.0, key=jax.random.key(0), iterations=1, mesh=2), "`mesh` must be a jax.sharding.Mesh"),
+        (
+            lambda: optimize(lambda x, key: x**2, 1.0, key=jax.random.key(0), iterations=1, mesh=2),
+            "`mesh` must be a jax.sharding.Mesh",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(call, sentence, refused):
@@ -163,7 +211,18 @@ def test_one_device_needs_no_mesh_and_an_explicit_one_becomes_automatic():
 
 def test_a_mesh_of_one_changes_nothing():
     start = on_one_device()
-    run = lambda mesh: simulate(Quadratic(1.0), Langevin(0.1, 0.1), start, steps=4, snapshots=2, key=jax.random.key(1), mesh=mesh)  # noqa: E731
+
+    def run(mesh):
+        return simulate(
+            Quadratic(1.0),
+            Langevin(0.1, 0.1),
+            start,
+            steps=4,
+            snapshots=2,
+            key=jax.random.key(1),
+            mesh=mesh,
+        )
+
     plain, meshed = run(None), run(member_mesh(1))
     np.testing.assert_array_equal(plain.positions, meshed.positions)
     assert plain.mesh is None
@@ -178,10 +237,21 @@ def test_pairs_are_mapped_in_order(at_once, in_turn, meshed, monkeypatch):
     """On a mesh and off it, together, one by one, and two by two (the last of them with one that is solved already)."""
     monkeypatch.setattr(sharding, "AT_ONCE", at_once)
     snapshots = jnp.arange(24.0).reshape(4, 3, 2)
-    function = lambda scale, x, y: scale * jnp.sum(x - 2 * y)  # noqa: E731
-    mapped = lambda scale: map_pairs(  # noqa: E731
-        function, scale, snapshots, [0, 2, 1], [3, 1, 1], member_mesh(1) if meshed else None, in_turn=in_turn
-    )
+
+    def function(scale, x, y):
+        return scale * jnp.sum(x - 2 * y)
+
+    def mapped(scale):
+        return map_pairs(
+            function,
+            scale,
+            snapshots,
+            [0, 2, 1],
+            [3, 1, 1],
+            member_mesh(1) if meshed else None,
+            in_turn=in_turn,
+        )
+
     expected = [np.sum(snapshots[i] - 2 * snapshots[j]) for i, j in ((0, 3), (2, 1), (1, 1))]
     np.testing.assert_allclose(mapped(jnp.array(3.0)), 3 * np.array(expected))
     np.testing.assert_allclose(jax.grad(lambda scale: jnp.sum(mapped(scale)))(3.0), sum(expected))
@@ -204,10 +274,22 @@ def test_pairs_that_wait_leave_little_to_the_reverse_sweep(monkeypatch):
 
     def needed(transport, at_once):
         monkeypatch.setattr(sharding, "AT_ONCE", at_once)
-        squared = lambda x: jnp.sum(  # noqa: E731
-            map_pairs(lambda transport, *pair: transport.solve(*pair).squared, transport, x, first, first + 1, None)
-        )
-        return jax.jit(jax.grad(squared)).lower(x).compile().memory_analysis().temp_size_in_bytes / (20 * 64 * 50 * 4)
+
+        def squared(x):
+            return jnp.sum(
+                map_pairs(
+                    lambda transport, *pair: transport.solve(*pair).squared,
+                    transport,
+                    x,
+                    first,
+                    first + 1,
+                    None,
+                )
+            )
+
+        return jax.jit(jax.grad(squared)).lower(
+            x
+        ).compile().memory_analysis().temp_size_in_bytes / (20 * 64 * 50 * 4)
 
     for transport in (SinkhornTransport(1.0, chunk=8), SinkhornTransport(1.0), ExactTransport()):
         assert needed(transport, 1) < 6.5 < needed(transport, 2**26)
@@ -218,11 +300,28 @@ def test_a_cpu_factorizes_no_stacks():
     positions = jax.random.normal(jax.random.key(0), (5, 50, 3))
 
     def squared(positions, in_turn):
-        solve = lambda transport, x, y: transport.solve(x, y).squared  # noqa: E731
-        return jnp.sum(map_pairs(solve, GaussianTransport(), positions, [0, 1, 2, 3], [1, 2, 3, 4], None, in_turn=in_turn))
+        def solve(transport, x, y):
+            return transport.solve(x, y).squared
+
+        return jnp.sum(
+            map_pairs(
+                solve,
+                GaussianTransport(),
+                positions,
+                [0, 1, 2, 3],
+                [1, 2, 3, 4],
+                None,
+                in_turn=in_turn,
+            )
+        )
 
     def ranks(in_turn):
-        text = jax.jit(jax.grad(functools.partial(squared, in_turn=in_turn))).lower(positions).compile().as_text()
+        text = (
+            jax.jit(jax.grad(functools.partial(squared, in_turn=in_turn)))
+            .lower(positions)
+            .compile()
+            .as_text()
+        )
         results = re.findall(r"= \(?f32\[([\d,]*)\].*lapack_s(?:geqrf|orgqr|gesdd)", text)
         assert len(results) >= 3
         return {result.count(",") + 1 for result in results}
@@ -233,5 +332,10 @@ def test_a_cpu_factorizes_no_stacks():
 
 def test_sharding_of_an_axis_within_and_outside_of_jit():
     mesh, x = member_mesh(1), jnp.zeros((2, 3))
-    for placed in (shard_members(x, mesh, axis=1), jax.jit(lambda x: shard_members(x, mesh, axis=1))(x)):
-        assert placed.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "members")), 2)
+    for placed in (
+        shard_members(x, mesh, axis=1),
+        jax.jit(lambda x: shard_members(x, mesh, axis=1))(x),
+    ):
+        assert placed.sharding.is_equivalent_to(
+            NamedSharding(mesh, PartitionSpec(None, "members")), 2
+        )

@@ -18,7 +18,14 @@ from esljax import gaussian
 from esljax._checks import InputError
 from esljax.potentials import DoubleWell, FlaxLoss, FromFunction, Quadratic, mlp
 from esljax.schedules import Constant, Knots, Linear
-from esljax.simulation import Autodiff, ForwardMode, HessianAdjoint, Langevin, group_length, simulate
+from esljax.simulation import (
+    Autodiff,
+    ForwardMode,
+    HessianAdjoint,
+    Langevin,
+    group_length,
+    simulate,
+)
 
 KEY = jax.random.key(7)
 RNG = np.random.default_rng(5)
@@ -47,8 +54,12 @@ def test_every_step_reads_its_own_rate():
     system = systems.non_symmetric(6)
     rates = np.array([0.1, 0.4, 0.0, 0.2, 0.3, 0.05])
     start = RNG.normal(size=(3, 2))
-    path = simulate(system.potential, Langevin(rates_of(rates)), start, steps=6, snapshots=2, key=KEY)
-    truth = oracles.linear_descent(start, system.potential.stiffness, np.asarray(system.potential.center), rates)
+    path = simulate(
+        system.potential, Langevin(rates_of(rates)), start, steps=6, snapshots=2, key=KEY
+    )
+    truth = oracles.linear_descent(
+        start, system.potential.stiffness, np.asarray(system.potential.center), rates
+    )
     np.testing.assert_allclose(path.positions, truth[::3], rtol=1e-12)
     np.testing.assert_allclose(path.final, truth[-1], rtol=1e-12)
     np.testing.assert_allclose(path.rates, rates, rtol=1e-12)
@@ -58,7 +69,9 @@ def test_stationary_variance_of_the_discrete_step():
     k, temperature, eta, steps, members = 2.0, 0.3, 0.4, 16, 100_000
     truth = oracles.discrete_stationary_variance(k, temperature, eta)
     start = np.sqrt(truth) * np.random.default_rng(0).normal(size=(members, 1)).astype(np.float32)
-    end = simulate(Quadratic(k), Langevin(eta, temperature), start, steps=steps, snapshots=1, key=KEY).final
+    end = simulate(
+        Quadratic(k), Langevin(eta, temperature), start, steps=steps, snapshots=1, key=KEY
+    ).final
     error = truth * np.sqrt(2 / members)
     # Noise without its factor 2 would be off by half, a step without the correction 1 - kη/2 by 40 %, and the tolerance is 2 %.
     assert abs(np.var(end) - truth) < 5 * error
@@ -68,7 +81,14 @@ def test_stationary_variance_of_the_discrete_step():
 
 def test_the_noise_is_normal_and_independent_across_steps_members_and_coordinates():
     members, d = 4000, 3
-    path = simulate(Quadratic(0.0), Langevin(0.5, 1.0), np.zeros((members, d), np.float32), steps=4, snapshots=4, key=KEY)
+    path = simulate(
+        Quadratic(0.0),
+        Langevin(0.5, 1.0),
+        np.zeros((members, d), np.float32),
+        steps=4,
+        snapshots=4,
+        key=KEY,
+    )
     steps = np.diff(np.asarray(path.positions), axis=0)  # ξ itself: 2Tη = 1
     columns = steps.transpose(0, 2, 1).reshape(4 * d, members)
     correlation = columns @ columns.T / members
@@ -86,18 +106,24 @@ def test_the_noise_is_normal_and_independent_across_steps_members_and_coordinate
 def test_moments_follow_the_exact_law(name):
     # The step bias of the moments is below η/2 = .0013 relative, the standard error of 20000 members about five times that.
     members, steps = 20_000, 400
-    system = {"O1": systems.ornstein_uhlenbeck, "O3": systems.cosine_decay}.get(name, lambda d, steps: systems.non_symmetric(steps))(
-        2 - (name != "non-symmetric"), steps
-    )
+    system = {"O1": systems.ornstein_uhlenbeck, "O3": systems.cosine_decay}.get(
+        name, lambda d, steps: systems.non_symmetric(steps)
+    )(2 - (name != "non-symmetric"), steps)
     start = system.sample(members, jax.random.key(1))
     path = simulate(system.potential, system.rule, start, steps=steps, snapshots=4, key=KEY)
-    laws = gaussian.laws(system.law, system.potential, system.rule, steps=steps, times=np.arange(5) / 4)
+    laws = gaussian.laws(
+        system.law, system.potential, system.rule, steps=steps, times=np.arange(5) / 4
+    )
     for positions, mean, covariance in zip(path.positions, laws.mean, laws.covariance, strict=True):
         spread = np.sqrt(np.diag(covariance))
         bias = 2 / steps
-        np.testing.assert_allclose(np.mean(positions, axis=0), mean, atol=5 * spread.max() / np.sqrt(members) + bias)
+        np.testing.assert_allclose(
+            np.mean(positions, axis=0), mean, atol=5 * spread.max() / np.sqrt(members) + bias
+        )
         sample = np.cov(np.asarray(positions), rowvar=False).reshape(covariance.shape)
-        np.testing.assert_allclose(sample, covariance, atol=5 * spread.max() ** 2 * np.sqrt(2 / members) + bias)
+        np.testing.assert_allclose(
+            sample, covariance, atol=5 * spread.max() ** 2 * np.sqrt(2 / members) + bias
+        )
 
 
 def test_weak_order_one():
@@ -107,13 +133,17 @@ def test_weak_order_one():
     start = (start - start.mean()) / start.std()
     biases = []
     for count in steps:
-        end = simulate(Quadratic(1.0), Langevin(2 / count, 1.0), start, steps=int(count), snapshots=1, key=KEY).final
+        end = simulate(
+            Quadratic(1.0), Langevin(2 / count, 1.0), start, steps=int(count), snapshots=1, key=KEY
+        ).final
         biases.append(np.var(np.asarray(end)) - 1)
     # To leading order the bias is η/2 (1 - e^{-4}); its next order bends the fit to 1.1, its standard error (.0032 of .031) by .05.
     order = np.polyfit(np.log(1 / steps), np.log(biases), 1)[0]
     assert 0.85 < order < 1.35
     np.testing.assert_allclose(
-        biases[-1], oracles.discrete_moments(0.0, 1.0, 1.0, 1.0, [2 / 32] * 32)[1] - 1, atol=5 * np.sqrt(2 / members)
+        biases[-1],
+        oracles.discrete_moments(0.0, 1.0, 1.0, 1.0, [2 / 32] * 32)[1] - 1,
+        atol=5 * np.sqrt(2 / members),
     )
 
 
@@ -122,7 +152,14 @@ def test_order_one_along_the_flow_of_the_double_well():
     wells, steps = systems.Wells(), np.array([50, 100, 200, 400])
     errors = []
     for count in steps:
-        path = simulate(wells.potential, Langevin(wells.time / count), wells.start(9), steps=int(count), snapshots=2, key=KEY)
+        path = simulate(
+            wells.potential,
+            Langevin(wells.time / count),
+            wells.start(9),
+            steps=int(count),
+            snapshots=2,
+            key=KEY,
+        )
         errors.append(np.abs(path.positions - wells.path(9, np.asarray(path.times))).max())
     order = np.polyfit(np.log(1 / steps), np.log(errors), 1)[0]
     assert 0.95 < order < 1.1
@@ -135,9 +172,18 @@ def test_temperature_fills_both_wells():
     grid = np.linspace(-4, 4, 4001)
     weight = np.exp(-((grid**2 - 1) ** 2) / temperature)
     second, fourth = (np.sum(weight * grid**power) / np.sum(weight) for power in (2, 4))
-    start = np.random.default_rng(1).choice(grid, size=(members, 1), p=weight / weight.sum()).astype(np.float32)
-    end = simulate(DoubleWell(), Langevin(0.01, temperature), start, steps=100, snapshots=1, key=KEY).final
-    assert abs(np.mean(np.asarray(end) ** 2) - second) < 5 * np.sqrt((fourth - second**2) / members) + 0.01
+    start = (
+        np.random.default_rng(1)
+        .choice(grid, size=(members, 1), p=weight / weight.sum())
+        .astype(np.float32)
+    )
+    end = simulate(
+        DoubleWell(), Langevin(0.01, temperature), start, steps=100, snapshots=1, key=KEY
+    ).final
+    assert (
+        abs(np.mean(np.asarray(end) ** 2) - second)
+        < 5 * np.sqrt((fourth - second**2) / members) + 0.01
+    )
 
 
 # What is kept
@@ -147,13 +193,19 @@ def test_temperature_fills_both_wells():
 def test_times_positions_energies_and_final(snapshots):
     potential = DoubleWell(0.4, 1.1, 2.0)
     start = RNG.normal(size=(5, 3)).astype(np.float32)
-    path = simulate(potential, Langevin(Linear(0.1, 0.01), 0.05), start, steps=12, snapshots=snapshots, key=KEY)
-    every = simulate(potential, Langevin(Linear(0.1, 0.01), 0.05), start, steps=12, snapshots=12, key=KEY)
+    path = simulate(
+        potential, Langevin(Linear(0.1, 0.01), 0.05), start, steps=12, snapshots=snapshots, key=KEY
+    )
+    every = simulate(
+        potential, Langevin(Linear(0.1, 0.01), 0.05), start, steps=12, snapshots=12, key=KEY
+    )
     np.testing.assert_allclose(path.times, np.arange(snapshots + 1) / snapshots, rtol=1e-6)
     assert path.positions.shape == (snapshots + 1, 5, 3)
     assert path.rates.shape == path.temperatures.shape == (12,)
     np.testing.assert_allclose(path.rates, 0.1 - 0.09 * np.arange(12) / 12, rtol=1e-5)
-    np.testing.assert_allclose(path.positions, every.positions[:: 12 // snapshots], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        path.positions, every.positions[:: 12 // snapshots], rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_array_equal(path.positions[0], start)
     np.testing.assert_array_equal(path.positions[-1], path.final)
     np.testing.assert_allclose(path.energies, potential(path.positions), rtol=1e-5, atol=1e-6)
@@ -169,15 +221,21 @@ class Radius(eqx.Module):
 
 def test_observed_features_are_those_of_the_positions():
     start = RNG.normal(size=(5, 3)).astype(np.float32)
-    run = functools.partial(simulate, Quadratic(1.0), Langevin(0.1, 0.05), start, steps=12, snapshots=4, key=KEY)
+    run = functools.partial(
+        simulate, Quadratic(1.0), Langevin(0.1, 0.05), start, steps=12, snapshots=4, key=KEY
+    )
     full, seen = run(), run(observe=Radius(jnp.array(2.0)))
-    np.testing.assert_allclose(seen.positions, jax.vmap(jax.vmap(Radius(2.0)))(full.positions), rtol=1e-5)
+    np.testing.assert_allclose(
+        seen.positions, jax.vmap(jax.vmap(Radius(2.0)))(full.positions), rtol=1e-5
+    )
     np.testing.assert_allclose(seen.final, full.final, rtol=1e-6)
     np.testing.assert_allclose(seen.energies, full.energies, rtol=1e-6)
     assert seen.observed
     assert str(seen) == "Trajectory: 5 members of 2 features, 12 steps, 5 snapshots"
     for gradient in (HessianAdjoint(checkpoint=True), ForwardMode(most=1)):
-        slope = jax.grad(lambda scale: jnp.sum(run(observe=Radius(scale), gradient=gradient).positions))(2.0)  # noqa: B023
+        slope = jax.grad(
+            lambda scale: jnp.sum(run(observe=Radius(scale), gradient=gradient).positions)
+        )(2.0)
         np.testing.assert_allclose(slope, np.sum(seen.positions) / 2, rtol=1e-4)
 
 
@@ -198,7 +256,9 @@ def test_energies_of_minibatches_are_those_that_the_next_step_sees():
 def network(batch_size=None, dtype=np.float64):
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.normal(size=(12, 2)), dtype)
-    return FlaxLoss(mlp(2, 3, 2), (inputs, jnp.asarray(rng.integers(0, 2, 12))), l2=0.1, batch_size=batch_size)
+    return FlaxLoss(
+        mlp(2, 3, 2), (inputs, jnp.asarray(rng.integers(0, 2, 12))), l2=0.1, batch_size=batch_size
+    )
 
 
 def test_numbers_do_not_depend_on_snapshots_recomputation_or_more_members():
@@ -212,8 +272,12 @@ def test_numbers_do_not_depend_on_snapshots_recomputation_or_more_members():
         run(start, snapshots=2, gradient=ForwardMode()),
     ):
         np.testing.assert_allclose(other.final, truth.final, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(run(start[:3], snapshots=4).positions, truth.positions[:, :3], rtol=1e-5, atol=1e-6)
-    assert not np.allclose(run(start, snapshots=4, key=jax.random.key(8)).final, truth.final, atol=1e-3)
+    np.testing.assert_allclose(
+        run(start[:3], snapshots=4).positions, truth.positions[:, :3], rtol=1e-5, atol=1e-6
+    )
+    assert not np.allclose(
+        run(start, snapshots=4, key=jax.random.key(8)).final, truth.final, atol=1e-3
+    )
 
 
 def test_members_and_steps_have_noise_and_batches_of_their_own():
@@ -232,16 +296,37 @@ def test_members_and_steps_have_noise_and_batches_of_their_own():
 
 SYSTEMS = {
     "double well": lambda: (DoubleWell(0.7, 0.9, 2.0), RNG.normal(size=(3, 2))),
-    "non-symmetric": lambda: (Quadratic(np.array([[1.0, 2.0], [-1.5, 0.7]]), np.array([0.5, -1.0])), RNG.normal(size=(3, 2))),
-    "minibatches": lambda: (network(4), network(4).init(members=2, key=jax.random.key(2)).astype(float)),
+    "non-symmetric": lambda: (
+        Quadratic(np.array([[1.0, 2.0], [-1.5, 0.7]]), np.array([0.5, -1.0])),
+        RNG.normal(size=(3, 2)),
+    ),
+    "minibatches": lambda: (
+        network(4),
+        network(4).init(members=2, key=jax.random.key(2)).astype(float),
+    ),
 }
-MODES = [HessianAdjoint(), HessianAdjoint(checkpoint=True), Autodiff(), Autodiff(checkpoint=True), ForwardMode()]
+MODES = [
+    HessianAdjoint(),
+    HessianAdjoint(checkpoint=True),
+    Autodiff(),
+    Autodiff(checkpoint=True),
+    ForwardMode(),
+]
 
 
 def scalar_of(path) -> Any:
     """Every differentiable number of a trajectory, with weights that share no symmetry."""
-    weigh = lambda x: jnp.sum(jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x)  # noqa: E731
-    return weigh(path.positions) + weigh(jnp.sin(path.energies)) + weigh(path.final**2) + weigh(path.rates) + weigh(path.temperatures)
+
+    def weigh(x):
+        return jnp.sum(jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x)
+
+    return (
+        weigh(path.positions)
+        + weigh(jnp.sin(path.energies))
+        + weigh(path.final**2)
+        + weigh(path.rates)
+        + weigh(path.temperatures)
+    )
 
 
 @eqx.filter_jit
@@ -249,7 +334,9 @@ def value_and_gradient(arguments, gradient):
     @eqx.filter_value_and_grad
     def value(arguments):
         potential, rule, positions = arguments
-        return scalar_of(simulate(potential, rule, positions, steps=12, snapshots=3, key=KEY, gradient=gradient))
+        return scalar_of(
+            simulate(potential, rule, positions, steps=12, snapshots=3, key=KEY, gradient=gradient)
+        )
 
     return value(arguments)
 
@@ -257,11 +344,16 @@ def value_and_gradient(arguments, gradient):
 def arguments_of(name):
     potential, positions = SYSTEMS[name]()
     rule = Langevin(Knots([0.05, 0.2, 0.1]), Linear(0.3, 0.1))
-    return jax.tree.map(lambda x: jnp.asarray(x, float) if eqx.is_inexact_array(x) else x, (potential, rule, jnp.asarray(positions)))
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, float) if eqx.is_inexact_array(x) else x,
+        (potential, rule, jnp.asarray(positions)),
+    )
 
 
 @pytest.mark.usefixtures("x64", "quick_compilation")
-@pytest.mark.parametrize("name", [pytest.param("double well", marks=pytest.mark.slow), "non-symmetric", "minibatches"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("double well", marks=pytest.mark.slow), "non-symmetric", "minibatches"]
+)
 def test_all_ways_of_differentiating_agree_with_each_other_and_with_central_differences(name):
     arguments = arguments_of(name)
     results = [value_and_gradient(arguments, mode) for mode in MODES]
@@ -271,14 +363,25 @@ def test_all_ways_of_differentiating_agree_with_each_other_and_with_central_diff
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9 * np.abs(theirs).max())
 
     moving, fixed = eqx.partition(arguments, eqx.is_inexact_array)
-    value = jax.jit(lambda moving: value_and_gradient(eqx.combine(moving, fixed), HessianAdjoint())[0])
+    value = jax.jit(
+        lambda moving: value_and_gradient(eqx.combine(moving, fixed), HessianAdjoint())[0]
+    )
     rng, leaves = np.random.default_rng(11), len(jax.tree.leaves(moving))
-    for chosen in range(leaves):  # each leaf alone: both schedules, the positions, every parameter of the potential
-        directions = [rng.normal(size=x.shape) * (i == chosen) for i, x in enumerate(jax.tree.leaves(moving))]
+    for chosen in range(
+        leaves
+    ):  # each leaf alone: both schedules, the positions, every parameter of the potential
+        directions = [
+            rng.normal(size=x.shape) * (i == chosen) for i, x in enumerate(jax.tree.leaves(moving))
+        ]
         direction = jax.tree.unflatten(jax.tree.structure(moving), directions)
         h = 3e-6
-        shifted = [value(jax.tree.map(lambda x, u: x + sign * h * u, moving, direction)) for sign in (1, -1)]  # noqa: B023
-        slope = sum(np.sum(g * u) for g, u in zip(jax.tree.leaves(truth[1]), directions, strict=True))
+        shifted = [
+            value(jax.tree.map(lambda x, u: x + sign * h * u, moving, direction))
+            for sign in (1, -1)
+        ]
+        slope = sum(
+            np.sum(g * u) for g, u in zip(jax.tree.leaves(truth[1]), directions, strict=True)
+        )
         difference = (shifted[0] - shifted[1]) / (2 * h)
         assert abs(slope) > 1e-4  # a leaf that nothing depends on would test nothing
         np.testing.assert_allclose(slope, difference, rtol=1e-6, atol=1e-8)
@@ -286,13 +389,26 @@ def test_all_ways_of_differentiating_agree_with_each_other_and_with_central_diff
 
 @pytest.mark.usefixtures("x64", "quick_compilation")
 @pytest.mark.parametrize(
-    ("name", "mode"), [("non-symmetric", Autodiff(checkpoint=True)), ("minibatches", Autodiff()), ("minibatches", ForwardMode())]
+    ("name", "mode"),
+    [
+        ("non-symmetric", Autodiff(checkpoint=True)),
+        ("minibatches", Autodiff()),
+        ("minibatches", ForwardMode()),
+    ],
 )
 def test_forward_mode(name, mode):
     potential, rule, positions = arguments_of(name)
 
     def ends(values):
-        run = simulate(potential, rule.replace(learning_rate=Knots(values)), positions, steps=12, snapshots=3, key=KEY, gradient=mode)
+        run = simulate(
+            potential,
+            rule.replace(learning_rate=Knots(values)),
+            positions,
+            steps=12,
+            snapshots=3,
+            key=KEY,
+            gradient=mode,
+        )
         return run.final
 
     values = jnp.array([0.05, 0.2, 0.1])
@@ -300,22 +416,43 @@ def test_forward_mode(name, mode):
     reverse = jax.jacrev(functools.partial(_ends_by_adjoint, potential, rule, positions))(values)
     np.testing.assert_allclose(jacobian, reverse, rtol=1e-9, atol=1e-11)
     direction = jnp.array([1.0, -2.0, 0.5])
-    np.testing.assert_allclose(jax.jvp(ends, (values,), (direction,))[1], jacobian @ direction, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(
+        jax.jvp(ends, (values,), (direction,))[1], jacobian @ direction, rtol=1e-9, atol=1e-11
+    )
 
 
 def _ends_by_adjoint(potential, rule, positions, values):
-    return simulate(potential, rule.replace(learning_rate=Knots(values)), positions, steps=12, snapshots=3, key=KEY).final
+    return simulate(
+        potential,
+        rule.replace(learning_rate=Knots(values)),
+        positions,
+        steps=12,
+        snapshots=3,
+        key=KEY,
+    ).final
 
 
 def test_what_a_way_cannot_do_it_refuses():
     start = RNG.normal(size=(4, 3)).astype(np.float32)
-    energy = lambda x, mode: jnp.sum(simulate(DoubleWell(), Langevin(0.1), x, steps=4, snapshots=2, key=KEY, gradient=mode).energies)  # noqa: E731
+
+    def energy(x, mode):
+        return jnp.sum(
+            simulate(
+                DoubleWell(), Langevin(0.1), x, steps=4, snapshots=2, key=KEY, gradient=mode
+            ).energies
+        )
+
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda x: energy(x, HessianAdjoint()), (start,), (start,))
-    with pytest.raises(InputError, match=r"ForwardMode for so many numbers, but would push 12 tangents, over 11"):
+    with pytest.raises(
+        InputError, match=r"ForwardMode for so many numbers, but would push 12 tangents, over 11"
+    ):
         jax.grad(energy)(start, ForwardMode(most=11))
     chex.assert_trees_all_close(
-        jax.grad(energy)(start, ForwardMode(most=12)), jax.grad(energy)(start, HessianAdjoint()), rtol=1e-4, atol=1e-6
+        jax.grad(energy)(start, ForwardMode(most=12)),
+        jax.grad(energy)(start, HessianAdjoint()),
+        rtol=1e-4,
+        atol=1e-6,
     )
 
 
@@ -324,7 +461,15 @@ def test_gradient_is_finite_without_noise_and_without_motion(mode):
     start = RNG.normal(size=(3, 2)).astype(np.float32)
 
     def value(rate, temperature):
-        run = simulate(DoubleWell(), Langevin(rate, temperature), start, steps=4, snapshots=2, key=KEY, gradient=mode)
+        run = simulate(
+            DoubleWell(),
+            Langevin(rate, temperature),
+            start,
+            steps=4,
+            snapshots=2,
+            key=KEY,
+            gradient=mode,
+        )
         return scalar_of(run)
 
     for at in [(0.1, 0.0), (0.0, 0.1), (0.0, 0.0)]:
@@ -335,7 +480,18 @@ def test_second_derivatives_through_autodiff():
     start = RNG.normal(size=(3, 2)).astype(np.float32)
 
     def value(rate):
-        return jnp.sum(simulate(Quadratic(1.0), Langevin(rate), start, steps=2, snapshots=1, key=KEY, gradient=Autodiff()).final ** 2)
+        return jnp.sum(
+            simulate(
+                Quadratic(1.0),
+                Langevin(rate),
+                start,
+                steps=2,
+                snapshots=1,
+                key=KEY,
+                gradient=Autodiff(),
+            ).final
+            ** 2
+        )
 
     # (1 - η)⁴ |θ|²
     np.testing.assert_allclose(jax.hessian(value)(0.1), 12 * 0.9**2 * np.sum(start**2), rtol=1e-5)
@@ -346,15 +502,29 @@ def test_second_derivatives_through_autodiff():
 
 def test_vmap_is_a_loop_and_jit_changes_nothing():
     start = RNG.normal(size=(4, 2)).astype(np.float32)
-    run = lambda key: simulate(DoubleWell(), Langevin(0.1, 0.1), start, steps=8, snapshots=4, key=key)  # noqa: E731
+
+    def run(key):
+        return simulate(DoubleWell(), Langevin(0.1, 0.1), start, steps=8, snapshots=4, key=key)
+
     keys = jax.random.split(KEY, 3)
     loop = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[run(key) for key in keys])
     chex.assert_trees_all_close(jax.vmap(run)(keys), loop, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(jax.jit(run)(KEY), run(KEY), rtol=1e-5, atol=1e-6)
     rates = jnp.array([0.1, 0.2])
-    swept = jax.vmap(lambda rate: simulate(DoubleWell(), Langevin(rate), start, steps=4, snapshots=2, key=KEY).final)(rates)
-    np.testing.assert_allclose(swept[1], simulate(DoubleWell(), Langevin(0.2), start, steps=4, snapshots=2, key=KEY).final, rtol=1e-5)
-    assert str(jax.vmap(run)(keys)) == "Trajectory: 3 runs, each 4 members of 2 coordinates, 8 steps, 5 snapshots"
+    swept = jax.vmap(
+        lambda rate: (
+            simulate(DoubleWell(), Langevin(rate), start, steps=4, snapshots=2, key=KEY).final
+        )
+    )(rates)
+    np.testing.assert_allclose(
+        swept[1],
+        simulate(DoubleWell(), Langevin(0.2), start, steps=4, snapshots=2, key=KEY).final,
+        rtol=1e-5,
+    )
+    assert (
+        str(jax.vmap(run)(keys))
+        == "Trajectory: 3 runs, each 4 members of 2 coordinates, 8 steps, 5 snapshots"
+    )
 
 
 def test_new_numbers_do_not_compile_anew():
@@ -376,9 +546,15 @@ def test_new_numbers_do_not_compile_anew():
 def test_single_precision_stays_single():
     start = RNG.normal(size=(3, 17)).astype(np.float32)
     for potential in (DoubleWell(), network(4, np.float32)):
-        path = simulate(potential, Langevin(Knots([0.1, 0.2]), 0.1), start, steps=4, snapshots=2, key=KEY)
+        path = simulate(
+            potential, Langevin(Knots([0.1, 0.2]), 0.1), start, steps=4, snapshots=2, key=KEY
+        )
         assert {x.dtype for x in jax.tree.leaves(path)} == {np.dtype(np.float32)}
-        slope = jax.grad(lambda x: jnp.sum(simulate(potential, Langevin(0.1), x, steps=4, snapshots=2, key=KEY).final))(start)  # noqa: B023
+        slope = jax.grad(
+            lambda x: jnp.sum(
+                simulate(potential, Langevin(0.1), x, steps=4, snapshots=2, key=KEY).final
+            )
+        )(start)
         assert slope.dtype == np.float32
 
 
@@ -387,7 +563,15 @@ def memory(steps, gradient, snapshots=20):
 
     def value(rate):
         return jnp.sum(
-            simulate(DoubleWell(), Langevin(rate, 0.1), start, steps=steps, snapshots=snapshots, key=KEY, gradient=gradient).energies
+            simulate(
+                DoubleWell(),
+                Langevin(rate, 0.1),
+                start,
+                steps=steps,
+                snapshots=snapshots,
+                key=KEY,
+                gradient=gradient,
+            ).energies
         )
 
     return jax.jit(jax.grad(value)).lower(0.01).compile().memory_analysis().temp_size_in_bytes
@@ -409,7 +593,8 @@ def test_memory_of_the_other_ways():
 
 
 @pytest.mark.parametrize(
-    ("steps", "snapshots", "length"), [(1600, 20, 40), (100, 20, 5), (200, 20, 10), (7, 7, 1), (1024, 1, 32), (14, 2, 7)]
+    ("steps", "snapshots", "length"),
+    [(1600, 20, 40), (100, 20, 5), (200, 20, 10), (7, 7, 1), (1024, 1, 32), (14, 2, 7)],
 )
 def test_groups(steps, snapshots, length):
     assert group_length(steps, snapshots) == length
@@ -417,46 +602,82 @@ def test_groups(steps, snapshots, length):
 
 # Bad input
 
-GOOD = {"rule": Langevin(0.1, 0.1), "positions": np.ones((3, 2), np.float32), "steps": 10, "snapshots": 5, "gradient": None}
+GOOD = {
+    "rule": Langevin(0.1, 0.1),
+    "positions": np.ones((3, 2), np.float32),
+    "steps": 10,
+    "snapshots": 5,
+    "gradient": None,
+}
 BAD = {
     r"`positions` must be finite, but has 1 entries that are not, the first at index \(1, 0\)": {
         "positions": np.array([[1.0, 0.0], [np.nan, 0.0]], np.float32)
     },
-    r"`positions` must have shape \(n, d\), one row per member, but has shape \(3,\)": {"positions": np.ones(3, np.float32)},
-    "`positions` must hold at least 2 members, but holds 1": {"positions": np.ones((1, 2), np.float32)},
+    r"`positions` must have shape \(n, d\), one row per member, but has shape \(3,\)": {
+        "positions": np.ones(3, np.float32)
+    },
+    "`positions` must hold at least 2 members, but holds 1": {
+        "positions": np.ones((1, 2), np.float32)
+    },
     "`positions` must have at least one coordinate": {"positions": np.ones((3, 0), np.float32)},
-    "`positions` must hold floating-point numbers, but has dtype int32": {"positions": np.ones((3, 2), np.int32)},
+    "`positions` must hold floating-point numbers, but has dtype int32": {
+        "positions": np.ones((3, 2), np.int32)
+    },
     "`steps` must be an integer of at least 1, but is 0": {"steps": 0},
     "`steps` must be an integer of at least 1, but is 10.0": {"steps": 10.0},
     "`snapshots` must be an integer of at least 1, but is 0": {"snapshots": 0},
     r"`snapshots` must divide the 10 steps \(such as 2 or 5\), but is 3": {"snapshots": 3},
     "`snapshots` must divide the 10 steps .*, but is 20": {"snapshots": 20},
-    "`learning_rate` must be at least 0 and not NaN, but has the value -0.1": {"rule": Langevin(-0.1, 0.1)},
+    "`learning_rate` must be at least 0 and not NaN, but has the value -0.1": {
+        "rule": Langevin(-0.1, 0.1)
+    },
     "`learning_rate` must be finite": {"rule": Langevin(np.nan, 0.1)},
-    "`learning_rate` must be one number at each training time": {"rule": Langevin(Constant(np.ones(3)), 0.1)},
-    "`temperature` must be at least 0 and not NaN, but has the value": {"rule": Langevin(0.1, Linear(0.1, -0.1))},
+    "`learning_rate` must be one number at each training time": {
+        "rule": Langevin(Constant(np.ones(3)), 0.1)
+    },
+    "`temperature` must be at least 0 and not NaN, but has the value": {
+        "rule": Langevin(0.1, Linear(0.1, -0.1))
+    },
     "`temperature` must be finite": {"rule": Langevin(0.1, np.inf)},
-    r"`rule` must be a rule such as Langevin\(learning_rate, temperature\), but is a float": {"rule": 0.1},
+    r"`rule` must be a rule such as Langevin\(learning_rate, temperature\), but is a float": {
+        "rule": 0.1
+    },
     "`rule` must be a rule": {"rule": Langevin},
-    r"`gradient` must be HessianAdjoint\(\), Autodiff\(\) or ForwardMode\(\), but is 'reverse'": {"gradient": "reverse"},
-    r"`potential` must be a potential such as Quadratic\(1.0\), but is a function": {"potential": lambda x: 0.0},
-    r"`potential` must accept members of 2 coordinates, but fails on them": {"potential": Quadratic(np.eye(3))},
+    r"`gradient` must be HessianAdjoint\(\), Autodiff\(\) or ForwardMode\(\), but is 'reverse'": {
+        "gradient": "reverse"
+    },
+    r"`potential` must be a potential such as Quadratic\(1.0\), but is a function": {
+        "potential": lambda x: 0.0
+    },
+    r"`potential` must accept members of 2 coordinates, but fails on them": {
+        "potential": Quadratic(np.eye(3))
+    },
     "`key` must be made by `jax.random.key`": {"key": 0},
     "`observe` must be a function of one member": {"observe": 3},
-    r"`observe` must return shape \(p,\) for one member, but returns shape \(\)": {"observe": jnp.sum},
+    r"`observe` must return shape \(p,\) for one member, but returns shape \(\)": {
+        "observe": jnp.sum
+    },
 }
 
 
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_input(sentence, refused):
     arguments = {"potential": Quadratic(1.0), "key": KEY, **GOOD, **BAD[sentence]}
-    potential, rule, positions = (arguments.pop(name) for name in ("potential", "rule", "positions"))
+    potential, rule, positions = (
+        arguments.pop(name) for name in ("potential", "rule", "positions")
+    )
     refused(lambda: simulate(potential, rule, positions, **arguments), sentence)
 
 
 def test_under_a_transformation_bad_values_come_out_as_nan():
     start = np.ones((3, 2), np.float32)
-    end = jax.jit(lambda rate: simulate(Quadratic(1.0), Langevin(rate, 0.1), start, steps=4, snapshots=2, key=KEY).final)(-0.1)
+    end = jax.jit(
+        lambda rate: (
+            simulate(
+                Quadratic(1.0), Langevin(rate, 0.1), start, steps=4, snapshots=2, key=KEY
+            ).final
+        )
+    )(-0.1)
     assert np.isnan(end).all()
 
 

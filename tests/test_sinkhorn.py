@@ -21,7 +21,9 @@ matrix_and_blocks = pytest.mark.parametrize("chunk", [None, 4])
 
 def clouds(n, m, d=3, dtype=np.float64):
     rng = np.random.default_rng(0)
-    return rng.normal(size=(n, d)).astype(dtype), (rng.normal(size=(m, d)) * 1.5 + 0.7).astype(dtype)
+    return rng.normal(size=(n, d)).astype(dtype), (rng.normal(size=(m, d)) * 1.5 + 0.7).astype(
+        dtype
+    )
 
 
 # Values
@@ -31,14 +33,19 @@ def clouds(n, m, d=3, dtype=np.float64):
 @pytest.mark.parametrize(("n", "m", "d"), [(6, 6, 2), (5, 9, 3)])
 def test_it_is_the_debiased_entropic_cost(chunk, n, m, d, x64):
     x, y = clouds(n, m, d)
-    solution = eqx.filter_jit(SinkhornTransport(0.7, threshold=1e-10, chunk=chunk).solve)(jnp.asarray(x), jnp.asarray(y))
+    solution = eqx.filter_jit(SinkhornTransport(0.7, threshold=1e-10, chunk=chunk).solve)(
+        jnp.asarray(x), jnp.asarray(y)
+    )
     assert solution.converged
     np.testing.assert_allclose(solution.squared, oracles.sinkhorn_divergence(x, y, 0.7), rtol=1e-8)
 
 
 def test_reference_o15(x64):
     transport = SinkhornTransport(0.1, threshold=1e-6)
-    coarse, fine = (transport.squared(*(oracles.quantile_midpoints(k, k + 1, n) for k in (0, 1))) for n in (100, 200))
+    coarse, fine = (
+        transport.squared(*(oracles.quantile_midpoints(k, k + 1, n) for k in (0, 1)))
+        for n in (100, 200)
+    )
     # The tails that n midpoints cut off cost 1.26/n, at first order to all digits shown here, so one extrapolation removes it.
     assert 5e-3 < 1.9999219 - fine < 8e-3
     np.testing.assert_allclose(2 * fine - coarse, 1.9999219, atol=2e-4)
@@ -50,15 +57,21 @@ def test_a_translation_costs_its_square_whatever_epsilon(chunk, epsilon):
     """True of every law, and so of the samples: the plan of x with x + a is that of x with itself."""
     x, _ = clouds(40, 1, dtype=np.float32)
     shift = np.array([0.3, -0.4, 1.2], np.float32)
-    value, gradient = jax.value_and_grad(SinkhornTransport(epsilon, threshold=1e-5, chunk=chunk).squared, 1)(x, x + shift)
+    value, gradient = jax.value_and_grad(
+        SinkhornTransport(epsilon, threshold=1e-5, chunk=chunk).squared, 1
+    )(x, x + shift)
     np.testing.assert_allclose(value, 1.69, rtol=1e-4)
     np.testing.assert_allclose(gradient, np.tile(2 * shift / 40, (40, 1)), atol=2e-5)
 
 
 def test_it_tends_to_exact_and_reports_failure(x64):
     x, y = clouds(8, 8)
-    np.testing.assert_allclose(SinkhornTransport(0.005).squared(x, y), ExactTransport().squared(x, y), rtol=1e-2)
-    few = eqx.filter_jit(SinkhornTransport(0.005, max_iterations=10).solve)(jnp.asarray(x), jnp.asarray(y))
+    np.testing.assert_allclose(
+        SinkhornTransport(0.005).squared(x, y), ExactTransport().squared(x, y), rtol=1e-2
+    )
+    few = eqx.filter_jit(SinkhornTransport(0.005, max_iterations=10).solve)(
+        jnp.asarray(x), jnp.asarray(y)
+    )
     assert np.isfinite(few.squared)
     assert not few.converged
 
@@ -68,7 +81,11 @@ def test_its_iterations_are_those_of_ott(symmetric, x64):
     """The same updates and the same measure of the error, so that both stop after the same number of sweeps."""
     x, y = clouds(30, 20)
     x = y if symmetric else x
-    turns = {"parallel_dual_updates": True, "momentum": Momentum(start=0, value=0.5)} if symmetric else {}
+    turns = (
+        {"parallel_dual_updates": True, "momentum": Momentum(start=0, value=0.5)}
+        if symmetric
+        else {}
+    )
     geometry = Geometry(cost_matrix=jnp.sum((x[:, None] - y) ** 2, axis=-1), epsilon=0.5)
     errors = solve(geometry, threshold=1e-9, **turns).errors
     # Just too low for the first look: an error taken to be half as large would stop there, and leave g off by the error itself.
@@ -77,7 +94,9 @@ def test_its_iterations_are_those_of_ott(symmetric, x64):
     assert errors[1] <= threshold
     for chunk in (None, 7):
         transport = SinkhornTransport(0.5, threshold=threshold, chunk=chunk)
-        g, reached = sinkhorn_module._potential(transport, jnp.asarray(x), jnp.asarray(y), symmetric)
+        g, reached = sinkhorn_module._potential(
+            transport, jnp.asarray(x), jnp.asarray(y), symmetric
+        )
         assert reached == 1
         np.testing.assert_allclose(g, theirs.g - theirs.g.mean(), rtol=1e-10, atol=1e-10)
 
@@ -94,9 +113,13 @@ def test_blocks_give_the_numbers_of_the_matrix(chunk, x64):
             return SinkhornTransport(epsilon, threshold=1e-10, chunk=chunk).squared(x, y)
 
         transport = SinkhornTransport(0.4, threshold=1e-10, chunk=chunk)
-        return jax.jit(lambda x, y: (jax.value_and_grad(squared, (0, 1, 2))(0.4, x, y), transport.map(x, y)))(x, y)
+        return jax.jit(
+            lambda x, y: (jax.value_and_grad(squared, (0, 1, 2))(0.4, x, y), transport.map(x, y))
+        )(x, y)
 
-    for blocks, matrix in zip(*(jax.tree.leaves(everything(c)) for c in (chunk, None)), strict=True):
+    for blocks, matrix in zip(
+        *(jax.tree.leaves(everything(c)) for c in (chunk, None)), strict=True
+    ):
         np.testing.assert_allclose(blocks, matrix, rtol=1e-8, atol=1e-10)
 
 
@@ -107,9 +130,13 @@ def test_epsilon_has_a_gradient(chunk, x64):
     def value(epsilon):
         return SinkhornTransport(epsilon, threshold=1e-13, chunk=chunk).squared(x, y)
 
-    both = jax.jit(lambda epsilon: (value(epsilon), jax.grad(value)(epsilon), jax.jacfwd(value)(epsilon)))
+    both = jax.jit(
+        lambda epsilon: (value(epsilon), jax.grad(value)(epsilon), jax.jacfwd(value)(epsilon))
+    )
     _, reverse, forward = both(0.5)
-    np.testing.assert_allclose(reverse, oracles.central_difference(lambda epsilon: both(epsilon)[0], 0.5, 1.0), rtol=1e-7)
+    np.testing.assert_allclose(
+        reverse, oracles.central_difference(lambda epsilon: both(epsilon)[0], 0.5, 1.0), rtol=1e-7
+    )
     np.testing.assert_allclose(forward, reverse, rtol=1e-10)
 
 
@@ -120,10 +147,14 @@ def test_blocks_of_unequal_problems_under_vmap_are_a_loop(x64):
 
     @jax.jit
     def run(scale):
-        return jax.value_and_grad(lambda x: SinkhornTransport(0.5, threshold=1e-2, chunk=4).squared(x, y))(scale * x)
+        return jax.value_and_grad(
+            lambda x: SinkhornTransport(0.5, threshold=1e-2, chunk=4).squared(x, y)
+        )(scale * x)
 
     alone = jax.tree.map(lambda *of: np.stack(of), *(run(scale) for scale in scales))
-    for one, other in zip(jax.tree.leaves(jax.vmap(run)(scales)), jax.tree.leaves(alone), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(jax.vmap(run)(scales)), jax.tree.leaves(alone), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
 
 
@@ -145,7 +176,12 @@ def test_blocks_of_float32_lower_for_a_tpu_without_float64(x64):
     """Where double precision is allowed, nothing in between asks for it: on a TPU it is emulated, and takes minutes to compile."""
     x, y = clouds(12, 9, dtype=np.float32)
     transport = SinkhornTransport(jnp.float32(0.5), chunk=4)
-    lowered = jax.jit(jax.grad(transport.squared, (0, 1))).trace(x, y).lower(lowering_platforms=("tpu",)).as_text()
+    lowered = (
+        jax.jit(jax.grad(transport.squared, (0, 1)))
+        .trace(x, y)
+        .lower(lowering_platforms=("tpu",))
+        .as_text()
+    )
     dots = [line for line in lowered.splitlines() if "dot_general" in line]
     assert dots
     assert all(line.count("HIGHEST") == 2 for line in dots)
@@ -156,7 +192,9 @@ def test_blocks_of_float32_lower_for_a_tpu_without_float64(x64):
     "derivative",
     [
         lambda transport, x: jax.hessian(transport.squared)(x, x),
-        lambda transport, x: jax.grad(lambda x: jnp.sum(jax.grad(transport.squared)(x, x + 1) ** 2))(x),
+        lambda transport, x: jax.grad(
+            lambda x: jnp.sum(jax.grad(transport.squared)(x, x + 1) ** 2)
+        )(x),
         lambda transport, x: jax.grad(lambda y: jnp.sum(transport.map(x, y)))(x),
         lambda transport, x: jax.jvp(lambda x: transport.map(x, x), (x,), (x,)),
     ],
@@ -165,7 +203,10 @@ def test_blocks_of_float32_lower_for_a_tpu_without_float64(x64):
 def test_blocks_refuse_derivatives_of_the_potential(derivative, refused):
     x = jnp.asarray(clouds(3, 3)[0])
     derivative(SinkhornTransport(0.5), x)
-    with pytest.raises(InputError, match="`chunk` must be None for second derivatives and for derivatives of `map`, but is 2"):
+    with pytest.raises(
+        InputError,
+        match="`chunk` must be None for second derivatives and for derivatives of `map`, but is 2",
+    ):
         derivative(SinkhornTransport(0.5, chunk=2), x)
 
 
@@ -177,12 +218,30 @@ def test_blocks_refuse_derivatives_of_the_potential(derivative, refused):
     [
         (lambda: SinkhornTransport(0.0), r"`epsilon` must be greater than 0, but is 0\."),
         (lambda: SinkhornTransport(-1.0), r"`epsilon` must be greater than 0, but is -1\."),
-        (lambda: SinkhornTransport([1.0, 2.0]), r"`epsilon` must be one number, but has shape \(2,\)\."),
-        (lambda: SinkhornTransport(1.0, threshold=0.0), r"`threshold` must be greater than 0, but is 0\."),
-        (lambda: SinkhornTransport(1.0, max_iterations=0), r"`max_iterations` must be an integer of at least 1, but is 0\."),
-        (lambda: SinkhornTransport(1.0, chunk=0), r"`chunk` must be an integer of at least 1, but is 0\."),
-        (lambda: SinkhornTransport(1.0, chunk=64.0), r"`chunk` must be an integer of at least 1, but is 64\.0\."),
-        (lambda: SinkhornTransport(1.0, chunk=True), r"`chunk` must be an integer of at least 1, but is True\."),
+        (
+            lambda: SinkhornTransport([1.0, 2.0]),
+            r"`epsilon` must be one number, but has shape \(2,\)\.",
+        ),
+        (
+            lambda: SinkhornTransport(1.0, threshold=0.0),
+            r"`threshold` must be greater than 0, but is 0\.",
+        ),
+        (
+            lambda: SinkhornTransport(1.0, max_iterations=0),
+            r"`max_iterations` must be an integer of at least 1, but is 0\.",
+        ),
+        (
+            lambda: SinkhornTransport(1.0, chunk=0),
+            r"`chunk` must be an integer of at least 1, but is 0\.",
+        ),
+        (
+            lambda: SinkhornTransport(1.0, chunk=64.0),
+            r"`chunk` must be an integer of at least 1, but is 64\.0\.",
+        ),
+        (
+            lambda: SinkhornTransport(1.0, chunk=True),
+            r"`chunk` must be an integer of at least 1, but is True\.",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(call, sentence, refused):

@@ -38,9 +38,15 @@ METRICS = {
     "gaussian": lambda: GaussianTransport(),
     "sliced": lambda: SlicedTransport(2, jax.random.key(3)),
     "mapped": lambda: Mapped(ExactTransport(), jnp.tanh),
-    "projected": lambda: Projected(GaussianTransport(), np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]])),
+    "projected": lambda: Projected(
+        GaussianTransport(), np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]])
+    ),
 }
-NUMBERS = tuple(name for name in Split.__dataclass_fields__ if "debiased" not in name and not name.startswith("gap_"))
+NUMBERS = tuple(
+    name
+    for name in Split.__dataclass_fields__
+    if "debiased" not in name and not name.startswith("gap_")
+)
 
 
 def trajectory(positions, rates=None, temperature=0.0, observed=False):
@@ -61,7 +67,9 @@ def trajectory(positions, rates=None, temperature=0.0, observed=False):
 
 def random_path(seed, links=4, n=5, d=D, spread=1.0, dtype=np.float64):
     rng = np.random.default_rng(seed)
-    return (np.cumsum(rng.normal(size=(links + 1, n, d)) * spread, axis=0) + rng.normal(size=d)).astype(dtype)
+    return (
+        np.cumsum(rng.normal(size=(links + 1, n, d)) * spread, axis=0) + rng.normal(size=d)
+    ).astype(dtype)
 
 
 # Identities
@@ -74,7 +82,11 @@ def random_path(seed, links=4, n=5, d=D, spread=1.0, dtype=np.float64):
 def test_the_chain_obeys_the_limit_exactly(name, seed, spread):
     positions = random_path(seed, spread=spread)
     report = speed_limit(trajectory(positions), transport=METRICS[name](), jackknife=0)
-    sigma, length_squared, distance = report.entropy_production, report.length_squared, report.w2_squared
+    sigma, length_squared, distance = (
+        report.entropy_production,
+        report.length_squared,
+        report.w2_squared,
+    )
     rounding = 1e-10 * sigma  # steps of 1e-6 from positions of 1 keep ten digits
     assert sigma >= length_squared - rounding
     assert length_squared >= distance - rounding
@@ -82,12 +94,23 @@ def test_the_chain_obeys_the_limit_exactly(name, seed, spread):
     transport = METRICS[name]()
     squares = np.array([transport.squared(a, b) for a, b in itertools.pairwise(positions)])
     np.testing.assert_allclose(sigma, np.sum(squares) * 4, rtol=1e-8)
-    np.testing.assert_allclose(report.w2_squared, transport.squared(positions[0], positions[-1]), rtol=1e-8)
+    np.testing.assert_allclose(
+        report.w2_squared, transport.squared(positions[0], positions[-1]), rtol=1e-8
+    )
     np.testing.assert_allclose(report.speed, 4 * np.sqrt(squares), rtol=1e-8)
     np.testing.assert_allclose(report.times, [1 / 8, 3 / 8, 5 / 8, 7 / 8])
-    np.testing.assert_allclose(report.temporal, np.var(report.speed), rtol=1e-8, atol=float(rounding))
-    np.testing.assert_allclose(report.temporal + report.geometric + report.housekeeping, report.gap, rtol=1e-10, atol=float(rounding))
-    np.testing.assert_allclose(report.dissipation, report.entropy_production, rtol=1e-12)  # η = 1 in unit time
+    np.testing.assert_allclose(
+        report.temporal, np.var(report.speed), rtol=1e-8, atol=float(rounding)
+    )
+    np.testing.assert_allclose(
+        report.temporal + report.geometric + report.housekeeping,
+        report.gap,
+        rtol=1e-10,
+        atol=float(rounding),
+    )
+    np.testing.assert_allclose(
+        report.dissipation, report.entropy_production, rtol=1e-12
+    )  # η = 1 in unit time
     assert report.is_bound
     assert report.housekeeping == 0
     assert "holds" in report.verdict()
@@ -97,7 +120,11 @@ def test_the_chain_obeys_the_limit_exactly(name, seed, spread):
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([1e-3, 1.0]))
 def test_single_precision_never_reports_a_violation(name, seed, spread):
-    report = speed_limit(trajectory(random_path(seed, spread=spread, dtype=np.float32)), transport=METRICS[name](), jackknife=0)
+    report = speed_limit(
+        trajectory(random_path(seed, spread=spread, dtype=np.float32)),
+        transport=METRICS[name](),
+        jackknife=0,
+    )
     assert report.gap > -1e-5 * report.entropy_production
     assert report.entropy_production.dtype == np.float32
 
@@ -136,12 +163,17 @@ def test_refinement_is_the_chain_of_every_second_snapshot():
     for transport in (ExactTransport(), GaussianTransport()):
         fine = speed_limit(trajectory(positions), transport=transport, jackknife=0)
         coarse = speed_limit(trajectory(positions[::2]), transport=transport, jackknife=0)
-        np.testing.assert_allclose(fine.entropy_production_coarse, coarse.entropy_production, rtol=1e-6)
+        np.testing.assert_allclose(
+            fine.entropy_production_coarse, coarse.entropy_production, rtol=1e-6
+        )
         np.testing.assert_allclose(fine.w2_squared, coarse.w2_squared, rtol=1e-6)
         assert coarse.entropy_production_coarse is None
     said = fine.verdict()
     change = float(fine.entropy_production - fine.entropy_production_coarse)
-    assert f"Halving the number of snapshots changes Σ by {change:.3g}, so spacing still hides about {change / 3:.2g}." in said
+    assert (
+        f"Halving the number of snapshots changes Σ by {change:.3g}, so spacing still hides about {change / 3:.2g}."
+        in said
+    )
 
 
 # Reference numbers
@@ -149,24 +181,38 @@ def test_refinement_is_the_chain_of_every_second_snapshot():
 
 @pytest.mark.parametrize(
     ("case", "d", "transport"),
-    [("O1", 1, "exact"), ("O1", 1, "gaussian"), ("O3", 1, "exact"), ("O1", 10, "gaussian"), ("O3", 10, "gaussian")],
+    [
+        ("O1", 1, "exact"),
+        ("O1", 1, "gaussian"),
+        ("O3", 1, "exact"),
+        ("O1", 10, "gaussian"),
+        ("O3", 10, "gaussian"),
+    ],
 )
 def test_ornstein_uhlenbeck(case, d, transport):
     """Within 5 standard errors of the chain of exact laws with as many links; a wrong clock, factor or split is off by tens of them."""
     links, steps, members = 8, 400, 20_000 if d == 1 else 8_000
     system = {"O1": systems.ornstein_uhlenbeck, "O3": systems.cosine_decay}[case](d, steps)
     start = system.sample(members, jax.random.key(0))
-    path = simulate(system.potential, system.rule, start, steps=steps, snapshots=links, key=jax.random.key(1))
+    path = simulate(
+        system.potential, system.rule, start, steps=steps, snapshots=links, key=jax.random.key(1)
+    )
     report = speed_limit(path, transport=METRICS[transport](), jackknife=20)
 
     rates = np.concatenate([[0], np.cumsum(np.asarray(path.rates, float))])
     moments = oracles.ornstein_uhlenbeck_moments(1.0, 0.1, 1.0, 2.0, d, rates[:: steps // links])
-    chain = dict(zip(NUMBERS[:3], oracles.gaussian_chain(*moments, np.asarray(path.times)), strict=True))
+    chain = dict(
+        zip(NUMBERS[:3], oracles.gaussian_chain(*moments, np.asarray(path.times)), strict=True)
+    )
     if (case, d) == ("O1", 1):
         np.testing.assert_allclose(chain["entropy_production"], oracles.O12[8], rtol=1e-7)
     # The chain is close to the theory itself: spacing hides 1 % of Σ for O1 and 3 % for the cosine.
     np.testing.assert_allclose(chain["entropy_production"], system.entropy_production, rtol=0.04)
-    np.testing.assert_allclose([chain["length_squared"], chain["w2_squared"]], [system.length_squared, system.w2_squared], rtol=5e-3)
+    np.testing.assert_allclose(
+        [chain["length_squared"], chain["w2_squared"]],
+        [system.length_squared, system.w2_squared],
+        rtol=5e-3,
+    )
     for name, truth in chain.items():
         error = float(getattr(report.standard_error, name))
         # Euler steps of U/K shift Σ by about k U/2K relative, and a moment of n members carries a bias of order d²/n.
@@ -175,36 +221,64 @@ def test_ornstein_uhlenbeck(case, d, transport):
         assert 10 * error < 0.3 * truth
     np.testing.assert_allclose(report.learning_time, system.learning_time, rtol=5e-3)
     np.testing.assert_allclose(report.dissipation, system.dissipation, rtol=0.04)
-    assert float(report.learning_time * report.dissipation) >= float(report.length_squared) >= float(report.w2_squared)
+    assert (
+        float(report.learning_time * report.dissipation)
+        >= float(report.length_squared)
+        >= float(report.w2_squared)
+    )
 
 
 @pytest.mark.usefixtures("x64")
 def test_double_well_without_noise():
     """The order on the line never changes, so the chain is that of the members with themselves, and the flow is known."""
     wells, steps, links = systems.Wells(), 2000, 10
-    path = simulate(wells.potential, Langevin(wells.time / steps), wells.start(9), steps=steps, snapshots=links, key=jax.random.key(0))
+    path = simulate(
+        wells.potential,
+        Langevin(wells.time / steps),
+        wells.start(9),
+        steps=steps,
+        snapshots=links,
+        key=jax.random.key(0),
+    )
     report = speed_limit(path, transport=ExactTransport(), jackknife=0)
     truth = oracles.chain_of_pairs(wells.path(9, np.asarray(path.times)), np.asarray(path.times))
-    np.testing.assert_allclose((report.entropy_production, report.length_squared, report.w2_squared), truth, rtol=1e-3)
-    np.testing.assert_allclose(report.dissipation * wells.time, report.entropy_production, rtol=1e-9)
+    np.testing.assert_allclose(
+        (report.entropy_production, report.length_squared, report.w2_squared), truth, rtol=1e-3
+    )
+    np.testing.assert_allclose(
+        report.dissipation * wells.time, report.entropy_production, rtol=1e-9
+    )
     # F₀ - F₁ at T = 0 is the mean drop of Φ, and all of it is dissipated; the chain misses 1/J² of it.
-    np.testing.assert_allclose(report.dissipation, np.mean(path.energies[0] - path.energies[-1]), rtol=0.02)
+    np.testing.assert_allclose(
+        report.dissipation, np.mean(path.energies[0] - path.energies[-1]), rtol=0.02
+    )
     assert report.identity_fraction == 1
 
 
 def test_circulation_is_invisible_to_a_chain():
     system = systems.non_symmetric(200)
-    path = simulate(system.potential, system.rule, system.sample(4000, jax.random.key(0)), steps=200, snapshots=10, key=jax.random.key(1))
+    path = simulate(
+        system.potential,
+        system.rule,
+        system.sample(4000, jax.random.key(0)),
+        steps=200,
+        snapshots=10,
+        key=jax.random.key(1),
+    )
     report = speed_limit(path, transport=GaussianTransport(), jackknife=20)
     tolerance = 5 * float(report.standard_error.length_squared) + 0.02 * system.length_squared
     assert abs(float(report.length_squared) - system.length_squared) < tolerance
-    assert system.entropy_production - float(report.entropy_production) > 10 * float(report.standard_error.entropy_production)
+    assert system.entropy_production - float(report.entropy_production) > 10 * float(
+        report.standard_error.entropy_production
+    )
 
 
 # Errors
 
 
-@pytest.mark.parametrize(("d", "transport", "groups"), [(1, "exact", 32), (3, "gaussian", 32), (3, "gaussian", 10)])
+@pytest.mark.parametrize(
+    ("d", "transport", "groups"), [(1, "exact", 32), (3, "gaussian", 32), (3, "gaussian", 10)]
+)
 def test_jackknife_errors_are_the_spread_over_runs(d, transport, groups):
     system, runs, members = systems.ornstein_uhlenbeck(d, 20), 400, 65
     report_of = functools.partial(speed_limit, transport=METRICS[transport](), jackknife=groups)
@@ -213,7 +287,16 @@ def test_jackknife_errors_are_the_spread_over_runs(d, transport, groups):
     def reports(keys):
         def one(key):
             start = system.sample(members, jax.random.fold_in(key, 0))
-            return report_of(simulate(system.potential, system.rule, start, steps=20, snapshots=4, key=jax.random.fold_in(key, 1)))
+            return report_of(
+                simulate(
+                    system.potential,
+                    system.rule,
+                    start,
+                    steps=20,
+                    snapshots=4,
+                    key=jax.random.fold_in(key, 1),
+                )
+            )
 
         return jax.lax.map(one, keys)
 
@@ -225,34 +308,57 @@ def test_jackknife_errors_are_the_spread_over_runs(d, transport, groups):
         spread = np.std(getattr(stacked, name), ddof=1)
         claimed = np.sqrt(np.mean(np.asarray(getattr(stacked.standard_error, name)) ** 2))
         # A jackknife errs on the safe side (Efron and Stein, 1981), here visibly for the geometric part: a percent of Σ, and curved in q.
-        assert -0.25 < claimed / spread - 1 < (0.5 if name == "geometric" else 0.25), (name, claimed, spread)
+        assert -0.25 < claimed / spread - 1 < (0.5 if name == "geometric" else 0.25), (
+            name,
+            claimed,
+            spread,
+        )
     assert stacked.errors == f"jackknife over {groups} groups of {65 // groups} of 65 members"
 
 
 def runs_of(count=3):
     start = random_path(2, dtype=np.float32)[0]
     keys = jax.random.split(jax.random.key(0), count)
-    run = lambda key: simulate(Quadratic(1.0), Langevin(0.1, 0.1), start, steps=8, snapshots=4, key=key)  # noqa: E731
+
+    def run(key):
+        return simulate(Quadratic(1.0), Langevin(0.1, 0.1), start, steps=8, snapshots=4, key=key)
+
     return [run(key) for key in keys], jax.vmap(run)(keys)
 
 
 def test_several_runs_are_the_average_of_single_ones():
     singles, stacked = runs_of()
     alone = [speed_limit(one, transport=GaussianTransport(), jackknife=0) for one in singles]
-    for together in (speed_limit(singles, transport=GaussianTransport()), speed_limit(stacked, transport=GaussianTransport())):
+    for together in (
+        speed_limit(singles, transport=GaussianTransport()),
+        speed_limit(stacked, transport=GaussianTransport()),
+    ):
         for name in NUMBERS:
             values = np.array([getattr(one, name) for one in alone])
             np.testing.assert_allclose(getattr(together, name), values.mean(), rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(getattr(together.standard_error, name), values.std(ddof=1) / np.sqrt(3), rtol=1e-3, atol=1e-5)
-        np.testing.assert_allclose(together.speed, np.mean([one.speed for one in alone], axis=0), rtol=1e-5)
+            np.testing.assert_allclose(
+                getattr(together.standard_error, name),
+                values.std(ddof=1) / np.sqrt(3),
+                rtol=1e-3,
+                atol=1e-5,
+            )
+        np.testing.assert_allclose(
+            together.speed, np.mean([one.speed for one in alone], axis=0), rtol=1e-5
+        )
         assert together.errors == "spread over 3 independent runs"
         assert "Several runs" not in together.verdict()
-    chex.assert_trees_all_close(split(average(jax.tree.map(lambda *x: jnp.stack(x), *alone))), split(together), rtol=1e-5)
+    chex.assert_trees_all_close(
+        split(average(jax.tree.map(lambda *x: jnp.stack(x), *alone))), split(together), rtol=1e-5
+    )
 
 
 def test_no_errors_where_none_can_be_taken():
     for members, groups in [(2, 32), (5, 0), (5, 1)]:
-        report = speed_limit(trajectory(random_path(0, n=members, dtype=np.float32)), transport=ExactTransport(), jackknife=groups)
+        report = speed_limit(
+            trajectory(random_path(0, n=members, dtype=np.float32)),
+            transport=ExactTransport(),
+            jackknife=groups,
+        )
         assert report.standard_error is None
         assert report.errors == "none"
     assert "standard errors" not in report.verdict()
@@ -265,12 +371,25 @@ def test_noise_floor_is_the_chain_of_pure_noise():
     """Nothing but noise in d ≫ n: every member is its own best partner, and Σ is the floor, to a relative error of sqrt(2/Jnd)."""
     members, d, links = 6, 4000, 5
     rule = Langevin(rates := 0.02, 0.3)
-    path = simulate(Quadratic(0.0), rule, np.zeros((members, d), np.float32), steps=20, snapshots=links, key=jax.random.key(0))
+    path = simulate(
+        Quadratic(0.0),
+        rule,
+        np.zeros((members, d), np.float32),
+        steps=20,
+        snapshots=links,
+        key=jax.random.key(0),
+    )
     # The first link starts from one point and has no best partner; what follows is spread.
-    path = eqx.tree_at(lambda p: p.positions, path, path.positions + 10 * jax.random.normal(jax.random.key(1), (members, d)))
+    path = eqx.tree_at(
+        lambda p: p.positions,
+        path,
+        path.positions + 10 * jax.random.normal(jax.random.key(1), (members, d)),
+    )
     report = speed_limit(path, transport=ExactTransport(), jackknife=0)
     np.testing.assert_allclose(report.noise_floor, links * 2 * d * 0.3 * rates * 20, rtol=1e-5)
-    assert abs(float(report.entropy_production / report.noise_floor) - 1) < 5 * np.sqrt(2 / (links * members * d))
+    assert abs(float(report.entropy_production / report.noise_floor) - 1) < 5 * np.sqrt(
+        2 / (links * members * d)
+    )
     assert report.identity_fraction == 1
     said = report.verdict()
     assert "The chain is noise-dominated" in said
@@ -279,7 +398,14 @@ def test_noise_floor_is_the_chain_of_pure_noise():
 
 def test_noise_that_is_reassigned_is_not_called_dominant():
     system = systems.ornstein_uhlenbeck(1, 40)
-    path = simulate(system.potential, system.rule, system.sample(500, jax.random.key(0)), steps=40, snapshots=20, key=jax.random.key(1))
+    path = simulate(
+        system.potential,
+        system.rule,
+        system.sample(500, jax.random.key(0)),
+        steps=40,
+        snapshots=20,
+        key=jax.random.key(1),
+    )
     report = speed_limit(path, transport=ExactTransport(), jackknife=0)
     assert float(report.noise_floor) > float(report.entropy_production)  # 2·T·U·J = 4 against 2
     assert report.identity_fraction == 0
@@ -289,8 +415,20 @@ def test_noise_that_is_reassigned_is_not_called_dominant():
 
 def test_noise_floor_only_where_it_is_known():
     positions = random_path(0, dtype=np.float32)
-    assert speed_limit(trajectory(positions, temperature=1.0), transport=GaussianTransport(), jackknife=0).noise_floor is None
-    assert speed_limit(trajectory(positions, temperature=1.0, observed=True), transport=ExactTransport(), jackknife=0).noise_floor is None
+    assert (
+        speed_limit(
+            trajectory(positions, temperature=1.0), transport=GaussianTransport(), jackknife=0
+        ).noise_floor
+        is None
+    )
+    assert (
+        speed_limit(
+            trajectory(positions, temperature=1.0, observed=True),
+            transport=ExactTransport(),
+            jackknife=0,
+        ).noise_floor
+        is None
+    )
     quiet = speed_limit(trajectory(positions), transport=ExactTransport(), jackknife=0)
     assert quiet.noise_floor == 0
     assert "noise" not in quiet.verdict().replace("sampling noise", "")
@@ -304,7 +442,12 @@ def test_identity_fraction_counts_links():
     report = speed_limit(trajectory(positions), transport=ExactTransport(), jackknife=0)
     assert report.identity_fraction == 0.75
     np.testing.assert_allclose(report.entropy_production, 0.16, rtol=1e-5)
-    assert speed_limit(trajectory(positions), transport=GaussianTransport(), jackknife=0).identity_fraction is None
+    assert (
+        speed_limit(
+            trajectory(positions), transport=GaussianTransport(), jackknife=0
+        ).identity_fraction
+        is None
+    )
 
 
 # Words
@@ -317,8 +460,15 @@ def test_an_approximate_transport_is_flagged():
     assert report.converged
     assert "not a metric" in report.verdict()
     assert "did not converge" not in report.verdict()
-    assert "not a metric" not in speed_limit(trajectory(positions), transport=GaussianTransport(), jackknife=0).verdict()
-    mapped = speed_limit(trajectory(positions), transport=Mapped(SinkhornTransport(5.0), jnp.tanh), jackknife=0)
+    assert (
+        "not a metric"
+        not in speed_limit(
+            trajectory(positions), transport=GaussianTransport(), jackknife=0
+        ).verdict()
+    )
+    mapped = speed_limit(
+        trajectory(positions), transport=Mapped(SinkhornTransport(5.0), jnp.tanh), jackknife=0
+    )
     assert not mapped.is_bound
 
 
@@ -339,14 +489,23 @@ class ShortSighted(AbstractTransport):
         return Solution(squared, squared < 4)
 
 
-@pytest.mark.parametrize(("snapshots", "converged"), [([0.0, 1.0, 1.5], True), ([0.0, 3.0, 1.0], False), ([0.0, 1.5, 3.0], False)])
+@pytest.mark.parametrize(
+    ("snapshots", "converged"),
+    [([0.0, 1.0, 1.5], True), ([0.0, 3.0, 1.0], False), ([0.0, 1.5, 3.0], False)],
+)
 def test_one_problem_that_did_not_converge_is_enough(snapshots, converged):
     positions = np.float32(snapshots)[:, None, None] * np.ones((3, 4, 1), np.float32)
-    assert bool(speed_limit(trajectory(positions), transport=ShortSighted(), jackknife=0).converged) == converged
+    assert (
+        bool(speed_limit(trajectory(positions), transport=ShortSighted(), jackknife=0).converged)
+        == converged
+    )
 
 
 def test_one_run_that_did_not_converge_shows_in_the_average():
-    far, near = (trajectory(np.float32([0, step])[:, None, None] * np.ones((2, 4, 1), np.float32)) for step in (3, 1))
+    far, near = (
+        trajectory(np.float32([0, step])[:, None, None] * np.ones((2, 4, 1), np.float32))
+        for step in (3, 1)
+    )
     for runs, converged in [([far, near], False), ([near, near], True)]:
         report = speed_limit(runs, transport=ShortSighted())
         assert report.converged.shape == ()
@@ -364,9 +523,15 @@ def test_an_increment_below_rounding_leaves_no_nan():
 
 
 def planted(**values):
-    report = speed_limit(trajectory(random_path(0, dtype=np.float32), temperature=0.0), transport=ExactTransport())
+    report = speed_limit(
+        trajectory(random_path(0, dtype=np.float32), temperature=0.0), transport=ExactTransport()
+    )
     names = tuple(values)
-    return eqx.tree_at(lambda r: tuple(getattr(r, name) for name in names), report, tuple(jnp.asarray(v) for v in values.values()))
+    return eqx.tree_at(
+        lambda r: tuple(getattr(r, name) for name in names),
+        report,
+        tuple(jnp.asarray(v) for v in values.values()),
+    )
 
 
 def test_verdicts():
@@ -379,9 +544,13 @@ def test_verdicts():
     assert "bounds the entropy production of its laws from below" in report.verdict()
 
     doubtful = planted(w2_squared=report.entropy_production + 2 * error)
-    assert doubtful.verdict().startswith(f"The gap is negative, {-2 * error:.4g}, but by no more than 2.0 standard errors")
+    assert doubtful.verdict().startswith(
+        f"The gap is negative, {-2 * error:.4g}, but by no more than 2.0 standard errors"
+    )
     violated = planted(w2_squared=report.entropy_production + 5 * error)
-    assert violated.verdict().startswith(f"The speed limit is violated by {5 * error:.4g}, 5.0 standard errors: Σ and W2² do not come from")
+    assert violated.verdict().startswith(
+        f"The speed limit is violated by {5 * error:.4g}, 5.0 standard errors: Σ and W2² do not come from"
+    )
     assert "holds" not in violated.verdict()
     assert float(violated.gap) < 0  # never clipped
 
@@ -389,8 +558,14 @@ def test_verdicts():
         assert planted(**{name: np.nan}).verdict() == "No verdict: the numbers are not finite."
     assert "do not trust" in planted(converged=False).verdict()
     dominated = planted(noise_floor=report.entropy_production / 10, identity_fraction=1.0)
-    assert f"injected noise alone contributes up to {float(report.entropy_production) / 10:.3g} to Σ" in dominated.verdict()
-    assert "noise-dominated" not in planted(noise_floor=report.entropy_production / 30, identity_fraction=1.0).verdict()
+    assert (
+        f"injected noise alone contributes up to {float(report.entropy_production) / 10:.3g} to Σ"
+        in dominated.verdict()
+    )
+    assert (
+        "noise-dominated"
+        not in planted(noise_floor=report.entropy_production / 30, identity_fraction=1.0).verdict()
+    )
 
 
 class Counting(AbstractTransport):
@@ -427,7 +602,10 @@ def test_nothing_moved():
 def test_print():
     text = str(planted())
     lines = text.splitlines()
-    assert lines[0] == "speed limit by a chain of 4 links in ExactTransport; standard errors: jackknife over 5 groups of 1 of 5 members"
+    assert (
+        lines[0]
+        == "speed limit by a chain of 4 links in ExactTransport; standard errors: jackknife over 5 groups of 1 of 5 members"
+    )
     table = {line[:26].strip(): line[26:].split() for line in lines[1:-1]}
     report = planted()
     assert table["entropy production Σ"] == [
@@ -436,7 +614,14 @@ def test_print():
         f"{float(report.standard_error.entropy_production):.2g}",
     ]
     assert table["learning time U"] == ["1"]
-    assert {"Wasserstein length L²", "Wasserstein distance W2²", "gap Σ - W2²", "temporal", "geometric", "dissipation D"} < set(table)
+    assert {
+        "Wasserstein length L²",
+        "Wasserstein distance W2²",
+        "gap Σ - W2²",
+        "temporal",
+        "geometric",
+        "dissipation D",
+    } < set(table)
     assert table["Σ, every 2nd snapshot"] == [f"{float(report.entropy_production_coarse):.6g}"]
     assert lines[-1] == report.verdict()
     stacked = jax.tree.map(lambda x: jnp.stack([x, x]), report)
@@ -453,11 +638,19 @@ def test_print():
 def test_jit_and_vmap_change_nothing(name):
     transport = METRICS[name]()
     paths = [trajectory(random_path(seed, dtype=np.float32)) for seed in (0, 1)]
-    report_of = lambda path: speed_limit(path, transport=transport, jackknife=3)  # noqa: E731
+
+    def report_of(path):
+        return speed_limit(path, transport=transport, jackknife=3)
+
     alone = [report_of(path) for path in paths]
     chex.assert_trees_all_close(eqx.filter_jit(report_of)(paths[0]), alone[0], rtol=1e-4, atol=1e-4)
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *paths)
-    chex.assert_trees_all_close(jax.vmap(report_of)(stacked), jax.tree.map(lambda *x: jnp.stack(x), *alone), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(
+        jax.vmap(report_of)(stacked),
+        jax.tree.map(lambda *x: jnp.stack(x), *alone),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.usefixtures("x64")
@@ -471,14 +664,22 @@ def test_gradient_is_the_central_difference(name):
 
     jacobian = jax.jit(jax.jacrev(numbers))(positions)
     direction = np.random.default_rng(0).normal(size=positions.shape)
-    difference = (numbers(positions + 1e-6 * direction) - numbers(positions - 1e-6 * direction)) / 2e-6
-    np.testing.assert_allclose(np.tensordot(jacobian, direction, 3), difference, rtol=1e-6, atol=1e-6)
+    difference = (
+        numbers(positions + 1e-6 * direction) - numbers(positions - 1e-6 * direction)
+    ) / 2e-6
+    np.testing.assert_allclose(
+        np.tensordot(jacobian, direction, 3), difference, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_gradient_is_finite_where_nothing_moves():
     still = jnp.broadcast_to(random_path(0, dtype=np.float32)[0], (4, 5, D))
     for name in ("exact", "gaussian", "sliced"):
-        slope = jax.grad(lambda x: speed_limit(trajectory(x), transport=METRICS[name](), jackknife=0).length_squared)(still)  # noqa: B023
+        slope = jax.grad(
+            lambda x: (
+                speed_limit(trajectory(x), transport=METRICS[name](), jackknife=0).length_squared
+            )
+        )(still)
         chex.assert_tree_all_finite(slope)
 
 
@@ -487,13 +688,20 @@ def test_gradient_of_a_whole_run_in_the_learning_rate():
     start = np.array([[2.0], [2.0]], np.float32)
 
     def sigma(rate):
-        path = simulate(Quadratic(1.0), Langevin(rate), start, steps=4, snapshots=4, key=jax.random.key(0))
+        path = simulate(
+            Quadratic(1.0), Langevin(rate), start, steps=4, snapshots=4, key=jax.random.key(0)
+        )
         return speed_limit(path, transport=GaussianTransport(), jackknife=0).entropy_production
 
     rate, h = 0.3, 1e-4
-    by_hand = lambda eta: 4 * np.sum(np.diff(2 * (1 - eta) ** np.arange(5)) ** 2)  # noqa: E731
+
+    def by_hand(eta):
+        return 4 * np.sum(np.diff(2 * (1 - eta) ** np.arange(5)) ** 2)
+
     np.testing.assert_allclose(sigma(rate), by_hand(rate), rtol=1e-5)
-    np.testing.assert_allclose(jax.grad(sigma)(rate), (by_hand(rate + h) - by_hand(rate - h)) / (2 * h), rtol=1e-4)
+    np.testing.assert_allclose(
+        jax.grad(sigma)(rate), (by_hand(rate + h) - by_hand(rate - h)) / (2 * h), rtol=1e-4
+    )
 
 
 # Bad input
@@ -503,34 +711,55 @@ def test_a_run_that_left_the_numbers_is_refused_with_the_snapshot():
     positions = random_path(0, dtype=np.float32)
     positions[2:, 1] = np.nan
     positions[3:, 4, 0] = np.inf
-    sentence = (
-        r"must hold finite members, but 2 of them are not at the end, the first from snapshot 2 on; the likely cause is a learning rate"
-    )
+    sentence = r"must hold finite members, but 2 of them are not at the end, the first from snapshot 2 on; the likely cause is a learning rate"
     with pytest.raises(InputError, match=sentence):
         speed_limit(trajectory(positions), transport=ExactTransport())
     good = random_path(1, dtype=np.float32)
     with pytest.raises(InputError, match=sentence):
         speed_limit([trajectory(good), trajectory(positions)], transport=ExactTransport())
-    lost = eqx.filter_jit(lambda path: speed_limit(path, transport=ExactTransport(), jackknife=0))(trajectory(positions))
+    lost = eqx.filter_jit(lambda path: speed_limit(path, transport=ExactTransport(), jackknife=0))(
+        trajectory(positions)
+    )
     assert np.isnan(lost.entropy_production)
     assert not lost.converged
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        diverged = simulate(Quadratic(1.0), Langevin(1e3), np.ones((3, 1), np.float32), steps=40, snapshots=20, key=jax.random.key(0))
-    with pytest.raises(InputError, match=r"from snapshot 7 on"):  # 10^39 is beyond single precision after 13 steps
+        diverged = simulate(
+            Quadratic(1.0),
+            Langevin(1e3),
+            np.ones((3, 1), np.float32),
+            steps=40,
+            snapshots=20,
+            key=jax.random.key(0),
+        )
+    with pytest.raises(
+        InputError, match=r"from snapshot 7 on"
+    ):  # 10^39 is beyond single precision after 13 steps
         speed_limit(diverged, transport=ExactTransport())
 
 
 BAD = {
-    r"`transport` must be a transport such as ExactTransport\(\)": lambda path: {"transport": "exact"},
-    "`trajectory` must be a Trajectory or a sequence of at least two, but is a int": lambda path: {"trajectory": 3},
-    "`trajectory` must be a Trajectory or a sequence of at least two, but is a sequence of 1 items": lambda path: {"trajectory": [path]},
-    "`trajectory` must be a Trajectory or a sequence of at least two, but is a ": lambda path: {"trajectory": path.positions},
-    "`trajectory` must hold runs of one shape": lambda path: {"trajectory": [path, trajectory(path.positions[::2])]},
+    r"`transport` must be a transport such as ExactTransport\(\)": lambda path: {
+        "transport": "exact"
+    },
+    "`trajectory` must be a Trajectory or a sequence of at least two, but is a int": lambda path: {
+        "trajectory": 3
+    },
+    "`trajectory` must be a Trajectory or a sequence of at least two, but is a sequence of 1 items": lambda path: {
+        "trajectory": [path]
+    },
+    "`trajectory` must be a Trajectory or a sequence of at least two, but is a ": lambda path: {
+        "trajectory": path.positions
+    },
+    "`trajectory` must hold runs of one shape": lambda path: {
+        "trajectory": [path, trajectory(path.positions[::2])]
+    },
     "`trajectory` must hold runs of one shape, but holds 2 runs": lambda path: {
         "trajectory": [path, trajectory(path.positions, observed=True)]
     },
-    "`trajectory` must hold at least two snapshots of at least two members": lambda path: {"trajectory": trajectory(path.positions[:, :1])},
+    "`trajectory` must hold at least two snapshots of at least two members": lambda path: {
+        "trajectory": trajectory(path.positions[:, :1])
+    },
     r"`trajectory` must hold positions \(J\+1, n, d\)": lambda path: {
         "trajectory": eqx.tree_at(lambda p: p.positions, path, jnp.ones((3, 2)))
     },
@@ -542,4 +771,9 @@ BAD = {
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_input(sentence, refused):
     path = trajectory(random_path(0, dtype=np.float32))
-    refused(lambda: speed_limit(**{"trajectory": path, "transport": ExactTransport(), **BAD[sentence](path)}), sentence)
+    refused(
+        lambda: speed_limit(
+            **{"trajectory": path, "transport": ExactTransport(), **BAD[sentence](path)}
+        ),
+        sentence,
+    )

@@ -22,7 +22,12 @@ from esljax.study import run_study
 from esljax.study import store as study_store
 
 BASE = esl.RunConfig(data="moons", hidden=(4,), members=8, steps=10, snapshots=5, batch_size=32)
-GRID = {"rate": [0.1, 0.4, 1.6], "members": [6, 8], "schedule": ["constant", "cosine"], "seed": [3, 1]}
+GRID = {
+    "rate": [0.1, 0.4, 1.6],
+    "members": [6, 8],
+    "schedule": ["constant", "cosine"],
+    "seed": [3, 1],
+}
 DIMENSIONS = {"rate": 3, "members": 2, "schedule": 2, "seed": 2}
 QUANTITIES = {
     *("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric"),
@@ -47,21 +52,33 @@ def grid_store(tmp_path_factory):
 
 def test_a_run_is_the_simulation_that_it_says():
     """Rebuilt from the public pieces."""
-    config = dataclasses.replace(BASE, schedule="cosine", rate=0.7, temperature=1e-3, l2=0.01, seed=5)
+    config = dataclasses.replace(
+        BASE, schedule="cosine", rate=0.7, temperature=1e-3, l2=0.01, seed=5
+    )
     outcome = esl.run(config)
     data = esl.datasets.two_moons()
     potential = esl.FlaxLoss(esl.models.mlp(2, 4, 2), data.train, batch_size=32, l2=0.01)
     run_key, _ = jax.random.split(jax.random.key(5))
     start_key, path_key = jax.random.split(run_key)
     start = potential.init(members=8, key=start_key)
-    path = esl.simulate(potential, esl.Langevin(esl.Cosine(0.7), 1e-3), start, steps=10, snapshots=5, key=path_key)
+    path = esl.simulate(
+        potential, esl.Langevin(esl.Cosine(0.7), 1e-3), start, steps=10, snapshots=5, key=path_key
+    )
     report = esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
     for name in QUANTITIES - {"final_loss", "test_accuracy"}:
         # Reductions of another program round otherwise; what is a difference is off by that of its terms.
         error = 1e-5 * float(report.entropy_production)
-        np.testing.assert_allclose(getattr(outcome.report, name), getattr(report, name), rtol=1e-5, atol=error, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(outcome.report, name),
+            getattr(report, name),
+            rtol=1e-5,
+            atol=error,
+            err_msg=name,
+        )
     np.testing.assert_allclose(outcome.final_loss, potential(path.final).mean(), rtol=1e-5)
-    np.testing.assert_allclose(outcome.test_accuracy, potential.accuracy(path.final, data.test).mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        outcome.test_accuracy, potential.accuracy(path.final, data.test).mean(), rtol=1e-5
+    )
 
 
 def test_a_study_holds_the_same_bits_as_each_run_alone(grid_store):
@@ -71,7 +88,9 @@ def test_a_study_holds_the_same_bits_as_each_run_alone(grid_store):
     for index in (0, 9, 13, 22):
         config = study.point(index)
         outcome = esl.run(config)
-        stored = results.sel(rate=config.rate, members=config.members, schedule=config.schedule, seed=config.seed)
+        stored = results.sel(
+            rate=config.rate, members=config.members, schedule=config.schedule, seed=config.seed
+        )
         for name in QUANTITIES - {"final_loss", "test_accuracy"}:
             assert float(stored[name]) == float(getattr(outcome.report, name)), name
         assert float(stored["final_loss"]) == float(outcome.final_loss)
@@ -85,7 +104,12 @@ def test_no_number_depends_on_how_it_was_batched(listed, grid_store, tmp_path):
     first = esl.open_study(grid_store[0]).load()
     study = esl.Study(BASE, grid=GRID)
     if listed:
-        study = esl.Study(BASE, points=[{name: getattr(study.point(i), name) for name in GRID} for i in reversed(range(24))])
+        study = esl.Study(
+            BASE,
+            points=[
+                {name: getattr(study.point(i), name) for name in GRID} for i in reversed(range(24))
+            ],
+        )
     second = run_study(study, tmp_path / "second.zarr", task_size=8 if listed else 3).load()
     for name in QUANTITIES:
         theirs = second[name].values[::-1] if listed else second[name].values.reshape(-1)
@@ -95,10 +119,16 @@ def test_no_number_depends_on_how_it_was_batched(listed, grid_store, tmp_path):
 def test_side_by_side_is_the_same_to_rounding(grid_store, tmp_path):
     """Four at a time are vectorized in another order of additions: single precision, ten steps; differences are off by their terms'."""
     first = esl.open_study(grid_store[0]).sel(members=8).load()
-    second = run_study(esl.Study(BASE, grid={name: GRID[name] for name in ("rate", "schedule", "seed")}), tmp_path / "s.zarr", width=4)
+    second = run_study(
+        esl.Study(BASE, grid={name: GRID[name] for name in ("rate", "schedule", "seed")}),
+        tmp_path / "s.zarr",
+        width=4,
+    )
     scale = first["entropy_production"].values
     for name in QUANTITIES:
-        off = np.abs(first[name].values - second[name].values) / np.maximum(scale, np.abs(first[name].values))
+        off = np.abs(first[name].values - second[name].values) / np.maximum(
+            scale, np.abs(first[name].values)
+        )
         assert off.max() < 3e-6, name
 
 
@@ -107,8 +137,21 @@ def test_all_slices_of_a_shape_share_one_program(tmp_path, monkeypatch):
     plain = runs._one
     monkeypatch.setattr(runs, "_one", lambda *given: traced.append(1) or plain(*given))
     base, counts = dataclasses.replace(BASE, members=7), []
-    study = esl.Study(base, grid={"rate": [0.1, 0.2], "schedule": ["constant", "cosine"], "temperature": [0, 1e-3], "seed": range(3)})
-    run_study(study, tmp_path / "study.zarr", task_size=5, watch=lambda progress: counts.append(len(traced)))
+    study = esl.Study(
+        base,
+        grid={
+            "rate": [0.1, 0.2],
+            "schedule": ["constant", "cosine"],
+            "temperature": [0, 1e-3],
+            "seed": range(3),
+        },
+    )
+    run_study(
+        study,
+        tmp_path / "study.zarr",
+        task_size=5,
+        watch=lambda progress: counts.append(len(traced)),
+    )
     assert len(counts) > 8
     assert counts[0] == 0
     assert set(counts[1:]) == {counts[1]}, "nothing is traced after the first task"
@@ -118,7 +161,14 @@ def test_jackknife_errors_are_those_of_the_run(tmp_path):
     base = dataclasses.replace(BASE, members=6, jackknife=6)
     results = run_study(esl.Study(base, grid={"seed": [2]}), tmp_path / "study.zarr")
     errors = esl.run(dataclasses.replace(base, seed=2)).report.standard_error
-    for name in ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric"):
+    for name in (
+        "entropy_production",
+        "length_squared",
+        "w2_squared",
+        "gap",
+        "temporal",
+        "geometric",
+    ):
         assert float(results[f"{name}_error"][0]) == float(getattr(errors, name)) > 0
         assert "standard error" in results[f"{name}_error"].attrs["long_name"]
     assert esl.summarize(results)[0].errors["gap"] == float(errors.gap)
@@ -133,12 +183,21 @@ def test_every_transport_is_that_of_its_point(transport, tmp_path):
     run_key, transport_key = jax.random.split(jax.random.key(4))
     found = []
     for epsilon in (0.5, 2.0):
-        made = {"sliced": lambda: esl.SlicedTransport(3, transport_key), "gaussian": esl.GaussianTransport}
+        made = {
+            "sliced": lambda: esl.SlicedTransport(3, transport_key),
+            "gaussian": esl.GaussianTransport,
+        }
         chosen = made.get(transport, lambda epsilon=epsilon: esl.SinkhornTransport(epsilon))()
-        outcome = dataclasses.replace(problem, transport=chosen).run(problem.table(esl.Constant(base.rate)), run_key)
+        outcome = dataclasses.replace(problem, transport=chosen).run(
+            problem.table(esl.Constant(base.rate)), run_key
+        )
         stored = results.sel(epsilon=epsilon)
-        np.testing.assert_allclose(float(stored["w2_squared"]), outcome.report.w2_squared, rtol=1e-4)
-        np.testing.assert_allclose(float(stored["entropy_production"]), outcome.report.entropy_production, rtol=1e-3)
+        np.testing.assert_allclose(
+            float(stored["w2_squared"]), outcome.report.w2_squared, rtol=1e-4
+        )
+        np.testing.assert_allclose(
+            float(stored["entropy_production"]), outcome.report.entropy_production, rtol=1e-3
+        )
         found.append(float(stored["w2_squared"]))
     assert (found[0] != found[1]) == (transport == "sinkhorn")
     assert np.isnan(results["noise_floor"]).all(), "known for the exact transport alone"
@@ -146,7 +205,9 @@ def test_every_transport_is_that_of_its_point(transport, tmp_path):
 
 
 def test_double_precision_stays_within_its_runs(tmp_path):
-    results = run_study(esl.Study(BASE, grid={"dtype": ["float32", "float64"]}), tmp_path / "study.zarr")
+    results = run_study(
+        esl.Study(BASE, grid={"dtype": ["float32", "float64"]}), tmp_path / "study.zarr"
+    )
     single, double = results["w2_squared"].values
     assert single == np.float32(single)
     assert double != np.float32(double)
@@ -162,10 +223,18 @@ def test_schedules_are_those_that_are_compared():
 def test_memory_is_estimated_within_a_factor_of_three():
     """Against what XLA says that the compiled run needs."""
     jax.config.update("jax_disable_most_optimizations", False)
-    for config in (BASE, dataclasses.replace(BASE, data="teacher", hidden=(32,), members=16, batch_size=0)):
+    for config in (
+        BASE,
+        dataclasses.replace(BASE, data="teacher", hidden=(32,), members=16, batch_size=0),
+    ):
         problem = runs._problem(runs.shape_of(config), config.dtype)
         numbers = jax.tree.map(lambda x: x[0], runs._numbers(problem, (config,)))
-        needed = runs._alone.lower(problem, runs.shape_of(config), numbers).compile().compiled.memory_analysis().temp_size_in_bytes
+        needed = (
+            runs._alone.lower(problem, runs.shape_of(config), numbers)
+            .compile()
+            .compiled.memory_analysis()
+            .temp_size_in_bytes
+        )
         assert 1 / 3 < runs.memory(config) / needed < 3
     jax.config.update("jax_disable_most_optimizations", True)
 
@@ -194,7 +263,9 @@ def test_the_store_is_labelled(grid_store):
     assert (results["done"] == 1).all()
     assert results["converged"].all()
     assert (results["reason"] == "").all()
-    np.testing.assert_allclose(results["gap"], results["entropy_production"] - results["w2_squared"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        results["gap"], results["entropy_production"] - results["w2_squared"], rtol=1e-4, atol=1e-6
+    )
     assert esl.Study.from_dict(tomllib.loads(results.attrs["study"])) == esl.Study(BASE, grid=GRID)
     assert json.loads(results.attrs["versions"])["jax"] == jax.__version__
     assert set(results.attrs) == {"version", "study", "task_size", "created", "versions", "commit"}
@@ -282,7 +353,10 @@ def test_a_failed_run_is_kept_with_its_reason(tmp_path):
     assert "diverged: the final loss is nan" in str(results["reason"].values[1])
     assert np.isfinite(results["gap"].values[[0, 2]]).all()
     assert results["rate"].values.tolist() == [0.25, 1e30, 0.25]
-    assert [(group.settings, group.runs) for group in esl.summarize(results)] == [({"rate": 0.25}, 2), ({"rate": 1e30}, 0)]
+    assert [(group.settings, group.runs) for group in esl.summarize(results)] == [
+        ({"rate": 0.25}, 2),
+        ({"rate": 1e30}, 0),
+    ]
 
 
 def test_a_failed_task_is_kept_and_run_again_if_asked(tmp_path, monkeypatch):
@@ -310,17 +384,27 @@ def test_a_failed_task_is_kept_and_run_again_if_asked(tmp_path, monkeypatch):
 def test_a_study_is_extended_by_the_runs_of_another(grid_store, tmp_path):
     """Of a larger grid only what is new is run, and the numbers are those of a study that reused nothing."""
     path, _ = grid_store
-    larger = esl.Study(dataclasses.replace(BASE, rate=0.1), grid={"members": [6], "schedule": ["cosine", "constant"], "seed": [1, 2, 3]})
+    larger = esl.Study(
+        dataclasses.replace(BASE, rate=0.1),
+        grid={"members": [6], "schedule": ["cosine", "constant"], "seed": [1, 2, 3]},
+    )
     fresh = run_study(larger, tmp_path / "fresh.zarr").load()
-    results = run_study(larger, tmp_path / "study.zarr", reuse=[path], executor=(counting := Counting()))
-    assert {(point.schedule, point.seed) for point in counting.points} == {("cosine", 2), ("constant", 2)}
+    results = run_study(
+        larger, tmp_path / "study.zarr", reuse=[path], executor=(counting := Counting())
+    )
+    assert {(point.schedule, point.seed) for point in counting.points} == {
+        ("cosine", 2),
+        ("constant", 2),
+    }
     same(results.load(), fresh)
     reused = json.loads(results.attrs["reused"])
     assert list(reused) == [str(path)]
     assert reused[str(path)]["created"] == esl.open_study(path).attrs["created"]
     assert "reused" not in fresh.attrs
     # Of runs that were not asked for standard errors there are none.
-    rows = study_store.StudyStore(path, zarr.open_group(path, mode="r")).read(np.array([3]), ("gap", "gap_error"))
+    rows = study_store.StudyStore(path, zarr.open_group(path, mode="r")).read(
+        np.array([3]), ("gap", "gap_error")
+    )
     assert rows.numbers["gap"] == esl.open_study(path)["gap"].values.reshape(-1)[3]
     assert np.isnan(rows.numbers["gap_error"])
 
@@ -328,7 +412,12 @@ def test_a_study_is_extended_by_the_runs_of_another(grid_store, tmp_path):
 def test_what_failed_is_not_reused(tmp_path):
     failing = esl.Study(BASE, points=[{"rate": 1e30}, {"rate": 0.1}])
     run_study(failing, tmp_path / "failing.zarr")
-    again = run_study(failing, tmp_path / "again.zarr", reuse=[tmp_path / "failing.zarr"], executor=(counting := Counting()))
+    again = run_study(
+        failing,
+        tmp_path / "again.zarr",
+        reuse=[tmp_path / "failing.zarr"],
+        executor=(counting := Counting()),
+    )
     assert [point.rate for point in counting.points] == [1e30]
     assert again["done"].values.tolist() == [2, 1]
 
@@ -336,15 +425,21 @@ def test_what_failed_is_not_reused(tmp_path):
 def test_stores_that_cannot_be_reused_are_refused(grid_store, tmp_path, refused):
     path, _ = grid_store
     study = esl.Study(BASE, grid={"seed": [1]})
-    refused(lambda: run_study(study, tmp_path / "s.zarr", reuse=path), "Argument `reuse` must be a list of stores")
     refused(
-        lambda: run_study(study, tmp_path / "s.zarr", reuse=[tmp_path / "no.zarr"]), "must be the store of a study, but there is nothing"
+        lambda: run_study(study, tmp_path / "s.zarr", reuse=path),
+        "Argument `reuse` must be a list of stores",
+    )
+    refused(
+        lambda: run_study(study, tmp_path / "s.zarr", reuse=[tmp_path / "no.zarr"]),
+        "must be the store of a study, but there is nothing",
     )
     shutil.copytree(path, tmp_path / "old.zarr")
     about = zarr.open_group(tmp_path / "old.zarr").attrs
     about["versions"] = json.dumps({**json.loads(about["versions"]), "jax": "0.1"})
     refused(
-        lambda: run_study(study, tmp_path / "s.zarr", reuse=[tmp_path / "old.zarr"], executor=Idle()),
+        lambda: run_study(
+            study, tmp_path / "s.zarr", reuse=[tmp_path / "old.zarr"], executor=Idle()
+        ),
         f"Argument `reuse` must be a store made with the versions .*old.zarr was made with jax 0.1 there and {jax.__version__} here",
     )
 
@@ -352,7 +447,11 @@ def test_stores_that_cannot_be_reused_are_refused(grid_store, tmp_path, refused)
 def test_memory_is_foretold_once_a_shape(tmp_path, monkeypatch):
     """A study of very many runs starts at once."""
     plans, plain = [], comparison.Problem.plan
-    monkeypatch.setattr(comparison.Problem, "plan", lambda self, **more: plans.append(self.members) or plain(self, **more))
+    monkeypatch.setattr(
+        comparison.Problem,
+        "plan",
+        lambda self, **more: plans.append(self.members) or plain(self, **more),
+    )
     runs._memory.cache_clear()
     study = esl.Study(BASE, grid={"members": [6, 8], "rate": [0.1, 0.2], "seed": range(20)})
     study_store.check_memory(study, study.slices(4))
@@ -363,28 +462,57 @@ def test_another_study_is_refused(grid_store, refused, tmp_path):
     path, _ = grid_store
     other = {**GRID, "rate": [0.1, 0.4, 1.7]}
     refused(
-        lambda: run_study(esl.Study(BASE, grid=other), path), r"Argument `out` must be the store of this study .*, but .* grid.rate, \[0.1"
+        lambda: run_study(esl.Study(BASE, grid=other), path),
+        r"Argument `out` must be the store of this study .*, but .* grid.rate, \[0.1",
     )
     refused(
-        lambda: run_study(esl.Study(dataclasses.replace(BASE, l2=0.5), grid=GRID), path), "differs in base.l2, 0.0001 there and 0.5 here"
+        lambda: run_study(esl.Study(dataclasses.replace(BASE, l2=0.5), grid=GRID), path),
+        "differs in base.l2, 0.0001 there and 0.5 here",
     )
-    refused(lambda: run_study(esl.Study(BASE, grid=dict(reversed(GRID.items()))), path), "differs in the order of its dimensions")
-    refused(lambda: run_study(esl.Study(BASE, points=[{"seed": 1}]), path), "differs in points, absent there and .*seed")
+    refused(
+        lambda: run_study(esl.Study(BASE, grid=dict(reversed(GRID.items()))), path),
+        "differs in the order of its dimensions",
+    )
+    refused(
+        lambda: run_study(esl.Study(BASE, points=[{"seed": 1}]), path),
+        "differs in points, absent there and .*seed",
+    )
     (tmp_path / "file.zarr").write_text("precious")
-    refused(lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "file.zarr"), "must be the store of a study")
+    refused(
+        lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "file.zarr"),
+        "must be the store of a study",
+    )
     zarr.create_group(tmp_path / "other.zarr")
-    refused(lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "other.zarr"), "must be the store of a study")
-    refused(lambda: esl.open_study(tmp_path / "nothing.zarr"), "must be the store of a study, but there is nothing at")
-    refused(lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "no" / "s.zarr"), "Argument `out` must be in a folder")
+    refused(
+        lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "other.zarr"),
+        "must be the store of a study",
+    )
+    refused(
+        lambda: esl.open_study(tmp_path / "nothing.zarr"),
+        "must be the store of a study, but there is nothing at",
+    )
+    refused(
+        lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "no" / "s.zarr"),
+        "Argument `out` must be in a folder",
+    )
     assert (tmp_path / "file.zarr").read_text() == "precious"
 
 
 def test_wrong_types_are_refused(tmp_path, refused):
     study = esl.Study(BASE, grid=GRID)
     refused(lambda: run_study(GRID, tmp_path / "s.zarr"), "Argument `study` must be a Study")
-    refused(lambda: run_study(study, tmp_path / "s.zarr", task_size=0), "Argument `task_size` must be an integer of at least 1")
-    refused(lambda: run_study(study, tmp_path / "s.zarr", width=-1), "Argument `width` must be an integer of at least 1")
-    refused(lambda: run_study(study, tmp_path / "s.zarr", executor=4), "Argument `executor` must be a concurrent.futures.Executor")
+    refused(
+        lambda: run_study(study, tmp_path / "s.zarr", task_size=0),
+        "Argument `task_size` must be an integer of at least 1",
+    )
+    refused(
+        lambda: run_study(study, tmp_path / "s.zarr", width=-1),
+        "Argument `width` must be an integer of at least 1",
+    )
+    refused(
+        lambda: run_study(study, tmp_path / "s.zarr", executor=4),
+        "Argument `executor` must be a concurrent.futures.Executor",
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -404,7 +532,10 @@ def test_what_does_not_fit_is_refused(tmp_path, refused, monkeypatch):
             r"`grid` must fit in memory, here 20.0 MB, but its 100,000 runs need",
         )
     vast = esl.Study(BASE, grid={"members": [8, 10_000_000]})
-    refused(lambda: run_study(vast, tmp_path / "v.zarr"), "Argument `members` must fit in memory, .* 10000000 members .* need about")
+    refused(
+        lambda: run_study(vast, tmp_path / "v.zarr"),
+        "Argument `members` must fit in memory, .* 10000000 members .* need about",
+    )
     assert not (tmp_path / "s.zarr").exists()
 
 
@@ -429,7 +560,10 @@ def test_one_writer_at_a_time(tmp_path, refused):
     assert json.loads(lock.read_text())["pid"] == holder.pid, "left behind"
     assert (run_study(study, tmp_path / "study.zarr")["done"] == 1).all()
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
-    refused(lambda: run_study(study, tmp_path / "study.zarr"), "process 1 of elsewhere says it is writing it; .* delete .*study.zarr.lock")
+    refused(
+        lambda: run_study(study, tmp_path / "study.zarr"),
+        "process 1 of elsewhere says it is writing it; .* delete .*study.zarr.lock",
+    )
     assert lock.exists()
 
 
@@ -445,10 +579,16 @@ def test_leftovers_of_a_killed_writer_are_cleared(tmp_path):
 
 def test_without_the_extra_it_says_what_to_install(tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "zarr", None)
-    refused(lambda: run_study(esl.Study(BASE, grid={"seed": [0]}), tmp_path / "s.zarr"), r"zarr, which is not installed: pip install")
+    refused(
+        lambda: run_study(esl.Study(BASE, grid={"seed": [0]}), tmp_path / "s.zarr"),
+        r"zarr, which is not installed: pip install",
+    )
     monkeypatch.setitem(sys.modules, "distributed", None)
     with (
-        pytest.raises(esl.InputError, match=r"distributed, which is not installed: pip install 'esljax\[cluster\]'"),
+        pytest.raises(
+            esl.InputError,
+            match=r"distributed, which is not installed: pip install 'esljax\[cluster\]'",
+        ),
         executors.scheduler("x"),
     ):
         pass
@@ -487,7 +627,11 @@ def test_figures(grid, rows, scales, grid_store, tmp_path):
     panels = figure.axes
     assert len(panels) == 3 * rows
     assert [axes.get_xscale() for axes in panels[::3]] == scales
-    assert [axes.get_ylabel() for axes in panels[:3]] == ["entropy production $\\Sigma$", "$W_2^2$, the limit", "gap $\\Sigma - W_2^2$"]
+    assert [axes.get_ylabel() for axes in panels[:3]] == [
+        "entropy production $\\Sigma$",
+        "$W_2^2$, the limit",
+        "gap $\\Sigma - W_2^2$",
+    ]
     if rows == 2:
         drawn = panels[0].lines[0].get_xydata()
         means = results.sel(members=6, schedule="constant")["entropy_production"].mean("seed")

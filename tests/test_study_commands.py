@@ -56,7 +56,9 @@ def whole(tmp_path_factory):
     """The store of the long study, run to its end at once."""
     folder = tmp_path_factory.mktemp("whole")
     (folder / "study.toml").write_text(LONG)
-    assert cli.main(["study", "run", str(folder / "study.toml"), "--task-size", "1", "--quiet"]) == 0
+    assert (
+        cli.main(["study", "run", str(folder / "study.toml"), "--task-size", "1", "--quiet"]) == 0
+    )
     return folder / "study.zarr"
 
 
@@ -115,12 +117,25 @@ def test_plot(small, capsys):
     assert cli.main(["study", "plot", str(folder / "study.toml")]) == 0
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
     assert "24 runs" in capsys.readouterr().out
-    assert cli.main(["study", "plot", str(folder / "study.toml"), "--out", str(folder / "no" / "figure.png")]) == 2
+    assert (
+        cli.main(
+            [
+                "study",
+                "plot",
+                str(folder / "study.toml"),
+                "--out",
+                str(folder / "no" / "figure.png"),
+            ]
+        )
+        == 2
+    )
     assert "Argument `out` must be a figure that can be written" in capsys.readouterr().err
 
 
 def test_failed_runs_are_told_and_the_exit_code_is_1(tmp_path, capsys):
-    (tmp_path / "study.toml").write_text(SMALL.replace("[0.1, 0.4, 1.6]", "[0.1, 1e30]").replace("[0, 8]", "[0, 3]"))
+    (tmp_path / "study.toml").write_text(
+        SMALL.replace("[0.1, 0.4, 1.6]", "[0.1, 1e30]").replace("[0, 8]", "[0, 3]")
+    )
     assert cli.main(["study", "run", str(tmp_path / "study.toml")]) == 1
     said = capsys.readouterr().out
     assert "3 of 6 runs done, 3 failed" in said
@@ -134,16 +149,34 @@ def test_failed_runs_are_told_and_the_exit_code_is_1(tmp_path, capsys):
     [
         (["run", "nowhere.toml"], "Argument `config` must be a readable file"),
         (["run", "bad.toml"], "Key `rates` of [base] of bad.toml is unknown"),
-        (["run", "study.toml", "--task-size", "0"], "Argument `task_size` must be an integer of at least 1"),
-        (["run", "study.toml", "--processes", "-1"], "Argument `processes` must be an integer of at least 0"),
-        (["run", "study.toml", "--processes", "2", "--slurm", "1"], "Argument `slurm` must stand without processes"),
-        (["run", "study.toml", "--out", "study.toml"], "Argument `path` must be the store of a study"),
+        (
+            ["run", "study.toml", "--task-size", "0"],
+            "Argument `task_size` must be an integer of at least 1",
+        ),
+        (
+            ["run", "study.toml", "--processes", "-1"],
+            "Argument `processes` must be an integer of at least 0",
+        ),
+        (
+            ["run", "study.toml", "--processes", "2", "--slurm", "1"],
+            "Argument `slurm` must stand without processes",
+        ),
+        (
+            ["run", "study.toml", "--out", "study.toml"],
+            "Argument `path` must be the store of a study",
+        ),
         (
             ["run", "study.toml", "--scheduler", "tcp://127.0.0.1:9"],
             "Argument `scheduler` must be the address of a dask scheduler that answers",
         ),
-        (["run", "study.toml", "--scheduler", "no such"], "Argument `scheduler` must be the address of a dask scheduler"),
-        (["status", "study.toml"], "Argument `path` must be the store of a study, but there is nothing at study.zarr"),
+        (
+            ["run", "study.toml", "--scheduler", "no such"],
+            "Argument `scheduler` must be the address of a dask scheduler",
+        ),
+        (
+            ["status", "study.toml"],
+            "Argument `path` must be the store of a study, but there is nothing at study.zarr",
+        ),
         (["show", "nowhere.zarr"], "Argument `path` must be the store of a study"),
         (["plot", "."], "Argument `path` must be the store of a study"),
     ],
@@ -158,7 +191,9 @@ def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, capsys, monkey
     error = capsys.readouterr().err
     assert error.startswith(f"esljax: {sentence}")
     assert error.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"study.toml", "bad.toml"}, "refused before anything is written"
+    assert {path.name for path in tmp_path.iterdir()} == {"study.toml", "bad.toml"}, (
+        "refused before anything is written"
+    )
 
 
 def test_unknown_command(capsys):
@@ -185,17 +220,30 @@ def begun(store, process, least=1):
 def test_ctrl_c_leaves_a_store_to_go_on_with(processes, tmp_path, environment, capsys):
     (tmp_path / "study.toml").write_text(LONG.replace("2000", "20000"))
     arguments = command("run", "study.toml", "--task-size", "1", "--processes", processes)
-    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         begun(tmp_path / "study.zarr", process)
         assert cli.main(["study", "status", str(tmp_path / "study.toml")]) == 0
-        assert re.search(rf"process {process.pid} of .* is running it, about \d+ (s|min) left", capsys.readouterr().out)
+        assert re.search(
+            rf"process {process.pid} of .* is running it, about \d+ (s|min) left",
+            capsys.readouterr().out,
+        )
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
-    assert re.fullmatch(r"esljax: interrupted; \d+ of 24 runs done in study.zarr, and the same command goes on from there.\n", error)
+    assert re.fullmatch(
+        r"esljax: interrupted; \d+ of 24 runs done in study.zarr, and the same command goes on from there.\n",
+        error,
+    )
     assert not (tmp_path / "study.zarr.lock").exists()
     cli.main(["study", "status", str(tmp_path / "study.toml")])
     assert "nothing is running it; go on by: esljax study run" in capsys.readouterr().out
@@ -205,7 +253,9 @@ def killed_again_and_again(folder, environment, kills):
     """Kill the study at random moments, then let it end; how many of the kills came before its end."""
     store, codes = folder / "study.zarr", []
     for _ in range(kills):
-        process = subprocess.Popen(command("run", "study.toml", "--task-size", "1", "--quiet"), cwd=folder, env=environment)
+        process = subprocess.Popen(
+            command("run", "study.toml", "--task-size", "1", "--quiet"), cwd=folder, env=environment
+        )
         # Some while it starts or makes the store, most in the middle of its tasks.
         if random.random() < 0.8:
             done = int((esl.open_study(store)["done"] != 0).sum()) if store.exists() else 0
@@ -213,7 +263,13 @@ def killed_again_and_again(folder, environment, kills):
         time.sleep(random.uniform(0, 0.3))
         process.kill()
         codes.append(process.wait())
-    subprocess.run(command("run", "study.toml", "--task-size", "1", "--quiet"), cwd=folder, env=environment, timeout=300, check=True)
+    subprocess.run(
+        command("run", "study.toml", "--task-size", "1", "--quiet"),
+        cwd=folder,
+        env=environment,
+        timeout=300,
+        check=True,
+    )
     return codes.count(-signal.SIGKILL)
 
 
@@ -224,7 +280,13 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(kills, whole, tmp_p
     same(tmp_path / "study.zarr", whole)
     contents = []
     for store in (tmp_path / "study.zarr", whole):
-        contents.append({path.relative_to(store): path.read_bytes() for path in store.rglob("*") if path.is_file()})
+        contents.append(
+            {
+                path.relative_to(store): path.read_bytes()
+                for path in store.rglob("*")
+                if path.is_file()
+            }
+        )
         about = json.loads(contents[-1].pop((store / "zarr.json").relative_to(store)))
         assert about["attributes"].pop("created")
         contents[-1]["about"] = about
@@ -238,7 +300,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(kills, whole, tmp_p
 def test_processes_of_this_machine_give_the_same_bits(whole, tmp_path, environment):
     (tmp_path / "study.toml").write_text(LONG)
     arguments = command("run", "study.toml", "--processes", "2", "--task-size", "1")
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "24 of 24 runs done in study.zarr" in done.stdout
     same(tmp_path / "study.zarr", whole)
@@ -258,7 +322,10 @@ class Dying(executors.InProcess):
 
 def test_a_pool_that_ends_early_is_told(small, tmp_path):
     study = esl.Study.from_toml(small[1] / "study.toml")
-    with pytest.raises(esl.LostWorkersError, match=r"The workers ended before the study did \(a child died\); what is done is kept"):
+    with pytest.raises(
+        esl.LostWorkersError,
+        match=r"The workers ended before the study did \(a child died\); what is done is kept",
+    ):
         run_study(study, tmp_path / "study.zarr", task_size=6, executor=Dying())
     assert int((esl.open_study(tmp_path / "study.zarr")["done"] == 1).sum()) == 6
     run_study(study, tmp_path / "study.zarr")
@@ -269,10 +336,26 @@ def test_a_pool_that_ends_early_is_told(small, tmp_path):
 def dask_cluster(tmp_path, environment):
     """A scheduler and two workers in processes of their own: (address, workers)."""
     file, dask = tmp_path / "scheduler.json", [sys.executable, "-m", "dask"]
-    quiet = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet = {
+        "cwd": tmp_path,
+        "env": environment,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+    }
     processes = [
         subprocess.Popen(
-            [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file), "--no-dashboard"], **quiet
+            [
+                *dask,
+                "scheduler",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                "0",
+                "--scheduler-file",
+                str(file),
+                "--no-dashboard",
+            ],
+            **quiet,
         )
     ]
     try:
@@ -280,7 +363,17 @@ def dask_cluster(tmp_path, environment):
         while not file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         for name in ("first", "second"):
-            worker = ["worker", "--scheduler-file", str(file), "--no-nanny", "--nthreads", "1", "--no-dashboard", "--name", name]
+            worker = [
+                "worker",
+                "--scheduler-file",
+                str(file),
+                "--no-nanny",
+                "--nthreads",
+                "1",
+                "--no-dashboard",
+                "--name",
+                name,
+            ]
             processes.append(subprocess.Popen([*dask, *worker], **quiet))
         yield json.loads(file.read_text())["address"], processes[1:]
     finally:
@@ -289,13 +382,19 @@ def dask_cluster(tmp_path, environment):
             process.wait()
 
 
-def test_a_dask_worker_that_is_killed_costs_nothing_but_time(dask_cluster, whole, tmp_path, monkeypatch):
+def test_a_dask_worker_that_is_killed_costs_nothing_but_time(
+    dask_cluster, whole, tmp_path, monkeypatch
+):
     """Two real workers, one killed by SIGKILL with a task in its hands: every run is there, written once, with the bits of this process."""
     address, workers = dask_cluster
     study = esl.Study.from_dict(tomllib.loads(LONG))
     written, killed = [], []
     plain = study_store.StudyStore.write
-    monkeypatch.setattr(study_store.StudyStore, "write", lambda self, i, rows: written.extend(i.tolist()) or plain(self, i, rows))
+    monkeypatch.setattr(
+        study_store.StudyStore,
+        "write",
+        lambda self, i, rows: written.extend(i.tolist()) or plain(self, i, rows),
+    )
 
     def watch(progress):
         if progress.fresh >= 4 and not killed:
@@ -321,7 +420,13 @@ setsid sh "$script" > /dev/null 2>&1 &
 echo $! >> {folder}/jobs
 echo "Submitted batch job $!"
 """
-JOBS = {"cores": 1, "memory": "4GB", "processes": 1, "interface": "lo", "scheduler-options": {"dashboard_address": ":0"}}
+JOBS = {
+    "cores": 1,
+    "memory": "4GB",
+    "processes": 1,
+    "interface": "lo",
+    "scheduler-options": {"dashboard_address": ":0"},
+}
 
 
 def put(path, script):
@@ -341,7 +446,12 @@ def machine(tmp_path, environment, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", f"{tmp_path}:{environment['PATH']}")
     monkeypatch.setattr(executors, "_RENEWAL", 1)
-    with dask.config.set({"jobqueue.slurm": {**dask.config.get("jobqueue.slurm"), **JOBS}, "distributed.deploy.lost-worker-timeout": "1s"}):
+    with dask.config.set(
+        {
+            "jobqueue.slurm": {**dask.config.get("jobqueue.slurm"), **JOBS},
+            "distributed.deploy.lost-worker-timeout": "1s",
+        }
+    ):
         yield tmp_path
     gc.collect()  # what dask has left open is not to surprise another test
 
@@ -357,7 +467,9 @@ def test_slurm_jobs(small, machine):
     (machine / "study.toml").write_text(SMALL)
     arguments = command("run", "study.toml", "--slurm", "2", "--task-size", "6")
     given = {**os.environ, "DASK_CONFIG": str(machine)}
-    done = subprocess.run(arguments, cwd=machine, env=given, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        arguments, cwd=machine, env=given, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert len((machine / "jobs").read_text().split()) == 2
     same(machine / "study.zarr", small[1] / "study.zarr")
@@ -366,7 +478,9 @@ def test_slurm_jobs(small, machine):
 @LEFT
 @pytest.mark.slow
 def test_slurm_jobs_whose_time_is_up_are_sent_again(whole, machine):
-    jobs = lambda: [int(job) for job in (machine / "jobs").read_text().split()]  # noqa: E731
+    def jobs():
+        return [int(job) for job in (machine / "jobs").read_text().split()]
+
     ended = []
 
     def watch(progress):
@@ -376,7 +490,13 @@ def test_slurm_jobs_whose_time_is_up_are_sent_again(whole, machine):
                 os.killpg(job, signal.SIGKILL)
 
     with executors.slurm(2) as executor:
-        run_study(esl.Study.from_dict(tomllib.loads(LONG)), machine / "study.zarr", executor=executor, task_size=1, watch=watch)
+        run_study(
+            esl.Study.from_dict(tomllib.loads(LONG)),
+            machine / "study.zarr",
+            executor=executor,
+            task_size=1,
+            watch=watch,
+        )
     assert len(ended) == 2
     assert len(jobs()) == 4
     same(machine / "study.zarr", whole)
@@ -384,8 +504,17 @@ def test_slurm_jobs_whose_time_is_up_are_sent_again(whole, machine):
 
 @LEFT
 def test_what_slurm_refuses_is_told_in_its_words(machine):
-    put(machine / "sbatch", "#!/bin/sh\necho 'sbatch: error: invalid partition specified: day' >&2\nexit 1\n")
-    with pytest.raises(esl.InputError, match="that sbatch takes, but sbatch: error: invalid partition specified: day"), executors.slurm(2):
+    put(
+        machine / "sbatch",
+        "#!/bin/sh\necho 'sbatch: error: invalid partition specified: day' >&2\nexit 1\n",
+    )
+    with (
+        pytest.raises(
+            esl.InputError,
+            match="that sbatch takes, but sbatch: error: invalid partition specified: day",
+        ),
+        executors.slurm(2),
+    ):
         pass
 
 
@@ -397,14 +526,19 @@ def test_ctrl_c_while_it_waits_for_jobs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(executors, "slurm", waiting)
     (tmp_path / "study.toml").write_text(SMALL)
     assert cli.main(["study", "run", "study.toml", "--slurm", "1"]) == 130
-    assert capsys.readouterr().err.startswith("esljax: interrupted; nothing was begun in study.zarr")
+    assert capsys.readouterr().err.startswith(
+        "esljax: interrupted; nothing was begun in study.zarr"
+    )
 
 
 @LEFT
 def test_jobs_that_do_not_come_are_told_of(machine, monkeypatch):
     monkeypatch.setattr(executors, "_PATIENCE", 0.1)
     put(machine / "sbatch", "#!/bin/sh\necho Submitted batch job 7\n")
-    with pytest.warns(UserWarning, match="No job of SLURM has brought a worker yet"), executors.slurm(1):
+    with (
+        pytest.warns(UserWarning, match="No job of SLURM has brought a worker yet"),
+        executors.slurm(1),
+    ):
         pass
 
 

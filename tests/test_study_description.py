@@ -10,11 +10,18 @@ import esljax as esl
 from esljax.experiment import runs
 
 BASE = esl.RunConfig(data="moons", hidden=(4,), members=8, steps=10, snapshots=5, batch_size=32)
-GRID = {"rate": [0.1, 0.4, 1.6], "members": [6, 8], "schedule": ["constant", "cosine"], "seed": [3, 1]}
+GRID = {
+    "rate": [0.1, 0.4, 1.6],
+    "members": [6, 8],
+    "schedule": ["constant", "cosine"],
+    "seed": [3, 1],
+}
 
 
 def test_a_grid_is_every_combination():
-    study = esl.Study(BASE, grid={"rate": np.array([0.1, 0.2]), "hidden": [(4,), (3, 2)], "seed": range(3)})
+    study = esl.Study(
+        BASE, grid={"rate": np.array([0.1, 0.2]), "hidden": [(4,), (3, 2)], "seed": range(3)}
+    )
     assert study.dimensions == {"rate": 2, "hidden": 2, "seed": 3}
     assert study.size == 12
     seen = [(study.point(i).rate, study.point(i).hidden, study.point(i).seed) for i in range(12)]
@@ -32,7 +39,11 @@ def test_points_are_as_listed():
         dataclasses.asdict(BASE) | {"rate": 0.3},
         dataclasses.asdict(BASE) | {"seed": 4, "members": 6},
     ]
-    assert study.coordinates == {"members": ("point", (8, 6)), "rate": ("point", (0.3, 0.25)), "seed": ("point", (0, 4))}
+    assert study.coordinates == {
+        "members": ("point", (8, 6)),
+        "rate": ("point", (0.3, 0.25)),
+        "seed": ("point", (0, 4)),
+    }
 
 
 @pytest.mark.parametrize("task_size", [1, 2, 5, 8, 1000])
@@ -41,13 +52,19 @@ def test_slices_hold_every_run_once_and_one_shape_each(task_size, listed):
     study = esl.Study(BASE, grid=GRID)
     if listed:
         fields = ("rate", "members", "schedule", "seed")
-        study = esl.Study(BASE, points=[{name: getattr(study.point(i), name) for name in fields} for i in range(24)])
+        study = esl.Study(
+            BASE,
+            points=[{name: getattr(study.point(i), name) for name in fields} for i in range(24)],
+        )
     slices = study.slices(task_size)
     assert sorted(np.concatenate([part.indices for part in slices])) == list(range(24))
     for part in slices:
         assert len(part.indices) <= part.length <= task_size
         assert len({runs.shape_of(study.point(int(i))) for i in part.indices}) == 1
-    assert len({(runs.shape_of(study.point(int(part.indices[0]))), part.length) for part in slices}) == 2, "one program for each shape"
+    assert (
+        len({(runs.shape_of(study.point(int(part.indices[0]))), part.length) for part in slices})
+        == 2
+    ), "one program for each shape"
 
 
 def test_a_task_of_a_grid_is_one_chunk():
@@ -88,7 +105,9 @@ def test_toml(tmp_path):
     again = esl.Study.from_dict(study.as_dict())
     assert again == study
     assert study.difference(again) is None
-    (tmp_path / "points.toml").write_text("[[points]]\nrate = 0.1\n[[points]]\nhidden = [3]\nseed = 2\n")
+    (tmp_path / "points.toml").write_text(
+        "[[points]]\nrate = 0.1\n[[points]]\nhidden = [3]\nseed = 2\n"
+    )
     study = esl.Study.from_toml(tmp_path / "points.toml")
     assert study.points == ({"rate": 0.1}, {"hidden": (3,), "seed": 2})
     assert esl.Study.from_dict(study.as_dict()) == study
@@ -97,31 +116,64 @@ def test_toml(tmp_path):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"grid": {"learning_rate": [0.1]}}, "Argument `grid` must be one of 'data', .*'learning_rate'"),
+        (
+            {"grid": {"learning_rate": [0.1]}},
+            "Argument `grid` must be one of 'data', .*'learning_rate'",
+        ),
         ({"grid": {}}, "Argument `grid` must name a field .* neither"),
-        ({"grid": {"rate": [0.1]}, "points": [{"rate": 0.1}]}, "Argument `grid` must name a field .* both"),
+        (
+            {"grid": {"rate": [0.1]}, "points": [{"rate": 0.1}]},
+            "Argument `grid` must name a field .* both",
+        ),
         ({"grid": {"rate": []}}, "Argument `grid.rate` must hold at least one value"),
         ({"grid": {"rate": 0.1}}, "Argument `grid.rate` must be a list of values, but is 0.1"),
         ({"grid": {"schedule": "cosine"}}, "Argument `grid.schedule` must be a list of values"),
-        ({"grid": {"rate": [0.1, 0.2, 0.1]}}, "Argument `grid.rate` must hold each value once, but holds 0.1 twice"),
-        ({"points": [{"seed": 1}, {"seed": 2}, {"seed": 1}]}, r"`points\[2\]` must be another run .* but is the same as points\[0\]"),
-        ({"points": [{"seed": 1}, {"seed": 1, "members": 8}]}, r"`points\[1\]` must be another run .* but is the same as points\[0\]"),
+        (
+            {"grid": {"rate": [0.1, 0.2, 0.1]}},
+            "Argument `grid.rate` must hold each value once, but holds 0.1 twice",
+        ),
+        (
+            {"points": [{"seed": 1}, {"seed": 2}, {"seed": 1}]},
+            r"`points\[2\]` must be another run .* but is the same as points\[0\]",
+        ),
+        (
+            {"points": [{"seed": 1}, {"seed": 1, "members": 8}]},
+            r"`points\[1\]` must be another run .* but is the same as points\[0\]",
+        ),
         ({"grid": {"seed": [0, 1.5]}}, "Argument `seed` must be a int in grid.seed, but is 1.5"),
         ({"grid": {"seed": [0, True]}}, "Argument `seed` must be a int in grid.seed, but is True"),
-        ({"grid": {"rate": ["fast"]}}, "Argument `rate` must be a float in grid.rate, but is 'fast'"),
+        (
+            {"grid": {"rate": ["fast"]}},
+            "Argument `rate` must be a float in grid.rate, but is 'fast'",
+        ),
         ({"grid": {"rate": [0.1, -0.1]}}, "Argument `rate` must be greater than 0, but is -0.1"),
         ({"grid": {"rate": [0.1, math.nan]}}, "Argument `rate` must be greater than 0"),
-        ({"grid": {"schedule": ["constant", "sawtooth"]}}, "Argument `schedule` must be one of .*'sawtooth'"),
+        (
+            {"grid": {"schedule": ["constant", "sawtooth"]}},
+            "Argument `schedule` must be one of .*'sawtooth'",
+        ),
         ({"grid": {"steps": [10, 12]}}, "Argument `snapshots` must divide the 12 steps, but is 5"),
         ({"grid": {"seed": [2**32]}}, r"Argument `seed` must be below 2\*\*32"),
-        ({"grid": {"hidden": [[4], 8]}}, "Argument `hidden` must be a list of integers in grid.hidden, but is 8"),
+        (
+            {"grid": {"hidden": [[4], 8]}},
+            "Argument `hidden` must be a list of integers in grid.hidden, but is 8",
+        ),
         (
             {"grid": {"rate": [0.1], "seed": range(10**12)}},
             "`grid` must hold at most 10,000,000 runs, but holds 1,000,000,000,000",
         ),
-        ({"points": [{"rate": 0.1}, {}]}, r"Argument `points\[1\]` must be a table of at least one field"),
-        ({"points": [{"rate": 0.1}, {"rat": 0.1}]}, r"Argument `points\[1\]` must be one of .*'rat'"),
-        ({"points": [{"rate": 0.1}, {"rate": 0}]}, r"In points\[1\]: Argument `rate` must be greater than 0"),
+        (
+            {"points": [{"rate": 0.1}, {}]},
+            r"Argument `points\[1\]` must be a table of at least one field",
+        ),
+        (
+            {"points": [{"rate": 0.1}, {"rat": 0.1}]},
+            r"Argument `points\[1\]` must be one of .*'rat'",
+        ),
+        (
+            {"points": [{"rate": 0.1}, {"rate": 0}]},
+            r"In points\[1\]: Argument `rate` must be greater than 0",
+        ),
         ({"base": {"rate": 0.1}, "grid": {"seed": [0]}}, "Argument `base` must be a RunConfig"),
     ],
     ids=str,
@@ -146,19 +198,40 @@ def test_a_base_that_cannot_be_is_refused(field, sentence, refused):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("[bas]\nrate = 1", "Key `bas` of .*study.toml is unknown; the known keys are base, grid, points"),
+        (
+            "[bas]\nrate = 1",
+            "Key `bas` of .*study.toml is unknown; the known keys are base, grid, points",
+        ),
         ("[base]\nrates = 1", r"Key `rates` of \[base\] of .*study.toml is unknown"),
-        ("[base]\nrate = 'x'\n[grid]\nseed = [0]", "Argument `rate` must be a float in .*study.toml, but is 'x'"),
+        (
+            "[base]\nrate = 'x'\n[grid]\nseed = [0]",
+            "Argument `rate` must be a float in .*study.toml, but is 'x'",
+        ),
         ("grid = 3", "Argument `grid` must be a table in .*study.toml, but is 3"),
         ("points = 3", "Argument `points` must be a list of tables in .*study.toml, but is 3"),
         ("[grid]\nseed = {range = [0]}", "Argument `grid.seed` must have a range of two integers"),
         ("[grid]\nseed = {range = [3, 3]}", "Argument `grid.seed` must hold at least one value"),
         ("[grid]\nrate = {start = 1, stop = 2}", "Argument `grid.rate` must be a list, {range"),
-        ("[grid]\nrate = {start = 1, stop = 2, num = 1000000000000}", "`grid.rate.num` must be at most 10,000,000"),
-        ("[grid]\nrate = {start = 1, stop = 2, num = 1}", "Argument `grid.rate.num` must be an integer of at least 2"),
-        ("[grid]\nrate = {start = 0, stop = 2, num = 3, scale = 'log'}", "Argument `grid.rate` must have positive ends"),
-        ("[grid]\nrate = {start = 1, stop = 2, num = 3, scale = 'cube'}", "Argument `grid.rate.scale` must be one of"),
-        ("[grid]\nmembers = {start = 8, stop = 9, num = 3}", "Argument `members` must be a int in grid.members, but is 8.5"),
+        (
+            "[grid]\nrate = {start = 1, stop = 2, num = 1000000000000}",
+            "`grid.rate.num` must be at most 10,000,000",
+        ),
+        (
+            "[grid]\nrate = {start = 1, stop = 2, num = 1}",
+            "Argument `grid.rate.num` must be an integer of at least 2",
+        ),
+        (
+            "[grid]\nrate = {start = 0, stop = 2, num = 3, scale = 'log'}",
+            "Argument `grid.rate` must have positive ends",
+        ),
+        (
+            "[grid]\nrate = {start = 1, stop = 2, num = 3, scale = 'cube'}",
+            "Argument `grid.rate.scale` must be one of",
+        ),
+        (
+            "[grid]\nmembers = {start = 8, stop = 9, num = 3}",
+            "Argument `members` must be a int in grid.members, but is 8.5",
+        ),
         ("[grid\n", "Argument `config` must be valid TOML"),
     ],
 )

@@ -19,13 +19,20 @@ def group(settings, gap=1.0, error=0.1, runs=4, failed=0, unconverged=0):
 
 def grid(gap=lambda **settings: 1.0, **values):
     """One group for each combination of the values."""
-    combinations = (dict(zip(values, some, strict=True)) for some in itertools.product(*values.values()))
+    combinations = (
+        dict(zip(values, some, strict=True)) for some in itertools.product(*values.values())
+    )
     return [group(settings, gap(**settings)) for settings in combinations]
 
 
 def one_at_a_time(base, **values):
     """A list of points: each setting varies where the others are at their base."""
-    settings = [{**base, name: value} for name, some in values.items() for value in some if value != base[name]]
+    settings = [
+        {**base, name: value}
+        for name, some in values.items()
+        for value in some
+        if value != base[name]
+    ]
     return [group(some) for some in [base, *settings]]
 
 
@@ -34,10 +41,16 @@ def drawn(groups):
     figure = plot_study(groups)
     figure.draw_without_rendering()
     inside = figure.bbox.padded(1)
-    for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_visible() and artist.get_text()):
+    for text in figure.findobj(
+        lambda artist: isinstance(artist, Text) and artist.get_visible() and artist.get_text()
+    ):
         box = text.get_window_extent()
         # Ticks beyond the ends of an axis are kept, but not drawn.
-        if all(text not in axis.get_ticklabels(which="both") or text in told(axis) for axes in figure.axes for axis in _two(axes)):
+        if all(
+            text not in axis.get_ticklabels(which="both") or text in told(axis)
+            for axes in figure.axes
+            for axis in _two(axes)
+        ):
             assert inside.contains(box.x0, box.y0), text
             assert inside.contains(box.x1, box.y1), text
     for axes in figure.axes:
@@ -79,8 +92,15 @@ def notes(figure):
 
 def markers(axes):
     """Marker, filling and points of all that is marked in a panel."""
-    lines = [line for line in axes.lines if line.get_linestyle() == "None" and line.get_marker() in ("o", "x", "D")]
-    return {(line.get_marker(), line.get_markerfacecolor() == "white"): line.get_xdata().tolist() for line in lines}
+    lines = [
+        line
+        for line in axes.lines
+        if line.get_linestyle() == "None" and line.get_marker() in ("o", "x", "D")
+    ]
+    return {
+        (line.get_marker(), line.get_markerfacecolor() == "white"): line.get_xdata().tolist()
+        for line in lines
+    }
 
 
 # --- What is held -------------------------------------------------------------------------------------------------------------------------
@@ -89,7 +109,12 @@ def markers(axes):
 def test_one_setting_at_a_time():
     """The middle values of other settings need not occur together."""
     base = {"rate": 0.1, "members": 8, "temperature": 1e-7, "schedule": "constant"}
-    values = {"rate": [0.1, 0.2, 0.4, 0.8], "members": [8, 16, 32], "temperature": [1e-7, 1e-6, 1e-5], "schedule": ["constant", "cosine"]}
+    values = {
+        "rate": [0.1, 0.2, 0.4, 0.8],
+        "members": [8, 16, 32],
+        "temperature": [1e-7, 1e-6, 1e-5],
+        "schedule": ["constant", "cosine"],
+    }
     figure = drawn(one_at_a_time(base, **values))
     assert [axes.get_xlabel() for axes in rows(figure)] == ["rate", "members", "temperature"]
     for axes, name in zip(rows(figure), values, strict=False):
@@ -103,7 +128,10 @@ def test_held_is_what_leaves_most_to_see():
     assert "members 8" in drawn(full).axes[1].get_title()
     nan = dict.fromkeys(("entropy_production", "w2_squared", "gap"), np.nan)
     partial = [
-        one._replace(runs=0, failed=4, means=nan) if one.settings["members"] == 8 and one.settings["rate"] > 0.1 else one for one in full
+        one._replace(runs=0, failed=4, means=nan)
+        if one.settings["members"] == 8 and one.settings["rate"] > 0.1
+        else one
+        for one in full
     ]
     figure = drawn(partial)
     assert figure.axes[1].get_title() == "at members 4"
@@ -113,20 +141,40 @@ def test_held_is_what_leaves_most_to_see():
 def test_settings_that_nothing_shares_are_dots():
     """A random search: no line has two points, so all points are drawn, and none are joined."""
     numbers = np.random.default_rng(0).uniform(0.1, 1, (12, 3))
-    groups = [group(dict(zip(("rate", "epsilon", "l2"), some, strict=True))) for some in numbers.tolist()]
+    groups = [
+        group(dict(zip(("rate", "epsilon", "l2"), some, strict=True))) for some in numbers.tolist()
+    ]
     figure = drawn(groups)
     assert [axes.get_xlabel() for axes in rows(figure)] == ["rate", "epsilon", "l2"]
     for axes in rows(figure):
         assert [len(line) for line in data(axes)] == [12]
         assert axes.containers[0].lines[0].get_linewidth() == 0
-    assert [axes.get_title() for axes in figure.axes[1::3]] == ["the other settings vary as well"] * 3
+    assert [axes.get_title() for axes in figure.axes[1::3]] == [
+        "the other settings vary as well"
+    ] * 3
 
 
 def test_many_held_settings_stay_in_the_figure():
-    base = {"rate": 0.123456789, "l2": 0.333333333333, "epsilon": 0.1, "temperature": 1e-7, "members": 8, "steps": 100000}
-    base |= {"directions": 64, "jackknife": 0, "batch_size": 512, "chunk": 0, "schedule": "warmup_stable_decay"}
+    base = {
+        "rate": 0.123456789,
+        "l2": 0.333333333333,
+        "epsilon": 0.1,
+        "temperature": 1e-7,
+        "members": 8,
+        "steps": 100000,
+    }
+    base |= {
+        "directions": 64,
+        "jackknife": 0,
+        "batch_size": 512,
+        "chunk": 0,
+        "schedule": "warmup_stable_decay",
+    }
     # Of names alone there is one row.
-    groups = [group({**{name: f"{name} {value}" for name, value in base.items()}, "schedule": shape}) for shape in ("constant", "cosine")]
+    groups = [
+        group({**{name: f"{name} {value}" for name, value in base.items()}, "schedule": shape})
+        for shape in ("constant", "cosine")
+    ]
     groups += [group({**groups[0].settings, name: "other"}) for name in base]
     title = drawn(groups).axes[1].get_title()
     assert "steps steps 100000" in title
@@ -158,7 +206,10 @@ def test_zero_among_spaced_values_is_apart():
     assert np.diff(axes.transData.transform(data(axes)[0])[:, 0]).min() > 0.15 * axes.bbox.width
 
 
-@pytest.mark.parametrize(("name", "values"), [("batch_size", [0, 32, 64, 128]), ("chunk", [16, 0]), ("batch_size", [64, 96, 0])])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("batch_size", [0, 32, 64, 128]), ("chunk", [16, 0]), ("batch_size", [64, 96, 0])],
+)
 def test_all_comes_last(name, values):
     """0 examples are all of them, not fewer than one."""
     axes = rows(drawn(grid(lambda **settings: settings[name] or 1000, **{name: values})))[0]
@@ -204,7 +255,9 @@ def test_what_is_not_positive_is_on_the_axis():
     low, high = panel.get_ylim()
     assert panel.get_yscale() == "linear"
     assert low < -0.02 < 5 < high
-    assert [line for line in panel.lines if not np.any(line.get_ydata())], "zero is marked where something is below it"
+    assert [line for line in panel.lines if not np.any(line.get_ydata())], (
+        "zero is marked where something is below it"
+    )
 
 
 def test_a_bar_that_reaches_zero_leaves_the_axis_readable():
@@ -220,9 +273,14 @@ def test_a_bar_that_reaches_zero_leaves_the_axis_readable():
 
 
 def test_many_lines_are_chosen_from_and_said_to_be():
-    figure = drawn(grid(rate=np.linspace(0.1, 1, 30).tolist(), temperature=np.linspace(0.1, 1, 31).tolist()))
+    figure = drawn(
+        grid(rate=np.linspace(0.1, 1, 30).tolist(), temperature=np.linspace(0.1, 1, 31).tolist())
+    )
     legends = [axes.get_legend() for axes in figure.axes[2::3]]
-    assert [legend.get_title().get_text() for legend in legends] == ["temperature (8 of 31)", "rate (8 of 30)"]
+    assert [legend.get_title().get_text() for legend in legends] == [
+        "temperature (8 of 31)",
+        "rate (8 of 30)",
+    ]
     texts = [text.get_text() for text in legends[1].get_texts()]
     assert len(texts) == 8
     assert (texts[0], texts[-1]) == ("0.1", "1")
@@ -230,13 +288,25 @@ def test_many_lines_are_chosen_from_and_said_to_be():
 
 def test_a_line_that_goes_far_is_not_left_out_for_dots():
     base = {"rate": 0.1, "members": 9}
-    figure = drawn(one_at_a_time(base, rate=np.linspace(0.1, 1, 12).tolist(), members=list(range(2, 22))))
+    figure = drawn(
+        one_at_a_time(base, rate=np.linspace(0.1, 1, 12).tolist(), members=list(range(2, 22)))
+    )
     assert [len(line) for line in data(rows(figure)[0])] == [12]
     assert [axes.get_title() for axes in figure.axes[1::3]] == ["at members 9", "at rate 0.1"]
 
 
 def test_a_study_of_names_alone():
-    figure = drawn(grid(schedule=["constant", "linear_decay", "cosine", "warmup_stable_decay", "exponential_decay"]))
+    figure = drawn(
+        grid(
+            schedule=[
+                "constant",
+                "linear_decay",
+                "cosine",
+                "warmup_stable_decay",
+                "exponential_decay",
+            ]
+        )
+    )
     axes = rows(figure)[0]
     assert words(axes.xaxis)[-2:] == ["warmup–stable–decay", "exponential decay"]
     assert axes.get_legend() is None
@@ -246,7 +316,10 @@ def test_a_study_of_names_alone():
     assert len({line[0, 0] for line in data(rows(figure)[0])}) == 3
 
 
-@pytest.mark.parametrize("settings", [{"rate": 0.25}, {}, {"schedule": "cosine"}, {"batch_size": 0}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"rate": 0.25}, {}, {"schedule": "cosine"}, {"batch_size": 0}, {"temperature": 0.0}],
+)
 def test_a_single_group(settings):
     figure = drawn([group(settings, error=np.nan)])
     assert len(figure.axes) == 3
@@ -266,7 +339,12 @@ def test_points_that_are_less_than_they_seem_are_marked_and_explained():
         group({"rate": 0.5}, failed=1, unconverged=1),
     ]
     figure = drawn(groups)
-    assert markers(figure.axes[2]) == {("o", False): [0.1], ("D", True): [0.2], ("x", False): [0.3, 0.5], ("o", True): [0.4]}
+    assert markers(figure.axes[2]) == {
+        ("o", False): [0.1],
+        ("D", True): [0.2],
+        ("x", False): [0.3, 0.5],
+        ("o", True): [0.4],
+    }
     assert notes(figure) == [
         "one run, without a standard error",
         "some runs failed: mean of the others",
@@ -282,4 +360,7 @@ def test_nothing_is_explained_that_is_not_there():
 
 def test_nothing_to_plot_is_refused(refused):
     refused(lambda: plot_study([]), "Argument `study` must have runs that are done")
-    refused(lambda: plot_study([group({"rate": 0.1}, gap=np.nan)]), "Argument `study` must have runs that are done")
+    refused(
+        lambda: plot_study([group({"rate": 0.1}, gap=np.nan)]),
+        "Argument `study` must have runs that are done",
+    )

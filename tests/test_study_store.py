@@ -17,7 +17,14 @@ from esljax.study import run as study_run
 from esljax.study import run_study
 from esljax.study import store as study_store
 
-SETTINGS = {"data": "moons", "hidden": [4], "members": 6, "steps": 10, "snapshots": 5, "batch_size": 32}
+SETTINGS = {
+    "data": "moons",
+    "hidden": [4],
+    "members": 6,
+    "steps": 10,
+    "snapshots": 5,
+    "batch_size": 32,
+}
 BASE = esl.RunConfig(**{**SETTINGS, "hidden": (4,)})
 
 
@@ -29,7 +36,9 @@ def rows(count: int, reasons=None, converged=True) -> runs.Rows:
 
 def describe(folder, seeds=(3, 1, 2)):
     """The file that describes a study of two rates."""
-    storage.write_toml(folder / "study.toml", {"base": SETTINGS, "grid": {"rate": [0.1, 0.4], "seed": list(seeds)}})
+    storage.write_toml(
+        folder / "study.toml", {"base": SETTINGS, "grid": {"rate": [0.1, 0.4], "seed": list(seeds)}}
+    )
 
 
 def written(path, study, *, done=None, **more) -> study_store.StudyStore:
@@ -96,10 +105,21 @@ def test_a_worker_with_other_versions_takes_no_part(tmp_path):
 
 def test_what_is_refused_leaves_no_store(folder, refused):
     vast = esl.Study(BASE, grid={"members": [6, 10_000_000]})
-    refused(lambda: run_study(vast, folder / "new.zarr", executor=Idle()), "`members` must fit in memory")
+    refused(
+        lambda: run_study(vast, folder / "new.zarr", executor=Idle()),
+        "`members` must fit in memory",
+    )
     study = esl.Study(BASE, grid={"seed": [9]})
-    for other, sentence in (("nowhere.zarr", "there is nothing at"), ("study.zarr", "differs in grid.seed")):
-        refused(lambda other=other: run_study(study, folder / "new.zarr", reuse=[folder / other], executor=Idle()), sentence)
+    for other, sentence in (
+        ("nowhere.zarr", "there is nothing at"),
+        ("study.zarr", "differs in grid.seed"),
+    ):
+        refused(
+            lambda other=other: run_study(
+                study, folder / "new.zarr", reuse=[folder / other], executor=Idle()
+            ),
+            sentence,
+        )
     assert sorted(path.name for path in folder.iterdir()) == ["study.toml", "study.zarr"]
 
 
@@ -107,15 +127,27 @@ def test_a_refused_retry_forgets_nothing(folder, refused):
     study = esl.Study(BASE, grid={"seed": [1, 2]})
     written(folder / "failed.zarr", study, reasons=("diverged", "diverged"))
     refused(
-        lambda: run_study(study, folder / "failed.zarr", retry=True, reuse=[folder / "nowhere.zarr"], executor=Idle()),
+        lambda: run_study(
+            study,
+            folder / "failed.zarr",
+            retry=True,
+            reuse=[folder / "nowhere.zarr"],
+            executor=Idle(),
+        ),
         "there is nothing at",
     )
-    assert esl.open_study(folder / "failed.zarr")["done"].values.tolist() == [study_store.FAILED] * 2
+    assert (
+        esl.open_study(folder / "failed.zarr")["done"].values.tolist() == [study_store.FAILED] * 2
+    )
 
 
 def test_a_grown_grid_is_told_how_to_go_on(folder, refused):
     refused(
-        lambda: run_study(esl.Study(BASE, grid={"rate": [0.1, 0.4], "seed": [3, 1, 2, 4]}), folder / "study.zarr", executor=Idle()),
+        lambda: run_study(
+            esl.Study(BASE, grid={"rate": [0.1, 0.4], "seed": [3, 1, 2, 4]}),
+            folder / "study.zarr",
+            executor=Idle(),
+        ),
         r"take its runs from by --reuse study.zarr\), but .* differs in grid.seed, \[3, 1, 2\] there and \[3, 1, 2, 4\] here",
     )
 
@@ -124,8 +156,13 @@ def test_a_link_to_a_store_is_the_store(folder, refused):
     (folder / "link.zarr").symlink_to(folder / "study.zarr")
     study = esl.Study.from_toml(folder / "study.toml")
     with storage.locked(study_store.lock_path(folder / "study.zarr"), "out"):
-        refused(lambda: run_study(study, folder / "link.zarr", executor=Idle()), "`out` must have no other writer")
-    assert study_store.lock_path(folder / "link.zarr") == study_store.lock_path(folder / "study.zarr")
+        refused(
+            lambda: run_study(study, folder / "link.zarr", executor=Idle()),
+            "`out` must have no other writer",
+        )
+    assert study_store.lock_path(folder / "link.zarr") == study_store.lock_path(
+        folder / "study.zarr"
+    )
     refused(lambda: run_study(study, "/", executor=Idle()), "`out` must be a folder of its own")
 
 
@@ -134,12 +171,20 @@ def test_a_link_to_a_store_is_the_store(folder, refused):
 
 def test_coordinates_come_in_the_order_of_the_study(tmp_path):
     """And not in that of a folder's files, on which the lines of a figure would depend."""
-    grid = {"temperature": [0.1], "rate": [0.1, 0.2], "l2": [0.0, 0.1], "batch_size": [8, 4], "seed": [0]}
+    grid = {
+        "temperature": [0.1],
+        "rate": [0.1, 0.2],
+        "l2": [0.0, 0.1],
+        "batch_size": [8, 4],
+        "seed": [0],
+    }
     written(tmp_path / "study.zarr", esl.Study(BASE, grid=grid))
     results = esl.open_study(tmp_path / "study.zarr")
     assert list(results.coords) == list(results.sizes) == list(grid)
     assert list(esl.summarize(results)[0].settings) == ["temperature", "rate", "l2", "batch_size"]
-    assert all(isinstance(value, str | int) for value in results.attrs.values()), "as other formats want them"
+    assert all(isinstance(value, str | int) for value in results.attrs.values()), (
+        "as other formats want them"
+    )
 
 
 def test_runs_that_were_not_solved_are_told(folder, capsys):
@@ -147,7 +192,9 @@ def test_runs_that_were_not_solved_are_told(folder, capsys):
     shutil.rmtree(folder / "study.zarr")
     store = written(folder / "study.zarr", study)
     store.write(np.array([1, 2]), rows(2, converged=False))
-    sentence = "2 done, but with transport problems that were not solved: do not trust their numbers"
+    sentence = (
+        "2 done, but with transport problems that were not solved: do not trust their numbers"
+    )
     for command, code in (("run", 1), ("status", 0)):
         ended, out, _ = said(command, folder, capsys)
         assert (ended, sentence in out, "failed:" in out) == (code, True, False)
@@ -157,18 +204,52 @@ def test_runs_that_were_not_solved_are_told(folder, capsys):
     assert sentence in out
     assert "1 failed: diverged" in out
     _, shown, _ = said("show", folder, capsys)
-    assert [line.split()[:2] for line in shown.splitlines()[-3:-1]] == [["0.1", "3*"], ["0.4", "2/3"]]
+    assert [line.split()[:2] for line in shown.splitlines()[-3:-1]] == [
+        ["0.1", "3*"],
+        ["0.4", "2/3"],
+    ]
     assert "* Some transport problems were not solved" in shown
 
 
 def test_no_digit_is_cut_off(folder, capsys):
     """However many settings vary; those that do not are said once."""
     shutil.rmtree(folder / "study.zarr")
-    one = {"rate": 0.1234567, "temperature": 0.1, "members": 6, "l2": 0.1, "steps": 10, "data": "moons", "transport": "exact"}
-    one |= {"directions": 16, "epsilon": 0.1, "schedule": "constant", "model_dtype": "same", "batch_size": 8}
-    two = {"rate": 0.1234568, "temperature": 0.2, "members": 8, "l2": 0.2, "steps": 20, "data": "digits", "transport": "sliced"}
-    two |= {"directions": 32, "epsilon": 0.2, "schedule": "warmup_stable_decay", "model_dtype": "bfloat16", "batch_size": 16}
-    written(folder / "study.zarr", esl.Study(BASE, points=[{**point, "dtype": "float64"} for point in (one, two)]))
+    one = {
+        "rate": 0.1234567,
+        "temperature": 0.1,
+        "members": 6,
+        "l2": 0.1,
+        "steps": 10,
+        "data": "moons",
+        "transport": "exact",
+    }
+    one |= {
+        "directions": 16,
+        "epsilon": 0.1,
+        "schedule": "constant",
+        "model_dtype": "same",
+        "batch_size": 8,
+    }
+    two = {
+        "rate": 0.1234568,
+        "temperature": 0.2,
+        "members": 8,
+        "l2": 0.2,
+        "steps": 20,
+        "data": "digits",
+        "transport": "sliced",
+    }
+    two |= {
+        "directions": 32,
+        "epsilon": 0.2,
+        "schedule": "warmup_stable_decay",
+        "model_dtype": "bfloat16",
+        "batch_size": 16,
+    }
+    written(
+        folder / "study.zarr",
+        esl.Study(BASE, points=[{**point, "dtype": "float64"} for point in (one, two)]),
+    )
     _, shown, told = said("show", folder, capsys)
     title, heading, row, *_ = shown.splitlines()
     assert "dtype float64: digits in parentheses" in title
@@ -183,7 +264,10 @@ def test_a_changed_file_is_told(folder, capsys):
     describe(folder, seeds=(3, 1, 2, 4))
     code, out, error = said("status", folder, capsys)
     assert (code, "6 done, 0 failed, 0 to do" in out) == (0, True)
-    assert "study.toml has changed since, in grid.seed, [3, 1, 2] there and [3, 1, 2, 4] here; this is what is in" in error
+    assert (
+        "study.toml has changed since, in grid.seed, [3, 1, 2] there and [3, 1, 2, 4] here; this is what is in"
+        in error
+    )
 
 
 def test_a_study_in_a_file_of_another_name(folder, capsys):
@@ -210,5 +294,7 @@ def test_a_disk_that_ends_is_told(folder, capsys, monkeypatch):
     monkeypatch.setattr(study_run, "_keep", full)
     code, _, error = said("run", folder, capsys)
     assert code == 1
-    assert error.startswith("esljax: ended by [Errno 28] No space left on device; 0 of 6 runs done in")
+    assert error.startswith(
+        "esljax: ended by [Errno 28] No space left on device; 0 of 6 runs done in"
+    )
     assert error.count("\n") == 1

@@ -17,7 +17,14 @@ from hypothesis.extra import numpy as hnp
 
 import esljax.transport.coordinates as transport_module
 from esljax._checks import InputError
-from esljax.transport import ExactTransport, GaussianTransport, Mapped, Projected, SinkhornTransport, SlicedTransport
+from esljax.transport import (
+    ExactTransport,
+    GaussianTransport,
+    Mapped,
+    Projected,
+    SinkhornTransport,
+    SlicedTransport,
+)
 
 D = 3
 MATRIX = np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]], np.float32)
@@ -43,7 +50,9 @@ every = pytest.mark.parametrize("name", TRANSPORTS)
 
 def clouds(n, m, d=D, dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, d)).astype(dtype), (rng.normal(size=(m, d)) * 1.5 + 0.7).astype(dtype)
+    return rng.normal(size=(n, d)).astype(dtype), (rng.normal(size=(m, d)) * 1.5 + 0.7).astype(
+        dtype
+    )
 
 
 def sizes(name):
@@ -104,7 +113,10 @@ def test_squared_alone_compiles_once_even_for_new_parameters():
 def test_float32_stays_float32_and_gives_the_number_of_float64(name, x64):
     value_and_grad = jax.jit(jax.value_and_grad(TRANSPORTS[name]().squared))
     x, y = clouds(5, 5)
-    single, double = value_and_grad(x, y), value_and_grad(x.astype(np.float64), y.astype(np.float64))
+    single, double = (
+        value_and_grad(x, y),
+        value_and_grad(x.astype(np.float64), y.astype(np.float64)),
+    )
     for ours, truth in zip(single, double, strict=True):
         assert (ours.dtype, truth.dtype) == (np.float32, np.float64)
         np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-5)
@@ -135,7 +147,9 @@ def test_first_derivatives_are_finite_where_the_distance_degenerates(name):
     for x, y in DEGENERATE.values():
         (value, gradient), slope = differentiate(x, y)
         chex.assert_tree_all_finite((value, gradient, slope))
-        np.testing.assert_allclose(slope, gradient[0].sum() + gradient[1].sum() / 2, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            slope, gradient[0].sum() + gradient[1].sum() / 2, rtol=1e-3, atol=1e-4
+        )
         if x is y:
             np.testing.assert_allclose(gradient, np.zeros((2, *x.shape)), atol=2e-5)
             np.testing.assert_allclose(value, 0, atol=1e-6)
@@ -152,11 +166,15 @@ def test_gradient_is_the_central_difference(name, x64):
 
     both = jax.jit(lambda t: (along(t), jax.grad(along)(t), jax.jacfwd(along)(t)))
     _, reverse, forward = both(0.0)
-    np.testing.assert_allclose(reverse, oracles.central_difference(lambda t: both(t)[0], 0.0, 1.0), rtol=1e-7)
+    np.testing.assert_allclose(
+        reverse, oracles.central_difference(lambda t: both(t)[0], 0.0, 1.0), rtol=1e-7
+    )
     np.testing.assert_allclose(forward, reverse, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in TRANSPORTS if name != "sinkhorn in blocks"])  # which refuses them
+@pytest.mark.parametrize(
+    "name", [name for name in TRANSPORTS if name != "sinkhorn in blocks"]
+)  # which refuses them
 def test_second_derivatives_in_general_position(name, x64):
     transport = TIGHT.get(name, TRANSPORTS[name])()
     x, y = clouds(5, 5, dtype=np.float64)
@@ -175,7 +193,9 @@ def test_the_matrix_of_a_projection_has_a_gradient(x64):
 
     matrix, direction = MATRIX.astype(np.float64), np.cos(np.arange(6.0)).reshape(3, 2)
     slope = np.sum(jax.grad(by_matrix)(matrix) * direction)
-    np.testing.assert_allclose(slope, oracles.central_difference(by_matrix, matrix, direction), rtol=1e-7)
+    np.testing.assert_allclose(
+        slope, oracles.central_difference(by_matrix, matrix, direction), rtol=1e-7
+    )
 
 
 @every
@@ -184,7 +204,11 @@ def test_a_lost_member_gives_nan_and_returns(name, d):
     if d == 1 and name == "projected":
         pytest.skip("its matrix is for D coordinates")
     transport = TRANSPORTS[name]()
-    solve = eqx.filter_jit(eqx.filter_value_and_grad(lambda x, y: ((s := transport.solve(x, y)).squared, s.converged), has_aux=True))
+    solve = eqx.filter_jit(
+        eqx.filter_value_and_grad(
+            lambda x, y: ((s := transport.solve(x, y)).squared, s.converged), has_aux=True
+        )
+    )
     x, y = clouds(5, 5, d=d)
     assert solve(jnp.asarray(x), y)[0][1]
     # The square of 1e30 overflows, so no finite answer is right. tanh makes every number finite but NaN.
@@ -202,7 +226,12 @@ def test_a_lost_member_gives_nan_and_returns(name, d):
 @every
 def test_lowers_for_a_tpu_with_every_product_in_full_precision(name):
     x, y = clouds(12, 12)
-    lowered = jax.jit(jax.value_and_grad(TRANSPORTS[name]().squared, (0, 1))).trace(x, y).lower(lowering_platforms=("tpu",)).as_text()
+    lowered = (
+        jax.jit(jax.value_and_grad(TRANSPORTS[name]().squared, (0, 1)))
+        .trace(x, y)
+        .lower(lowering_platforms=("tpu",))
+        .as_text()
+    )
     dots = [line for line in lowered.splitlines() if "dot_general" in line]
     assert all(line.count("HIGHEST") == 2 for line in dots)
     assert bool(dots) == (name != "exact")
@@ -214,14 +243,20 @@ def test_lowers_for_a_tpu_with_every_product_in_full_precision(name):
 def _triples(n, d):
     """Three clouds on a coarse grid (duplicates, ties, collinear members), some of them in between two others."""
     grid = hnp.arrays(np.float32, (n, d), elements=st.integers(-8, 8).map(lambda i: i / 2))
-    between = st.tuples(grid, grid, st.sampled_from([0.25, 0.5, 1.0])).map(lambda a: (a[0], a[0] + np.float32(a[2]) * (a[1] - a[0]), a[1]))
+    between = st.tuples(grid, grid, st.sampled_from([0.25, 0.5, 1.0])).map(
+        lambda a: (a[0], a[0] + np.float32(a[2]) * (a[1] - a[0]), a[1])
+    )
     return between | st.tuples(grid, grid, grid)
 
 
 @pytest.mark.parametrize("name", METRICS)
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3), (6, 1)])
 def test_metric_axioms(name, shape):
-    transport = Projected(GaussianTransport(), MATRIX[: shape[1]]) if name == "projected" else TRANSPORTS[name]()
+    transport = (
+        Projected(GaussianTransport(), MATRIX[: shape[1]])
+        if name == "projected"
+        else TRANSPORTS[name]()
+    )
     assert transport.is_metric
     squared = jax.jit(lambda x, y: transport.squared(x, y))
 
@@ -252,7 +287,9 @@ def test_invariance_under_permutation_and_translation(name):
     x, y = clouds(n, m)
     value = squared(x, y)
     rng = np.random.default_rng(0)
-    np.testing.assert_allclose(squared(x[rng.permutation(n)], y[rng.permutation(m)]), value, rtol=1e-5)
+    np.testing.assert_allclose(
+        squared(x[rng.permutation(n)], y[rng.permutation(m)]), value, rtol=1e-5
+    )
     if name != "mapped":
         np.testing.assert_allclose(squared(x + 3, y + 3), value, rtol=1e-5)
         assert abs(squared(x + 3, y) / value - 1) > 0.1
@@ -272,7 +309,9 @@ def test_exact_is_the_linear_program(n, d, x64):
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (4, 6), (7, 5), (100, 64)])
 def test_exact_in_one_dimension_takes_any_sizes(n, m, x64):
     x, y = clouds(n, m, 1, np.float64)
-    np.testing.assert_allclose(ExactTransport().squared(x, y), oracles.one_dimensional(x, y), rtol=1e-12)
+    np.testing.assert_allclose(
+        ExactTransport().squared(x, y), oracles.one_dimensional(x, y), rtol=1e-12
+    )
 
 
 def test_coincident_members_cost_nothing():
@@ -301,13 +340,21 @@ def test_gaussian_is_bures(n, m, d, x64):
 @pytest.mark.parametrize(("n", "m", "d"), [(4, 7, 10), (3, 30, 10), (30, 3, 10), (1, 5, 4)])
 def test_gaussian_of_rank_deficient_clouds(n, m, d, x64):
     x, y = clouds(n, m, d, np.float64)
-    np.testing.assert_allclose(GaussianTransport().squared(x, y), oracles.bures_of_singular(x, y), rtol=1e-6)
+    np.testing.assert_allclose(
+        GaussianTransport().squared(x, y), oracles.bures_of_singular(x, y), rtol=1e-6
+    )
 
 
 def test_gaussian_reference_o14(x64):
-    x = np.sqrt(2) * np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])  # covariance diag(1, 4)
+    x = np.sqrt(2) * np.array(
+        [[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]]
+    )  # covariance diag(1, 4)
     rotation = np.array([[1.0, -1.0], [1.0, 1.0]]) / np.sqrt(2)
-    np.testing.assert_allclose(GaussianTransport().squared(x, np.tile(x @ rotation.T, (3, 1))), 10 - 2 * np.sqrt(20.5), rtol=1e-12)
+    np.testing.assert_allclose(
+        GaussianTransport().squared(x, np.tile(x @ rotation.T, (3, 1))),
+        10 - 2 * np.sqrt(20.5),
+        rtol=1e-12,
+    )
 
 
 def test_lower_bounds_of_exact(x64):
@@ -339,9 +386,13 @@ def test_sliced_directions_depend_on_the_key_alone(request):
     values = [SlicedTransport(4, jax.random.key(seed)).squared(x, y) for seed in (0, 0, 1)]
     assert values[0] == values[1]
     assert abs(values[2] - values[0]) > 1e-3
-    np.testing.assert_allclose(SlicedTransport(2 * D, jax.random.key(0)).squared(x, x + 1), D, rtol=1e-5)
+    np.testing.assert_allclose(
+        SlicedTransport(2 * D, jax.random.key(0)).squared(x, x + 1), D, rtol=1e-5
+    )
     request.getfixturevalue("x64")
-    np.testing.assert_allclose(SlicedTransport(4, jax.random.key(0)).squared(x.astype(np.float64), y), values[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        SlicedTransport(4, jax.random.key(0)).squared(x.astype(np.float64), y), values[0], rtol=1e-5
+    )
 
 
 # Float32
@@ -355,11 +406,20 @@ def test_a_small_step_far_from_the_origin_survives_float32(name):
     transport = TRANSPORTS[name]()
     if name == "sliced":
         directions = np.asarray(transport._draw(D), np.float64)
-        truth = D * np.mean([oracles.one_dimensional(x.astype(float) @ u, y.astype(float) @ u) for u in directions.T])
+        truth = D * np.mean(
+            [
+                oracles.one_dimensional(x.astype(float) @ u, y.astype(float) @ u)
+                for u in directions.T
+            ]
+        )
     else:
         truth = {"exact": oracles.assignment, "gaussian": oracles.bures_of_near}[name](x, y)
     # Five times what is measured. Uncentred projections would be off by 5e-6, squares by expansion by 1e-2, Bures from traces by 1.
-    np.testing.assert_allclose(transport.squared(x, y), truth, rtol={"exact": 5e-7, "gaussian": 3e-4, "sliced": 1.3e-6}[name])
+    np.testing.assert_allclose(
+        transport.squared(x, y),
+        truth,
+        rtol={"exact": 5e-7, "gaussian": 3e-4, "sliced": 1.3e-6}[name],
+    )
 
 
 # Wrappers
@@ -381,9 +441,15 @@ def test_wrappers_measure_the_image():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda x: SlicedTransport(0, jax.random.key(0)), r"`directions` must be an integer of at least 1, but is 0\."),
+        (
+            lambda x: SlicedTransport(0, jax.random.key(0)),
+            r"`directions` must be an integer of at least 1, but is 0\.",
+        ),
         (lambda x: SlicedTransport(3, 0), r"`key` must be made by `jax.random.key`, but is 0\."),
-        (lambda x: Projected(ExactTransport(), np.ones(3)), r"`matrix` must have shape \(d, p\), but has shape \(3,\)\."),
+        (
+            lambda x: Projected(ExactTransport(), np.ones(3)),
+            r"`matrix` must have shape \(d, p\), but has shape \(3,\)\.",
+        ),
         (
             lambda x: Projected(ExactTransport(), np.ones((4, 1))).squared(x, x),
             r"`matrix` must have shape \(3, p\).*but has shape \(4, 1\)\.",
@@ -392,12 +458,27 @@ def test_wrappers_measure_the_image():
             lambda x: Mapped(ExactTransport(), jnp.sum).squared(x, x),
             r"`map` must return shape \(p,\) for one member, but returns shape \(\)\.",
         ),
-        (lambda x: ExactTransport().squared(x, x[:, :2]), r"`y` must have 3 coordinates per member, as `x` has, but has 2\."),
-        (lambda x: ExactTransport().squared(x[0], x), r"`x` must have shape \(n, d\), one row per member, but has shape \(3,\)\."),
-        (lambda x: ExactTransport().squared(x, x[:0]), r"`y` must hold at least 1 members, but holds 0\."),
-        (lambda x: ExactTransport().squared(x, x[:2]), r"`y` must hold 5 members.*`SinkhornTransport` take unequal sizes\), but holds 2\."),
+        (
+            lambda x: ExactTransport().squared(x, x[:, :2]),
+            r"`y` must have 3 coordinates per member, as `x` has, but has 2\.",
+        ),
+        (
+            lambda x: ExactTransport().squared(x[0], x),
+            r"`x` must have shape \(n, d\), one row per member, but has shape \(3,\)\.",
+        ),
+        (
+            lambda x: ExactTransport().squared(x, x[:0]),
+            r"`y` must hold at least 1 members, but holds 0\.",
+        ),
+        (
+            lambda x: ExactTransport().squared(x, x[:2]),
+            r"`y` must hold 5 members.*`SinkhornTransport` take unequal sizes\), but holds 2\.",
+        ),
         (lambda x: jax.jit(ExactTransport().squared)(x, x[:2]), r"`y` must hold 5 members"),
-        (lambda x: jax.jit(GaussianTransport().squared)(x, x[:, :2]), r"`y` must have 3 coordinates"),
+        (
+            lambda x: jax.jit(GaussianTransport().squared)(x, x[:, :2]),
+            r"`y` must have 3 coordinates",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(call, sentence, refused):

@@ -12,14 +12,25 @@ import systems
 from esljax.measures import speed_limit
 from esljax.simulation import simulate
 from esljax.transport import ExactTransport, GaussianTransport, Mapped, Projected
-from esljax.velocity import AffineVelocity, KernelVelocity, NetworkVelocity, PathVelocity, Snapshot, TransportVelocity
+from esljax.velocity import (
+    AffineVelocity,
+    KernelVelocity,
+    NetworkVelocity,
+    PathVelocity,
+    Snapshot,
+    TransportVelocity,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 
 VELOCITIES = {
     "affine": lambda: AffineVelocity(),
-    "kernel": lambda: KernelVelocity(landmarks=8, bandwidths=(0.5, 2.0), penalties=(1e-3, 1e-1), folds=2),
-    "network": lambda: NetworkVelocity(key=jax.random.key(0), width=4, depth=1, iterations=4, rounds=2),
+    "kernel": lambda: KernelVelocity(
+        landmarks=8, bandwidths=(0.5, 2.0), penalties=(1e-3, 1e-1), folds=2
+    ),
+    "network": lambda: NetworkVelocity(
+        key=jax.random.key(0), width=4, depth=1, iterations=4, rounds=2
+    ),
     "exact maps": lambda: TransportVelocity(ExactTransport()),
     "Gaussian maps": lambda: TransportVelocity(GaussianTransport()),
     "paths": lambda: PathVelocity(),
@@ -43,7 +54,13 @@ def estimate(velocity, snapshot):
 # The contract of every estimator
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("network", "kernel"))) for name in VELOCITIES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("network", "kernel")))
+        for name in VELOCITIES
+    ],
+)
 def test_contract(name):
     velocity, traces = VELOCITIES[name](), 0
     given = [snapshot(seed) for seed in range(3)]
@@ -59,13 +76,17 @@ def test_contract(name):
     # What training and the choice of a bandwidth amplify is rounding, not more.
     close = {"rtol": 1e-2, "atol": 1e-2} if name == "network" else {"rtol": 1e-3, "atol": 1e-3}
     chex.assert_trees_all_close(estimate(velocity, given[0]), found[0], **close)
-    stacked = jax.jit(jax.vmap(lambda one: estimate(velocity, one)))(jax.tree.map(lambda *x: jnp.stack(x), *given))
+    stacked = jax.jit(jax.vmap(lambda one: estimate(velocity, one)))(
+        jax.tree.map(lambda *x: jnp.stack(x), *given)
+    )
     chex.assert_trees_all_close(stacked, jax.tree.map(lambda *x: jnp.stack(x), *found), **close)
     assert {leaf.dtype for leaf in jax.tree.leaves(found[0])} == {np.dtype(np.float32)}
     assert found[0].values.shape == given[0].positions.shape
     assert found[0].contributions.shape == (24,)
     np.testing.assert_allclose(found[0].squared, np.mean(found[0].contributions), rtol=1e-5)
-    np.testing.assert_allclose(found[0].standard_error, np.std(found[0].contributions, ddof=1) / np.sqrt(24), rtol=1e-4)
+    np.testing.assert_allclose(
+        found[0].standard_error, np.std(found[0].contributions, ddof=1) / np.sqrt(24), rtol=1e-4
+    )
     assert ("lower bound" in str(found[0])) == (name in VARIATIONAL)
     assert found[0].note in str(found[0])
 
@@ -78,11 +99,17 @@ def test_finite_values_and_gradients_at_the_edges(name, case):
         given = eqx.tree_at(lambda s: s.diffusion, given, jnp.zeros(()))
     elif case == "point mass":  # without noise: with it, a point has an infinite σ
         given = eqx.tree_at(lambda s: s.diffusion, given, jnp.zeros(()))
-        given = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape) if x.ndim == 2 else x, given)
+        given = jax.tree.map(
+            lambda x: jnp.broadcast_to(x[:1], x.shape) if x.ndim == 2 else x, given
+        )
     else:
         # One value of the second coordinate and members in pairs: no covariance and a singular kernel matrix.
-        given = jax.tree.map(lambda x: jnp.repeat(x[:12], 2, axis=0).at[:, 1].set(1.0) if x.ndim == 2 else x, given)
-    value, slopes = eqx.filter_jit(jax.value_and_grad(lambda given: estimate(velocity, given).squared))(given)
+        given = jax.tree.map(
+            lambda x: jnp.repeat(x[:12], 2, axis=0).at[:, 1].set(1.0) if x.ndim == 2 else x, given
+        )
+    value, slopes = eqx.filter_jit(
+        jax.value_and_grad(lambda given: estimate(velocity, given).squared)
+    )(given)
     # A polar factor has no derivative where a singular value vanishes.
     chex.assert_tree_all_finite(value if name == "Gaussian maps" else (value, slopes))
     if case == "point mass":
@@ -91,18 +118,39 @@ def test_finite_values_and_gradients_at_the_edges(name, case):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("velocity", [AffineVelocity(), pytest.param("kernel", marks=pytest.mark.slow)], ids=["affine", "kernel"])
+@pytest.mark.parametrize(
+    "velocity",
+    [AffineVelocity(), pytest.param("kernel", marks=pytest.mark.slow)],
+    ids=["affine", "kernel"],
+)
 def test_gradients_are_finite_differences(velocity):
     # One bandwidth and one penalty, so that the choice does not jump.
-    velocity = KernelVelocity(landmarks=6, bandwidths=(1.0,), penalties=(1e-2,)) if velocity == "kernel" else velocity
+    velocity = (
+        KernelVelocity(landmarks=6, bandwidths=(1.0,), penalties=(1e-2,))
+        if velocity == "kernel"
+        else velocity
+    )
     given, rng = snapshot(1, dtype=np.float64), np.random.default_rng(0)
     direction = jax.tree.map(lambda x: rng.normal(size=x.shape), given)
-    fn = eqx.filter_jit(lambda given: estimate(velocity, given).squared + jnp.mean(estimate(velocity, given).gradient_contributions))
-    along = lambda h: fn(jax.tree.map(lambda x, u: x + h * u, given, direction))  # noqa: E731
+    fn = eqx.filter_jit(
+        lambda given: (
+            estimate(velocity, given).squared
+            + jnp.mean(estimate(velocity, given).gradient_contributions)
+        )
+    )
+
+    def along(h):
+        return fn(jax.tree.map(lambda x, u: x + h * u, given, direction))
+
     difference = (along(1e-5) - along(-1e-5)) / 2e-5
     slopes = jax.grad(fn)(given)
     np.testing.assert_allclose(
-        sum(jnp.vdot(*p) for p in zip(jax.tree.leaves(slopes), jax.tree.leaves(direction), strict=True)), difference, rtol=1e-5
+        sum(
+            jnp.vdot(*p)
+            for p in zip(jax.tree.leaves(slopes), jax.tree.leaves(direction), strict=True)
+        ),
+        difference,
+        rtol=1e-5,
     )
 
 
@@ -110,7 +158,11 @@ def test_gradients_are_finite_differences(velocity):
 @pytest.mark.parametrize(("n", "law"), [(40, "normal"), (200, "mixture")])
 def test_cross_fitting_bounds_from_below(name, n, law):
     """The mean over repetitions is at most the truth, where a fit that is judged by its own members is above it by 2 d²/n and more."""
-    velocity = AffineVelocity() if name == "affine" else KernelVelocity(landmarks=20, penalties=(1e-4, 1e-2))
+    velocity = (
+        AffineVelocity()
+        if name == "affine"
+        else KernelVelocity(landmarks=20, penalties=(1e-4, 1e-2))
+    )
 
     def once(key):
         which, spread = jax.random.split(key)
@@ -119,7 +171,9 @@ def test_cross_fitting_bounds_from_below(name, n, law):
         return estimate(velocity, Snapshot(x, 0 * x, jnp.ones(()))).squared
 
     truth = 3.0 if law == "normal" else 3.993714  # T² E‖∇log q‖² of free diffusion
-    found = np.asarray(jax.jit(lambda keys: jax.lax.map(once, keys))(jax.random.split(jax.random.key(0), 100)))
+    found = np.asarray(
+        jax.jit(lambda keys: jax.lax.map(once, keys))(jax.random.split(jax.random.key(0), 100))
+    )
     assert np.mean(found) <= truth + 5 * np.std(found) / 10
     if (name, law) == ("affine", "mixture"):
         np.testing.assert_allclose(np.mean(found), 0.235294, atol=5 * np.std(found) / 10 + 0.01)
@@ -129,7 +183,11 @@ def test_cross_fitting_bounds_from_below(name, n, law):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("diffusion", [0.2, np.array([0.2, 0.5]), np.array([[0.4, 0.1], [0.1, 0.3]])], ids=["scalar", "diagonal", "matrix"])
+@pytest.mark.parametrize(
+    "diffusion",
+    [0.2, np.array([0.2, 0.5]), np.array([[0.4, 0.1], [0.1, 0.3]])],
+    ids=["scalar", "diagonal", "matrix"],
+)
 def test_affine_is_exact_for_its_own_moments(diffusion):
     """Linear drift -K θ of a normal law: v = -K (θ - c) - D ∇log q and its gradient part, from members whose halves have exact moments."""
     stiffness, covariance = np.array([[1.0, 2.0], [-1.5, 0.7]]), np.array([[1.0, 0.3], [0.3, 0.5]])
@@ -138,10 +196,16 @@ def test_affine_is_exact_for_its_own_moments(diffusion):
     matrix = diffusion * np.eye(2) if np.ndim(diffusion) < 2 else diffusion
     slope = -stiffness + matrix @ np.linalg.inv(covariance)
     mean = -stiffness @ [2.0, 1.0]
-    symmetric = oracles.solve_continuous_lyapunov(covariance, slope @ covariance + covariance @ slope.T)
-    np.testing.assert_allclose(velocity.squared, mean @ mean + np.trace(slope @ covariance @ slope.T), rtol=2e-3)
+    symmetric = oracles.solve_continuous_lyapunov(
+        covariance, slope @ covariance + covariance @ slope.T
+    )
     np.testing.assert_allclose(
-        np.mean(velocity.gradient_contributions), mean @ mean + np.trace(symmetric @ covariance @ symmetric), rtol=2e-3
+        velocity.squared, mean @ mean + np.trace(slope @ covariance @ slope.T), rtol=2e-3
+    )
+    np.testing.assert_allclose(
+        np.mean(velocity.gradient_contributions),
+        mean @ mean + np.trace(symmetric @ covariance @ symmetric),
+        rtol=2e-3,
     )
     np.testing.assert_allclose(velocity.values, mean + (x - [2.0, 1.0]) @ slope.T, atol=0.02)
     np.testing.assert_allclose(velocity.divergence, np.trace(slope), atol=0.01)
@@ -152,7 +216,9 @@ def exact_halves(n, mean, covariance):
     x = np.random.default_rng(0).normal(size=(n, len(mean)))
     for half in (slice(0, None, 2), slice(1, None, 2)):
         centred = x[half] - x[half].mean(axis=0)
-        x[half] = np.linalg.solve(np.linalg.cholesky(centred.T @ centred / len(centred)), centred.T).T
+        x[half] = np.linalg.solve(
+            np.linalg.cholesky(centred.T @ centred / len(centred)), centred.T
+        ).T
     return x @ np.linalg.cholesky(np.asarray(covariance)).T + mean
 
 
@@ -162,13 +228,25 @@ def test_differences_of_laws_and_of_paths():
     np.testing.assert_allclose(estimate(PathVelocity(), given).values, moved, rtol=1e-6)
     # Translated together, each member goes to itself, in both transports.
     shift = jnp.array([0.3, -0.1])
-    translated = Snapshot(given.positions, before=given.positions - shift, after=given.positions + shift, elapsed=jnp.asarray(0.5))
+    translated = Snapshot(
+        given.positions,
+        before=given.positions - shift,
+        after=given.positions + shift,
+        elapsed=jnp.asarray(0.5),
+    )
     for name in ("exact maps", "Gaussian maps", "paths"):
         velocity = estimate(VELOCITIES[name](), translated)
-        np.testing.assert_allclose(velocity.values, np.broadcast_to(shift / 0.25, (24, 2)), rtol=1e-3)
+        np.testing.assert_allclose(
+            velocity.values, np.broadcast_to(shift / 0.25, (24, 2)), rtol=1e-3
+        )
         np.testing.assert_allclose(velocity.squared, 16 * 0.1, rtol=1e-3)
     # Members that trade places move no mass, but they move.
-    traded = Snapshot(given.positions, before=given.positions, after=given.positions[::-1], elapsed=jnp.asarray(0.5))
+    traded = Snapshot(
+        given.positions,
+        before=given.positions,
+        after=given.positions[::-1],
+        elapsed=jnp.asarray(0.5),
+    )
     assert estimate(VELOCITIES["exact maps"](), traded).squared < 1e-9
     assert estimate(PathVelocity(), traded).squared > 1
     still = eqx.tree_at(lambda s: s.elapsed, translated, jnp.zeros(()))
@@ -178,14 +256,30 @@ def test_differences_of_laws_and_of_paths():
 def test_bad_input(refused):
     x = np.zeros((8, 2), np.float32)
     for velocity in (AffineVelocity(), KernelVelocity()):
-        refused(lambda velocity=velocity: velocity(x[:3], x[:3], 1.0), "`positions` must hold at least 4 members, but holds 3")
-        refused(lambda velocity=velocity: velocity(x[0], x, 1.0), r"`positions` must have shape \(n, d\)")
-        refused(lambda velocity=velocity: velocity(x, x[:, :1], 1.0), r"`drift` must have shape \(8, 2\), as `positions` has")
         refused(
-            lambda velocity=velocity: velocity(x, x, np.ones(3)), r"`diffusion` must be a scalar, \(2,\) or \(2, 2\), but has shape \(3,\)"
+            lambda velocity=velocity: velocity(x[:3], x[:3], 1.0),
+            "`positions` must hold at least 4 members, but holds 3",
         )
-        refused(lambda velocity=velocity: velocity(x, np.full_like(x, np.nan), 1.0), "`drift` must be finite")
-    refused(lambda: PathVelocity()(x, x, 1.0), "be an estimator that works on one snapshot, but is PathVelocity")
+        refused(
+            lambda velocity=velocity: velocity(x[0], x, 1.0),
+            r"`positions` must have shape \(n, d\)",
+        )
+        refused(
+            lambda velocity=velocity: velocity(x, x[:, :1], 1.0),
+            r"`drift` must have shape \(8, 2\), as `positions` has",
+        )
+        refused(
+            lambda velocity=velocity: velocity(x, x, np.ones(3)),
+            r"`diffusion` must be a scalar, \(2,\) or \(2, 2\), but has shape \(3,\)",
+        )
+        refused(
+            lambda velocity=velocity: velocity(x, np.full_like(x, np.nan), 1.0),
+            "`drift` must be finite",
+        )
+    refused(
+        lambda: PathVelocity()(x, x, 1.0),
+        "be an estimator that works on one snapshot, but is PathVelocity",
+    )
 
 
 # Along a run
@@ -196,21 +290,45 @@ def test_ornstein_uhlenbeck(d):
     """O1 within 3 %; the chain, which sees one link at a time, stays below by what the spacing hides."""
     system, n = systems.ornstein_uhlenbeck(d, 400), 20_000
     x = exact_halves(n, 2 * np.eye(d)[0], np.eye(d)).astype(np.float32)
-    path = simulate(system.potential, system.rule, x, steps=400, snapshots=20, key=jax.random.key(1))
-    report = speed_limit(path, transport=GaussianTransport(), velocity=AffineVelocity(), potential=system.potential, jackknife=8)
+    path = simulate(
+        system.potential, system.rule, x, steps=400, snapshots=20, key=jax.random.key(1)
+    )
+    report = speed_limit(
+        path,
+        transport=GaussianTransport(),
+        velocity=AffineVelocity(),
+        potential=system.potential,
+        jackknife=8,
+    )
     np.testing.assert_allclose(report.entropy_production, system.entropy_production, rtol=0.03)
-    np.testing.assert_allclose([report.length_squared, report.w2_squared], [system.length_squared, system.w2_squared], rtol=0.03)
+    np.testing.assert_allclose(
+        [report.length_squared, report.w2_squared],
+        [system.length_squared, system.w2_squared],
+        rtol=0.03,
+    )
     np.testing.assert_allclose(report.dissipation, report.entropy_production, rtol=1e-3)  # η = 1
-    np.testing.assert_allclose(report.entropy_production_chain, report.entropy_production, rtol=0.03)
+    np.testing.assert_allclose(
+        report.entropy_production_chain, report.entropy_production, rtol=0.03
+    )
     assert abs(float(report.housekeeping)) < 1e-3 * system.entropy_production
     assert "AffineVelocity" in report.source
 
 
 def test_housekeeping_is_what_a_chain_does_not_see():
     system = systems.non_symmetric(400)
-    x = exact_halves(20_000, np.asarray(system.law.mean), np.asarray(system.law.covariance)).astype(np.float32)
-    path = simulate(system.potential, system.rule, x, steps=400, snapshots=20, key=jax.random.key(1))
-    report = speed_limit(path, transport=GaussianTransport(), velocity=AffineVelocity(), potential=system.potential, jackknife=8)
+    x = exact_halves(20_000, np.asarray(system.law.mean), np.asarray(system.law.covariance)).astype(
+        np.float32
+    )
+    path = simulate(
+        system.potential, system.rule, x, steps=400, snapshots=20, key=jax.random.key(1)
+    )
+    report = speed_limit(
+        path,
+        transport=GaussianTransport(),
+        velocity=AffineVelocity(),
+        potential=system.potential,
+        jackknife=8,
+    )
     truth = oracles.linear_drift(
         np.asarray(system.law.mean),
         np.asarray(system.law.covariance),
@@ -221,17 +339,41 @@ def test_housekeeping_is_what_a_chain_does_not_see():
     )
     np.testing.assert_allclose(report.entropy_production, truth.entropy_production, rtol=0.03)
     np.testing.assert_allclose(report.housekeeping, truth.housekeeping, rtol=0.05)
-    np.testing.assert_allclose(report.entropy_production - report.housekeeping, report.entropy_production_chain, rtol=0.03)
+    np.testing.assert_allclose(
+        report.entropy_production - report.housekeeping, report.entropy_production_chain, rtol=0.03
+    )
 
 
 def test_unmatched_pairs_are_refused(refused):
     system = systems.ornstein_uhlenbeck(1, 8)
-    path = simulate(system.potential, system.rule, system.sample(8, jax.random.key(0)), steps=8, snapshots=4, key=jax.random.key(1))
-    call = lambda **kwargs: lambda: speed_limit(path, **{"potential": system.potential, **kwargs})  # noqa: E731
+    path = simulate(
+        system.potential,
+        system.rule,
+        system.sample(8, jax.random.key(0)),
+        steps=8,
+        snapshots=4,
+        key=jax.random.key(1),
+    )
+
+    def call(**kwargs):
+        return lambda: speed_limit(path, **{"potential": system.potential, **kwargs})
+
     affine, kernel = AffineVelocity(), KernelVelocity()
-    refused(call(transport=ExactTransport(), velocity=affine), r"be GaussianTransport\(\) beside AffineVelocity")
-    refused(call(transport=Projected(ExactTransport(), np.eye(1)), velocity=affine), r"be GaussianTransport\(\) beside AffineVelocity")
-    refused(call(transport=ExactTransport(), velocity=kernel, potential=None), "whose gradient KernelVelocity needs")
-    refused(call(transport=Mapped(ExactTransport(), jnp.tanh), velocity=kernel), "is KernelVelocity in a Mapped transport")
+    refused(
+        call(transport=ExactTransport(), velocity=affine),
+        r"be GaussianTransport\(\) beside AffineVelocity",
+    )
+    refused(
+        call(transport=Projected(ExactTransport(), np.eye(1)), velocity=affine),
+        r"be GaussianTransport\(\) beside AffineVelocity",
+    )
+    refused(
+        call(transport=ExactTransport(), velocity=kernel, potential=None),
+        "whose gradient KernelVelocity needs",
+    )
+    refused(
+        call(transport=Mapped(ExactTransport(), jnp.tanh), velocity=kernel),
+        "is KernelVelocity in a Mapped transport",
+    )
     refused(call(transport=ExactTransport(), velocity=None), "be given together with a velocity")
     refused(call(transport=ExactTransport(), velocity="kernel"), "be a velocity estimator")

@@ -27,7 +27,15 @@ from esljax.measures import SpeedLimit, speed_limit
 from esljax.potentials import Quadratic
 from esljax.schedules import AbstractSchedule, Constant, Cosine, Exponential, Knots, Linear
 from esljax.simulation import Langevin, Trajectory, simulate
-from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, Mapped, Projected, SinkhornTransport, SlicedTransport
+from esljax.transport import (
+    AbstractTransport,
+    ExactTransport,
+    GaussianTransport,
+    Mapped,
+    Projected,
+    SinkhornTransport,
+    SlicedTransport,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +62,21 @@ def run_checks(*, quiet: bool = False) -> bool:
     **Returns:** whether all rows agree. A value that is not finite, or a computation that fails, does not.
     """
     console = rich.console.Console()
-    table = rich.table.Table(title="Reference numbers, computed through the public functions", title_style="bold", box=None, pad_edge=False)
+    table = rich.table.Table(
+        title="Reference numbers, computed through the public functions",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+    )
     for heading, justify in _COLUMNS.items():
         table.add_column(heading, justify=justify, no_wrap=True)
     failures, troubles = 0, []
     before = jax.config.read("jax_enable_x64")
     enable("float64")
     try:
-        for check in rich.progress.track(CHECKS, "checking", console=console, transient=True, disable=quiet):
+        for check in rich.progress.track(
+            CHECKS, "checking", console=console, transient=True, disable=quiet
+        ):
             cells, agrees, trouble = _row(check)
             failures += not agrees
             troubles += trouble
@@ -98,12 +113,26 @@ def _row(check: Check) -> tuple[tuple[str, ...], bool, list[str]]:
         value = float(check.compute())
     except Exception as exception:  # a broken installation is what this table is for, and the other rows narrow it down
         computed, error, agrees = "none", "", False
-        trouble = [f"{check.name}, {check.what}: {type(exception).__name__}: {exception}".splitlines()[0]]
+        trouble = [
+            f"{check.name}, {check.what}: {type(exception).__name__}: {exception}".splitlines()[0]
+        ]
     else:
         relative = abs(value / check.reference - 1)
         computed, error, agrees = f"{value:.9g}", f"{relative:.1e}", relative <= check.tolerance
     said = "pass" if agrees else "FAIL"
-    return (check.name, check.what, f"{check.reference:.9g}", computed, error, f"{check.tolerance:.1e}", said), agrees, trouble
+    return (
+        (
+            check.name,
+            check.what,
+            f"{check.reference:.9g}",
+            computed,
+            error,
+            f"{check.tolerance:.1e}",
+            said,
+        ),
+        agrees,
+        trouble,
+    )
 
 
 # --- The rows -----------------------------------------------------------------------------------------------------------------------------
@@ -117,7 +146,9 @@ def _printed(name: str, what: str, digits: str, compute: Callable[[], ScalarLike
 
 def _ornstein_uhlenbeck(d: int, mobility: AbstractSchedule, steps: int = 1) -> SpeedLimit:
     """Φ = |θ|²/2, T = .1, start N(2 e₁, I)."""
-    return gaussian.speed_limit(_start(d), Quadratic(1.0), Langevin(_Clock.of(mobility), 0.1), steps=steps)
+    return gaussian.speed_limit(
+        _start(d), Quadratic(1.0), Langevin(_Clock.of(mobility), 0.1), steps=steps
+    )
 
 
 def _start(d: int) -> gaussian.Law:
@@ -132,7 +163,13 @@ class _Clock(AbstractSchedule):
 
     @staticmethod
     def of(mobility: AbstractSchedule) -> "_Clock":
-        parts = (Constant(1.0), Linear(1.0, 1.0), Cosine(1.0), Exponential(1.0, 1.0), Knots(np.ones(_KNOTS)))
+        parts = (
+            Constant(1.0),
+            Linear(1.0, 1.0),
+            Cosine(1.0),
+            Exponential(1.0, 1.0),
+            Knots(np.ones(_KNOTS)),
+        )
         parts = tuple(mobility if isinstance(mobility, type(part)) else part for part in parts)
         return _Clock(jnp.asarray([part is mobility for part in parts], float), parts)
 
@@ -141,7 +178,9 @@ class _Clock(AbstractSchedule):
 
 
 def _o1(d: int, sigma: str, length_squared: str, w2_squared: str) -> list[Check]:
-    report = lambda: _ornstein_uhlenbeck(d, Constant(0.01), steps=100)  # noqa: E731
+    def report():
+        return _ornstein_uhlenbeck(d, Constant(0.01), steps=100)
+
     return [
         _printed("O1", f"Σ, d = {d}", sigma, lambda: report().entropy_production),
         _printed("O1", f"L², d = {d}", length_squared, lambda: report().length_squared),
@@ -152,7 +191,9 @@ def _o1(d: int, sigma: str, length_squared: str, w2_squared: str) -> list[Check]
 def _o2(x: float, digits: str) -> Check:
     def compute():
         law = gaussian.Law([2.0], [[0.1]])
-        report = gaussian.speed_limit(law, Quadratic(1.0), Langevin(_Clock.of(Constant(x)), 0.1), steps=1)
+        report = gaussian.speed_limit(
+            law, Quadratic(1.0), Langevin(_Clock.of(Constant(x)), 0.1), steps=1
+        )
         return report.entropy_production / report.w2_squared
 
     return _printed("O2", f"Σ/W2², S₀ = T/k, x = {x:g}", digits, compute)
@@ -160,7 +201,12 @@ def _o2(x: float, digits: str) -> Check:
 
 def _o3(mobility: str, make: Callable[[], AbstractSchedule], one: str, ten: str) -> list[Check]:
     return [
-        _printed("O3", f"Σ, d = {d}, η {mobility}", digits, lambda d=d: _ornstein_uhlenbeck(d, make()).entropy_production)
+        _printed(
+            "O3",
+            f"Σ, d = {d}, η {mobility}",
+            digits,
+            lambda d=d: _ornstein_uhlenbeck(d, make()).entropy_production,
+        )
         for d, digits in ((1, one), (10, ten))
     ]
 
@@ -168,9 +214,24 @@ def _o3(mobility: str, make: Callable[[], AbstractSchedule], one: str, ten: str)
 def _o3_path(d: int, dissipation: str, w2_squared: str, length_squared: str) -> list[Check]:
     # The path is the same for every mobility; a cosine is the one that differs most from the constant of O1.
     return [
-        _printed("O3", f"D, d = {d}", dissipation, lambda: jnp.asarray(_ornstein_uhlenbeck(d, Cosine(4.0)).dissipation)),
-        _printed("O3", f"W2², d = {d}", w2_squared, lambda: _ornstein_uhlenbeck(d, Cosine(4.0)).w2_squared),
-        _printed("O3", f"L², d = {d}", length_squared, lambda: _ornstein_uhlenbeck(d, Cosine(4.0)).length_squared),
+        _printed(
+            "O3",
+            f"D, d = {d}",
+            dissipation,
+            lambda: jnp.asarray(_ornstein_uhlenbeck(d, Cosine(4.0)).dissipation),
+        ),
+        _printed(
+            "O3",
+            f"W2², d = {d}",
+            w2_squared,
+            lambda: _ornstein_uhlenbeck(d, Cosine(4.0)).w2_squared,
+        ),
+        _printed(
+            "O3",
+            f"L², d = {d}",
+            length_squared,
+            lambda: _ornstein_uhlenbeck(d, Cosine(4.0)).length_squared,
+        ),
     ]
 
 
@@ -179,11 +240,15 @@ _KNOTS = 1025
 
 
 def _optimum(d: int) -> Knots:
-    return gaussian.optimal_learning_rate(_start(d), Quadratic(1.0), temperature=0.1, learning_time=2.0, steps=1, knots=_KNOTS)
+    return gaussian.optimal_learning_rate(
+        _start(d), Quadratic(1.0), temperature=0.1, learning_time=2.0, steps=1, knots=_KNOTS
+    )
 
 
 def _o3_optimum(d: int, digits: str) -> Check:
-    compute = lambda: _ornstein_uhlenbeck(d, _optimum(d)).entropy_production  # noqa: E731
+    def compute():
+        return _ornstein_uhlenbeck(d, _optimum(d)).entropy_production
+
     return Check("O3", f"Σ, d = {d}, optimal η", float(digits), _KNOTS**-2.0, compute)
 
 
@@ -203,7 +268,9 @@ def _o5(time: float, sigma: str, length_squared: str, w2_squared: str) -> list[C
 
 def _o12(links: int, digits: str) -> Check:
     def compute():
-        path = gaussian.laws(_start(1), Quadratic(1.0), Langevin(1.0, 0.1), steps=1, times=jnp.linspace(0, 1, 65))
+        path = gaussian.laws(
+            _start(1), Quadratic(1.0), Langevin(1.0, 0.1), steps=1, times=jnp.linspace(0, 1, 65)
+        )
         # Coarse chains repeat their snapshots: a law is at distance 0 from itself, and all rows then have one shape.
         stride = 64 // links
         ends = np.arange(65) // stride * stride
@@ -215,7 +282,9 @@ def _o12(links: int, digits: str) -> Check:
 
 def _o14_laws() -> float | Scalar:
     wide = np.diag([1.0, 4.0])
-    return gaussian.w2_squared(gaussian.Law(np.zeros(2), wide), gaussian.Law(np.zeros(2), _TURN @ wide @ _TURN.T))
+    return gaussian.w2_squared(
+        gaussian.Law(np.zeros(2), wide), gaussian.Law(np.zeros(2), _TURN @ wide @ _TURN.T)
+    )
 
 
 def _o14_clouds() -> float | Scalar:
@@ -244,10 +313,17 @@ def _o15_clouds() -> float | Scalar:
 def _gradient(name: str, make: Callable[[], AbstractTransport]) -> Check:
     def compute():
         transport, (x, y, dx, dy) = make(), (jnp.asarray(cloud) for cloud in _skewed_clouds())
-        along = lambda transport, t: transport.squared(x + t * dx, y + t * dy)  # noqa: E731
-        both = eqx.filter_jit(lambda transport, t: jax.value_and_grad(lambda t: along(transport, t))(t))
+
+        def along(transport, t):
+            return transport.squared(x + t * dx, y + t * dy)
+
+        both = eqx.filter_jit(
+            lambda transport, t: jax.value_and_grad(lambda t: along(transport, t))(t)
+        )
         h = jnp.asarray(1e-5)
-        return both(transport, 0 * h)[1] / ((both(transport, h)[0] - both(transport, -h)[0]) / (2 * h))
+        return both(transport, 0 * h)[1] / (
+            (both(transport, h)[0] - both(transport, -h)[0]) / (2 * h)
+        )
 
     # Central differences: rounding 1e-16/h and curvature h², both below 1e-9 of a slope of order 1.
     return Check("∇", f"slope ratio, {name}", 1.0, 1e-7, compute)
@@ -264,7 +340,9 @@ def _descent(rates: Sequence[float]) -> tuple[Trajectory, SpeedLimit]:
     """Gradient descent of a skewed cloud on Φ = |θ|²/2, every step a snapshot."""
     start = jnp.asarray(_skewed_clouds()[0])
     steps, table = len(rates), Knots([*rates, rates[-1]], "linear")
-    path = simulate(Quadratic(1.0), Langevin(table), start, steps=steps, snapshots=steps, key=jax.random.key(0))
+    path = simulate(
+        Quadratic(1.0), Langevin(table), start, steps=steps, snapshots=steps, key=jax.random.key(0)
+    )
     return path, speed_limit(path, transport=ExactTransport(), jackknife=0)
 
 
@@ -293,7 +371,12 @@ CHECKS: Sequence[Check] = (
     *_o3("2", lambda: Constant(2.0), "4.5952533", "10.611896"),
     *_o3("4(1-s)", lambda: Linear(4.0, 0.0), "7.9919600", "18.767854"),
     *_o3("2(1+cos πs)", lambda: Cosine(4.0), "8.6114022", "20.141747"),
-    *_o3("∝ exp(-5s)", lambda: Exponential(*(10 / (1 - np.exp(-5.0)) * np.exp([0.0, -5.0]))), "17.965774", "42.634841"),
+    *_o3(
+        "∝ exp(-5s)",
+        lambda: Exponential(*(10 / (1 - np.exp(-5.0)) * np.exp([0.0, -5.0]))),
+        "17.965774",
+        "42.634841",
+    ),
     *_o3("4s", lambda: Linear(0.0, 4.0), "3.9002495", "8.5662907"),
     _o3_optimum(1, "3.4379491"),
     _o3_optimum(10, "7.4011631"),
@@ -320,5 +403,8 @@ CHECKS: Sequence[Check] = (
     _gradient("sliced", lambda: SlicedTransport(6, jax.random.key(3))),
     _gradient("Sinkhorn", lambda: SinkhornTransport(2.0, threshold=1e-11)),
     _gradient("mapped", lambda: Mapped(GaussianTransport(), jnp.tanh)),
-    _gradient("projected", lambda: Projected(GaussianTransport(), np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]]))),
+    _gradient(
+        "projected",
+        lambda: Projected(GaussianTransport(), np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]])),
+    ),
 )

@@ -41,7 +41,11 @@ def measure_command(config: MeasureConfig) -> int:
     enable(config.dtype)
     console = rich.console.Console(quiet=config.quiet)
     with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
-        tell = None if config.quiet else lambda said: console.print(said, markup=False, highlight=False, soft_wrap=True)
+        tell = (
+            None
+            if config.quiet
+            else lambda said: console.print(said, markup=False, highlight=False, soft_wrap=True)
+        )
         report, said, content = measure(config, tell)
         figure = plot_speed_limit({"this run": report})
     wall = time.perf_counter() - started
@@ -49,19 +53,34 @@ def measure_command(config: MeasureConfig) -> int:
         config.out.mkdir(parents=True, exist_ok=True)
         storage.write_toml(config.out / "config.toml", config.as_dict())
         storage.write_json(
-            config.out / "report.json", {**content, "config": config.as_dict(), "versions": storage.versions(), "wall_seconds": wall}
+            config.out / "report.json",
+            {
+                **content,
+                "config": config.as_dict(),
+                "versions": storage.versions(),
+                "wall_seconds": wall,
+            },
         )
         figure.savefig(config.out / "speed_limit.png", dpi=150)
     except OSError as error:
-        raise refuse("out", "be a folder that can be written", f"{config.out} gives: {error.strerror}") from error
+        raise refuse(
+            "out", "be a folder that can be written", f"{config.out} gives: {error.strerror}"
+        ) from error
     written = f"{wall:.0f} s; report.json, config.toml and speed_limit.png are in {config.out}/"
     # The terminal breaks the lines, so that what is copied or piped has none but its own.
     findings = report.diagnose()
     found = "".join(f"- {finding}\n" for finding in findings)
-    console.print(f"{said}\n{report}\n{found}{written}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{said}\n{report}\n{found}{written}", markup=False, highlight=False, soft_wrap=True
+    )
     # A gap below 0 by less than its errors is no violation; one below 0 without errors is.
     doubtful = not report.holds and report.standard_error is None
-    return FAILED if doubtful or {"transport did not converge", "bound violated"} & {finding.name for finding in findings} else DONE
+    return (
+        FAILED
+        if doubtful
+        or {"transport did not converge", "bound violated"} & {finding.name for finding in findings}
+        else DONE
+    )
 
 
 class Measurement(NamedTuple):
@@ -89,16 +108,24 @@ def measure(config: MeasureConfig, tell: Callable[[str], None] | None = None) ->
     matrix = _projection(config, path, projection_key)
     transport = inner if matrix is None else Projected(inner, matrix)
     velocity = None
-    if config.velocity == "transport" and isinstance(inner, ExactTransport | GaussianTransport | SinkhornTransport):
+    if config.velocity == "transport" and isinstance(
+        inner, ExactTransport | GaussianTransport | SinkhornTransport
+    ):
         velocity = TransportVelocity(inner)
     # Halves of fewer than four members know nothing of a bias.
     debias = config.debias and path.positions.shape[1] >= 8
     if tell is not None:
         _foretell(path, transport, velocity is not None, config.jackknife, debias, tell)
-    report = speed_limit(path, transport=transport, velocity=velocity, jackknife=config.jackknife, debias=debias)
+    report = speed_limit(
+        path, transport=transport, velocity=velocity, jackknife=config.jackknife, debias=debias
+    )
 
     projection = _describe(config, path, matrix)
-    times = None if recording.times is None else {"first": float(recording.times[0]), "last": float(recording.times[-1])}
+    times = (
+        None
+        if recording.times is None
+        else {"first": float(recording.times[0]), "last": float(recording.times[-1])}
+    )
     content = {
         **_content(report),
         "snapshots": path.positions.shape[0],
@@ -113,7 +140,9 @@ def measure(config: MeasureConfig, tell: Callable[[str], None] | None = None) ->
     return Measurement(report, _said(content), content)
 
 
-def transport_problems(snapshots: int, members: int, *, maps: bool, jackknife: int, debias: bool) -> tuple[int, int]:
+def transport_problems(
+    snapshots: int, members: int, *, maps: bool, jackknife: int, debias: bool
+) -> tuple[int, int]:
     """How many transport problems `speed_limit` solves for one recorded run, of up to n members and of up to n/2.
 
     **Args:** `maps`: whether there are velocities, by a map to each neighbor in time.
@@ -121,21 +150,34 @@ def transport_problems(snapshots: int, members: int, *, maps: bool, jackknife: i
     pairs, coarse = compared(snapshots - 1)
     kept = jackknife_groups(members, jackknife, unit=1 + debias, least=2 + 2 * debias)
     reports = 1 if kept is None else 1 + len(kept)
-    return reports * len(pairs + coarse) + 2 * snapshots * maps, reports * (2 * len(pairs) + snapshots) * debias
+    return reports * len(pairs + coarse) + 2 * snapshots * maps, reports * (
+        2 * len(pairs) + snapshots
+    ) * debias
 
 
 def _foretell(
-    path: Trajectory, transport: AbstractTransport, maps: bool, jackknife: int, debias: bool, tell: Callable[[str], None]
+    path: Trajectory,
+    transport: AbstractTransport,
+    maps: bool,
+    jackknife: int,
+    debias: bool,
+    tell: Callable[[str], None],
 ) -> None:
     """Say how many problems there are, and then, from the time of a batch of each size, how long they will take."""
     positions, members = path.positions, path.positions.shape[1]
-    whole, halved = transport_problems(positions.shape[0], members, maps=maps, jackknife=jackknife, debias=debias)
+    whole, halved = transport_problems(
+        positions.shape[0], members, maps=maps, jackknife=jackknife, debias=debias
+    )
     halves = f" and {halved} of up to {members // 2}" if halved else ""
     tell(f"{whole} transport problems of up to {members} members{halves}.")
     # As the chain solves them: some problems are much harder than others, and a batch waits for its hardest.
     pairs, coarse = compared(positions.shape[0] - 1)
     each = _seconds(transport, positions, positions, pairs + coarse)
-    half = _seconds(transport, positions[:, 0 : members // 2 * 2 : 2], positions[:, 1::2], pairs) if halved else 0.0
+    half = (
+        _seconds(transport, positions[:, 0 : members // 2 * 2 : 2], positions[:, 1::2], pairs)
+        if halved
+        else 0.0
+    )
     estimate = whole * each + halved * half
     long = f"{estimate / 60:.1f} minutes" if estimate > 90 else f"{estimate:.1f} seconds"
     measured = f"{each:.2g} s each" + (f" and {half:.2g} s for the smaller ones" if halved else "")
@@ -145,11 +187,16 @@ def _foretell(
 def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int, int]]) -> float:
     """Seconds for each problem of a batch between these snapshots, once it is compiled."""
     first, second = np.array(pairs).T
-    snapshots, squared = jnp.concatenate([x, y]), lambda transport, x, y: transport.solve(x, y).squared
+    snapshots, squared = (
+        jnp.concatenate([x, y]),
+        lambda transport, x, y: transport.solve(x, y).squared,
+    )
 
     @eqx.filter_jit
     def solve(transport, snapshots):
-        return map_pairs(squared, transport, snapshots, first, len(x) + second, None, in_turn=transport.in_turn)
+        return map_pairs(
+            squared, transport, snapshots, first, len(x) + second, None, in_turn=transport.in_turn
+        )
 
     jax.block_until_ready(solve(transport, snapshots))
     started = time.perf_counter()
@@ -175,15 +222,34 @@ def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Any:
     return jnp.asarray(matrix, jnp.result_type(float))
 
 
-_NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric", "housekeeping")
+_NUMBERS = (
+    "entropy_production",
+    "length_squared",
+    "w2_squared",
+    "gap",
+    "temporal",
+    "geometric",
+    "housekeeping",
+)
 _DEBIASED = ("debiased_entropy_production", "debiased_w2_squared", "debiased_gap")
-_OPTIONAL = (*_DEBIASED, "entropy_production_coarse", "entropy_production_chain", "identity_fraction", "learning_time", "noise_floor")
+_OPTIONAL = (
+    *_DEBIASED,
+    "entropy_production_coarse",
+    "entropy_production_chain",
+    "identity_fraction",
+    "learning_time",
+    "noise_floor",
+)
 
 
 def _content(report: SpeedLimit) -> dict[str, Any]:
     errors = report.standard_error
-    known_errors = {} if errors is None else {name: getattr(errors, name) for name in (*_NUMBERS, *_DEBIASED)}
-    interval = report.interval("gap") if errors is not None and errors.gap_lower is not None else None
+    known_errors = (
+        {} if errors is None else {name: getattr(errors, name) for name in (*_NUMBERS, *_DEBIASED)}
+    )
+    interval = (
+        report.interval("gap") if errors is not None and errors.gap_lower is not None else None
+    )
     optional = {name: getattr(report, name) for name in _OPTIONAL}
     return {
         **{name: float(getattr(report, name)) for name in _NUMBERS},
@@ -191,13 +257,20 @@ def _content(report: SpeedLimit) -> dict[str, Any]:
         **{name: None if value is None else float(value) for name, value in optional.items()},
         "transport_converged": bool(report.converged),
         "is_bound": report.is_bound,
-        "standard_error": None if errors is None else {name: float(error) for name, error in known_errors.items() if error is not None},
-        "gap_interval": None if interval is None else [float(interval.lower), float(interval.upper)],
+        "standard_error": None
+        if errors is None
+        else {name: float(error) for name, error in known_errors.items() if error is not None},
+        "gap_interval": None
+        if interval is None
+        else [float(interval.lower), float(interval.upper)],
         "errors": report.errors,
         "source": report.source,
         "verdict": report.verdict(),
         "findings": [dataclasses.asdict(finding) for finding in report.diagnose()],
-        "speed": {"times": np.asarray(report.times).tolist(), "values": np.asarray(report.speed).tolist()},
+        "speed": {
+            "times": np.asarray(report.times).tolist(),
+            "values": np.asarray(report.speed).tolist(),
+        },
     }
 
 
@@ -214,7 +287,9 @@ def _describe(config: MeasureConfig, path: Trajectory, matrix: Any) -> dict[str,
         pooled = np.asarray(path.positions, np.float64).reshape(-1, path.positions.shape[2])
         pooled = pooled - pooled.mean(axis=0)
         whole = np.sum(pooled**2)
-        described["variance_share"] = float(np.sum((pooled @ np.asarray(matrix, np.float64)) ** 2) / whole) if whole else 1.0
+        described["variance_share"] = (
+            float(np.sum((pooled @ np.asarray(matrix, np.float64)) ** 2) / whole) if whole else 1.0
+        )
     return described
 
 
@@ -226,7 +301,11 @@ def _said(content: dict[str, Any]) -> str:
     if projection["name"] != "none":
         share = projection.get("variance_share")
         kept = "" if share is None else f", which keep {share:.1%} of their variance"
-        said.append(f"projected ({projection['name']}) on {projection['coordinates']} coordinates{kept}")
+        said.append(
+            f"projected ({projection['name']}) on {projection['coordinates']} coordinates{kept}"
+        )
     if content["times"] is not None and content["times"] != {"first": 0.0, "last": 1.0}:
-        said.append("times {first:.12g} to {last:.12g} rescaled to [0, 1]".format_map(content["times"]))
+        said.append(
+            "times {first:.12g} to {last:.12g} rescaled to [0, 1]".format_map(content["times"])
+        )
     return "; ".join(said) + "."

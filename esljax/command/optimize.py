@@ -68,7 +68,11 @@ def _optimize(config: OptimizeConfig, started: float) -> int:
     # What is half written is no checkpoint, and what is only locked has none yet.
     unfinished = any(path.name.isdecimal() for path in kept.glob("*/*"))
     if unfinished and not config.resume:
-        raise refuse("out", "be a folder without an unfinished run, or be given with --resume to finish it", f"{config.out} holds one")
+        raise refuse(
+            "out",
+            "be a folder without an unfinished run, or be given with --resume to finish it",
+            f"{config.out} holds one",
+        )
     if first and not unfinished:
         storage.write_toml(config.out / "config.toml", config.as_dict())
     try:
@@ -80,15 +84,27 @@ def _optimize(config: OptimizeConfig, started: float) -> int:
             shutil.rmtree(kept, ignore_errors=True)
         raise
     wall = time.perf_counter() - started
-    ordered = dict(sorted(result.judgments.items(), key=lambda item: float(item[1].report.entropy_production)))
-    missed = "optimized" not in ordered or abs(float(ordered["optimized"].final_loss) / result.target - 1) > 0.01
+    ordered = dict(
+        sorted(result.judgments.items(), key=lambda item: float(item[1].report.entropy_production))
+    )
+    missed = (
+        "optimized" not in ordered
+        or abs(float(ordered["optimized"].final_loss) / result.target - 1) > 0.01
+    )
     if first:
-        storage.write_json(config.out / "report.json", _report(config, result.target, ordered, wall))
+        storage.write_json(
+            config.out / "report.json", _report(config, result.target, ordered, wall)
+        )
         plot_schedules(ordered).savefig(config.out / "schedules.png", dpi=150)
-        plot_speed_limit({name: judgment.report for name, judgment in ordered.items()}).savefig(config.out / "speed_limit.png", dpi=150)
+        plot_speed_limit({name: judgment.report for name, judgment in ordered.items()}).savefig(
+            config.out / "speed_limit.png", dpi=150
+        )
     console.print(_table(ordered))
     console.print(rich.markup.escape(_verdict(ordered, result, missed)), highlight=False)
-    console.print(f"{wall:.0f} s; report.json, config.toml, schedules.png and speed_limit.png are in {config.out}/", highlight=False)
+    console.print(
+        f"{wall:.0f} s; report.json, config.toml, schedules.png and speed_limit.png are in {config.out}/",
+        highlight=False,
+    )
     if result.optimum.interrupted:
         return INTERRUPTED
     if first:
@@ -116,12 +132,22 @@ def _join(config: OptimizeConfig) -> None:
     """Find the other processes, if there are any."""
     if not config.distributed:
         return
-    told = {"coordinator_address": config.coordinator, "num_processes": config.processes, "process_id": config.process}
+    told = {
+        "coordinator_address": config.coordinator,
+        "num_processes": config.processes,
+        "process_id": config.process,
+    }
     try:
-        jax.distributed.initialize(**{name: value for name, value in told.items() if value is not None})
+        jax.distributed.initialize(
+            **{name: value for name, value in told.items() if value is not None}
+        )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise refuse("distributed", "find the other processes from the environment or the flags", f"fails: {reason}") from error
+        raise refuse(
+            "distributed",
+            "find the other processes from the environment or the flags",
+            f"fails: {reason}",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -149,29 +175,52 @@ def _compare(config: OptimizeConfig, progress: "_Progress", kept: Path) -> _Resu
     match_keys = jax.random.split(match_key, config.match_runs)
     judge_keys = jax.random.split(judge_key, config.judge_runs)
     learning_time = config.rate * config.steps
-    settings = {name: value for name, value in config.as_dict().items() if name not in ("out", "quiet", "checkpoint_every")}
+    settings = {
+        name: value
+        for name, value in config.as_dict().items()
+        if name not in ("out", "quiet", "checkpoint_every")
+    }
 
     def checkpoints(stage: str) -> Checkpoints:
         return Checkpoints(kept / stage, resume=config.resume, every=config.checkpoint_every)
 
     def match(shape: Any, name: str, target: float) -> Knots:
         progress.phase(f"matching {name}")
-        return match_endpoint(problem, shape, target=target, learning_time=learning_time, keys=match_keys, name=name, watch=progress.trial)
+        return match_endpoint(
+            problem,
+            shape,
+            target=target,
+            learning_time=learning_time,
+            keys=match_keys,
+            name=name,
+            watch=progress.trial,
+        )
 
     shapes = usual_shapes()
     with session(checkpoints("matching"), settings) as saved:
         # The target is kept with the schedules that meet it: they cost as much to find again.
         like = Knots(jnp.ones(config.steps + 1), "linear")
-        done, (target, matched) = saved.restore(lambda done: (jnp.zeros(()), [like] * done)) or (0, (None, []))
+        done, (target, matched) = saved.restore(lambda done: (jnp.zeros(()), [like] * done)) or (
+            0,
+            (None, []),
+        )
         target = float(target) if config.target is None and target is not None else config.target
         if target is None:
             progress.phase("target")
             target = final_loss(problem, Constant(config.rate), match_keys)
             if not np.isfinite(target):
-                raise refuse("rate", "leave the constant schedule stable", f"is {config.rate:g}: its final loss is {target}")
+                raise refuse(
+                    "rate",
+                    "leave the constant schedule stable",
+                    f"is {config.rate:g}: its final loss is {target}",
+                )
         for name, shape in list(shapes.items())[done:]:
             matched.append(match(shape, name, target))
-            saved.offer(len(matched), lambda: (jnp.asarray(target), matched), last=len(matched) == len(shapes))
+            saved.offer(
+                len(matched),
+                lambda: (jnp.asarray(target), matched),
+                last=len(matched) == len(shapes),
+            )
     matched = dict(zip(shapes, matched, strict=True))
     progress.phase("optimizing")
     knots = Knots(jnp.full(config.knots, jnp.mean(matched["constant"].values)))
@@ -179,7 +228,11 @@ def _compare(config: OptimizeConfig, progress: "_Progress", kept: Path) -> _Resu
     def objective(learning_rate: Knots, key: Any) -> Any:
         outcome = problem.run(learning_rate, key)
         sigma = outcome.report.entropy_production
-        return sigma, outcome.final_loss / target - 1, (outcome.report.w2_squared, outcome.final_loss)
+        return (
+            sigma,
+            outcome.final_loss / target - 1,
+            (outcome.report.w2_squared, outcome.final_loss),
+        )
 
     optimum = optimize(
         objective,
@@ -192,7 +245,9 @@ def _compare(config: OptimizeConfig, progress: "_Progress", kept: Path) -> _Resu
     judgments = {}
     try:
         finite = np.all(np.isfinite(optimum.controls.values))
-        matched["optimized"] = match(optimum.controls, "optimized", target) if finite else optimum.controls
+        matched["optimized"] = (
+            match(optimum.controls, "optimized", target) if finite else optimum.controls
+        )
         for name in ("optimized", *shapes):
             progress.phase(f"judging {name}")
             judgments[name] = judge(problem, matched[name], judge_keys)
@@ -210,7 +265,11 @@ def _mesh(config: OptimizeConfig) -> Mesh | None:
         return None
     mesh = member_mesh(config.devices)
     if config.members % mesh.size:
-        raise refuse("members", f"be a multiple of the {mesh.size} devices that share them", f"is {config.members}")
+        raise refuse(
+            "members",
+            f"be a multiple of the {mesh.size} devices that share them",
+            f"is {config.members}",
+        )
     return mesh
 
 
@@ -225,10 +284,16 @@ class _Progress:
             rich.progress.TextColumn("{task.fields[numbers]}"),
             rich.progress.TimeRemainingColumn(),
         )
-        self.bar = rich.progress.Progress(*columns, console=console, transient=True, disable=config.quiet)
+        self.bar = rich.progress.Progress(
+            *columns, console=console, transient=True, disable=config.quiet
+        )
         shapes = len(usual_shapes())
         # A matching takes about two trials, a gradient about 2.3 forward runs, a judgment about 1.3.
-        total = (2 * shapes + 4) * config.match_runs + 2.3 * config.iterations + 1.3 * (shapes + 1) * config.judge_runs
+        total = (
+            (2 * shapes + 4) * config.match_runs
+            + 2.3 * config.iterations
+            + 1.3 * (shapes + 1) * config.judge_runs
+        )
         self.task = self.bar.add_task("starting", total=total, numbers="")
 
     def __enter__(self) -> "_Progress":
@@ -246,19 +311,21 @@ class _Progress:
 
     def iteration(self, seen: Iteration) -> None:
         w2_squared, loss = seen.auxiliary
-        numbers = f"Σ {float(seen.value):.4g}  W2² {float(w2_squared):.4g}  final loss {float(loss):.4f}"
+        numbers = (
+            f"Σ {float(seen.value):.4g}  W2² {float(w2_squared):.4g}  final loss {float(loss):.4f}"
+        )
         description = f"optimizing {seen.iteration + 1}/{self.config.iterations}"
         self.bar.update(self.task, advance=2.3, description=description, numbers=numbers)
 
     def judged(self, judgment: Judgment) -> None:
         report = judgment.report
-        numbers = (
-            f"Σ {float(report.entropy_production):.4g}  W2² {float(report.w2_squared):.4g}  final loss {float(judgment.final_loss):.4f}"
-        )
+        numbers = f"Σ {float(report.entropy_production):.4g}  W2² {float(report.w2_squared):.4g}  final loss {float(judgment.final_loss):.4f}"
         self.bar.update(self.task, advance=1.3 * self.config.judge_runs, numbers=numbers)
 
 
-def _report(config: OptimizeConfig, target: float, judgments: Mapping[str, Judgment], wall: float) -> dict[str, Any]:
+def _report(
+    config: OptimizeConfig, target: float, judgments: Mapping[str, Judgment], wall: float
+) -> dict[str, Any]:
     return {
         "target_loss": target,
         "schedules": {name: _schedule(judgment) for name, judgment in judgments.items()},
@@ -292,15 +359,30 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
 def _table(judgments: Mapping[str, Judgment]) -> rich.table.Table:
     runs = next(iter(judgments.values())).entropy_productions.size
     title = f"Matched final loss, {runs} held-out runs; digits in parentheses: standard error of the last digits"
-    table = rich.table.Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
+    table = rich.table.Table(
+        title=title, title_justify="left", title_style="", box=None, pad_edge=False
+    )
     table.add_column("schedule", no_wrap=True)
-    for heading in ("Σ", "L²", "W2²", "gap", "temporal", "geometric", "Σ floor", "final loss", "accuracy"):
+    for heading in (
+        "Σ",
+        "L²",
+        "W2²",
+        "gap",
+        "temporal",
+        "geometric",
+        "Σ floor",
+        "final loss",
+        "accuracy",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, judgment in judgments.items():
         report = judgment.report
         table.add_row(
             name.replace("_", " "),
-            *(concise(getattr(report, number), getattr(report.standard_error, number)) for number in WITH_ERROR),
+            *(
+                concise(getattr(report, number), getattr(report.standard_error, number))
+                for number in WITH_ERROR
+            ),
             "unknown" if report.noise_floor is None else f"{float(report.noise_floor):.2g}",
             concise(judgment.final_loss, judgment.final_loss_error),
             concise(judgment.test_accuracy, judgment.test_accuracy_error),
@@ -310,7 +392,11 @@ def _table(judgments: Mapping[str, Judgment]) -> rich.table.Table:
 
 def _verdict(judgments: Mapping[str, Judgment], result: _Result, missed: bool) -> str:
     said = []
-    if result.optimum.interrupted or result.optimum.history.value.size < 1 or result.optimum.message != "Ran all iterations.":
+    if (
+        result.optimum.interrupted
+        or result.optimum.history.value.size < 1
+        or result.optimum.message != "Ran all iterations."
+    ):
         said.append(result.optimum.message)
     usual = [name for name in judgments if name != "optimized"]
     if "optimized" in judgments and usual:
@@ -324,10 +410,18 @@ def _verdict(judgments: Mapping[str, Judgment], result: _Result, missed: bool) -
             f"{left:.2%} of W2² is left to timing, the rest is the bend of the path."
         )
     if missed and "optimized" in judgments:
-        said.append(f"Its held-out final loss {float(judgments['optimized'].final_loss):.4g} misses the target by more than 1 %.")
+        said.append(
+            f"Its held-out final loss {float(judgments['optimized'].final_loss):.4g} misses the target by more than 1 %."
+        )
     if not all(bool(judgment.report.converged) for judgment in judgments.values()):
         said.append("Some transport problems did not converge: do not trust these numbers.")
-    floors = [(j.report.noise_floor, j.report.entropy_production) for j in judgments.values() if j.report.noise_floor is not None]
+    floors = [
+        (j.report.noise_floor, j.report.entropy_production)
+        for j in judgments.values()
+        if j.report.noise_floor is not None
+    ]
     if any(float(floor) > 0.05 * float(sigma) for floor, sigma in floors):
-        said.append("Injected noise alone makes up more than 5 % of some Σ (its floor): lower the temperature before comparing.")
+        said.append(
+            "Injected noise alone makes up more than 5 % of some Σ (its floor): lower the temperature before comparing."
+        )
     return " ".join(said)

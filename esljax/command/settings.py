@@ -7,9 +7,23 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 import tyro
 
-from esljax._checks import check_choice, check_nonnegative, check_positive, check_positive_int, refuse
+from esljax._checks import (
+    check_choice,
+    check_nonnegative,
+    check_positive,
+    check_positive_int,
+    refuse,
+)
 from esljax._types import Array
-from esljax.experiment import CHOICES, LEAST, TrainingConfig, converted, make_transport, plain, read_toml
+from esljax.experiment import (
+    CHOICES,
+    LEAST,
+    TrainingConfig,
+    converted,
+    make_transport,
+    plain,
+    read_toml,
+)
 from esljax.transport import AbstractTransport
 
 # What the commands exit with.
@@ -144,8 +158,16 @@ class MeasureConfig:
     def check(self) -> "MeasureConfig":
         """Refuse what cannot run, before anything is read, in one sentence."""
         if self.recording is None:
-            raise refuse("recording", "be a file of snapshots or a folder of checkpoints", "is not given")
-        for name, least in (("coordinates", 1), ("directions", 1), ("chunk", 0), ("jackknife", 0), ("seed", 0)):
+            raise refuse(
+                "recording", "be a file of snapshots or a folder of checkpoints", "is not given"
+            )
+        for name, least in (
+            ("coordinates", 1),
+            ("directions", 1),
+            ("chunk", 0),
+            ("jackknife", 0),
+            ("seed", 0),
+        ):
             check_positive_int(name, getattr(self, name), least)
         check_positive("epsilon", self.epsilon)
         if not np.isfinite(self.epsilon):
@@ -153,7 +175,11 @@ class MeasureConfig:
         for name in ("transport", "velocity", "dtype"):
             check_choice(name, getattr(self, name), CHOICES[name])
         if self.velocity == "transport" and self.transport == "sliced":
-            raise refuse("velocity", "be 'none' beside the sliced transport, which maps no member onto another", "is 'transport'")
+            raise refuse(
+                "velocity",
+                "be 'none' beside the sliced transport, which maps no member onto another",
+                "is 'transport'",
+            )
         _check_out(self.out)
         return self
 

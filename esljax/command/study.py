@@ -19,7 +19,17 @@ from esljax.command.settings import DONE, FAILED, INTERRUPTED
 from esljax.figures import plot_study
 from esljax.files import storage
 from esljax.measures import concise
-from esljax.study import LostWorkersError, Progress, Study, executors, lock_path, open_study, read_study, run_study, summarize
+from esljax.study import (
+    LostWorkersError,
+    Progress,
+    Study,
+    executors,
+    lock_path,
+    open_study,
+    read_study,
+    run_study,
+    summarize,
+)
 
 _Where = Annotated[Path, tyro.conf.Positional]
 
@@ -132,13 +142,19 @@ def _run(config: RunStudyConfig) -> int:
                     watch=bar.watch,
                 )
         except KeyboardInterrupt:
-            print(f"esljax: interrupted; {bar.said()} in {out}, and the same command goes on from there.", file=sys.stderr)
+            print(
+                f"esljax: interrupted; {bar.said()} in {out}, and the same command goes on from there.",
+                file=sys.stderr,
+            )
             return INTERRUPTED
         except LostWorkersError as error:
             print(f"esljax: {error}", file=sys.stderr)
             return FAILED
         except OSError as error:
-            print(f"esljax: ended by {error}; {bar.said()} in {out}, and the same command goes on from there.", file=sys.stderr)
+            print(
+                f"esljax: ended by {error}; {bar.said()} in {out}, and the same command goes on from there.",
+                file=sys.stderr,
+            )
             return FAILED
     console.print(f"{bar.said()} in {out}", markup=False, highlight=False, soft_wrap=True)
     doubts = _doubts(open_study(out))
@@ -159,13 +175,23 @@ def _status(config: StudyStatusConfig) -> int:
     path = _existing(config.study)
     dataset = open_study(path)
     done = dataset["done"].values
-    counts = {"done": int(np.sum(done == 1)), "failed": int(np.sum(done == 2)), "to do": int(np.sum(done == 0))}
+    counts = {
+        "done": int(np.sum(done == 1)),
+        "failed": int(np.sum(done == 2)),
+        "to do": int(np.sum(done == 0)),
+    }
     dimensions = " × ".join(f"{name} {length}" for name, length in dataset.sizes.items())
-    said = [f"{path}: {done.size} runs ({dimensions})", ", ".join(f"{count} {name}" for name, count in counts.items())]
+    said = [
+        f"{path}: {done.size} runs ({dimensions})",
+        ", ".join(f"{count} {name}" for name, count in counts.items()),
+    ]
     said += [f"  {doubt}" for doubt in _doubts(dataset)]
     writer = storage.holder(lock_path(path))
     if writer is not None:
-        elapsed, fresh = time.time() - writer.get("started", time.time()), done.size - counts["to do"] - writer.get("before", 0)
+        elapsed, fresh = (
+            time.time() - writer.get("started", time.time()),
+            done.size - counts["to do"] - writer.get("before", 0),
+        )
         left = f", {_duration(elapsed / fresh * counts['to do'])} left" if fresh > 0 else ""
         said.append(f"process {writer['pid']} of {writer['host']} is running it{left}")
     elif counts["to do"]:
@@ -178,24 +204,43 @@ def _show(config: ShowStudyConfig) -> int:
     check_positive_int("rows", config.rows)
     path = _existing(config.study)
     groups = summarize(open_study(path))
-    fields = [name for name in groups[0].settings if len({group.settings[name] for group in groups}) > 1 or len(groups) == 1]
-    alike = ", ".join(f"{_words(name)} {_value(value)}" for name, value in groups[0].settings.items() if name not in fields)
+    fields = [
+        name
+        for name in groups[0].settings
+        if len({group.settings[name] for group in groups}) > 1 or len(groups) == 1
+    ]
+    alike = ", ".join(
+        f"{_words(name)} {_value(value)}"
+        for name, value in groups[0].settings.items()
+        if name not in fields
+    )
     over = "means over the seeds; " * any(group.asked > 1 for group in groups)
     title = f"{path}{f', {alike}' if alike else ''}: {over}digits in parentheses: standard error of the last digits"
-    table = rich.table.Table(title=rich.text.Text(title), title_justify="left", title_style="", box=None, pad_edge=False)
+    table = rich.table.Table(
+        title=rich.text.Text(title), title_justify="left", title_style="", box=None, pad_edge=False
+    )
     for name in fields:
         table.add_column(_words(name), justify="left", no_wrap=True)
     for heading in ("runs", *_NUMBERS.values()):
         table.add_column(heading, justify="right", no_wrap=True)
     for group in groups[: config.rows]:
         floor = {"noise_floor": f"{group.means['noise_floor']:.2g}"}
-        cells = (floor.get(name) or concise(group.means[name], group.errors[name]) for name in _NUMBERS)
+        cells = (
+            floor.get(name) or concise(group.means[name], group.errors[name]) for name in _NUMBERS
+        )
         runs = str(group.runs) if group.runs == group.asked else f"{group.runs}/{group.asked}"
         shown = cells if group.runs else ["-"] * len(_NUMBERS)
-        table.add_row(*(_value(group.settings[name]) for name in fields), runs + "*" * bool(group.unconverged), *shown)
+        table.add_row(
+            *(_value(group.settings[name]) for name in fields),
+            runs + "*" * bool(group.unconverged),
+            *shown,
+        )
     console = rich.console.Console()
     # Let a narrow terminal break the lines rather than the numbers.
-    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=10_000)).maximum)
+    console.width = max(
+        console.width,
+        console.measure(table, options=console.options.update(max_width=10_000)).maximum,
+    )
     console.print(table)
     if any(group.unconverged for group in groups[: config.rows]):
         print("* Some transport problems were not solved: do not trust these numbers.")
@@ -252,14 +297,19 @@ def _existing(path: Path) -> Path:
     if store.exists() and path.exists():
         differs = Study.from_toml(path).difference(read_study(store))
         if differs is not None:
-            print(f"esljax: {path} has changed since, in {differs}; this is what is in {store}.", file=sys.stderr)
+            print(
+                f"esljax: {path} has changed since, in {differs}; this is what is in {store}.",
+                file=sys.stderr,
+            )
     return store
 
 
 def _doubts(dataset: Any) -> list[str]:
     """What is wrong with the runs of a study, each with how many it concerns."""
     state = dataset["done"].values
-    reasons, counts = np.unique(dataset["reason"].values[state == 2].astype(str), return_counts=True)
+    reasons, counts = np.unique(
+        dataset["reason"].values[state == 2].astype(str), return_counts=True
+    )
     failed = sorted(zip(reasons.tolist(), counts.tolist(), strict=True), key=lambda item: -item[1])
     unsolved = int(np.sum((state == 1) & ~dataset["converged"].values))
     said = f"{unsolved} done, but with transport problems that were not solved: do not trust their numbers"
@@ -281,7 +331,12 @@ class _Bar:
             rich.progress.TimeRemainingColumn(),
         )
         self.console, self.last = console, Progress(0, 0, 0, 0, 0)
-        self._bar = rich.progress.Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal)
+        self._bar = rich.progress.Progress(
+            *columns,
+            console=console,
+            transient=True,
+            disable=console.quiet or not console.is_terminal,
+        )
         self._task: Any = None
         self._started = self._printed = time.monotonic()
 
@@ -308,5 +363,7 @@ class _Bar:
         self._bar.update(self._task, description=self.said(), completed=ended)
         if not self.console.is_terminal and progress.fresh and now - self._printed > 10:
             left = (now - self._started) / progress.fresh * (progress.runs - ended)
-            self.console.print(f"{self.said()}, {_duration(left)} left", markup=False, highlight=False)
+            self.console.print(
+                f"{self.said()}, {_duration(left)} left", markup=False, highlight=False
+            )
             self._printed = now

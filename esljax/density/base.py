@@ -42,7 +42,9 @@ class AbstractSmoother(eqx.Module):
     """A density whose kernels or bins average more than members."""
 
     @abc.abstractmethod
-    def smooth(self, positions: Float[Array, "n d"], values: Float[Array, "n p"]) -> Callable[[Array], Array]:
+    def smooth(
+        self, positions: Float[Array, "n d"], values: Float[Array, "n p"]
+    ) -> Callable[[Array], Array]:
         """The local mean of what the members carry, a function of one position (d,) with values (p,): a pytree, differentiable once.
         `positions` are those the density was fitted to."""
 
@@ -63,7 +65,9 @@ class AbstractDensity(eqx.Module):
         """The state before the first fit: arrays from which a fit of a similar ensemble can start, or None."""
 
     @abc.abstractmethod
-    def estimate(self, positions: Float[Array, "n d"], state: Any) -> tuple[AbstractLogDensity, Any]:
+    def estimate(
+        self, positions: Float[Array, "n d"], state: Any
+    ) -> tuple[AbstractLogDensity, Any]:
         """The density of these members and the state for the next fit. Values are not checked: for use inside `jit`, `vmap` and `scan`."""
 
     def fit(self, positions: Float[ArrayLike, "n d"]) -> AbstractLogDensity:
@@ -86,7 +90,11 @@ class AbstractDensity(eqx.Module):
         density = _compiled_fit(self, positions)
         fitted = jax.tree.leaves(eqx.filter(density, eqx.is_inexact_array))
         if known(fitted) and not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in fitted):
-            raise refuse("positions", "be spread out in every direction", "gives a density that is not finite")
+            raise refuse(
+                "positions",
+                "be spread out in every direction",
+                "gives a density that is not finite",
+            )
         return density
 
 
@@ -106,7 +114,10 @@ class Frame(eqx.Module):
         """The frame of an ensemble."""
         # Shrinkage is towards equal widths, so that every coordinate first gets its own unit.
         scale = jnp.std(positions, axis=0)
-        return cls(jnp.mean(positions, axis=0), scale[:, None] * jnp.linalg.cholesky(shrunk_covariance(positions / scale)))
+        return cls(
+            jnp.mean(positions, axis=0),
+            scale[:, None] * jnp.linalg.cholesky(shrunk_covariance(positions / scale)),
+        )
 
     @property
     def log_volume(self) -> Scalar:

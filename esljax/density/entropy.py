@@ -73,7 +73,11 @@ class AbstractEntropy(eqx.Module):
         answer = _compiled_estimate(self, positions)
         if known(positions, answer) and not bool(jnp.all(jnp.isfinite(answer.contributions))):
             lost = int(jnp.sum(~jnp.isfinite(answer.contributions)))
-            raise refuse("positions", "be spread out in every direction, without repeated members", f"leaves {lost} without a density")
+            raise refuse(
+                "positions",
+                "be spread out in every direction, without repeated members",
+                f"leaves {lost} without a density",
+            )
         return answer
 
 
@@ -98,14 +102,25 @@ class GaussianEntropy(AbstractEntropy):
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
         n, d = positions.shape
         if n <= d:
-            raise refuse("positions", f"hold more than {d} members for {d} coordinates to span a volume", f"holds {n}")
+            raise refuse(
+                "positions",
+                f"hold more than {d} members for {d} coordinates to span a volume",
+                f"holds {n}",
+            )
         centred = positions - jnp.mean(positions, axis=0)
         root = jnp.linalg.cholesky(jnp.matmul(centred.T, centred, precision="highest") / n)
         white = jax.scipy.linalg.solve_triangular(root, centred.T, lower=True)
-        volume = 2 * jnp.sum(jnp.log(jnp.diagonal(root))) + d * jnp.log(n / 2) - jnp.sum(digamma((n - jnp.arange(1, d + 1)) / 2))
+        volume = (
+            2 * jnp.sum(jnp.log(jnp.diagonal(root)))
+            + d * jnp.log(n / 2)
+            - jnp.sum(digamma((n - jnp.arange(1, d + 1)) / 2))
+        )
         # The squares of the whitened members have mean d exactly, and spread the terms as the influence of each member on log|C|.
         terms = (d * jnp.log(2 * jnp.pi) + volume + jnp.sum(white**2, axis=0)) / 2
-        return Entropy(terms.astype(positions.dtype), "of the Gaussian of this covariance; an upper bound for every other law")
+        return Entropy(
+            terms.astype(positions.dtype),
+            "of the Gaussian of this covariance; an upper bound for every other law",
+        )
 
 
 class NearestNeighborEntropy(AbstractEntropy):
@@ -135,7 +150,9 @@ class NearestNeighborEntropy(AbstractEntropy):
         n, d = positions.shape
         k = self.neighbors
         if n <= k:
-            raise refuse("positions", f"hold more members than the {k} neighbors of each", f"holds {n}")
+            raise refuse(
+                "positions", f"hold more members than the {k} neighbors of each", f"holds {n}"
+            )
         frame = Frame.of(positions)
         members = frame.into(positions)
 
@@ -165,7 +182,10 @@ class KDEEntropy(AbstractEntropy):
 
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
         density = KernelDensity()
-        return Entropy(-density.with_left_out(positions)[1], f"leave-one-out, {density.note}; high by what kernels smear")
+        return Entropy(
+            -density.with_left_out(positions)[1],
+            f"leave-one-out, {density.note}; high by what kernels smear",
+        )
 
 
 class HistogramEntropy(AbstractEntropy):
@@ -185,7 +205,11 @@ class HistogramEntropy(AbstractEntropy):
         table, _ = density.estimate(positions, None)
         occupied = jnp.sum(table.counts > 0)
         counts = table.counts[tuple(table.bin(positions).T)]
-        terms = jnp.sum(jnp.log(table.width)) - jnp.log(counts / len(positions)) + (occupied - 1) / (2 * len(positions))
+        terms = (
+            jnp.sum(jnp.log(table.width))
+            - jnp.log(counts / len(positions))
+            + (occupied - 1) / (2 * len(positions))
+        )
         return Entropy(terms.astype(positions.dtype), f"{density.note}, Miller-Madow correction")
 
 
@@ -207,7 +231,12 @@ class FlowEntropy(AbstractEntropy):
 
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
         density = FlowDensity(self.key, steps=self.steps)
-        evens, odds = (density.estimate(half, density.init(half))[0] for half in (positions[0::2], positions[1::2]))
+        evens, odds = (
+            density.estimate(half, density.init(half))[0]
+            for half in (positions[0::2], positions[1::2])
+        )
         even = jnp.arange(len(positions)) % 2 == 0
-        logs = jnp.where(even, jax.vmap(odds.log_density)(positions), jax.vmap(evens.log_density)(positions))
+        logs = jnp.where(
+            even, jax.vmap(odds.log_density)(positions), jax.vmap(evens.log_density)(positions)
+        )
         return Entropy(-logs, f"an upper bound in expectation: {density.note}")

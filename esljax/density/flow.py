@@ -48,10 +48,14 @@ class FlowDensity(AbstractDensity):
         return f"block neural autoregressive flow of {self.layers} layers, {self.steps} steps of Adam, stopped by every fifth member"
 
     def init(self, positions: Float[Array, "n d"]) -> list[Array]:
-        parameters = jax.tree.leaves(eqx.filter(self._flow(positions.shape[1]), eqx.is_inexact_array))
+        parameters = jax.tree.leaves(
+            eqx.filter(self._flow(positions.shape[1]), eqx.is_inexact_array)
+        )
         return [parameter.astype(positions.dtype) for parameter in parameters]
 
-    def estimate(self, positions: Float[Array, "n d"], state: list[Array]) -> tuple[AbstractLogDensity, list[Array]]:
+    def estimate(
+        self, positions: Float[Array, "n d"], state: list[Array]
+    ) -> tuple[AbstractLogDensity, list[Array]]:
         frame = Frame.of(positions)
         members = frame.into(positions)
         chosen = jnp.arange(len(members)) % 5 > 0  # `spares_a_fifth`
@@ -65,9 +69,16 @@ class FlowDensity(AbstractDensity):
         def step(carry, _):
             parameters, moments, best, least = carry
             slope, judged = jax.grad(losses, has_aux=True)(parameters)
-            best = jax.tree.map(lambda new, old: jnp.where(judged < least, new, old), parameters, best)
+            best = jax.tree.map(
+                lambda new, old: jnp.where(judged < least, new, old), parameters, best
+            )
             updates, moments = optimizer.update(slope, moments, parameters)
-            return (optax.apply_updates(parameters, updates), moments, best, jnp.minimum(judged, least)), None
+            return (
+                optax.apply_updates(parameters, updates),
+                moments,
+                best,
+                jnp.minimum(judged, least),
+            ), None
 
         start = (state, optimizer.init(state), state, jnp.asarray(jnp.inf, members.dtype))
         best = jax.lax.scan(step, start, length=self.steps)[0][2]
@@ -79,11 +90,15 @@ class FlowDensity(AbstractDensity):
         learned, rest = eqx.partition(self._flow(y.shape[-1]), eqx.is_inexact_array)
         flow = eqx.combine(jax.tree.unflatten(jax.tree.structure(learned), parameters), rest)
         with jax.default_matmul_precision("highest"):
-            return flow.log_prob(y).astype(y.dtype)  # flowjax answers in the default precision of numbers.
+            return flow.log_prob(y).astype(
+                y.dtype
+            )  # flowjax answers in the default precision of numbers.
 
     def _flow(self, d: int) -> AbstractDistribution:
         base = StandardNormal((d,))
-        return block_neural_autoregressive_flow(self.key, base_dist=base, nn_block_dim=self.width, flow_layers=self.layers)
+        return block_neural_autoregressive_flow(
+            self.key, base_dist=base, nn_block_dim=self.width, flow_layers=self.layers
+        )
 
 
 class _Flow(AbstractLogDensity):

@@ -21,7 +21,9 @@ class GaussianDensity(AbstractDensity):
     def init(self, positions: Float[Array, "n d"]) -> None:
         return None
 
-    def estimate(self, positions: Float[Array, "n d"], state: Any) -> tuple[AbstractLogDensity, Any]:
+    def estimate(
+        self, positions: Float[Array, "n d"], state: Any
+    ) -> tuple[AbstractLogDensity, Any]:
         return _Gaussian(Frame.of(positions)), state
 
 

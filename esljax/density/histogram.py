@@ -35,7 +35,11 @@ class HistogramDensity(AbstractDensity):
     def estimate(self, positions: Float[Array, "n d"], state: Any) -> tuple["Histogram", Any]:
         n, d = positions.shape
         if d > 3:
-            raise refuse("positions", "have at most 3 coordinates per member for a histogram", f"has shape {positions.shape}")
+            raise refuse(
+                "positions",
+                "have at most 3 coordinates per member for a histogram",
+                f"has shape {positions.shape}",
+            )
         bins = math.ceil(2 * n ** (1 / (d + 2)))
         lower, upper = jnp.min(positions, axis=0), jnp.max(positions, axis=0)
         empty = Histogram(jnp.zeros((bins,) * d, positions.dtype), lower, (upper - lower) / bins)
@@ -53,20 +57,32 @@ class Histogram(AbstractLogDensity, AbstractSmoother):
 
     def bin(self, x: Float[Array, "*n d"]) -> Array:
         """The bin of each point, shape (..., d); points outside count to the bin at the edge."""
-        return jnp.clip(jnp.floor((x - self.lower) / self.width).astype(int), 0, len(self.counts) - 1)
+        return jnp.clip(
+            jnp.floor((x - self.lower) / self.width).astype(int), 0, len(self.counts) - 1
+        )
 
     def log_density(self, x: Float[Array, " d"]) -> Scalar:
         inside = jnp.all((x >= self.lower) & (x <= self.lower + self.width * len(self.counts)))
         total = jnp.sum(self.counts) + self.counts.size / 2
-        logs = jnp.log(self.counts[tuple(self.bin(x))] + 0.5) - jnp.log(total) - jnp.sum(jnp.log(self.width))
+        logs = (
+            jnp.log(self.counts[tuple(self.bin(x))] + 0.5)
+            - jnp.log(total)
+            - jnp.sum(jnp.log(self.width))
+        )
         return jnp.where(inside, logs, -jnp.inf)
 
     def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         return jax.grad(lambda x: self._spline(jnp.log(self.counts + 0.5), self._inside(x)))(x)
 
-    def smooth(self, positions: Float[Array, "n d"], values: Float[Array, "n p"]) -> Callable[[Array], Array]:
+    def smooth(
+        self, positions: Float[Array, "n d"], values: Float[Array, "n p"]
+    ) -> Callable[[Array], Array]:
         """Means over each bin, drawn to 0 by half a member, through the same spline."""
-        sums = jnp.zeros((*self.counts.shape, values.shape[1]), values.dtype).at[tuple(self.bin(positions).T)].add(values)
+        sums = (
+            jnp.zeros((*self.counts.shape, values.shape[1]), values.dtype)
+            .at[tuple(self.bin(positions).T)]
+            .add(values)
+        )
         return eqx.Partial(self._mean, sums / (self.counts + 0.5)[..., None])
 
     def _mean(self, table: Float[Array, "..."], x: Float[Array, " d"]) -> Float[Array, " p"]:
@@ -78,10 +94,22 @@ class Histogram(AbstractLogDensity, AbstractSmoother):
     def _spline(self, table: Float[Array, "..."], x: Float[Array, " d"]) -> Float[Array, "..."]:
         # Beyond its edges the table goes on as a straight line.
         axes = len(x)
-        patch = jnp.pad(table, [(1, 1)] * axes + [(0, 0)] * (table.ndim - axes), mode="reflect", reflect_type="odd")
+        patch = jnp.pad(
+            table,
+            [(1, 1)] * axes + [(0, 0)] * (table.ndim - axes),
+            mode="reflect",
+            reflect_type="odd",
+        )
         corner = self.bin(x)
-        patch = jax.lax.dynamic_slice(patch, [*corner, *[0] * (table.ndim - axes)], (*(3,) * axes, *table.shape[axes:]))
+        patch = jax.lax.dynamic_slice(
+            patch, [*corner, *[0] * (table.ndim - axes)], (*(3,) * axes, *table.shape[axes:])
+        )
         offset = (x - self.lower) / self.width - corner - 0.5
         for t in offset:
-            patch = jnp.tensordot(jnp.stack([(0.5 - t) ** 2 / 2, 0.75 - t**2, (0.5 + t) ** 2 / 2]), patch, axes=1, precision="highest")
+            patch = jnp.tensordot(
+                jnp.stack([(0.5 - t) ** 2 / 2, 0.75 - t**2, (0.5 + t) ** 2 / 2]),
+                patch,
+                axes=1,
+                precision="highest",
+            )
         return patch

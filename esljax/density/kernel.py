@@ -36,7 +36,11 @@ class KernelDensity(AbstractDensity):
 
     @property
     def note(self) -> str:
-        widened = ", widened for the score by the ratio of the normal reference rules" if self.for_score else ""
+        widened = (
+            ", widened for the score by the ratio of the normal reference rules"
+            if self.for_score
+            else ""
+        )
         return f"Gaussian kernels, bandwidth of maximum leave-one-out likelihood{widened}"
 
     def init(self, positions: Float[Array, "n d"]) -> None:
@@ -44,22 +48,30 @@ class KernelDensity(AbstractDensity):
 
     def estimate(self, positions: Float[Array, "n d"], state: Any) -> tuple["Kernels", Any]:
         law = self.with_left_out(positions)[0]
-        widening = _reference_bandwidth(*positions.shape, derivatives=1) / _reference_bandwidth(*positions.shape, derivatives=0)
-        return Kernels(law.frame, law.members, law.bandwidth * widening) if self.for_score else law, state
+        widening = _reference_bandwidth(*positions.shape, derivatives=1) / _reference_bandwidth(
+            *positions.shape, derivatives=0
+        )
+        return Kernels(
+            law.frame, law.members, law.bandwidth * widening
+        ) if self.for_score else law, state
 
     def with_left_out(self, positions: Float[Array, "n d"]) -> tuple["Kernels", Float[Array, " n"]]:
         """The density at the likeliest bandwidth, and log q̂_{-i} at each member."""
         n, d = positions.shape
         frame = Frame.of(positions)
         members = frame.into(positions)
-        bandwidths = jnp.asarray(_reference_bandwidth(n, d, derivatives=0) * _RELATIVE_BANDWIDTHS, positions.dtype)
+        bandwidths = jnp.asarray(
+            _reference_bandwidth(n, d, derivatives=0) * _RELATIVE_BANDWIDTHS, positions.dtype
+        )
 
         def left_out(one):
             i, y = one
             squares = jnp.sum((members - y) ** 2, axis=1).at[i].set(jnp.inf)
             return logsumexp(-squares / (2 * bandwidths[:, None] ** 2), axis=1)
 
-        logs = jax.lax.map(left_out, (jnp.arange(n), members), batch_size=BLOCK) - d * jnp.log(bandwidths)
+        logs = jax.lax.map(left_out, (jnp.arange(n), members), batch_size=BLOCK) - d * jnp.log(
+            bandwidths
+        )
         best = jnp.argmax(jnp.mean(logs, axis=0))
         constant = math.log(n - 1) + d / 2 * math.log(2 * math.pi) + frame.log_volume
         return Kernels(frame, members, bandwidths[best]), logs[:, best] - constant
@@ -81,13 +93,22 @@ class Kernels(AbstractLogDensity, AbstractSmoother):
 
     def log_density(self, x: Float[Array, " d"]) -> Scalar:
         n, d = self.members.shape
-        constant = math.log(n) + d / 2 * math.log(2 * math.pi) + d * jnp.log(self.bandwidth) + self.frame.log_volume
+        constant = (
+            math.log(n)
+            + d / 2 * math.log(2 * math.pi)
+            + d * jnp.log(self.bandwidth)
+            + self.frame.log_volume
+        )
         return logsumexp(self._exponents(x)) - constant
 
     def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
-        return self.frame.gradient((self.average(x, self.members) - self.frame.into(x)) / self.bandwidth**2)
+        return self.frame.gradient(
+            (self.average(x, self.members) - self.frame.into(x)) / self.bandwidth**2
+        )
 
-    def smooth(self, positions: Float[Array, "n d"], values: Float[Array, "n p"]) -> Callable[[Array], Array]:
+    def smooth(
+        self, positions: Float[Array, "n d"], values: Float[Array, "n p"]
+    ) -> Callable[[Array], Array]:
         return eqx.Partial(self.average, values=values)
 
     def average(self, x: Float[Array, " d"], values: Float[Array, "n p"]) -> Float[Array, " p"]:

@@ -1,6 +1,14 @@
 """One problem, described by a table of settings: its runs, comparisons of schedules, and memory plans."""
 
-from esljax.experiment.comparison import Judgment, Problem, final_loss, judge, match_endpoint, ratio, usual_shapes
+from esljax.experiment.comparison import (
+    Judgment,
+    Problem,
+    final_loss,
+    judge,
+    match_endpoint,
+    ratio,
+    usual_shapes,
+)
 from esljax.experiment.memory import Plan, memory_of_a_device, memory_of_the_machine, plan, size
 from esljax.experiment.runs import (
     NUMBERS,

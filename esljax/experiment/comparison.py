@@ -21,7 +21,16 @@ from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.experiment.memory import Plan, plan
 from esljax.measures import SpeedLimit, average, speed_limit
 from esljax.potentials import Examples, FlaxLoss
-from esljax.schedules import AbstractSchedule, Constant, Cosine, Exponential, Knots, Linear, WarmupStableDecay, as_schedule
+from esljax.schedules import (
+    AbstractSchedule,
+    Constant,
+    Cosine,
+    Exponential,
+    Knots,
+    Linear,
+    WarmupStableDecay,
+    as_schedule,
+)
 from esljax.sharding import replicate
 from esljax.simulation import AbstractGradient, HessianAdjoint, Langevin, simulate
 from esljax.transport import AbstractTransport
@@ -68,7 +77,9 @@ class Problem(eqx.Module):
     def run(self, learning_rate: AbstractSchedule, key: Key) -> Outcome:
         """Train an ensemble from fresh initializations. Differentiable in `learning_rate`, by `gradient`."""
         start_key, path_key = jax.random.split(key)
-        start = self.potential.init(members=self.members, key=start_key).astype(self.potential.inputs.dtype)
+        start = self.potential.init(members=self.members, key=start_key).astype(
+            self.potential.inputs.dtype
+        )
         rule = Langevin(learning_rate, self.temperature)
         path = simulate(
             self.potential,
@@ -89,7 +100,9 @@ class Problem(eqx.Module):
 
     def plan(self, *, devices: int = 1, differentiated: bool = True) -> Plan:
         """The memory that one run takes on each device, with its gradient if `differentiated`."""
-        start = jax.eval_shape(lambda key: self.potential.init(members=self.members, key=key), jax.random.key(0))
+        start = jax.eval_shape(
+            lambda key: self.potential.init(members=self.members, key=key), jax.random.key(0)
+        )
         return plan(
             self.potential,
             jax.ShapeDtypeStruct(start.shape, self.potential.inputs.dtype),
@@ -170,7 +183,13 @@ def match_endpoint(
 
     at_start = excess(first)
     # Late in training the loss falls about as U to the power -1/2: the second point of the secant.
-    result = scipy.optimize.root_scalar(excess, x0=first, x1=first + np.clip(2 * at_start, -1, 1) + 1e-3, maxiter=12) if at_start else None
+    result = (
+        scipy.optimize.root_scalar(
+            excess, x0=first, x1=first + np.clip(2 * at_start, -1, 1) + 1e-3, maxiter=12
+        )
+        if at_start
+        else None
+    )
     if result is not None and not abs(seen[-1][1] / target - 1) < tolerance:
         raise _unreachable(name, target, seen)
     return Knots(table.values * np.exp(seen[-1][0]), "linear")
@@ -180,8 +199,13 @@ def judge(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> Judgment:
     """Run a schedule on each of `keys` (R ≥ 2) and average, with standard errors over the keys."""
     check_positive_int("number of keys", keys.shape[0], 2)
     table = problem.table(schedule)
-    outcomes = jax.tree.map(lambda *runs: jnp.stack(runs), *(_outcome(problem, table, key) for key in keys))
-    error = lambda x: jnp.std(x, ddof=1) / np.sqrt(x.size)  # noqa: E731
+    outcomes = jax.tree.map(
+        lambda *runs: jnp.stack(runs), *(_outcome(problem, table, key) for key in keys)
+    )
+
+    def error(x):
+        return jnp.std(x, ddof=1) / np.sqrt(x.size)
+
     return Judgment(
         schedule=table,
         report=average(outcomes.report),
@@ -201,4 +225,8 @@ def ratio(first: Judgment, second: Judgment) -> tuple[float, float]:
 
 def _unreachable(name: str, target: float, seen: list[tuple[float, float]]) -> InputError:
     losses = ", ".join(f"{loss:.4g}" for _, loss in seen)
-    return refuse("target", f"be a loss that {name} can reach", f"is {target:g}: scaling the rates gave the losses {losses}")
+    return refuse(
+        "target",
+        f"be a loss that {name} can reach",
+        f"is {target:g}: scaling the rates gave the losses {losses}",
+    )

@@ -20,7 +20,15 @@ from esljax._types import Array
 from esljax.measures import compared
 from esljax.potentials import AbstractPotential, Driven, potential_at
 from esljax.sharding import side_by_side
-from esljax.simulation import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint, check_functions, check_links, group_length
+from esljax.simulation import (
+    AbstractGradient,
+    Autodiff,
+    ForwardMode,
+    HessianAdjoint,
+    check_functions,
+    check_links,
+    group_length,
+)
 from esljax.transport import (
     AbstractTransport,
     ExactTransport,
@@ -57,7 +65,12 @@ class Plan:
 
     @property
     def total(self) -> int:
-        return self.data + self.state + self.adjoint + max(self.network + self.snapshots, self.transport)
+        return (
+            self.data
+            + self.state
+            + self.adjoint
+            + max(self.network + self.snapshots, self.transport)
+        )
 
     def check(self, available: float) -> "Plan":
         """**Raises:** `InputError` if the run needs more than `available` bytes a device; it names what to change."""
@@ -121,11 +134,15 @@ def plan(
     check_positive_int("devices", devices)
     check_links(steps, snapshots)
     if not isinstance(potential, AbstractPotential | Driven):
-        raise refuse("potential", "be a potential such as Quadratic(1.0)", f"is a {type(potential).__name__}")
+        raise refuse(
+            "potential", "be a potential such as Quadratic(1.0)", f"is a {type(potential).__name__}"
+        )
     if transport is not None and not isinstance(transport, AbstractTransport):
         raise refuse("transport", "be a transport such as ExactTransport()", f"is {transport!r}")
     if len(np.shape(positions)) != 2:
-        raise refuse("positions", "have shape (n, d), one row per member", f"has shape {np.shape(positions)}")
+        raise refuse(
+            "positions", "have shape (n, d), one row per member", f"has shape {np.shape(positions)}"
+        )
     gradient = HessianAdjoint() if gradient is None else gradient
     n, d = np.shape(positions)
     dtype = jax.dtypes.canonicalize_dtype(getattr(positions, "dtype", float))
@@ -138,7 +155,9 @@ def plan(
     mine = n // devices
     state = mine * d * dtype.itemsize
     pairs = math.ceil(sum(map(len, compared(snapshots))) / devices)
-    batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], potential.draw(jax.random.key(0), 1)))
+    batch = jax.eval_shape(
+        lambda: jax.tree.map(lambda x: x[0], potential.draw(jax.random.key(0), 1))
+    )
     # Positions, noise and batch of a step; with checkpoints those of one group of steps, and where each group begins.
     step = 2 * state + mine * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(batch))
     length = group_length(steps, snapshots)
@@ -157,7 +176,9 @@ def plan(
         network=mine * network,
         snapshots=2 * (snapshots + 1) * mine * p * dtype.itemsize,
         adjoint=adjoint if differentiated else 0,
-        transport=0 if transport is None else int(_pairs(transport, pairs, n, p, differentiated) * dtype.itemsize),
+        transport=0
+        if transport is None
+        else int(_pairs(transport, pairs, n, p, differentiated) * dtype.itemsize),
     )
 
 
@@ -168,12 +189,18 @@ def _on_the_way(potential: AbstractPotential, member: Any, batch: Any) -> int:
 
 def _of_program(program: Any) -> int:
     """The bytes of the results of all operations; a loop over layers counts each time it goes round."""
-    own = sum(math.prod(out.aval.shape) * out.aval.dtype.itemsize for equation in program.eqns for out in equation.outvars)
+    own = sum(
+        math.prod(out.aval.shape) * out.aval.dtype.itemsize
+        for equation in program.eqns
+        for out in equation.outvars
+    )
     loops = (equation.params for equation in program.eqns if equation.primitive.name == "scan")
     return own + sum(loop["length"] * _of_program(loop["jaxpr"].jaxpr) for loop in loops)
 
 
-def _pairs(transport: AbstractTransport, pairs: int, n: int, d: int, differentiated: bool) -> float | int:
+def _pairs(
+    transport: AbstractTransport, pairs: int, n: int, d: int, differentiated: bool
+) -> float | int:
     """How many numbers a device's problems between two ensembles (n, d) hold at once."""
     together = side_by_side(pairs, n, d, transport.in_turn, jax.default_backend())
     if together == pairs:
@@ -186,19 +213,31 @@ def _pairs(transport: AbstractTransport, pairs: int, n: int, d: int, differentia
 def _pair(transport: AbstractTransport, n: int, d: int, differentiated: bool) -> float | int:
     """How many numbers one problem holds."""
     if isinstance(transport, Projected | Mapped):
-        compared = jax.eval_shape(lambda x: coordinates(transport, x)[0], jax.ShapeDtypeStruct((1, n, d), np.float32))
+        compared = jax.eval_shape(
+            lambda x: coordinates(transport, x)[0], jax.ShapeDtypeStruct((1, n, d), np.float32)
+        )
         while isinstance(transport, Projected | Mapped):
             transport = transport.transport
-        return (4 if differentiated else 2) * n * d + _pair(transport, n, compared.shape[2], differentiated)
+        return (4 if differentiated else 2) * n * d + _pair(
+            transport, n, compared.shape[2], differentiated
+        )
     ends = n * d
     if isinstance(transport, ExactTransport):
-        return (9 if differentiated else 5) * ends + (0 if d == 1 else (3.1 if differentiated else 2.05) * n**2)
+        return (9 if differentiated else 5) * ends + (
+            0 if d == 1 else (3.1 if differentiated else 2.05) * n**2
+        )
     if isinstance(transport, GaussianTransport):
-        return (6 * ends + 8 * min(n, d) ** 2) if differentiated else (3 * ends + 3 * min(n, d) ** 2)
+        return (
+            (6 * ends + 8 * min(n, d) ** 2) if differentiated else (3 * ends + 3 * min(n, d) ** 2)
+        )
     if isinstance(transport, SlicedTransport):
-        return (6.5 if differentiated else 4) * ends + (13 if differentiated else 5) * n * transport.directions
+        return (6.5 if differentiated else 4) * ends + (
+            13 if differentiated else 5
+        ) * n * transport.directions
     if isinstance(transport, SinkhornTransport) and transport.chunk is not None:
-        return (17 if differentiated else 7) * ends + (3 if differentiated else 1.1) * n * transport.chunk
+        return (17 if differentiated else 7) * ends + (
+            3 if differentiated else 1.1
+        ) * n * transport.chunk
     return (11 if differentiated else 3) * ends + 5 * n**2
 
 

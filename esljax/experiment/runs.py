@@ -75,7 +75,11 @@ class Task:
 
 
 def make_problem(
-    config: TrainingConfig, transport: AbstractTransport, jackknife: int = 0, mesh: Mesh | None = None, recompute: bool = False
+    config: TrainingConfig,
+    transport: AbstractTransport,
+    jackknife: int = 0,
+    mesh: Mesh | None = None,
+    recompute: bool = False,
 ) -> Problem:
     """The learning problem of a configuration, in jax's present floating type."""
     data = config.load_data()
@@ -133,7 +137,9 @@ def work(task: Task) -> Rows:
             length = -(-task.length // task.width) * task.width
             padded = (*task.points, *itertools.repeat(config, length - len(task.points)))
             asked = np.arange(length) < len(task.points)
-            answer = _many(problem, shape, _numbers(problem, padded), jnp.asarray(asked), task.width)
+            answer = _many(
+                problem, shape, _numbers(problem, padded), jnp.asarray(asked), task.width
+            )
             answer = {name: np.asarray(value)[: len(task.points)] for name, value in answer.items()}
     except Exception as error:
         # Anything a backend raises ends here: the point gets the reason and the study goes on.
@@ -141,14 +147,20 @@ def work(task: Task) -> Rows:
         return failed(task, reason)
     converged = answer.pop("converged")
     answer = {name: value.astype(np.float64) for name, value in answer.items()}
-    reasons = tuple(_reason({name: value[i] for name, value in answer.items()}) for i in range(len(task.points)))
+    reasons = tuple(
+        _reason({name: value[i] for name, value in answer.items()}) for i in range(len(task.points))
+    )
     return Rows(answer, converged, reasons)
 
 
 def failed(task: Task, reason: str) -> Rows:
     """The rows of a task that gave no numbers."""
     nothing = np.full(len(task.points), np.nan)
-    return Rows(dict.fromkeys(names(task.points[0].jackknife > 0), nothing), np.zeros(len(task.points), bool), (reason,) * len(task.points))
+    return Rows(
+        dict.fromkeys(names(task.points[0].jackknife > 0), nothing),
+        np.zeros(len(task.points), bool),
+        (reason,) * len(task.points),
+    )
 
 
 def names(errors: bool) -> tuple[str, ...]:
@@ -190,9 +202,14 @@ class _Numbers(NamedTuple):
 
 def _numbers(problem: Problem, points: tuple[RunConfig, ...]) -> _Numbers:
     """Rates as tables and seeds as keys: each row is a function of its own point alone."""
-    column = lambda name: jnp.asarray([getattr(point, name) for point in points], jnp.result_type(float))  # noqa: E731
+
+    def column(name):
+        return jnp.asarray([getattr(point, name) for point in points], jnp.result_type(float))
+
     shapes = usual_shapes()
-    tables = {name: problem.table(shapes[name]).values for name in {point.schedule for point in points}}
+    tables = {
+        name: problem.table(shapes[name]).values for name in {point.schedule for point in points}
+    }
     rates = jnp.stack([tables[point.schedule] for point in points]) * column("rate")[:, None]
     keys = jnp.stack([jax.random.key(point.seed) for point in points])
     return _Numbers(rates, keys, column("temperature"), column("l2"), column("epsilon"))
@@ -206,7 +223,9 @@ def _one(problem: Problem, shape: RunConfig, numbers: _Numbers) -> Outcome:
         (
             Constant(numbers.temperature),
             numbers.l2,
-            make_transport(shape.transport, numbers.epsilon, shape.directions, shape.chunk, transport_key),
+            make_transport(
+                shape.transport, numbers.epsilon, shape.directions, shape.chunk, transport_key
+            ),
         ),
     )
     return problem.run(Knots(numbers.rates, "linear"), run_key)
@@ -216,15 +235,26 @@ _alone = eqx.filter_jit(_one)
 
 
 @eqx.filter_jit
-def _many(problem: Problem, shape: RunConfig, numbers: _Numbers, asked: Array, width: int) -> dict[str, Array]:
+def _many(
+    problem: Problem, shape: RunConfig, numbers: _Numbers, asked: Array, width: int
+) -> dict[str, Array]:
     """The program of all points of one shape: `width` runs side by side, and batches that are all padding skipped."""
-    one = lambda numbers: _answer(_one(problem, shape, numbers), shape.jackknife > 0)  # noqa: E731
+
+    def one(numbers):
+        return _answer(_one(problem, shape, numbers), shape.jackknife > 0)
 
     def batch(numbers_and_asked):
         numbers, asked = numbers_and_asked
         # A batch of one is left as it is: the bits are then those of a run alone.
-        some = jax.vmap(one) if width > 1 else lambda x: jax.tree.map(lambda y: y[None], one(jax.tree.map(lambda y: y[0], x)))
-        nothing = jax.tree.map(lambda x: jnp.full(x.shape, np.nan if x.dtype != bool else False, x.dtype), jax.eval_shape(some, numbers))
+        some = (
+            jax.vmap(one)
+            if width > 1
+            else lambda x: jax.tree.map(lambda y: y[None], one(jax.tree.map(lambda y: y[0], x)))
+        )
+        nothing = jax.tree.map(
+            lambda x: jnp.full(x.shape, np.nan if x.dtype != bool else False, x.dtype),
+            jax.eval_shape(some, numbers),
+        )
         return jax.lax.cond(jnp.any(asked), some, lambda _: nothing, numbers)
 
     batches = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), (numbers, asked))
@@ -236,18 +266,26 @@ def _answer(outcome: Outcome, errors: bool) -> dict[str, Array]:
     missing = jnp.full((), np.nan, outcome.final_loss.dtype)
     answer = {}
     for quantity in QUANTITIES:
-        value = getattr(outcome if quantity.name in ("final_loss", "test_accuracy") else report, quantity.name)
+        value = getattr(
+            outcome if quantity.name in ("final_loss", "test_accuracy") else report, quantity.name
+        )
         answer[quantity.name] = missing if value is None else value
     if errors:
         # Too few members for two groups leave none to take.
-        answer |= {f"{name}_error": getattr(report.standard_error, name, missing) for name in WITH_ERROR}
+        answer |= {
+            f"{name}_error": getattr(report.standard_error, name, missing) for name in WITH_ERROR
+        }
     return answer | {"converged": jnp.asarray(report.converged)}
 
 
 def _reason(numbers: dict[str, float]) -> str:
     """Why a point has failed, or nothing."""
     # Other transports have no noise floor.
-    bad = [name for name, value in numbers.items() if not np.isfinite(value) and name != "noise_floor" and not name.endswith("_error")]
+    bad = [
+        name
+        for name, value in numbers.items()
+        if not np.isfinite(value) and name != "noise_floor" and not name.endswith("_error")
+    ]
     if not bad:
         return ""
     if "final_loss" in bad:

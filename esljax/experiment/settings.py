@@ -9,10 +9,23 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from esljax._checks import InputError, check_choice, check_nonnegative, check_positive, check_positive_int, refuse
+from esljax._checks import (
+    InputError,
+    check_choice,
+    check_nonnegative,
+    check_positive,
+    check_positive_int,
+    refuse,
+)
 from esljax._types import Array, ScalarLike
 from esljax.potentials import datasets
-from esljax.transport import AbstractTransport, ExactTransport, GaussianTransport, SinkhornTransport, SlicedTransport
+from esljax.transport import (
+    AbstractTransport,
+    ExactTransport,
+    GaussianTransport,
+    SinkhornTransport,
+    SlicedTransport,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +70,15 @@ class TrainingConfig:
         for name in ("members", "steps", "snapshots", "batch_size", "directions", "chunk", "seed"):
             check_positive_int(name, getattr(self, name), LEAST[name])
         if self.seed >= 2**32:
-            raise refuse("seed", "be below 2**32, where the keys of single precision repeat themselves", f"is {self.seed}")
+            raise refuse(
+                "seed",
+                "be below 2**32, where the keys of single precision repeat themselves",
+                f"is {self.seed}",
+            )
         for name in ("rate", "epsilon", "temperature", "l2"):
-            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int | float):
+            if isinstance(getattr(self, name), bool) or not isinstance(
+                getattr(self, name), int | float
+            ):
                 raise refuse(name, "be a number", f"is {getattr(self, name)!r}")
         for name in ("rate", "epsilon"):
             check_positive(name, getattr(self, name))
@@ -78,7 +97,11 @@ class TrainingConfig:
             check_choice(name, getattr(self, name), CHOICES[name])
 
     def load_data(self) -> datasets.Dataset:
-        return {"digits": datasets.digits, "moons": datasets.two_moons, "teacher": datasets.teacher}[self.data]()
+        return {
+            "digits": datasets.digits,
+            "moons": datasets.two_moons,
+            "teacher": datasets.teacher,
+        }[self.data]()
 
     def make_transport(self, key: Array) -> AbstractTransport:
         return make_transport(self.transport, self.epsilon, self.directions, self.chunk, key)
@@ -94,7 +117,9 @@ class RunConfig(TrainingConfig):
         32
     """
 
-    schedule: Literal["constant", "linear_decay", "cosine", "warmup_stable_decay", "exponential_decay"] = "constant"
+    schedule: Literal[
+        "constant", "linear_decay", "cosine", "warmup_stable_decay", "exponential_decay"
+    ] = "constant"
     """Shape of the learning rate over training time; `rate` is its peak."""
     jackknife: int = 0
     """The most groups of members left out in turn for standard errors of this one run, each of which repeats all transports; 0 for none."""
@@ -121,10 +146,27 @@ CHOICES = {
 }
 
 # What may be left out has no default to tell its type.
-OPTIONAL = {"target": float, "recording": Path, "memory": float, "devices": int, "coordinator": str, "processes": int, "process": int}
+OPTIONAL = {
+    "target": float,
+    "recording": Path,
+    "memory": float,
+    "devices": int,
+    "coordinator": str,
+    "processes": int,
+    "process": int,
+}
 
 # What says how a command runs, not what it computes.
-MANNER = ("memory", "config", "resume", "devices", "distributed", "coordinator", "processes", "process")
+MANNER = (
+    "memory",
+    "config",
+    "resume",
+    "devices",
+    "distributed",
+    "coordinator",
+    "processes",
+    "process",
+)
 
 LEAST = {
     "members": 2,
@@ -151,11 +193,15 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise refuse("config", "be valid TOML", f"{path} is not: {error}") from error
 
 
-def converted(content: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], place: str) -> dict[str, Any]:
+def converted(
+    content: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], place: str
+) -> dict[str, Any]:
     """The values of a table as the fields of a configuration want them. **Raises:** `InputError` for an unknown key or a wrong type."""
     for key in content:
         if key not in fields:
-            raise InputError(f"Key `{key}` of {place} is unknown; the known keys are {', '.join(fields)}.")
+            raise InputError(
+                f"Key `{key}` of {place} is unknown; the known keys are {', '.join(fields)}."
+            )
     return {key: convert(key, value, fields[key].default, place) for key, value in content.items()}
 
 
@@ -169,7 +215,11 @@ def convert(key: str, value: Any, default: Any, place: str) -> Any:
         return float(value)
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is tuple and isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+    if (
+        kind is tuple
+        and isinstance(value, list)
+        and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
+    ):
         return tuple(value)
     if type(value) is not kind:
         said = {tuple: "list of integers", str: "string", Path: "string"}.get(kind, kind.__name__)
@@ -179,11 +229,26 @@ def convert(key: str, value: Any, default: Any, place: str) -> Any:
 
 def plain(config: Any) -> dict[str, Any]:
     """What a configuration holds, in types that TOML and JSON know; how and from where it is run is not part of it."""
-    plain = lambda value: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value  # noqa: E731
-    return {name: plain(value) for name, value in dataclasses.asdict(config).items() if name not in MANNER}
+
+    def plain(value):
+        return (
+            str(value)
+            if isinstance(value, Path)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+        )
+
+    return {
+        name: plain(value)
+        for name, value in dataclasses.asdict(config).items()
+        if name not in MANNER
+    }
 
 
-def make_transport(name: str, epsilon: ScalarLike, directions: int, chunk: int, key: Array) -> AbstractTransport:
+def make_transport(
+    name: str, epsilon: ScalarLike, directions: int, chunk: int, key: Array
+) -> AbstractTransport:
     """The transport of that name; `epsilon` and `key`, which few of them look at, may be traced."""
     if name == "exact":
         return ExactTransport()

@@ -17,7 +17,12 @@ def plot_schedules(judgments: Mapping[str, Any]) -> Figure:
         schedule = judgments[name].schedule
         s = np.linspace(0, 1, schedule.values.size)
         axes.plot(s, np.asarray(schedule.values), label=in_words(name), **style)
-    axes.set(xlabel="training time $s$", ylabel="learning rate $\\eta$ per step", xlim=(0, 1), ylim=(0, None))
+    axes.set(
+        xlabel="training time $s$",
+        ylabel="learning rate $\\eta$ per step",
+        xlim=(0, 1),
+        ylim=(0, None),
+    )
     axes.set_title("Learning rates that end at the same training loss", fontsize="medium")
     axes.legend(frameon=False, fontsize="small")
     clean(axes)
@@ -31,7 +36,11 @@ def plot_speed_limit(reports: Mapping[str, Any]) -> Figure:
     names = list(reports)
     rows = np.arange(len(names))[::-1]
     left = np.zeros(len(names))
-    parts = (("w2_squared", "$W_2^2$, the limit", "#555555"), ("geometric", "geometric", "#56B4E9"), ("temporal", "temporal", "#E69F00"))
+    parts = (
+        ("w2_squared", "$W_2^2$, the limit", "#555555"),
+        ("geometric", "geometric", "#56B4E9"),
+        ("temporal", "temporal", "#E69F00"),
+    )
     for part, label, color in parts:
         width = np.array([float(getattr(reports[name], part)) for name in names])
         bars.barh(rows, width, left=left, color=color, label=label, height=0.7)
@@ -40,15 +49,24 @@ def plot_speed_limit(reports: Mapping[str, Any]) -> Figure:
     widths = [float(error.entropy_production) if error is not None else 0.0 for error in errors]
     bars.errorbar(left, rows, xerr=widths, fmt="none", ecolor="black", capsize=2, linewidth=1)
     bars.set(
-        yticks=rows, yticklabels=[in_words(name) for name in names], ylim=(-0.75, len(names) - 0.25), xlabel="entropy production $\\Sigma$"
+        yticks=rows,
+        yticklabels=[in_words(name) for name in names],
+        ylim=(-0.75, len(names) - 0.25),
+        xlabel="entropy production $\\Sigma$",
     )
-    bars.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3)
+    bars.legend(
+        frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3
+    )
     for name, style in _styles(reports).items():
         report = reports[name]
-        speeds.plot(np.asarray(report.times), np.asarray(report.speed), label=in_words(name), **style)
+        speeds.plot(
+            np.asarray(report.times), np.asarray(report.speed), label=in_words(name), **style
+        )
     limit = float(np.mean([np.sqrt(max(float(reports[name].w2_squared), 0.0)) for name in names]))
     speeds.axhline(limit, color="#555555", linestyle=":", linewidth=1.2, label="$W_2$")
-    speeds.set(xlabel="training time $s$", ylabel="metric speed $\\ell(s)$", xlim=(0, 1), ylim=(0, None))
+    speeds.set(
+        xlabel="training time $s$", ylabel="metric speed $\\ell(s)$", xlim=(0, 1), ylim=(0, None)
+    )
     speeds.legend(frameon=False, fontsize="small")
     clean(bars, speeds)
     return figure
@@ -57,7 +75,9 @@ def plot_speed_limit(reports: Mapping[str, Any]) -> Figure:
 def _styles(names: Collection[str]) -> dict[str, dict]:
     # The optimized schedule is drawn in black.
     usual = [name for name in sorted(names) if name != "optimized"]
-    styles = {name: {"color": COLORS[i % len(COLORS)], "linewidth": 1.4} for i, name in enumerate(usual)}
+    styles = {
+        name: {"color": COLORS[i % len(COLORS)], "linewidth": 1.4} for i, name in enumerate(usual)
+    }
     if "optimized" in names:
         styles["optimized"] = {"color": "black", "linewidth": 2.4}
     return styles

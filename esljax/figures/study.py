@@ -18,7 +18,11 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from esljax._checks import refuse
 from esljax.figures.style import COLORS, clean, in_words
 
-_PANELS = {"entropy_production": "entropy production $\\Sigma$", "w2_squared": "$W_2^2$, the limit", "gap": "gap $\\Sigma - W_2^2$"}
+_PANELS = {
+    "entropy_production": "entropy production $\\Sigma$",
+    "w2_squared": "$W_2^2$, the limit",
+    "gap": "gap $\\Sigma - W_2^2$",
+}
 
 # More lines than these are not told apart.
 _MOST_LINES = 8
@@ -38,15 +42,27 @@ def plot_study(groups: Sequence[Any]) -> Figure:
 
     **Args:** `groups`: what `summarize` returns. **Raises:** `InputError` if no run is done.
     """
-    known = [group for group in groups if group.runs and np.isfinite([group.means[name] for name in _PANELS]).all()]
+    known = [
+        group
+        for group in groups
+        if group.runs and np.isfinite([group.means[name] for name in _PANELS]).all()
+    ]
     if not known:
         raise refuse("study", "have runs that are done", "has none yet")
-    settings = {name: _setting(name, [group.settings[name] for group in known]) for name in known[0].settings} or {"": _SEEDS}
+    settings = {
+        name: _setting(name, [group.settings[name] for group in known])
+        for name in known[0].settings
+    } or {"": _SEEDS}
     rows = _rows(known, settings)
     figure = Figure(figsize=(10.4, 3.0 * len(rows) + 0.3), layout="constrained")
     for row, panels in zip(rows, figure.subplots(len(rows), 3, squeeze=False), strict=True):
         _draw(row, settings, panels)
-    _explain(figure, {_mark(group) for row in rows for some in row.lines.values() for group in some}, len(groups) - len(known), len(groups))
+    _explain(
+        figure,
+        {_mark(group) for row in rows for some in row.lines.values() for group in some},
+        len(groups) - len(known),
+        len(groups),
+    )
     return figure
 
 
@@ -77,12 +93,19 @@ class _Row(NamedTuple):
 
 
 def _rows(groups: list[Any], settings: Mapping[str, _Setting]) -> list[_Row]:
-    varying = [name for name, setting in settings.items() if len(setting.places) > 1] or list(settings)[:1]
+    varying = [name for name, setting in settings.items() if len(setting.places) > 1] or list(
+        settings
+    )[:1]
     numeric = [name for name in varying if settings[name].scale != "names"]
-    return [_row(along, [name for name in varying if name != along], groups, settings) for along in numeric or varying[:1]]
+    return [
+        _row(along, [name for name in varying if name != along], groups, settings)
+        for along in numeric or varying[:1]
+    ]
 
 
-def _row(along: str, others: list[str], groups: list[Any], settings: Mapping[str, _Setting]) -> _Row:
+def _row(
+    along: str, others: list[str], groups: list[Any], settings: Mapping[str, _Setting]
+) -> _Row:
     # The setting with the fewest values makes the lines; the rest are held.
     by, *rest = sorted(others, key=lambda name: len(settings[name].places)) or [""]
     held = _held(along, rest, groups, settings)
@@ -95,11 +118,15 @@ def _row(along: str, others: list[str], groups: list[Any], settings: Mapping[str
     lines = _clearest(along, lines)
     if by and len(lines) == 1:
         held[by], by = next(iter(lines)), ""
-    told = ", ".join(f"{in_words(name)} {settings[name].texts[held[name]]}" for name in settings if name in held)
+    told = ", ".join(
+        f"{in_words(name)} {settings[name].texts[held[name]]}" for name in settings if name in held
+    )
     return _Row(along, by, lines, settings[along].scale != "names", f"at {told}" if told else "")
 
 
-def _held(along: str, names: list[str], groups: list[Any], settings: Mapping[str, _Setting]) -> dict[str, Any]:
+def _held(
+    along: str, names: list[str], groups: list[Any], settings: Mapping[str, _Setting]
+) -> dict[str, Any]:
     """The combination of values that leaves most to see; of equals, the one in the middle.
 
     A list of points need not hold the middle values together, and what diverges leaves holes in a grid.
@@ -110,7 +137,9 @@ def _held(along: str, names: list[str], groups: list[Any], settings: Mapping[str
     ranks = [{value: i for i, value in enumerate(settings[name].places)} for name in names]
 
     def worth(values: tuple) -> tuple:
-        off = sum(abs(rank[value] - len(rank) // 2) for rank, value in zip(ranks, values, strict=True))
+        off = sum(
+            abs(rank[value] - len(rank) // 2) for rank, value in zip(ranks, values, strict=True)
+        )
         return _goes_along(along, sharing[values]), len(sharing[values]), -off
 
     return dict(zip(names, max(sharing, key=worth), strict=True))
@@ -137,13 +166,21 @@ def _clearest(along: str, lines: Mapping[Any, list[Any]]) -> dict[Any, list[Any]
 def _setting(name: str, seen: list) -> _Setting:
     values = list(dict.fromkeys(seen))
     if isinstance(values[0], str):
-        return _Setting({value: float(i) for i, value in enumerate(values)}, {value: in_words(value) for value in values}, "names")
+        return _Setting(
+            {value: float(i) for i, value in enumerate(values)},
+            {value: in_words(value) for value in values},
+            "names",
+        )
     values = sorted(values)
     if not (name in _ZERO_IS_ALL and values[0] == 0):
         return _Setting(dict(zip(values, values, strict=True)), _texts(values), _scale(values))
     counts = values[1:]
     scale = _scale(counts)
-    return _Setting({**dict(zip(counts, counts, strict=True)), 0: _beyond(counts, scale)}, {**_texts(counts), 0: "all"}, scale)
+    return _Setting(
+        {**dict(zip(counts, counts, strict=True)), 0: _beyond(counts, scale)},
+        {**_texts(counts), 0: "all"},
+        scale,
+    )
 
 
 def _beyond(counts: Sequence[float | int], scale: str) -> float | int:
@@ -198,11 +235,18 @@ def _number(value: float | int, digits: int, powers: bool) -> str:
 
 def _labeled(setting: _Setting, slanted: bool) -> list:
     """The values with a label, as many as do not touch: zero first, which cannot be guessed from others, then ends and round numbers."""
-    at = dict(zip(setting.places, _positions(list(setting.places.values()), setting.scale), strict=True))
+    at = dict(
+        zip(setting.places, _positions(list(setting.places.values()), setting.scale), strict=True)
+    )
     # In widths of a panel: a character takes a thirtieth.
-    half = {value: 0.03 if slanted else max(0.06, 0.017 * len(text) + 0.015) for value, text in setting.texts.items()}
+    half = {
+        value: 0.03 if slanted else max(0.06, 0.017 * len(text) + 0.015)
+        for value, text in setting.texts.items()
+    }
     kept, ends = [], {min(at.values()), max(at.values())}
-    for value in sorted(at, key=lambda value: (value != 0, at[value] not in ends, len(setting.texts[value]))):
+    for value in sorted(
+        at, key=lambda value: (value != 0, at[value] not in ends, len(setting.texts[value]))
+    ):
         if all(abs(at[value] - at[other]) >= half[value] + half[other] for other in kept):
             kept.append(value)
     return sorted(kept, key=lambda value: at[value])
@@ -214,9 +258,18 @@ def _labeled(setting: _Setting, slanted: bool) -> list:
 # What a point has to say of itself, the worst last; most have nothing to.
 _MARKS = {
     "": ({"marker": "o", "markersize": 3.5}, ""),
-    "alone": ({"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}, "one run, without a standard error"),
-    "failed": ({"marker": "D", "markersize": 4.5, "markerfacecolor": "white"}, "some runs failed: mean of the others"),
-    "unconverged": ({"marker": "x", "markersize": 7, "markeredgewidth": 1.8}, "some transport problem was not solved"),
+    "alone": (
+        {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"},
+        "one run, without a standard error",
+    ),
+    "failed": (
+        {"marker": "D", "markersize": 4.5, "markerfacecolor": "white"},
+        "some runs failed: mean of the others",
+    ),
+    "unconverged": (
+        {"marker": "x", "markersize": 7, "markeredgewidth": 1.8},
+        "some transport problem was not solved",
+    ),
 }
 
 
@@ -239,9 +292,21 @@ def _draw(row: _Row, settings: Mapping[str, _Setting], panels: Any) -> None:
         _lay(axes, setting)
         for i, (some, color) in enumerate(zip(row.lines.values(), colors, strict=True)):
             shift = apart * (i - (len(colors) - 1) / 2)
-            _draw_line(axes, name, [(setting.places[group.settings.get(row.along)] + shift, group) for group in some], color, width)
+            _draw_line(
+                axes,
+                name,
+                [(setting.places[group.settings.get(row.along)] + shift, group) for group in some],
+                color,
+                width,
+            )
         drawn = [group for some in row.lines.values() for group in some]
-        _scale_heights(axes, *(np.array([getattr(group, kind)[name] for group in drawn]) for kind in ("means", "errors")))
+        _scale_heights(
+            axes,
+            *(
+                np.array([getattr(group, kind)[name] for group in drawn])
+                for kind in ("means", "errors")
+            ),
+        )
         axes.set(xlabel=in_words(row.along), ylabel=title)
     clean(*panels)
     # Over the middle, where a title may be as wide as the row.
@@ -250,25 +315,47 @@ def _draw(row: _Row, settings: Mapping[str, _Setting], panels: Any) -> None:
         _name_lines(panels[-1], row, settings[row.by], colors, width)
 
 
-def _draw_line(axes: Axes, name: str, points: list[tuple[float | int, Any]], color: Any, width: float | int) -> None:
+def _draw_line(
+    axes: Axes, name: str, points: list[tuple[float | int, Any]], color: Any, width: float | int
+) -> None:
     points = sorted(points, key=lambda point: point[0])
-    x, y = np.array([place for place, _ in points]), np.array([group.means[name] for _, group in points])
+    x, y = (
+        np.array([place for place, _ in points]),
+        np.array([group.means[name] for _, group in points]),
+    )
     errors = np.array([group.errors[name] for _, group in points])
     axes.errorbar(x, y, yerr=errors, color=color, linewidth=width, elinewidth=1, capsize=2)
     marks = np.array([_mark(group) for _, group in points])
     for mark in np.unique(marks):
-        axes.plot(x[marks == mark], y[marks == mark], linestyle="none", color=color, **_MARKS[mark][0])
+        axes.plot(
+            x[marks == mark], y[marks == mark], linestyle="none", color=color, **_MARKS[mark][0]
+        )
 
 
-def _name_lines(axes: Axes, row: _Row, setting: _Setting, colors: Sequence[Any], width: float | int) -> None:
+def _name_lines(
+    axes: Axes, row: _Row, setting: _Setting, colors: Sequence[Any], width: float | int
+) -> None:
     handles = [
-        Line2D([], [], color=color, linewidth=width, label=textwrap.fill(setting.texts[value], 24), **_MARKS[""][0])
+        Line2D(
+            [],
+            [],
+            color=color,
+            linewidth=width,
+            label=textwrap.fill(setting.texts[value], 24),
+            **_MARKS[""][0],
+        )
         for value, color in zip(row.lines, colors, strict=True)
     ]
     left_out = len(setting.places) - len(row.lines)
     title = in_words(row.by) + (f" ({len(row.lines)} of {len(setting.places)})" if left_out else "")
     axes.legend(
-        handles=handles, title=title, frameon=False, fontsize="small", title_fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)
+        handles=handles,
+        title=title,
+        frameon=False,
+        fontsize="small",
+        title_fontsize="small",
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
     )
 
 
@@ -280,10 +367,14 @@ def _lay(axes: Axes, setting: _Setting) -> None:
     if names:
         axes.set_xlim(-0.5, len(setting.places) - 0.5)
     elif setting.scale == "symlog":
-        axes.set_xscale("symlog", linthresh=min(place for place in setting.places.values() if place > 0))
+        axes.set_xscale(
+            "symlog", linthresh=min(place for place in setting.places.values() if place > 0)
+        )
     else:
         axes.set_xscale(setting.scale)
-    axes.set_xticks([setting.places[value] for value in labeled], [setting.texts[value] for value in labeled])
+    axes.set_xticks(
+        [setting.places[value] for value in labeled], [setting.texts[value] for value in labeled]
+    )
     axes.xaxis.set_minor_formatter(NullFormatter())
     if "all" in setting.texts.values():
         # Where all lies is no number, and no ticks lead up to it.
@@ -324,8 +415,20 @@ def _shades(lines: Sequence[Any]) -> list:
 def _explain(figure: Figure, marks: set[str], missing: int, total: int) -> None:
     """What the marks mean and how much is not there, below the panels."""
     told = [_MARKS[mark] for mark in _MARKS if mark and mark in marks]
-    handles = [Line2D([], [], linestyle="none", color="black", label=words, **style) for style, words in told]
+    handles = [
+        Line2D([], [], linestyle="none", color="black", label=words, **style)
+        for style, words in told
+    ]
     if missing:
-        handles.append(Line2D([], [], linestyle="none", label=f"combinations without a run that is done: {missing} of {total}"))
+        handles.append(
+            Line2D(
+                [],
+                [],
+                linestyle="none",
+                label=f"combinations without a run that is done: {missing} of {total}",
+            )
+        )
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize="small"
+        )

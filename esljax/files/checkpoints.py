@@ -67,7 +67,9 @@ class Checkpoints:
     def __post_init__(self):
         check_nonnegative("every", self.every)
         if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(self.folder)):
-            raise refuse("folder", "be a folder of a file system that is mounted here", f"is {self.folder}")
+            raise refuse(
+                "folder", "be a folder of a file system that is mounted here", f"is {self.folder}"
+            )
         if Path(self.folder).exists() and not Path(self.folder).is_dir():
             raise refuse("folder", "be a folder", f"is the file {self.folder}")
 
@@ -98,7 +100,9 @@ class Session:
             )
         for step in steps:
             try:
-                about = self._manager.restore(step, args=_orbax().Composite(about=_orbax().JsonRestore()))["about"]
+                about = self._manager.restore(
+                    step, args=_orbax().Composite(about=_orbax().JsonRestore())
+                )["about"]
             except Exception as error:
                 self._passed_over(step, error)
                 continue
@@ -107,7 +111,9 @@ class Session:
             leaves, structure = jax.tree.flatten(arrays)
             abstract = {name: _stored(x) for name, x in _numbered(leaves).items()}
             try:
-                found = self._manager.restore(step, args=_orbax().Composite(state=_orbax().StandardRestore(abstract)))["state"]
+                found = self._manager.restore(
+                    step, args=_orbax().Composite(state=_orbax().StandardRestore(abstract))
+                )["state"]
             except Exception as error:
                 self._passed_over(step, error)
                 continue
@@ -115,7 +121,11 @@ class Session:
             back = [_as_it_was(found[_name(i)], x) if x.size else x for i, x in enumerate(leaves)]
             return step, eqx.combine(structure.unflatten(back), rest)
         if steps:
-            raise refuse("checkpoints", "hold at least one checkpoint that can be read", f"{self._settings.folder} holds none")
+            raise refuse(
+                "checkpoints",
+                "hold at least one checkpoint that can be read",
+                f"{self._settings.folder} holds none",
+            )
         return None
 
     def offer(self, step: int, state: Callable[[], Any], *, last: bool = False) -> None:
@@ -136,7 +146,9 @@ class Session:
 
     def _save(self, step: int, leaves: list[Any]) -> None:
         arrays = {name: x if _placed(x) else np.asarray(x) for name, x in _numbered(leaves).items()}
-        kept = _orbax().Composite(state=_orbax().StandardSave(arrays), about=_orbax().JsonSave(self._about))
+        kept = _orbax().Composite(
+            state=_orbax().StandardSave(arrays), about=_orbax().JsonSave(self._about)
+        )
         try:
             with _uninterrupted():
                 if step in self._manager.all_steps():
@@ -152,7 +164,9 @@ class Session:
     def terminated(self, when: str = "") -> Terminated:
         """What ends a process that was told to."""
         if self._at >= self._offered:
-            return Terminated(f"Told to end{when}; the run is saved in {self._folder} and goes on from there.")
+            return Terminated(
+                f"Told to end{when}; the run is saved in {self._folder} and goes on from there."
+            )
         left = f"goes on from round {self._at}, which is" if self._at >= 0 else "is not"
         return Terminated(f"Told to end{when}; the run {left} saved in {self._folder}.")
 
@@ -168,7 +182,11 @@ class Session:
         for name in [*self._about, *about]:
             now, then = self._about.get(name, "absent"), about.get(name, "absent")
             if now != then:
-                raise refuse("checkpoints", "hold the run that is to go on", f"{self._folder} holds one whose {name} is {then}, not {now}")
+                raise refuse(
+                    "checkpoints",
+                    "hold the run that is to go on",
+                    f"{self._folder} holds one whose {name} is {then}, not {now}",
+                )
 
     def _passed_over(self, step: int, error: Exception) -> None:
         said = f"The checkpoint of round {step} in {self._folder} cannot be read and is passed over: {_brief(error)}"
@@ -188,17 +206,25 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
     if not isinstance(checkpoints, Checkpoints):
         raise refuse("checkpoints", "be Checkpoints(folder)", f"is {checkpoints!r}")
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(run)):
-        raise refuse("checkpoints", "be left out inside jit, grad and vmap, where there is nothing to save", "is given")
+        raise refuse(
+            "checkpoints",
+            "be left out inside jit, grad and vmap, where there is nothing to save",
+            "is given",
+        )
     folder = Path(checkpoints.folder).resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise refuse("checkpoints", "be a folder that can be written", f"{folder} gives: {error.strerror}") from error
+        raise refuse(
+            "checkpoints", "be a folder that can be written", f"{folder} gives: {error.strerror}"
+        ) from error
     made = versions()
     about = {name: describe(argument) for name, argument in run.items()}
     about |= {f"version of {name}": made[name] for name in ("esljax", "jax", "jaxlib")}
     options = _orbax().CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    manage = functools.partial(_orbax().CheckpointManager, folder, options=options, item_names=("state", "about"))
+    manage = functools.partial(
+        _orbax().CheckpointManager, folder, options=options, item_names=("state", "about")
+    )
     with alone(folder, "checkpoints"), _quiet(), manage() as manager:
         _drop_halves(folder)
         opened = Session(manager, checkpoints, about)
@@ -256,7 +282,9 @@ def alone(folder: Path, argument: str) -> Iterator[None]:
             except InputError as error:
                 refusal = error
         if any(_agreed(refusal is not None)):
-            raise refusal or refuse(argument, "have no other writer", "the first process says that it has one")
+            raise refusal or refuse(
+                argument, "have no other writer", "the first process says that it has one"
+            )
         yield
 
 
@@ -275,18 +303,26 @@ def _placed(x: Any) -> bool:
 
 
 def _stored(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if _placed(x) else np.zeros(x.shape, x.dtype)
+    return (
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        if _placed(x)
+        else np.zeros(x.shape, x.dtype)
+    )
 
 
 def _numbered(leaves: list[Any]) -> dict[str, Any]:
     """What Orbax accepts of the leaves, by their places: no keys, and no arrays without entries."""
-    return {_name(i): jax.random.key_data(x) if is_key(x) else x for i, x in enumerate(leaves) if x.size}
+    return {
+        _name(i): jax.random.key_data(x) if is_key(x) else x for i, x in enumerate(leaves) if x.size
+    }
 
 
 def _as_it_was(found: Any, like: Any) -> Any:
     """An array read back, as the kind of array that was saved."""
     if is_key(like):
-        return jax.random.wrap_key_data(_as_it_was(found, jax.random.key_data(like)), impl=jax.random.key_impl(like))
+        return jax.random.wrap_key_data(
+            _as_it_was(found, jax.random.key_data(like)), impl=jax.random.key_impl(like)
+        )
     if isinstance(like, jax.Array):
         # What lay nowhere in particular must not come back bound to one device.
         return found if _placed(like) else jnp.asarray(found)

@@ -140,9 +140,14 @@ def _of_array(thing: Any) -> _Anatomy:
 def _of_function(thing: types.FunctionType) -> _Anatomy:
     held = zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True)
     mentioned = {name for code in _codes(thing.__code__) for name in code.co_names}
-    closed_over = {name: _looked_up(cell.cell_contents, mentioned) for name, cell in held if _filled(cell)}
+    closed_over = {
+        name: _looked_up(cell.cell_contents, mentioned) for name, cell in held if _filled(cell)
+    }
     loaded = {} if _installed(thing.__globals__.get("__name__")) else _loaded(thing)
-    return _Anatomy(thing.__qualname__, [thing.__code__, closed_over, thing.__defaults__, thing.__kwdefaults__, loaded])
+    return _Anatomy(
+        thing.__qualname__,
+        [thing.__code__, closed_over, thing.__defaults__, thing.__kwdefaults__, loaded],
+    )
 
 
 def _filled(cell: Any) -> bool:
@@ -157,7 +162,9 @@ def _loaded(function: types.FunctionType) -> dict[str, Any]:
     """The globals that a function loads, and of modules that no package brings the attributes that may be what it looks up there."""
     codes = list(_codes(function.__code__))
     loads = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
-    names = {step.argval for code in codes for step in dis.get_instructions(code) if step.opname in loads}
+    names = {
+        step.argval for code in codes for step in dis.get_instructions(code) if step.opname in loads
+    }
     mentioned = {name for code in codes for name in code.co_names}
     found, modules = {}, []
     for name in sorted(names & set(function.__globals__)):
@@ -211,7 +218,16 @@ def _of_object(thing: Any) -> _Anatomy:
     if hasattr(thing, "__wrapped__"):
         return _Anatomy(name, [thing.__wrapped__, _attributes(thing), *methods])
     if dataclasses.is_dataclass(thing):
-        return _Anatomy(name, [{field.name: getattr(thing, field.name, None) for field in dataclasses.fields(thing)}, *methods])
+        return _Anatomy(
+            name,
+            [
+                {
+                    field.name: getattr(thing, field.name, None)
+                    for field in dataclasses.fields(thing)
+                },
+                *methods,
+            ],
+        )
     if isinstance(thing, dict | types.MappingProxyType):
         return _Anatomy(name, [*thing.items(), *methods], ordered=False)
     if isinstance(thing, set | frozenset):
@@ -229,8 +245,14 @@ def _of_object(thing: Any) -> _Anatomy:
 
 def _attributes(thing: Any) -> dict[str, Any]:
     """What an object holds, in its dictionary or in slots; not what it has found out and keeps for later."""
-    slots = [name for kind in type(thing).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
-    found = {name: getattr(thing, name) for name in slots if not name.startswith("__") and hasattr(thing, name)}
+    slots = [
+        name for kind in type(thing).__mro__ for name in _names(vars(kind).get("__slots__", ()))
+    ]
+    found = {
+        name: getattr(thing, name)
+        for name in slots
+        if not name.startswith("__") and hasattr(thing, name)
+    }
     for name, value in getattr(thing, "__dict__", {}).items():
         later = isinstance(getattr(type(thing), name, None), functools.cached_property)
         if not later and not (name.startswith("__") and name.endswith("__")):
@@ -275,5 +297,9 @@ def _installed(module: str | None) -> bool:
 
 
 def _among_packages(file: Path) -> bool:
-    places = {Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return bool({"site-packages", "dist-packages"} & set(file.parts)) or any(file.is_relative_to(place) for place in places)
+    places = {
+        Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    }
+    return bool({"site-packages", "dist-packages"} & set(file.parts)) or any(
+        file.is_relative_to(place) for place in places
+    )

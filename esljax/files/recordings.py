@@ -28,7 +28,9 @@ import safetensors.numpy
 
 from esljax._checks import InputError, refuse
 
-_LAYOUT = "hold one folder for each member, each with its checkpoints, as in member_000/step_000100.npz"
+_LAYOUT = (
+    "hold one folder for each member, each with its checkpoints, as in member_000/step_000100.npz"
+)
 # What Python's pickle is usually kept in; some of these may hold other things, but none can be told without opening it.
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".bin")
 _FILES = (".npz", ".safetensors")
@@ -83,13 +85,19 @@ def read_matrix(path: str | Path) -> np.ndarray:
     _refuse_pickle("project", path)
     with _decoding("project", path):
         if not path.is_file():
-            raise refuse("project", "be 'pca', 'random', 'none' or an .npz file", f"{path} does not exist")
+            raise refuse(
+                "project", "be 'pca', 'random', 'none' or an .npz file", f"{path} does not exist"
+            )
         found = _npz("project", path, ("matrix",))
     if "matrix" not in found:
         raise refuse("project", "hold an array `matrix` (d, p)", f"{path} holds none")
     matrix = found["matrix"]
     if matrix.ndim != 2 or not matrix.size or not _is_real(matrix.dtype):
-        raise refuse("project", "hold an array `matrix` (d, p) of numbers", f"that of {path} is {matrix.shape} of {matrix.dtype}")
+        raise refuse(
+            "project",
+            "hold an array `matrix` (d, p) of numbers",
+            f"that of {path} is {matrix.shape} of {matrix.dtype}",
+        )
     if not np.all(np.isfinite(matrix)):
         raise refuse("project", "hold a finite `matrix`", f"that of {path} is not")
     return matrix
@@ -98,7 +106,11 @@ def read_matrix(path: str | Path) -> np.ndarray:
 def _snapshots(path: Path, arrays: Mapping[str, np.ndarray]) -> Recording:
     named = [name for name in ("positions", "features") if name in arrays]
     if len(named) != 1:
-        raise refuse("recording", "hold either `positions` or `features`", f"{path} holds {'both' if named else 'neither'}")
+        raise refuse(
+            "recording",
+            "hold either `positions` or `features`",
+            f"{path} holds {'both' if named else 'neither'}",
+        )
     return Recording(arrays[named[0]], arrays.get("times"), observed=named == ["features"])
 
 
@@ -109,10 +121,14 @@ def _decoding(argument: str, path: Path) -> Iterator[None]:
     except InputError:
         raise
     except OSError as error:
-        raise refuse(argument, "be readable", f"{path} gives: {error.strerror or _first_clause(error)}") from error
+        raise refuse(
+            argument, "be readable", f"{path} gives: {error.strerror or _first_clause(error)}"
+        ) from error
     except Exception as error:
         # Decoders meet arbitrary bytes here and fail each in its own way (struct, zlib, syntax, memory, ...): the file is what is wrong.
-        raise refuse(argument, "be a whole, readable file", f"{path} is not: {_first_clause(error)}") from error
+        raise refuse(
+            argument, "be a whole, readable file", f"{path} is not: {_first_clause(error)}"
+        ) from error
 
 
 def _first_clause(error: Exception) -> str:
@@ -135,8 +151,13 @@ def _npz(argument: str, path: Path, names: Iterable[str] | None = None) -> dict[
         raise refuse(argument, "be a whole .npz archive", f"{path} is cut short or something else")
     # Opened here, because numpy leaves the file open when the archive's directory is damaged.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        wanted = archive.files if names is None else [name for name in names if name in archive.files]
-        return {name: _stored(argument, f"`{name}` of {path}", lambda name=name: archive[name]) for name in wanted}
+        wanted = (
+            archive.files if names is None else [name for name in names if name in archive.files]
+        )
+        return {
+            name: _stored(argument, f"`{name}` of {path}", lambda name=name: archive[name])
+            for name in wanted
+        }
 
 
 def _stored(argument: str, where: str, load: Any) -> np.ndarray:
@@ -144,7 +165,11 @@ def _stored(argument: str, where: str, load: Any) -> np.ndarray:
         array = load()
     except ValueError as error:
         if "allow_pickle" in str(error):
-            raise refuse(argument, "be plain arrays, because a pickle runs whatever code it carries", f"{where} is pickled") from error
+            raise refuse(
+                argument,
+                "be plain arrays, because a pickle runs whatever code it carries",
+                f"{where} is pickled",
+            ) from error
         raise
     if not isinstance(array, np.ndarray):
         raise refuse(argument, "be plain arrays", f"{where} is none")
@@ -156,7 +181,11 @@ def _zarr_group(path: Path) -> dict[str, np.ndarray]:
     try:
         import zarr
     except ImportError as error:
-        raise refuse("recording", "be .npz unless zarr is installed (pip install 'esljax[zarr]')", f"is {path}") from error
+        raise refuse(
+            "recording",
+            "be .npz unless zarr is installed (pip install 'esljax[zarr]')",
+            f"is {path}",
+        ) from error
     group = zarr.open_group(str(path), mode="r", zarr_format=3)
     found = {}
     for name in ("positions", "features", "times"):
@@ -177,26 +206,42 @@ def _checkpoints(folder: Path) -> Recording:
     times = sorted(table[first])
     for member, found in table.items():
         if not found:
-            raise refuse("recording", _LAYOUT, f"{members[member]} has no .npz, .safetensors or Orbax folder with a number in its name")
+            raise refuse(
+                "recording",
+                _LAYOUT,
+                f"{members[member]} has no .npz, .safetensors or Orbax folder with a number in its name",
+            )
         odd = sorted(set(found) ^ set(times))
         if odd:
             lacking = member if odd[0] in times else first
-            raise refuse("recording", "hold every member at every time", f"{members[lacking]} has no checkpoint at {odd[0]:.12g}")
+            raise refuse(
+                "recording",
+                "hold every member at every time",
+                f"{members[lacking]} has no checkpoint at {odd[0]:.12g}",
+            )
     origin = table[first][times[0]]
     model = _parameters(origin)
     dtype = np.result_type(np.float32, *(array.dtype for array in model.values()))
-    positions = np.empty((len(times), len(table), sum(array.size for array in model.values())), dtype)
+    positions = np.empty(
+        (len(times), len(table), sum(array.size for array in model.values())), dtype
+    )
     for j, time in enumerate(times):
         for i, member in enumerate(sorted(table)):
             parameters = _parameters(table[member][time])
             _compare(table[member][time], parameters, origin, model)
-            positions[j, i] = np.concatenate([parameters[key].ravel().astype(dtype) for key in sorted(parameters)])
+            positions[j, i] = np.concatenate(
+                [parameters[key].ravel().astype(dtype) for key in sorted(parameters)]
+            )
     return Recording(positions, np.array(times), observed=False)
 
 
 def _entries(folder: Path) -> list[Path]:
     # What an interrupted Orbax leaves behind ends in a number as well.
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".") and ".orbax-checkpoint-tmp" not in entry.name)
+    return sorted(
+        entry
+        for entry in folder.iterdir()
+        if not entry.name.startswith(".") and ".orbax-checkpoint-tmp" not in entry.name
+    )
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -210,7 +255,9 @@ def _candidates(folder: Path) -> list[Path]:
 
 
 def _number(path: Path) -> float | None:
-    numbers = re.findall(r"\d+(?:\.\d+)?", path.stem if path.suffix in (*_FILES, *_PICKLES) else path.name)
+    numbers = re.findall(
+        r"\d+(?:\.\d+)?", path.stem if path.suffix in (*_FILES, *_PICKLES) else path.name
+    )
     return float(numbers[-1]) if numbers else None
 
 
@@ -219,7 +266,11 @@ def _numbered(folder: Path, entries: Iterable[Path]) -> dict[float, Path]:
     for entry in entries:
         number = _number(entry)
         if number in found:
-            raise refuse("recording", "name each member and time once", f"{folder} has both {found[number].name} and {entry.name}")
+            raise refuse(
+                "recording",
+                "name each member and time once",
+                f"{folder} has both {found[number].name} and {entry.name}",
+            )
         if number is not None:
             found[number] = entry
     return found
@@ -235,7 +286,11 @@ def _parameters(path: Path) -> dict[str, np.ndarray]:
             found = safetensors.numpy.load_file(path)
     for key, array in found.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise refuse("recording", "hold floating-point parameters alone", f"`{key}` of {path} has dtype {array.dtype}")
+            raise refuse(
+                "recording",
+                "hold floating-point parameters alone",
+                f"`{key}` of {path} has dtype {array.dtype}",
+            )
     if not sum(array.size for array in found.values()):
         raise refuse("recording", "hold parameters", f"{path} holds none")
     return found
@@ -251,12 +306,19 @@ def _orbax(path: Path) -> dict[str, np.ndarray]:
     with _silence("absl"):
         stored = checkpointer.metadata(path).item_metadata
         if stored is None:
-            raise refuse("recording", "hold Orbax checkpoints in the folders of a member", f"{path} is none, or is not whole")
+            raise refuse(
+                "recording",
+                "hold Orbax checkpoints in the folders of a member",
+                f"{path} is none, or is not whole",
+            )
         # As NumPy arrays: the devices it was saved from need not exist here.
         plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored.tree)
         tree = checkpointer.restore(path, restore_args=plain)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf) for keys, leaf in leaves}
+    return {
+        jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf)
+        for keys, leaf in leaves
+    }
 
 
 @contextlib.contextmanager
@@ -270,11 +332,17 @@ def _silence(name: str) -> Iterator[None]:
         logger.disabled = before
 
 
-def _compare(path: Path, parameters: Mapping[str, np.ndarray], origin: Path, model: Mapping[str, np.ndarray]) -> None:
+def _compare(
+    path: Path, parameters: Mapping[str, np.ndarray], origin: Path, model: Mapping[str, np.ndarray]
+) -> None:
     odd = sorted(set(parameters) ^ set(model))
     if odd:
         lacks, has = (path, origin) if odd[0] in model else (origin, path)
-        raise refuse("recording", "hold the same keys in every checkpoint", f"{lacks} lacks `{odd[0]}`, which {has} has")
+        raise refuse(
+            "recording",
+            "hold the same keys in every checkpoint",
+            f"{lacks} lacks `{odd[0]}`, which {has} has",
+        )
     for key, array in parameters.items():
         if array.shape != model[key].shape:
             raise refuse(

@@ -16,27 +16,55 @@ import tomli_w
 
 from esljax._checks import InputError, refuse
 
-_PACKAGES = ("esljax", "jax", "jaxlib", "flax", "optax", "ott-jax", "equinox", "numpy", "scikit-learn")
+_PACKAGES = (
+    "esljax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "ott-jax",
+    "equinox",
+    "numpy",
+    "scikit-learn",
+)
 
 
 def versions() -> dict[str, str]:
     """The versions that a number depends on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
 
 
 def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
     """The first package of two `versions()` that differs, as "jax 0.1 there and 0.10.2 here"; None if none does."""
     differing = (name for name in _PACKAGES if theirs.get(name) != ours.get(name))
-    return next((f"{name} {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here" for name in differing), None)
+    return next(
+        (
+            f"{name} {theirs.get(name, 'absent')} there and {ours.get(name, 'absent')} here"
+            for name in differing
+        ),
+        None,
+    )
 
 
 def commit() -> str | None:
     """The git commit that this package is checked out at, with a + if files have changed since; None outside of git."""
     folder = Path(__file__).parent.parent
     told = []
-    for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", ".")):
+    for command in (
+        ("rev-parse", "HEAD"),
+        ("status", "--porcelain", "--untracked-files=no", "--", "."),
+    ):
         try:
-            done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=10, check=True)
+            done = subprocess.run(
+                ["git", "-C", str(folder), *command],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         told.append(done.stdout.strip())
@@ -77,7 +105,9 @@ def holder(lock: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def locked(lock: Path, argument: str, *, elsewhere: bool = True) -> Iterator[Callable[[dict[str, Any]], None]]:
+def locked(
+    lock: Path, argument: str, *, elsewhere: bool = True
+) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Hold a lock file that says which process of which host is writing; a dead process of this host loses it.
 
     **Args:** `elsewhere`: whether to believe a file that names another host. Without, what the kernel says of the file is all that counts:
@@ -92,7 +122,11 @@ def locked(lock: Path, argument: str, *, elsewhere: bool = True) -> Iterator[Cal
         try:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise refuse(argument, "be in a folder that can be written", f"{lock.parent} gives: {error.strerror}") from error
+            raise refuse(
+                argument,
+                "be in a folder that can be written",
+                f"{lock.parent} gives: {error.strerror}",
+            ) from error
         try:
             # The kernel drops this with the process, however that ends; what the file says is for people and other hosts.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,7 +135,9 @@ def locked(lock: Path, argument: str, *, elsewhere: bool = True) -> Iterator[Cal
         except BlockingIOError:
             os.close(handle)
             if (told := holder(lock)) is not None:
-                raise refuse(argument, must, f"process {told['pid']} of {told['host']} is writing it") from None
+                raise refuse(
+                    argument, must, f"process {told['pid']} of {told['host']} is writing it"
+                ) from None
             # Somebody was only asking, or has not said yet who it is.
             time.sleep(0.01)
             continue

@@ -19,7 +19,14 @@ from esljax.measures.diagnosis import Evidence
 from esljax.measures.report import SpeedLimit
 from esljax.sharding import map_pairs, replicate
 from esljax.simulation import Trajectory
-from esljax.transport import AbstractTransport, ExactTransport, Mapped, Projected, SinkhornTransport, coordinates
+from esljax.transport import (
+    AbstractTransport,
+    ExactTransport,
+    Mapped,
+    Projected,
+    SinkhornTransport,
+    coordinates,
+)
 
 _CHAIN = (
     "A chain bounds the entropy production of its laws from below (coarse snapshots and housekeeping are invisible); "
@@ -40,7 +47,13 @@ class Distances(eqx.Module):
     debiased_whole: Float[Array, "*subsets"] | None = None
 
 
-def distances(trajectory: Trajectory, transport: AbstractTransport, *, debias: bool, subsets: Array | None = None) -> Distances:
+def distances(
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    *,
+    debias: bool,
+    subsets: Array | None = None,
+) -> Distances:
     """Solve the transport problems of one run; of some of its members (subsets, m) too if `subsets` lists them. Not checked.
 
     Debiased are W(x, y') - ½ W(x, x') - ½ W(y, y'), where x, y are one half of the members and x', y' the other: all three are then
@@ -58,7 +71,9 @@ def distances(trajectory: Trajectory, transport: AbstractTransport, *, debias: b
 
         first, second = np.array(pairs).T
         positions, mesh = trajectory.positions, trajectory.mesh
-        found = map_pairs(of_pair, (transport, subsets), positions, first, second, mesh, in_turn=transport.in_turn)
+        found = map_pairs(
+            of_pair, (transport, subsets), positions, first, second, mesh, in_turn=transport.in_turn
+        )
         return found if subsets is None else jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), found)
 
     plain = solve(lambda transport, x, y: transport.solve(x, y), pairs + coarse)
@@ -74,7 +89,9 @@ def distances(trajectory: Trajectory, transport: AbstractTransport, *, debias: b
     within = solve(_within, [(j, j) for j in range(links + 1)])
     first, second = np.array(pairs).T
     squares = across - within[..., first] / 2 - within[..., second] / 2
-    return dataclasses.replace(found, debiased_links=squares[..., :links], debiased_whole=squares[..., links])
+    return dataclasses.replace(
+        found, debiased_links=squares[..., :links], debiased_whole=squares[..., links]
+    )
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
@@ -119,12 +136,18 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
         times=(times[1:] + times[:-1]) / 2,
         speed=lengths / elapsed,
         converged=solved.converged,
-        entropy_production_coarse=None if solved.coarse is None else jnp.sum(solved.coarse / (elapsed[::2] + elapsed[1::2])),
-        debiased_entropy_production=None if solved.debiased_links is None else jnp.sum(solved.debiased_links / elapsed),
+        entropy_production_coarse=None
+        if solved.coarse is None
+        else jnp.sum(solved.coarse / (elapsed[::2] + elapsed[1::2])),
+        debiased_entropy_production=None
+        if solved.debiased_links is None
+        else jnp.sum(solved.debiased_links / elapsed),
         debiased_w2_squared=solved.debiased_whole,
         noise_floor=noise_floor,
         # The identity is the best assignment if no other is cheaper than rounding allows.
-        identity_fraction=jnp.mean(squares >= paired * (1 - 1e-5), dtype=paired.dtype) if isinstance(transport, ExactTransport) else None,
+        identity_fraction=jnp.mean(squares >= paired * (1 - 1e-5), dtype=paired.dtype)
+        if isinstance(transport, ExactTransport)
+        else None,
         evidence=_evidence(trajectory, transport),
         source=f"a chain of {links} links in {_named(transport)}",
         worth=_CHAIN if trajectory.rates is not None else f"{_CHAIN} {_RECORDED}",
@@ -134,7 +157,9 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
 
 def compared(links: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """The snapshots between which there are distances: of each link and of the whole run; and of links twice as long, if they fit."""
-    return [(j, j + 1) for j in range(links)] + [(0, links)], [(j, j + 2) for j in range(0, links, 2)] if links % 2 == 0 else []
+    return [(j, j + 1) for j in range(links)] + [(0, links)], [
+        (j, j + 2) for j in range(0, links, 2)
+    ] if links % 2 == 0 else []
 
 
 def _evidence(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:
@@ -146,7 +171,9 @@ def _evidence(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:
         energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
         temperature=None if trajectory.temperatures is None else jnp.max(trajectory.temperatures),
         # What looks at whole snapshots must not wait for other devices in each of its iterations.
-        doubled_epsilon=None if doubled is None else doubled.solve(*replicate((positions[0], positions[-1]), trajectory.mesh)).squared,
+        doubled_epsilon=None
+        if doubled is None
+        else doubled.solve(*replicate((positions[0], positions[-1]), trajectory.mesh)).squared,
         coordinates=compared.shape[-1],
         steps=None if trajectory.rates is None else trajectory.rates.shape[0],
     )
@@ -163,7 +190,11 @@ def _doubled_epsilon(transport: AbstractTransport) -> AbstractTransport | None:
 
 def _named(transport: AbstractTransport) -> str:
     name = type(transport).__name__
-    return f"{name} {_named(transport.transport)}" if isinstance(transport, Mapped | Projected) else name
+    return (
+        f"{name} {_named(transport.transport)}"
+        if isinstance(transport, Mapped | Projected)
+        else name
+    )
 
 
 def safe_sqrt(x: Float[Array, "..."]) -> Float[Array, "..."]:

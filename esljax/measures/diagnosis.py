@@ -68,7 +68,18 @@ def diagnose(report: Any, convexity: float | None = None) -> tuple[Finding, ...]
     **Args:** `report`: a `SpeedLimit` of one run or the average of several. `convexity`: a λ such that Φ is λ-convex, if there is one: the
     sharper bound U·D ≥ (x/2)coth(x/2) W2², x = λU, is then checked too.
     """
-    checks = (_members, _convergence, _violation, _negative, _stability, _epsilon, _spacing, _noise, _resolution, _extreme)
+    checks = (
+        _members,
+        _convergence,
+        _violation,
+        _negative,
+        _stability,
+        _epsilon,
+        _spacing,
+        _noise,
+        _resolution,
+        _extreme,
+    )
     found = [finding for check in checks for finding in check(report)]
     return (*found, *([] if convexity is None else _convex(report, convexity)))
 
@@ -82,14 +93,22 @@ def _members(report: Any):
     kind = "is not finite"
     if not bad.any():
         typical = np.median(distances)
-        bad = (distances > DIVERGED * typical) & (distances > DIVERGED / 10 * distances[0]) if typical > 0 else bad
+        bad = (
+            (distances > DIVERGED * typical) & (distances > DIVERGED / 10 * distances[0])
+            if typical > 0
+            else bad
+        )
         kind = f"is over {DIVERGED:g} times as far from the start as is typical"
     if bad.any():
         first = int(np.argmax(bad.any(axis=1)))
         members = np.flatnonzero(bad.any(axis=0))
         listed = ", ".join(map(str, members[:5])) + (", ..." if len(members) > 5 else "")
         steps = report.evidence.steps
-        after = "" if steps is None else f", after step {(first - 1) * steps // links} and by step {first * steps // links}"
+        after = (
+            ""
+            if steps is None
+            else f", after step {(first - 1) * steps // links} and by step {first * steps // links}"
+        )
         yield Finding(
             "members diverged",
             f"{len(members)} of {distances.shape[1]} members (number {listed}) left; the first {kind} from snapshot {first}{after}.",
@@ -120,7 +139,12 @@ def _convergence(report: Any):
         elif np.all(squares[0] == 0):
             said += " All members start at one point."
             causes.insert(0, "a point mass, for which entropic transport has no scale")
-    yield Finding("transport did not converge", said, tuple(causes), "raise ε or `max_iterations`, or take an exact or sliced transport")
+    yield Finding(
+        "transport did not converge",
+        said,
+        tuple(causes),
+        "raise ε or `max_iterations`, or take an exact or sliced transport",
+    )
 
 
 def _violation(report: Any):
@@ -140,7 +164,9 @@ def _violation(report: Any):
         f"Σ is below W2² by {-gap:.4g}{by}, so Σ ≥ W2² does not hold.",
         (
             "Σ and W2² do not come from one geometry or one law",
-            "the transport is no metric" if not report.is_bound else "an estimate of Σ that misses part of the velocity",
+            "the transport is no metric"
+            if not report.is_bound
+            else "an estimate of Σ that misses part of the velocity",
             "members that are not independent",
         ),
         "measure both sides in one transport, by a metric",
@@ -154,7 +180,11 @@ def _negative(report: Any):
         yield Finding(
             "negative entropy production",
             f"Σ is {sigma:.4g}, and no velocity has a negative square.",
-            ("a field fitted to too few members", "drift and noise that do not belong to these members", "a transport that is no metric"),
+            (
+                "a field fitted to too few members",
+                "drift and noise that do not belong to these members",
+                "a transport that is no metric",
+            ),
             "use more members or a smaller class of fields",
         )
 
@@ -174,7 +204,10 @@ def _stability(report: Any):
         yield Finding(
             "rate above the stability limit",
             f"E[Φ] climbs from {energies[where]:.4g} at step {step} to {energies[-1]:.4g}, which no heating at this temperature explains.",
-            ("the learning rate exceeds 2/(largest curvature)", "a drive that does work faster than the ensemble follows"),
+            (
+                "the learning rate exceeds 2/(largest curvature)",
+                "a drive that does work faster than the ensemble follows",
+            ),
             f"lower the learning rate from step {step} on",
         )
 
@@ -203,26 +236,41 @@ def _spacing(report: Any):
         yield Finding(
             "Σ not converged in snapshot spacing",
             f"The chain's Σ is {chain:.4g} with all snapshots and {float(coarse):.4g} with every second one.",
-            ("too few snapshots where the ensemble is fast", "sampling noise in every link, if n is small", "injected noise in every link"),
+            (
+                "too few snapshots where the ensemble is fast",
+                "sampling noise in every link, if n is small",
+                "injected noise in every link",
+            ),
             "take more snapshots; if Σ then rises without end, take more members or a velocity estimator instead of the chain",
         )
 
 
 def _noise(report: Any):
-    if report.noise_floor is None or report.identity_fraction is None or float(report.identity_fraction) <= 0.5:
+    if (
+        report.noise_floor is None
+        or report.identity_fraction is None
+        or float(report.identity_fraction) <= 0.5
+    ):
         return
     chain = float(report.chained)
     if float(report.noise_floor) > NOISE * chain:
         yield Finding(
             "noise-dominated chain",
             f"Injected noise alone contributes about {float(report.noise_floor):.3g} to the chain's Σ of {chain:.3g}.",
-            ("the temperature is high for so few members in so many dimensions", "snapshots so dense that noise outweighs the drift"),
+            (
+                "the temperature is high for so few members in so many dimensions",
+                "snapshots so dense that noise outweighs the drift",
+            ),
             "lower the temperature, take fewer snapshots, or measure moments or features",
         )
 
 
 def _resolution(report: Any):
-    if report.evidence is None or report.identity_fraction is None or float(report.identity_fraction) <= 0.5:
+    if (
+        report.evidence is None
+        or report.identity_fraction is None
+        or float(report.identity_fraction) <= 0.5
+    ):
         return
     n, d = report.evidence.distances.shape[-1], report.evidence.coordinates
     if n <= d:
@@ -258,13 +306,18 @@ def _convex(report: Any, convexity: float):
     size = 0.0
     if error is not None and error.dissipation is not None:
         size = VIOLATION * np.hypot(
-            float(report.learning_time * error.dissipation), sharpened / float(report.w2_squared) * float(error.w2_squared)
+            float(report.learning_time * error.dissipation),
+            sharpened / float(report.w2_squared) * float(error.w2_squared),
         )
     if product < sharpened - max(size, rounding(report)):
         yield Finding(
             "convex bound violated",
             f"U·D is {product:.4g}, below (x/2)coth(x/2) W2² = {sharpened:.4g} at x = {x:.3g}.",
-            ("Φ is less convex than claimed", "Σ and W2² do not come from one law", "a chain with too few links"),
+            (
+                "Φ is less convex than claimed",
+                "Σ and W2² do not come from one law",
+                "a chain with too few links",
+            ),
             "check the convexity, then the snapshots",
         )
 
@@ -272,4 +325,8 @@ def _convex(report: Any, convexity: float):
 def rounding(report: Any) -> float:
     """The size of a gap that rounding alone can make."""
     dtype = np.asarray(report.entropy_production).dtype
-    return 8 * float(np.finfo(dtype).eps) * (abs(float(report.entropy_production)) + abs(float(report.w2_squared)))
+    return (
+        8
+        * float(np.finfo(dtype).eps)
+        * (abs(float(report.entropy_production)) + abs(float(report.w2_squared)))
+    )

@@ -139,7 +139,9 @@ class FreeEnergy(eqx.Module):
         """-∫ H dT of each link."""
         change = jnp.diff(self.temperature, axis=-1)
         # An entropy of -inf (members in one point) costs nothing where the temperature stands still.
-        return jnp.where(change != 0, -change * (self.entropy[..., 1:] + self.entropy[..., :-1]) / 2, 0)
+        return jnp.where(
+            change != 0, -change * (self.entropy[..., 1:] + self.entropy[..., :-1]) / 2, 0
+        )
 
     @property
     def tempering(self) -> Float[Array, "*runs"]:
@@ -149,7 +151,12 @@ class FreeEnergy(eqx.Module):
     @property
     def balance_of_links(self) -> Float[Array, "*runs J"]:
         """D of each link as it follows from energies and entropies, F_j - F_{j+1} + work_j + tempering_j."""
-        return self.free_energy[..., :-1] - self.free_energy[..., 1:] + self.work_of_links + self.tempering_of_links
+        return (
+            self.free_energy[..., :-1]
+            - self.free_energy[..., 1:]
+            + self.work_of_links
+            + self.tempering_of_links
+        )
 
     @property
     def dissipation_by_balance(self) -> Float[Array, "*runs"]:
@@ -164,7 +171,11 @@ class FreeEnergy(eqx.Module):
     @property
     def dissipation(self) -> Float[Array, "*runs"] | None:
         """D from velocities or transport."""
-        return None if self.dissipation_of_links is None else jnp.sum(self.dissipation_of_links, axis=-1)
+        return (
+            None
+            if self.dissipation_of_links is None
+            else jnp.sum(self.dissipation_of_links, axis=-1)
+        )
 
     @property
     def residual(self) -> Float[Array, "*runs"] | None:
@@ -185,7 +196,9 @@ class FreeEnergy(eqx.Module):
         count = self.times.shape[0]
         # Eleven rows show a run; all numbers are in the fields.
         for j in np.unique(np.linspace(0, count - 1, min(count, 11)).round().astype(int)):
-            cells = "".join(f"{self._number(name, j):>24}" for name in ("energy", "entropy", "free_energy"))
+            cells = "".join(
+                f"{self._number(name, j):>24}" for name in ("energy", "entropy", "free_energy")
+            )
             lines.append(f"{float(self.times[j]):>6.3f}{float(self.temperature[j]):>12.5g}{cells}")
         rows = [
             ("ΔE", "energy_change"),
@@ -199,12 +212,18 @@ class FreeEnergy(eqx.Module):
             ("residual", "residual"),
             ("Σ by balance", "entropy_production_by_balance"),
         ]
-        lines += [f"{label:<28}{self._number(name):>24}" for label, name in rows if getattr(self, name) is not None]
+        lines += [
+            f"{label:<28}{self._number(name):>24}"
+            for label, name in rows
+            if getattr(self, name) is not None
+        ]
         return "\n".join([*lines, self.verdict()])
 
     def _number(self, name: str, row: Any = None) -> str:
         value, error = getattr(self, name), getattr(self.standard_error, name, None)
-        value, error = (value, error) if row is None else (value[row], None if error is None else error[row])
+        value, error = (
+            (value, error) if row is None else (value[row], None if error is None else error[row])
+        )
         return f"{float(value):.6g}" + ("" if error is None else f" ± {float(error):.2g}")
 
     def _is_one_run(self) -> bool:
@@ -212,18 +231,27 @@ class FreeEnergy(eqx.Module):
 
     def _sentences(self) -> list[str]:
         if not np.isfinite(float(self.dissipation_by_balance)):
-            return ["No verdict: the numbers are not finite; members that coincide or lie in a plane have no entropy."]
+            return [
+                "No verdict: the numbers are not finite; members that coincide or lie in a plane have no entropy."
+            ]
         said = []
         if self.residual is None or self.dissipation is None:
-            said.append(f"Energies and entropies say that {float(self.dissipation_by_balance):.4g} was dissipated; nothing checks it here.")
+            said.append(
+                f"Energies and entropies say that {float(self.dissipation_by_balance):.4g} was dissipated; nothing checks it here."
+            )
         else:
-            residual, error = float(self.residual), None if self.standard_error is None else self.standard_error.residual
+            residual, error = (
+                float(self.residual),
+                None if self.standard_error is None else self.standard_error.residual,
+            )
             size = abs(residual) / float(error) if error is not None and float(error) > 0 else None
             share = f"{abs(residual) / max(abs(float(self.dissipation)), 1e-300):.2g} of D"
             if size is None:
                 said.append(f"The books balance to {share}; no standard error to judge that by.")
             elif size <= 3:
-                said.append(f"The books balance: the residual is {size:.1f} standard errors, {share}.")
+                said.append(
+                    f"The books balance: the residual is {size:.1f} standard errors, {share}."
+                )
             else:
                 said.append(
                     f"The books do not balance: the residual is {size:.1f} standard errors, {share}; an estimate of E, H or D is off."
@@ -231,11 +259,19 @@ class FreeEnergy(eqx.Module):
             if self.dissipation_coarse is not None:
                 # The trapezoidal rule's error falls as 1/J², so a third of the last change is what all further halvings would add.
                 change = float(self.dissipation) - float(self.dissipation_coarse)
-                said.append(f"Halving the number of snapshots changes D by {change:.2g}, so spacing still hides about {change / 3:.1g}.")
-        if not bool(np.all(np.asarray(self.temperature) == np.asarray(self.temperature)[0])) or float(jnp.max(jnp.abs(self.work_of_links))):
-            said.append("Work and tempering are what the controls did to F; the rest of its change was dissipated.")
+                said.append(
+                    f"Halving the number of snapshots changes D by {change:.2g}, so spacing still hides about {change / 3:.1g}."
+                )
+        if not bool(
+            np.all(np.asarray(self.temperature) == np.asarray(self.temperature)[0])
+        ) or float(jnp.max(jnp.abs(self.work_of_links))):
+            said.append(
+                "Work and tempering are what the controls did to F; the rest of its change was dissipated."
+            )
         else:
-            said.append("Potential and temperature are fixed, so the whole drop of F is dissipation.")
+            said.append(
+                "Potential and temperature are fixed, so the whole drop of F is dissipation."
+            )
         return said
 
 
@@ -275,7 +311,9 @@ def free_energy(
     check_runs(trajectory, jackknife)
     _check(trajectory, potential, entropy, velocity, transport)
     trajectory = on_devices(trajectory)
-    potential, entropy, velocity, transport = bring((potential, entropy, velocity, transport), trajectory.mesh)
+    potential, entropy, velocity, transport = bring(
+        (potential, entropy, velocity, transport), trajectory.mesh
+    )
     if trajectory.positions.ndim == 3:
         return _of_one(trajectory, potential, entropy, velocity, transport, jackknife)
     return _of_several(trajectory, potential, entropy, velocity, transport)
@@ -298,42 +336,71 @@ def _of_one(trajectory, potential, entropy, velocity, transport, jackknife: int)
 
     def without(rows):
         fewer = eqx.tree_at(lambda run: run.positions, trajectory, trajectory.positions[:, rows])
-        return {"entropy": _of_all_members(fewer, potential, entropy, velocity, transport)["entropy"]}
+        return {
+            "entropy": _of_all_members(fewer, potential, entropy, velocity, transport)["entropy"]
+        }
 
     if transport is None:
         left = jax.lax.map(without, jnp.asarray(kept))
     else:
-        left = {"dissipation_of_links": _chain(trajectory, 1, _spans(trajectory), transport, jnp.asarray(kept))}
+        left = {
+            "dissipation_of_links": _chain(
+                trajectory, 1, _spans(trajectory), transport, jnp.asarray(kept)
+            )
+        }
     # What is no mean over members is made one over groups by the pseudo-values of the jackknife (Tukey, 1958).
     pseudo = {name: groups * of_all[name] - (groups - 1) * left[name] for name in jointly}
-    grouped = jax.tree.map(lambda x: jnp.mean(x[: groups * size].reshape(groups, size, *x.shape[1:]), axis=1), each)
-    return _with_errors(report, _replaced(grouped, **pseudo), f"jackknife over {groups} groups of {size} of {members} members")
+    grouped = jax.tree.map(
+        lambda x: jnp.mean(x[: groups * size].reshape(groups, size, *x.shape[1:]), axis=1), each
+    )
+    return _with_errors(
+        report,
+        _replaced(grouped, **pseudo),
+        f"jackknife over {groups} groups of {size} of {members} members",
+    )
 
 
 @eqx.filter_jit
 def _of_several(trajectory, potential, entropy, velocity, transport) -> FreeEnergy:
     def one(trajectory):
         each = _of_each_member(trajectory, potential, entropy, velocity, transport)
-        return _replaced(_mean(each), **_of_all_members(trajectory, potential, entropy, velocity, transport))
+        return _replaced(
+            _mean(each), **_of_all_members(trajectory, potential, entropy, velocity, transport)
+        )
 
     reports = jax.lax.map(one, trajectory)
-    return _with_errors(_mean(reports), reports, f"spread over {trajectory.positions.shape[0]} independent runs")
+    return _with_errors(
+        _mean(reports), reports, f"spread over {trajectory.positions.shape[0]} independent runs"
+    )
 
 
-def _of_each_member(trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any) -> FreeEnergy:
+def _of_each_member(
+    trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any
+) -> FreeEnergy:
     """What each member contributes to every number, on a leading axis of length n: the report is their mean."""
     energy, work = _energies(trajectory, potential)
     spans = _spans(trajectory)[:, None]
     links, members = spans.shape[0], energy.shape[1]
-    rates = None if velocity is None else member_rates(trajectory, GaussianTransport(), velocity, potential)
+    rates = (
+        None
+        if velocity is None
+        else member_rates(trajectory, GaussianTransport(), velocity, potential)
+    )
     if isinstance(entropy, TransportedEntropy):
         entropies = jnp.zeros_like(energy)  # of all members together, to be filled in
     else:
-        entropies = jax.lax.map(lambda members: entropy.estimate(members).contributions, trajectory.positions)
+        entropies = jax.lax.map(
+            lambda members: entropy.estimate(members).contributions, trajectory.positions
+        )
     temperatures: Any = trajectory.temperatures
-    steps = np.minimum(np.arange(links + 1) * (temperatures.shape[0] // links), temperatures.shape[0] - 1)
+    steps = np.minimum(
+        np.arange(links + 1) * (temperatures.shape[0] // links), temperatures.shape[0] - 1
+    )
     coarse = spans[::2] + spans[1::2] if links % 2 == 0 else None
-    alike = lambda x: jnp.broadcast_to(x, (members, *x.shape))  # noqa: E731
+
+    def alike(x):
+        return jnp.broadcast_to(x, (members, *x.shape))
+
     return FreeEnergy(
         times=alike(trajectory.times),
         temperature=alike(temperatures[steps]),
@@ -342,25 +409,37 @@ def _of_each_member(trajectory: Trajectory, potential: Any, entropy: Any, veloci
         entropy=entropies.T,
         work_of_links=work.T,
         dissipation_of_links=None if rates is None else _trapezoids(rates.whole, spans).T,
-        dissipation_coarse=None if rates is None or coarse is None else jnp.sum(_trapezoids(rates.whole[::2], coarse), axis=0),
+        dissipation_coarse=None
+        if rates is None or coarse is None
+        else jnp.sum(_trapezoids(rates.whole[::2], coarse), axis=0),
         source=_source(entropy, velocity, transport, links),
     )
 
 
-def _of_all_members(trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any) -> dict[str, Any]:
+def _of_all_members(
+    trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any
+) -> dict[str, Any]:
     """The numbers of a report that belong to the ensemble as a whole and are no mean over members."""
     found: dict[str, Any] = {}
     spans = _spans(trajectory)
     if isinstance(entropy, TransportedEntropy):
         divergence = member_rates(trajectory, GaussianTransport(), velocity, potential).divergence
         if divergence is None:
-            raise refuse("velocity", "know its divergence, which TransportedEntropy follows", f"is {type(velocity).__name__}")
+            raise refuse(
+                "velocity",
+                "know its divergence, which TransportedEntropy follows",
+                f"is {type(velocity).__name__}",
+            )
         start = entropy.start.estimate(trajectory.positions[0]).value
-        found["entropy"] = jnp.concatenate([start[None], start + jnp.cumsum(_trapezoids(jnp.mean(divergence, axis=1), spans))])
+        found["entropy"] = jnp.concatenate(
+            [start[None], start + jnp.cumsum(_trapezoids(jnp.mean(divergence, axis=1), spans))]
+        )
     if transport is not None:
         found["dissipation_of_links"] = _chain(trajectory, 1, spans, transport)
         if spans.size % 2 == 0:
-            found["dissipation_coarse"] = jnp.sum(_chain(trajectory, 2, spans[::2] + spans[1::2], transport))
+            found["dissipation_coarse"] = jnp.sum(
+                _chain(trajectory, 2, spans[::2] + spans[1::2], transport)
+            )
     return found
 
 
@@ -377,24 +456,46 @@ def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
         near = times[jnp.clip(jnp.stack([j - 1, j, j + 1]), 0, links)]
         return jax.lax.map(lambda s: jax.vmap(potential.at(s).energy)(members), near)
 
-    earlier, now, later = jnp.moveaxis(jax.lax.map(at_snapshot, (jnp.arange(links + 1), positions)), 1, 0)
-    start, end = jax.vmap(potential.at_start().energy)(positions[0]), jax.vmap(potential.at_end().energy)(positions[-1])
+    earlier, now, later = jnp.moveaxis(
+        jax.lax.map(at_snapshot, (jnp.arange(links + 1), positions)), 1, 0
+    )
+    start, end = (
+        jax.vmap(potential.at_start().energy)(positions[0]),
+        jax.vmap(potential.at_end().energy)(positions[-1]),
+    )
     work = (later[:-1] - now[:-1] + now[1:] - earlier[1:]) / 2
-    return now.at[0].set(start).at[-1].set(end), work.at[0].add(now[0] - start).at[-1].add(end - now[-1])
+    return now.at[0].set(start).at[-1].set(end), work.at[0].add(now[0] - start).at[-1].add(
+        end - now[-1]
+    )
 
 
-def _chain(trajectory: Trajectory, stride: int, spans: Array, transport: AbstractTransport, subsets: Array | None = None) -> Array:
+def _chain(
+    trajectory: Trajectory,
+    stride: int,
+    spans: Array,
+    transport: AbstractTransport,
+    subsets: Array | None = None,
+) -> Array:
     """D of every link, or of every `stride` of them, from the transport between its ends; of some members if `subsets` lists them."""
     ends = np.arange(0, trajectory.positions.shape[0], stride)
 
     def solve(shared, x, y):
         transport, subsets = shared
-        one = lambda x, y: transport.solve(x, y).squared  # noqa: E731
-        return one(x, y) if subsets is None else jax.lax.map(lambda rows: one(x[rows], y[rows]), subsets)
+
+        def one(x, y):
+            return transport.solve(x, y).squared
+
+        return (
+            one(x, y)
+            if subsets is None
+            else jax.lax.map(lambda rows: one(x[rows], y[rows]), subsets)
+        )
 
     # Members are left out where two snapshots lie whole already: elsewhere the history would be gathered for each group.
     shared, positions = (transport, subsets), trajectory.positions
-    squared = map_pairs(solve, shared, positions, ends[:-1], ends[1:], trajectory.mesh, in_turn=transport.in_turn)
+    squared = map_pairs(
+        solve, shared, positions, ends[:-1], ends[1:], trajectory.mesh, in_turn=transport.in_turn
+    )
     squared = squared if subsets is None else squared.T
     return jnp.where(spans > 0, squared / jnp.where(spans > 0, spans, 1), 0)
 
@@ -415,13 +516,21 @@ def _mean(reports: FreeEnergy) -> FreeEnergy:
 
 def _with_errors(report: FreeEnergy, replicates: FreeEnergy, words: str) -> FreeEnergy:
     """Standard errors of a mean over the leading axis of `replicates`."""
-    error = lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(x.shape[0])  # noqa: E731
-    errors: dict[str, Any] = {name: jax.tree.map(error, getattr(replicates, name)) for name in Balance.__dataclass_fields__}
+
+    def error(x):
+        return jnp.std(x, axis=0, ddof=1) / np.sqrt(x.shape[0])
+
+    errors: dict[str, Any] = {
+        name: jax.tree.map(error, getattr(replicates, name))
+        for name in Balance.__dataclass_fields__
+    }
     return _replaced(report, standard_error=Balance(**errors), errors=words)
 
 
 def _replaced(report: FreeEnergy, **values: Any) -> FreeEnergy:
-    return FreeEnergy(**{**{name: getattr(report, name) for name in FreeEnergy.__dataclass_fields__}, **values})
+    return FreeEnergy(
+        **{**{name: getattr(report, name) for name in FreeEnergy.__dataclass_fields__}, **values}
+    )
 
 
 def _trapezoids(values: Array, spans: Array) -> Array:
@@ -435,22 +544,54 @@ def _spans(trajectory: Trajectory) -> Float[Array, " J"]:
     return jnp.diff(clock[:: (clock.shape[0] - 1) // (trajectory.positions.shape[0] - 1)])
 
 
-def _check(trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any) -> None:
+def _check(
+    trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any
+) -> None:
     if not isinstance(potential, AbstractPotential | Driven):
-        raise refuse("potential", "be the potential of the run, such as Quadratic(1.0)", f"is {potential!r}")
+        raise refuse(
+            "potential", "be the potential of the run, such as Quadratic(1.0)", f"is {potential!r}"
+        )
     if trajectory.observed:
-        raise refuse("trajectory", "hold the positions of the members", "is a run observed in features, whose energies are gone")
+        raise refuse(
+            "trajectory",
+            "hold the positions of the members",
+            "is a run observed in features, whose energies are gone",
+        )
     if trajectory.rates is None:
-        raise refuse("trajectory", "come from simulate(...), with its rates and temperatures", "was recorded without them")
+        raise refuse(
+            "trajectory",
+            "come from simulate(...), with its rates and temperatures",
+            "was recorded without them",
+        )
     if not isinstance(entropy, AbstractEntropy | TransportedEntropy):
-        raise refuse("entropy", "be an entropy estimator such as GaussianEntropy()", f"is {entropy!r}")
+        raise refuse(
+            "entropy", "be an entropy estimator such as GaussianEntropy()", f"is {entropy!r}"
+        )
     if velocity is not None and (not isinstance(velocity, AbstractVelocity) or velocity.between):
-        raise refuse("velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}")
+        raise refuse(
+            "velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}"
+        )
     if isinstance(entropy, TransportedEntropy) and velocity is None:
-        raise refuse("velocity", "be given beside TransportedEntropy, which follows it", "is missing")
+        raise refuse(
+            "velocity", "be given beside TransportedEntropy, which follows it", "is missing"
+        )
     if transport is not None and velocity is not None:
-        raise refuse("transport", "stand alone, as D comes from it or from a velocity", f"is given beside {type(velocity).__name__}")
-    if transport is not None and (not isinstance(transport, AbstractTransport) or isinstance(transport, Mapped | Projected)):
-        raise refuse("transport", "be a transport between whole members, such as GaussianTransport()", f"is a {type(transport).__name__}")
+        raise refuse(
+            "transport",
+            "stand alone, as D comes from it or from a velocity",
+            f"is given beside {type(velocity).__name__}",
+        )
+    if transport is not None and (
+        not isinstance(transport, AbstractTransport) or isinstance(transport, Mapped | Projected)
+    ):
+        raise refuse(
+            "transport",
+            "be a transport between whole members, such as GaussianTransport()",
+            f"is a {type(transport).__name__}",
+        )
     if trajectory.positions.shape[-2] < 4:
-        raise refuse("trajectory", "hold at least 4 members for an entropy", f"holds {trajectory.positions.shape[-2]}")
+        raise refuse(
+            "trajectory",
+            "hold at least 4 members for an entropy",
+            f"holds {trajectory.positions.shape[-2]}",
+        )

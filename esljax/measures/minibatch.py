@@ -47,14 +47,22 @@ class MinibatchNoise(eqx.Module):
         lines = [f"{'s':>6}{'E‖∇Φ‖²':>24}{'tr Cov(g)':>24}{'temperature':>24}"]
         for j, s in enumerate(self.times):
             cells = (
-                (getattr(self, name)[j], getattr(self, f"{name}_error")[j]) for name in ("gradient_squared", "variance", "temperature")
+                (getattr(self, name)[j], getattr(self, f"{name}_error")[j])
+                for name in ("gradient_squared", "variance", "temperature")
             )
-            lines.append(f"{float(s):>6.3f}" + "".join(f"{f'{float(value):.4g} ± {float(error):.2g}':>24}" for value, error in cells))
+            lines.append(
+                f"{float(s):>6.3f}"
+                + "".join(
+                    f"{f'{float(value):.4g} ± {float(error):.2g}':>24}" for value, error in cells
+                )
+            )
         floor = f"Batches contribute up to {float(self.floor):.4g} ± {float(self.floor_error):.2g} to the Σ of a chain of members' paths."
         return "\n".join([*lines, floor])
 
 
-def minibatch_noise(trajectory: Trajectory, potential: AbstractPotential | Driven, *, key: Key, pairs: int = 4) -> MinibatchNoise:
+def minibatch_noise(
+    trajectory: Trajectory, potential: AbstractPotential | Driven, *, key: Key, pairs: int = 4
+) -> MinibatchNoise:
     """Measure the noise of the batches at the snapshots of one run.
 
     **Args:** `trajectory`: one run of `simulate`, not observed. `potential`: the run's Φ, which draws batches. `key`: of the batches,
@@ -68,14 +76,23 @@ def minibatch_noise(trajectory: Trajectory, potential: AbstractPotential | Drive
         >>> noise = minibatch_noise(path, potential, key=jax.random.key(2))
         >>> print(noise)
     """
-    if not isinstance(trajectory, Trajectory) or trajectory.positions.ndim != 3 or trajectory.observed or trajectory.rates is None:
+    if (
+        not isinstance(trajectory, Trajectory)
+        or trajectory.positions.ndim != 3
+        or trajectory.observed
+        or trajectory.rates is None
+    ):
         raise refuse("trajectory", "be one run of simulate(...), not observed", "is not")
     if not isinstance(potential, AbstractPotential | Driven):
         raise refuse("potential", "be the potential of the run", f"is {potential!r}")
     check_key("key", key)
     check_positive_int("pairs", pairs)
     if potential_at(potential, 0.0).draw(key, 1) is None:
-        raise refuse("potential", "draw batches (batch_size=...)", "sees all data at once and has no such noise")
+        raise refuse(
+            "potential",
+            "draw batches (batch_size=...)",
+            "sees all data at once and has no such noise",
+        )
     return _measure(trajectory, potential, key, pairs)
 
 
@@ -92,16 +109,26 @@ def _measure(trajectory: Trajectory, potential: Any, key: Key, pairs: int) -> Mi
         j, positions, s = xs
 
         def pair(i):
-            first, second = (gradients(positions, s, jax.random.fold_in(jax.random.fold_in(key, j), 2 * i + side)) for side in (0, 1))
+            first, second = (
+                gradients(
+                    positions, s, jax.random.fold_in(jax.random.fold_in(key, j), 2 * i + side)
+                )
+                for side in (0, 1)
+            )
             return jnp.sum(first * second, axis=1), jnp.sum((first - second) ** 2, axis=1) / 2
 
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(pair, jnp.arange(pairs)))
 
-    squared, variance = jax.lax.map(at_snapshot, (jnp.arange(links + 1), trajectory.positions, trajectory.times))
+    squared, variance = jax.lax.map(
+        at_snapshot, (jnp.arange(links + 1), trajectory.positions, trajectory.times)
+    )
     # Trapezoids over the snapshots: half of each link's steps see the noise at its start.
     steps = jnp.sum(rates.reshape(links, -1) ** 2, axis=1) / jnp.diff(trajectory.times)
     floors = jnp.sum(steps[:, None] * (variance[1:] + variance[:-1]) / 2, axis=0)
-    error = lambda x: jnp.std(x, axis=-1, ddof=1) / members**0.5  # noqa: E731
+
+    def error(x):
+        return jnp.std(x, axis=-1, ddof=1) / members**0.5
+
     last = jnp.concatenate([rates[:: rates.shape[0] // links], rates[-1:]])
     mean = jnp.mean(variance, axis=1)
     return MinibatchNoise(

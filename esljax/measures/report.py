@@ -132,7 +132,9 @@ class SpeedLimit(eqx.Module):
         """An estimate that errs below the gap: a Σ from below minus the plug-in W2², which sampling pushes up."""
         if self.debiased_entropy_production is None:
             return None
-        return (self.entropy_production if self.bound == "lower" else self.debiased_entropy_production) - self.w2_squared
+        return (
+            self.entropy_production if self.bound == "lower" else self.debiased_entropy_production
+        ) - self.w2_squared
 
     @property
     def gap_upper(self) -> Float[Array, "*runs"] | None:
@@ -144,7 +146,11 @@ class SpeedLimit(eqx.Module):
     @property
     def chained(self) -> Float[Array, "*runs"]:
         """The chain's Σ, which is Σ itself where no velocities made it."""
-        return self.entropy_production if self.entropy_production_chain is None else self.entropy_production_chain
+        return (
+            self.entropy_production
+            if self.entropy_production_chain is None
+            else self.entropy_production_chain
+        )
 
     @property
     def hidden_by_spacing(self) -> Float[Array, "*runs"]:
@@ -166,11 +172,17 @@ class SpeedLimit(eqx.Module):
             raise refuse("level", "lie between 0 and 1", f"is {level}")
         errors = self.standard_error
         if errors is None or getattr(errors, name) is None:
-            raise refuse("name", "be a number that the report has a standard error of", f"is {name!r}")
+            raise refuse(
+                "name", "be a number that the report has a standard error of", f"is {name!r}"
+            )
         width = _quantile(0.5 + level / 2, self.freedom)
         if name == "gap" and errors.gap_lower is not None:
             below, above = jnp.asarray(self.gap_lower), jnp.asarray(self.gap_upper)
-            return Interval(below - width * errors.gap_lower, above + width * jnp.asarray(errors.gap_upper), level)
+            return Interval(
+                below - width * errors.gap_lower,
+                above + width * jnp.asarray(errors.gap_upper),
+                level,
+            )
         value, error = getattr(self, name), getattr(errors, name)
         return Interval(value - width * error, value + width * error, level)
 
@@ -192,7 +204,11 @@ class SpeedLimit(eqx.Module):
         **Raises:** `InputError` for several runs in one report.
         """
         if not _is_one_run(self):
-            raise refuse("report", "be of one run or an average, with known values", "holds several or is being traced")
+            raise refuse(
+                "report",
+                "be of one run or an average, with known values",
+                "holds several or is being traced",
+            )
         return diagnosis.diagnose(self, convexity)
 
     def verdict(self) -> str:
@@ -219,19 +235,30 @@ class SpeedLimit(eqx.Module):
         for label, name in rows:
             value, error = getattr(self, name), getattr(self.standard_error, name, None)
             if value is not None:
-                lines.append(f"{label:<26}{float(value):>14.6g}" + ("" if error is None else f" ± {float(error):.2g}"))
+                lines.append(
+                    f"{label:<26}{float(value):>14.6g}"
+                    + ("" if error is None else f" ± {float(error):.2g}")
+                )
         if self.entropy_production_chain is not None:
             lines.append(f"{'Σ of the chain':<26}{float(self.entropy_production_chain):>14.6g}")
         if self.debiased_w2_squared is not None:
-            for label, name in (("Σ of the chain, debiased", "debiased_entropy_production"), ("W2², debiased", "debiased_w2_squared")):
+            for label, name in (
+                ("Σ of the chain, debiased", "debiased_entropy_production"),
+                ("W2², debiased", "debiased_w2_squared"),
+            ):
                 error = getattr(self.standard_error, name, None)
-                lines.append(f"{label:<26}{float(getattr(self, name)):>14.6g}" + ("" if error is None else f" ± {float(error):.2g}"))
+                lines.append(
+                    f"{label:<26}{float(getattr(self, name)):>14.6g}"
+                    + ("" if error is None else f" ± {float(error):.2g}")
+                )
         if self.standard_error is not None and self.standard_error.gap_lower is not None:
             lines.append(f"{'gap':<26}  within {self.interval('gap')}")
         if self.noise_floor is not None:
             lines.append(f"{'noise floor of Σ':<26}{float(self.noise_floor):>14.6g}")
         if self.entropy_production_coarse is not None:
-            lines.append(f"{'Σ, every 2nd snapshot':<26}{float(self.entropy_production_coarse):>14.6g}")
+            lines.append(
+                f"{'Σ, every 2nd snapshot':<26}{float(self.entropy_production_coarse):>14.6g}"
+            )
         return "\n".join([*lines, self.verdict()])
 
 
@@ -245,7 +272,9 @@ def with_errors(report: SpeedLimit, errors: Split, words: str, freedom: int) -> 
     return dataclasses.replace(report, standard_error=errors, errors=words, freedom=freedom)
 
 
-def jackknife_groups(members: int, most: int, *, unit: int = 1, least: int = 2) -> Int[np.ndarray, "groups kept"] | None:
+def jackknife_groups(
+    members: int, most: int, *, unit: int = 1, least: int = 2
+) -> Int[np.ndarray, "groups kept"] | None:
     """The members that stay while each of at most `most` disjoint groups leaves in turn; None where that is no jackknife.
 
     **Args:** `unit`: a group has a multiple of so many members. `least`: how many must stay.
@@ -254,14 +283,20 @@ def jackknife_groups(members: int, most: int, *, unit: int = 1, least: int = 2) 
     size = members // groups // unit * unit if groups else 0
     if members - size < least or groups < 2:
         return None
-    return np.stack([np.delete(np.arange(members), np.arange(i * size, (i + 1) * size)) for i in range(groups)])
+    return np.stack(
+        [np.delete(np.arange(members), np.arange(i * size, (i + 1) * size)) for i in range(groups)]
+    )
 
 
 def average(reports: SpeedLimit) -> SpeedLimit:
     """The mean of independent runs, stacked on a leading axis of length R ≥ 2, with standard errors from their spread."""
     runs = reports.entropy_production.shape[0]
-    mean = jax.tree.map(lambda x: jnp.all(x, axis=0) if x.dtype == bool else jnp.mean(x, axis=0), reports)
-    errors = jax.tree.map(lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(runs), jax.vmap(split)(reports))
+    mean = jax.tree.map(
+        lambda x: jnp.all(x, axis=0) if x.dtype == bool else jnp.mean(x, axis=0), reports
+    )
+    errors = jax.tree.map(
+        lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(runs), jax.vmap(split)(reports)
+    )
     return with_errors(mean, errors, f"spread over {runs} independent runs", runs - 1)
 
 
@@ -285,7 +320,11 @@ def _quantile(probability: float, freedom: int) -> float:
         for k in range(3 if freedom % 2 else 2, freedom + 1, 2):
             total += term
             term *= (k - 1) / k * math.cos(angle) ** 2
-        return 2 / math.pi * (angle + math.sin(angle) * total) if freedom % 2 else math.sin(angle) * total
+        return (
+            2 / math.pi * (angle + math.sin(angle) * total)
+            if freedom % 2
+            else math.sin(angle) * total
+        )
 
     low, high = 0.0, math.pi / 2
     for _ in range(60):
@@ -296,7 +335,11 @@ def _quantile(probability: float, freedom: int) -> float:
 
 def _is_one_run(report: SpeedLimit) -> bool:
     value = report.entropy_production
-    return isinstance(value, jax.Array | np.ndarray | np.generic | float) and known(value) and np.ndim(value) == 0
+    return (
+        isinstance(value, jax.Array | np.ndarray | np.generic | float)
+        and known(value)
+        and np.ndim(value) == 0
+    )
 
 
 def _sentences(report: SpeedLimit) -> list[str]:
@@ -309,11 +352,17 @@ def _sentences(report: SpeedLimit) -> list[str]:
     if sigma == 0 and gap == 0:
         said = ["Nothing moved: Σ and W2² are both 0."]
     elif report.holds:
-        said = [f"The speed limit holds: Σ is {sigma / max(float(report.w2_squared), 1e-300):.3g} times W2² (gap {gap:.4g}{size})."]
+        said = [
+            f"The speed limit holds: Σ is {sigma / max(float(report.w2_squared), 1e-300):.3g} times W2² (gap {gap:.4g}{size})."
+        ]
     elif error and "bound violated" not in found:
-        said = [f"The gap is negative, {gap:.4g}, but by no more than {abs(gap) / error:.1f} standard errors: it cannot be told from 0."]
+        said = [
+            f"The gap is negative, {gap:.4g}, but by no more than {abs(gap) / error:.1f} standard errors: it cannot be told from 0."
+        ]
     else:
-        said = [f"The speed limit is violated by {-gap:.4g}{size}: Σ and W2² do not come from one geometry, or an estimate is off."]
+        said = [
+            f"The speed limit is violated by {-gap:.4g}{size}: Σ and W2² do not come from one geometry, or an estimate is off."
+        ]
     if not report.is_bound:
         said.append("This transport is not a metric, so the inequality holds only approximately.")
     if not bool(report.converged):
@@ -322,10 +371,16 @@ def _sentences(report: SpeedLimit) -> list[str]:
         whose = "Σ" if report.entropy_production_chain is None else "the chain's Σ"
         change = float(report.chained - report.entropy_production_coarse)
         hidden = float(report.hidden_by_spacing)
-        said.append(f"Halving the number of snapshots changes {whose} by {change:.3g}, so spacing still hides about {hidden:.2g}.")
+        said.append(
+            f"Halving the number of snapshots changes {whose} by {change:.3g}, so spacing still hides about {hidden:.2g}."
+        )
     if report.worth:
         said.append(report.worth)
-    if report.entropy_production_chain is None and report.noise_floor is not None and float(report.noise_floor) > 0.05 * sigma:
+    if (
+        report.entropy_production_chain is None
+        and report.noise_floor is not None
+        and float(report.noise_floor) > 0.05 * sigma
+    ):
         # The floor belongs to links whose assignment is the identity; where members change partners the noise is mostly reassigned away.
         paired = report.identity_fraction is not None and float(report.identity_fraction) > 0.5
         said.append(
@@ -338,7 +393,12 @@ def _sentences(report: SpeedLimit) -> list[str]:
             f"In {100 * float(report.identity_fraction):.0f} % of the links each member is its own best partner: "
             "the numbers describe the members' paths, not a resolved density."
         )
-    told = {"bound violated", "transport did not converge", "noise-dominated chain", "n too small for d"}
+    told = {
+        "bound violated",
+        "transport did not converge",
+        "noise-dominated chain",
+        "n too small for d",
+    }
     serious = [finding.name for finding in found.values() if finding.name not in told]
     if serious:
         said.append(f"See diagnose() for: {', '.join(serious)}.")

@@ -72,7 +72,10 @@ def speed_limit(
 @eqx.filter_jit
 def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: bool) -> SpeedLimit:
     rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
-    report = replicate(_report(trajectory, transport, rates, distances(trajectory, transport, debias=debias)), trajectory.mesh)
+    report = replicate(
+        _report(trajectory, transport, rates, distances(trajectory, transport, debias=debias)),
+        trajectory.mesh,
+    )
     members = trajectory.positions.shape[1]
     # A group must take as many members from the one half as from the other.
     unit = 2 if debias else 1
@@ -84,38 +87,62 @@ def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: 
     def without(kept_and_solved):
         # The fields stay as they were fitted: what a member adds to a fit is of second order in σ.
         kept, solved = kept_and_solved
-        return split(_report(trajectory, transport, None if rates is None else rates.members(kept), solved))
+        return split(
+            _report(trajectory, transport, None if rates is None else rates.members(kept), solved)
+        )
 
     kept = jnp.asarray(kept)
     solved = distances(trajectory, transport, debias=debias, subsets=kept)
     replicates = replicate(jax.lax.map(without, (kept, solved)), trajectory.mesh)
+
     # Delete-m jackknife (Shao and Wu, 1989): n - m members stay, m leave, in `groups` disjoint groups.
-    variance = lambda x: (members - size) / (size * groups) * jnp.sum((x - jnp.mean(x)) ** 2)  # noqa: E731
+    def variance(x):
+        return (members - size) / (size * groups) * jnp.sum((x - jnp.mean(x)) ** 2)
+
     errors = jax.tree.map(lambda x: jnp.sqrt(variance(x)), replicates)
-    return with_errors(report, errors, f"jackknife over {groups} groups of {size} of {members} members", groups - 1)
+    return with_errors(
+        report, errors, f"jackknife over {groups} groups of {size} of {members} members", groups - 1
+    )
 
 
 @eqx.filter_jit
 def _of_several(trajectory, transport, velocity, potential, debias: bool) -> SpeedLimit:
     def one(trajectory):
-        rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
-        return _report(trajectory, transport, rates, distances(trajectory, transport, debias=debias))
+        rates = (
+            None if velocity is None else member_rates(trajectory, transport, velocity, potential)
+        )
+        return _report(
+            trajectory, transport, rates, distances(trajectory, transport, debias=debias)
+        )
 
     return replicate(average(jax.lax.map(one, trajectory)), trajectory.mesh)
 
 
-def _report(trajectory: Trajectory, transport: AbstractTransport, rates: MemberRates | None, solved: Distances) -> SpeedLimit:
+def _report(
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    rates: MemberRates | None,
+    solved: Distances,
+) -> SpeedLimit:
     report = chain(trajectory, transport, solved)
     return report if rates is None else from_velocities(trajectory, report, rates)
 
 
-def _check_pair(trajectory: Trajectory, transport: AbstractTransport, velocity: Any, potential: Any) -> None:
+def _check_pair(
+    trajectory: Trajectory, transport: AbstractTransport, velocity: Any, potential: Any
+) -> None:
     if velocity is None:
         if potential is not None:
-            raise refuse("potential", "be given together with a velocity, which is what needs it", "stands alone")
+            raise refuse(
+                "potential",
+                "be given together with a velocity, which is what needs it",
+                "stands alone",
+            )
         return
     if not isinstance(velocity, AbstractVelocity):
-        raise refuse("velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}")
+        raise refuse(
+            "velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}"
+        )
     inner, mapped = transport, False
     while isinstance(inner, Mapped | Projected):
         inner, mapped = inner.transport, mapped or isinstance(inner, Mapped)
@@ -129,9 +156,21 @@ def _check_pair(trajectory: Trajectory, transport: AbstractTransport, velocity: 
     if not velocity.needs_drift:
         return
     if trajectory.rates is None:
-        raise refuse("velocity", "be TransportVelocity(...) for a recorded run, where the drift is not known", f"is {name}")
+        raise refuse(
+            "velocity",
+            "be TransportVelocity(...) for a recorded run, where the drift is not known",
+            f"is {name}",
+        )
     if not isinstance(potential, AbstractPotential | Driven):
-        raise refuse("potential", f"be the potential of the run, whose gradient {name} needs", f"is {potential!r}")
+        raise refuse(
+            "potential",
+            f"be the potential of the run, whose gradient {name} needs",
+            f"is {potential!r}",
+        )
     if trajectory.observed or mapped:
         what = "an observed run" if trajectory.observed else "a Mapped transport"
-        raise refuse("velocity", "be TransportVelocity(...) in features, where the drift is not known", f"is {name} in {what}")
+        raise refuse(
+            "velocity",
+            "be TransportVelocity(...) in features, where the drift is not known",
+            f"is {name} in {what}",
+        )

@@ -50,7 +50,9 @@ class MemberRates(eqx.Module):
         return jax.tree.map(lambda x: x[:, kept], self)
 
 
-def member_rates(trajectory: Trajectory, transport: AbstractTransport, velocity: AbstractVelocity, potential: Any) -> MemberRates:
+def member_rates(
+    trajectory: Trajectory, transport: AbstractTransport, velocity: AbstractVelocity, potential: Any
+) -> MemberRates:
     """The velocity estimated at every snapshot of one run, in the coordinates that the transport measures in."""
     positions, matrix = coordinates(transport, trajectory.positions)
     links = positions.shape[0] - 1
@@ -58,7 +60,10 @@ def member_rates(trajectory: Trajectory, transport: AbstractTransport, velocity:
     per_link = (clock.shape[0] - 1) // links
     clock = clock[::per_link]
     times = np.arange(links + (not velocity.between))
-    earlier, later = times if velocity.between else np.maximum(times - 1, 0), np.minimum(times + 1, links)
+    earlier, later = (
+        times if velocity.between else np.maximum(times - 1, 0),
+        np.minimum(times + 1, links),
+    )
     starting = np.minimum(times * per_link, links * per_link - 1)
 
     def at_snapshot(state, xs):
@@ -73,7 +78,9 @@ def member_rates(trajectory: Trajectory, transport: AbstractTransport, velocity:
             diffusion = temperature
             if matrix is not None:
                 drift, diffusion = product(drift, matrix), temperature * product(matrix.T, matrix)
-        found, state = velocity.estimate(Snapshot(positions, drift, diffusion, before, after, elapsed), state)
+        found, state = velocity.estimate(
+            Snapshot(positions, drift, diffusion, before, after, elapsed), state
+        )
         return state, found
 
     _, found = jax.lax.scan(
@@ -90,7 +97,12 @@ def member_rates(trajectory: Trajectory, transport: AbstractTransport, velocity:
         ),
     )
     return MemberRates(
-        found.contributions, found.gradient_contributions, found.divergence, velocity.between, found.bound, type(velocity).__name__
+        found.contributions,
+        found.gradient_contributions,
+        found.divergence,
+        velocity.between,
+        found.bound,
+        type(velocity).__name__,
     )
 
 
@@ -139,6 +151,11 @@ def _weights(trajectory: Trajectory, between: bool) -> tuple[Array, Array]:
     middle = clock[:-1].reshape(links, -1) + eta / 2 - clock[: -1 : steps // links, None]
     where = middle * jnp.where(spans > 0, 1 / jnp.where(spans > 0, spans, 1), 0)[:, None]
     zero = jnp.zeros(1, eta.dtype)
-    spread = lambda left, right: jnp.concatenate([left, zero]) + jnp.concatenate([zero, right])  # noqa: E731
-    action = spread(pace * jnp.sum(eta**2 * (1 - where), axis=1), pace * jnp.sum(eta**2 * where, axis=1))
+
+    def spread(left, right):
+        return jnp.concatenate([left, zero]) + jnp.concatenate([zero, right])
+
+    action = spread(
+        pace * jnp.sum(eta**2 * (1 - where), axis=1), pace * jnp.sum(eta**2 * where, axis=1)
+    )
     return action, spread(spans / 2, spans / 2)

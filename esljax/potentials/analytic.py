@@ -23,12 +23,28 @@ class Quadratic(AbstractPotential):
     center: Float[Array, "..."] = eqx.field(converter=as_float, default=0.0)
 
     def __check_init__(self):
-        if self.stiffness.ndim > 2 or (self.stiffness.ndim == 2 and self.stiffness.shape[0] != self.stiffness.shape[1]):
-            raise refuse("stiffness", "be a scalar or have shape (d,) or (d, d)", f"has shape {self.stiffness.shape}")
+        if self.stiffness.ndim > 2 or (
+            self.stiffness.ndim == 2 and self.stiffness.shape[0] != self.stiffness.shape[1]
+        ):
+            raise refuse(
+                "stiffness",
+                "be a scalar or have shape (d,) or (d, d)",
+                f"has shape {self.stiffness.shape}",
+            )
         if self.center.ndim > 1:
-            raise refuse("center", "be a scalar or have shape (d,)", f"has shape {self.center.shape}")
-        if self.stiffness.ndim and self.center.ndim and self.stiffness.shape[-1] != self.center.shape[0]:
-            raise refuse("center", f"have shape ({self.stiffness.shape[-1]},) like the stiffness", f"has shape {self.center.shape}")
+            raise refuse(
+                "center", "be a scalar or have shape (d,)", f"has shape {self.center.shape}"
+            )
+        if (
+            self.stiffness.ndim
+            and self.center.ndim
+            and self.stiffness.shape[-1] != self.center.shape[0]
+        ):
+            raise refuse(
+                "center",
+                f"have shape ({self.stiffness.shape[-1]},) like the stiffness",
+                f"has shape {self.center.shape}",
+            )
         check_finite("stiffness", self.stiffness)
         check_finite("center", self.center)
 
@@ -40,11 +56,17 @@ class Quadratic(AbstractPotential):
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         return self.energy_and_gradient(position)[0]
 
-    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+    def energy_and_gradient(
+        self, position: Float[Array, " d"], batch: Any = None
+    ) -> tuple[Scalar, Float[Array, " d"]]:
         displacement = position - self.center.astype(position.dtype)
         stiffness = self.stiffness.astype(position.dtype)
         matrix = self.stiffness.ndim == 2
-        slope = jnp.dot(stiffness, displacement, precision=jax.lax.Precision.HIGHEST) if matrix else stiffness * displacement
+        slope = (
+            jnp.dot(stiffness, displacement, precision=jax.lax.Precision.HIGHEST)
+            if matrix
+            else stiffness * displacement
+        )
         return jnp.sum(displacement * slope) / 2, slope
 
     def draw(self, key: Key, members: int) -> None:
@@ -70,7 +92,9 @@ class DoubleWell(AbstractPotential):
         well = self.barrier * ((position[0] / self.width) ** 2 - 1) ** 2
         return (well + self.stiffness * jnp.sum(position[1:] ** 2) / 2).astype(position.dtype)
 
-    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+    def energy_and_gradient(
+        self, position: Float[Array, " d"], batch: Any = None
+    ) -> tuple[Scalar, Float[Array, " d"]]:
         return jax.value_and_grad(self.energy)(position)
 
     def draw(self, key: Key, members: int) -> None:
@@ -90,21 +114,33 @@ class Mixture(AbstractPotential):
 
     def __check_init__(self):
         if self.means.ndim != 2:
-            raise refuse("means", "have shape (c, d), one row per component", f"has shape {self.means.shape}")
+            raise refuse(
+                "means", "have shape (c, d), one row per component", f"has shape {self.means.shape}"
+            )
         for name in ("variances", "weights"):
             value = getattr(self, name)
             if value.shape not in ((), self.means.shape[:1]):
-                raise refuse(name, f"be a scalar or have shape ({self.means.shape[0]},)", f"has shape {value.shape}")
+                raise refuse(
+                    name,
+                    f"be a scalar or have shape ({self.means.shape[0]},)",
+                    f"has shape {value.shape}",
+                )
             check_positive(name, value)
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         components, dimension = self.means.shape
         weights = jnp.broadcast_to(self.weights, (components,))
         distances = jnp.sum((position - self.means) ** 2, axis=1)
-        exponents = -distances / (2 * self.variances) - dimension / 2 * jnp.log(2 * jnp.pi * self.variances)
-        return -jax.nn.logsumexp(exponents + jnp.log(weights / jnp.sum(weights))).astype(position.dtype)
+        exponents = -distances / (2 * self.variances) - dimension / 2 * jnp.log(
+            2 * jnp.pi * self.variances
+        )
+        return -jax.nn.logsumexp(exponents + jnp.log(weights / jnp.sum(weights))).astype(
+            position.dtype
+        )
 
-    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+    def energy_and_gradient(
+        self, position: Float[Array, " d"], batch: Any = None
+    ) -> tuple[Scalar, Float[Array, " d"]]:
         return jax.value_and_grad(self.energy)(position)
 
     def draw(self, key: Key, members: int) -> None:
@@ -123,12 +159,16 @@ class FromFunction(AbstractPotential):
     def __init__(self, fn: Callable[[Array], Array]):
         if not callable(fn):
             raise refuse("fn", "be a function of one position (d,)", f"is {fn!r}")
-        self.fn = fn if isinstance(fn, eqx.Module | jax.tree_util.Partial) else jax.tree_util.Partial(fn)
+        self.fn = (
+            fn if isinstance(fn, eqx.Module | jax.tree_util.Partial) else jax.tree_util.Partial(fn)
+        )
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         return self.fn(position)
 
-    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+    def energy_and_gradient(
+        self, position: Float[Array, " d"], batch: Any = None
+    ) -> tuple[Scalar, Float[Array, " d"]]:
         return jax.value_and_grad(self.fn)(position)
 
     def draw(self, key: Key, members: int) -> None:

@@ -30,7 +30,9 @@ class AbstractPotential(eqx.Module):
         """Φ at one position; over `batch`, or over everything if that is None."""
 
     @abc.abstractmethod
-    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+    def energy_and_gradient(
+        self, position: Float[Array, " d"], batch: Any = None
+    ) -> tuple[Scalar, Float[Array, " d"]]:
         """Φ and minus the force, shape (d,), at one position."""
 
     @abc.abstractmethod

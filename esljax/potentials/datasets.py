@@ -33,13 +33,17 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> Dataset:
     **Reference:** Alpaydin and Kaynak, UCI Optical Recognition of Handwritten Digits (1998).
     """
     check_positive_int("seed", seed, 0)
-    from sklearn.datasets import load_digits  # takes half as long to import as all the rest together
+    from sklearn.datasets import (
+        load_digits,
+    )  # takes half as long to import as all the rest together
 
     pixels, labels = load_digits(return_X_y=True)
     return _split(pixels / 16, labels, test_fraction, np.random.default_rng(seed))
 
 
-def two_moons(samples: int = 1000, noise: float = 0.1, test_fraction: float = 0.2, seed: int = 0) -> Dataset:
+def two_moons(
+    samples: int = 1000, noise: float = 0.1, test_fraction: float = 0.2, seed: int = 0
+) -> Dataset:
     """Two interleaved half circles in the plane, label 0 or 1.
 
     **Args:** `samples`: examples in both splits together. `noise`: standard deviation of the Gaussian scatter. The rest as in `digits`.
@@ -54,7 +58,12 @@ def two_moons(samples: int = 1000, noise: float = 0.1, test_fraction: float = 0.
 
 
 def teacher(
-    samples: int = 2000, features: int = 20, classes: int = 3, hidden: int = 8, test_fraction: float = 0.2, seed: int = 0
+    samples: int = 2000,
+    features: int = 20,
+    classes: int = 3,
+    hidden: int = 8,
+    test_fraction: float = 0.2,
+    seed: int = 0,
 ) -> Dataset:
     """Teacher-student: standard normal inputs, labelled by the largest output of a random tanh network with `hidden` units.
 
@@ -73,13 +82,25 @@ def teacher(
     inputs = generator.standard_normal((samples, features))
     first = generator.standard_normal((features, hidden)) / np.sqrt(features)
     second = generator.standard_normal((hidden, classes))
-    return _split(inputs, np.argmax(np.tanh(inputs @ first) @ second, axis=1), test_fraction, generator)
+    return _split(
+        inputs, np.argmax(np.tanh(inputs @ first) @ second, axis=1), test_fraction, generator
+    )
 
 
 def _split(inputs, labels, test_fraction: float, generator: np.random.Generator) -> Dataset:
     tests = round(test_fraction * len(inputs)) if 0 < test_fraction < 1 else 0
     if not 0 < tests < len(inputs):
-        raise refuse("test_fraction", f"leave both splits of {len(inputs)} examples non-empty", f"is {test_fraction!r}")
+        raise refuse(
+            "test_fraction",
+            f"leave both splits of {len(inputs)} examples non-empty",
+            f"is {test_fraction!r}",
+        )
     order = generator.permutation(len(inputs))
-    inputs, labels = jnp.asarray(inputs[order], jnp.result_type(float)), jnp.asarray(labels[order], jnp.int32)
-    return Dataset(train=Examples(inputs[tests:], labels[tests:]), test=Examples(inputs[:tests], labels[:tests]))
+    inputs, labels = (
+        jnp.asarray(inputs[order], jnp.result_type(float)),
+        jnp.asarray(labels[order], jnp.int32),
+    )
+    return Dataset(
+        train=Examples(inputs[tests:], labels[tests:]),
+        test=Examples(inputs[:tests], labels[:tests]),
+    )

@@ -47,10 +47,16 @@ class Driven(eqx.Module):
         for name, value in (("before", before), ("after", after)):
             if value is not None and jnp.shape(value) != ():
                 raise refuse(name, "be one number", f"has shape {jnp.shape(value)}")
-        self.before, self.after = (None if value is None else as_float(value) for value in (before, after))
+        self.before, self.after = (
+            None if value is None else as_float(value) for value in (before, after)
+        )
         example = eqx.filter_eval_shape(family, self.drive(0.0))
         if not isinstance(example, AbstractPotential):
-            raise refuse("family", "return a potential such as Quadratic(1.0)", f"returns a {type(example).__name__}")
+            raise refuse(
+                "family",
+                "return a potential such as Quadratic(1.0)",
+                f"returns a {type(example).__name__}",
+            )
 
     def at(self, s: ScalarLike) -> AbstractPotential:
         """The potential at training time s."""

@@ -12,7 +12,14 @@ from flax import linen, nnx
 from flax.errors import InvalidRngError
 from jax.flatten_util import ravel_pytree
 
-from esljax._checks import as_float, check_choice, check_finite, check_nonnegative, check_positive_int, refuse
+from esljax._checks import (
+    as_float,
+    check_choice,
+    check_finite,
+    check_nonnegative,
+    check_positive_int,
+    refuse,
+)
 from esljax._types import Array, Float, Key, Scalar, Shaped
 from esljax.potentials.base import AbstractPotential
 
@@ -68,10 +75,18 @@ class FlaxLoss(AbstractPotential):
         dtype: Any = None,
     ):
         if len(data) != 2:
-            raise refuse("data", "be (inputs (m, ...), labels (m, ...))", f"is {len(data)} array" + "s" * (len(data) > 1))
+            raise refuse(
+                "data",
+                "be (inputs (m, ...), labels (m, ...))",
+                f"is {len(data)} array" + "s" * (len(data) > 1),
+            )
         inputs, labels = (jnp.asarray(part) for part in data)
         if inputs.ndim < 1 or labels.shape[:1] != inputs.shape[:1] or inputs.shape[0] == 0:
-            raise refuse("data", "be (inputs (m, ...), labels (m, ...))", f"has shapes {inputs.shape} and {labels.shape}")
+            raise refuse(
+                "data",
+                "be (inputs (m, ...), labels (m, ...))",
+                f"has shapes {inputs.shape} and {labels.shape}",
+            )
         check_finite("data", inputs)
         check_finite("data", labels)
         check_nonnegative("l2", l2)
@@ -79,7 +94,9 @@ class FlaxLoss(AbstractPotential):
             check_positive_int("batch_size", batch_size)
         if not callable(loss):
             check_choice("loss", loss, tuple(_LOSSES))
-        if dtype is not None and (not isinstance(dtype, str | type | np.dtype) or not jnp.issubdtype(dtype, jnp.floating)):
+        if dtype is not None and (
+            not isinstance(dtype, str | type | np.dtype) or not jnp.issubdtype(dtype, jnp.floating)
+        ):
             raise refuse("dtype", "be a floating type such as 'bfloat16', or None", f"is {dtype!r}")
         self.dtype = None if dtype is None else jnp.dtype(dtype)
         self.network = _network(model, inputs[:1])
@@ -94,17 +111,31 @@ class FlaxLoss(AbstractPotential):
             )
         self.inputs, self.labels, self.l2 = inputs, labels, as_float(l2)
         self.loss = loss if callable(loss) else _LOSSES[loss]
-        losses = jax.eval_shape(self.loss, jax.ShapeDtypeStruct((len(labels), *outputs[1:]), jnp.result_type(float)), labels)
+        losses = jax.eval_shape(
+            self.loss,
+            jax.ShapeDtypeStruct((len(labels), *outputs[1:]), jnp.result_type(float)),
+            labels,
+        )
         if losses.shape != labels.shape[:1]:
-            raise refuse("loss", f"return one number per example, shape {labels.shape[:1]}", f"returns shape {losses.shape}")
+            raise refuse(
+                "loss",
+                f"return one number per example, shape {labels.shape[:1]}",
+                f"returns shape {losses.shape}",
+            )
         self.batch_size = batch_size
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
-        inputs, labels = (self.inputs, self.labels) if batch is None else (self.inputs[batch], self.labels[batch])
+        inputs, labels = (
+            (self.inputs, self.labels)
+            if batch is None
+            else (self.inputs[batch], self.labels[batch])
+        )
         misfit = jnp.mean(self.loss(self._outputs(position, inputs), labels))
         return misfit + self.l2.astype(position.dtype) / 2 * jnp.sum(position**2)
 
-    def energy_and_gradient(self, position: Float[Array, " d"], batch: Any = None) -> tuple[Scalar, Float[Array, " d"]]:
+    def energy_and_gradient(
+        self, position: Float[Array, " d"], batch: Any = None
+    ) -> tuple[Scalar, Float[Array, " d"]]:
         return jax.value_and_grad(self.energy)(position, batch)
 
     def draw(self, key: Key, members: int) -> Shaped[Array, "n b"] | None:
@@ -131,19 +162,28 @@ class FlaxLoss(AbstractPotential):
 
     def predict(self, positions: Float[Array, "*batch d"], inputs: Shaped[Array, "m ..."]) -> Array:
         """The model's outputs (..., m, classes) on `inputs` at positions (..., d)."""
-        apply = lambda position: self._outputs(position, inputs)  # noqa: E731
+
+        def apply(position):
+            return self._outputs(position, inputs)
+
         for _ in range(positions.ndim - 1):
             apply = jax.vmap(apply)
         return apply(positions)
 
     def _outputs(self, position: Float[Array, " d"], inputs: Array) -> Array:
         inside = position.dtype if self.dtype is None else self.dtype
-        return self.network.apply(position.astype(inside), inputs.astype(inside)).astype(position.dtype)
+        return self.network.apply(position.astype(inside), inputs.astype(inside)).astype(
+            position.dtype
+        )
 
     def accuracy(self, positions: Float[Array, "*batch d"], data: Any) -> Float[Array, "*batch"]:
         """The share of examples in `data` whose largest output is the label, one number for each position (..., d)."""
         inputs, labels = data
-        return jnp.mean(jnp.argmax(self.predict(positions, inputs), axis=-1) == labels, axis=-1, dtype=positions.dtype)
+        return jnp.mean(
+            jnp.argmax(self.predict(positions, inputs), axis=-1) == labels,
+            axis=-1,
+            dtype=positions.dtype,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +203,9 @@ class _Network:
 
     def apply(self, position: Array, inputs: Array) -> Array:
         model = self.unravel_model(position)
-        return model(inputs) if isinstance(model, nnx.Module) else self.definition.apply(model, inputs)
+        return (
+            model(inputs) if isinstance(model, nnx.Module) else self.definition.apply(model, inputs)
+        )
 
     def output_shape(self, inputs: Array) -> tuple[int, ...]:
         try:
@@ -172,7 +214,11 @@ class _Network:
         except InvalidRngError as error:
             raise _stateful("a stream of random numbers") from error
         except (TypeError, ValueError) as error:
-            raise refuse("model", f"accept inputs of shape {inputs.shape}", f"fails on them: {str(error).splitlines()[0]}") from error
+            raise refuse(
+                "model",
+                f"accept inputs of shape {inputs.shape}",
+                f"fails on them: {str(error).splitlines()[0]}",
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +247,12 @@ class _RedrawEntries:
     def __call__(self, key: Key) -> Any:
         leaves, structure = jax.tree.flatten(self.parameters)
         keys = jax.random.split(key, len(leaves))
-        return structure.unflatten([jax.random.choice(k, leaf.reshape(-1), leaf.shape) for k, leaf in zip(keys, leaves, strict=True)])
+        return structure.unflatten(
+            [
+                jax.random.choice(k, leaf.reshape(-1), leaf.shape)
+                for k, leaf in zip(keys, leaves, strict=True)
+            ]
+        )
 
 
 def _network(model: Any, inputs: Array) -> _Network:
@@ -214,11 +265,17 @@ def _network(model: Any, inputs: Array) -> _Network:
         return _Network(_second, model, ravel_pytree(template)[1], draw)
     if isinstance(model, nnx.Module):
         definition, parameters = _parameters(model)
-        return _Network(nnx.merge, definition, ravel_pytree(parameters)[1], _RedrawEntries(parameters))
+        return _Network(
+            nnx.merge, definition, ravel_pytree(parameters)[1], _RedrawEntries(parameters)
+        )
     example: Any = model(nnx.Rngs(0)) if callable(model) else model
     if not isinstance(example, nnx.Module):
         made = "is" if example is model else "returns"
-        raise refuse("model", "be a Flax module or a function rngs -> nnx.Module", f"{made} a {type(example).__name__}")
+        raise refuse(
+            "model",
+            "be a Flax module or a function rngs -> nnx.Module",
+            f"{made} a {type(example).__name__}",
+        )
     definition, parameters = _parameters(example)
     factory: Any = model
     return _Network(nnx.merge, definition, ravel_pytree(parameters)[1], _DrawByFactory(factory))
@@ -227,7 +284,10 @@ def _network(model: Any, inputs: Array) -> _Network:
 def _parameters(model: nnx.Module) -> tuple[Any, Any]:
     definition, parameters, rest = nnx.split(model, nnx.Param, ...)
     if jax.tree.leaves(rest):
-        kinds = {type(leaf).__name__ for leaf in jax.tree.leaves(rest, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))}
+        kinds = {
+            type(leaf).__name__
+            for leaf in jax.tree.leaves(rest, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+        }
         raise _stateful(", ".join(sorted(kinds)))
     return definition, nnx.to_pure_dict(parameters)
 
@@ -238,14 +298,18 @@ def _second(definition: Any, variables: Any) -> Any:
 
 def _stateful(kinds: str) -> Exception:
     return refuse(
-        "model", "keep no state besides its parameters (replace BatchNorm by LayerNorm, leave Dropout out)", f"also holds {kinds}"
+        "model",
+        "keep no state besides its parameters (replace BatchNorm by LayerNorm, leave Dropout out)",
+        f"also holds {kinds}",
     )
 
 
 def _check_labels(labels: Array, outputs: tuple[int, ...]) -> None:
     if not jnp.issubdtype(labels.dtype, jnp.integer) or labels.ndim != 1 or len(outputs) != 2:
         raise refuse(
-            "data", "have integer labels (m,) for the outputs (m, classes) of a cross entropy", f"has labels {labels.dtype}{labels.shape}"
+            "data",
+            "have integer labels (m,) for the outputs (m, classes) of a cross entropy",
+            f"has labels {labels.dtype}{labels.shape}",
         )
     values = np.asarray(labels)
     if values.min() < 0 or values.max() >= outputs[1]:

@@ -17,7 +17,12 @@ class MLP(nnx.Module):
     def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
         for size in sizes:
             check_positive_int("sizes", size)
-        self.layers = nnx.List([nnx.Linear(inward, outward, rngs=rngs) for inward, outward in itertools.pairwise(sizes)])
+        self.layers = nnx.List(
+            [
+                nnx.Linear(inward, outward, rngs=rngs)
+                for inward, outward in itertools.pairwise(sizes)
+            ]
+        )
 
     def __call__(self, x: Array) -> Array:
         *hidden, last = self.layers

@@ -31,7 +31,9 @@ class AbstractGradient(eqx.Module):
     """Whether to keep about 2√K states and recompute the others, instead of keeping all K."""
 
     @abc.abstractmethod
-    def kick(self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key) -> tuple[Array, Array]:
+    def kick(
+        self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key
+    ) -> tuple[Array, Array]:
         """Energies (n,) and `scale` times the gradients (n, d), on the batches that `key` addresses."""
 
     @abc.abstractmethod
@@ -48,7 +50,9 @@ class HessianAdjoint(AbstractGradient):
 
     checkpoint: bool = eqx.field(static=True, default=False)
 
-    def kick(self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key) -> tuple[Array, Array]:
+    def kick(
+        self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key
+    ) -> tuple[Array, Array]:
         return _adjoint_kick((potential, positions, scale), key)
 
     def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -61,7 +65,9 @@ class Autodiff(AbstractGradient):
 
     checkpoint: bool = eqx.field(static=True, default=False)
 
-    def kick(self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key) -> tuple[Array, Array]:
+    def kick(
+        self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key
+    ) -> tuple[Array, Array]:
         return _kick(potential, positions, scale, potential.draw(key, positions.shape[0]))
 
     def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -78,7 +84,9 @@ class ForwardMode(AbstractGradient):
     most: int = eqx.field(static=True, default=256)
     checkpoint: bool = eqx.field(static=True, default=False, init=False)
 
-    def kick(self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key) -> tuple[Array, Array]:
+    def kick(
+        self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key
+    ) -> tuple[Array, Array]:
         return _kick(potential, positions, scale, potential.draw(key, positions.shape[0]))
 
     def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -90,25 +98,40 @@ class ForwardMode(AbstractGradient):
             ((inputs,), (tangents,)) = primals, tangents
             leaves, structure = jax.tree.flatten(inputs)
             directions = structure.flatten_up_to(tangents)
-            moved = [i for i, direction in enumerate(directions) if not isinstance(direction, SymbolicZero)]
+            moved = [
+                i
+                for i, direction in enumerate(directions)
+                if not isinstance(direction, SymbolicZero)
+            ]
             controls, unravel = ravel_pytree([leaves[i] for i in moved])
             direction, _ = ravel_pytree([directions[i] for i in moved])
             if controls.size > self.most:
-                raise refuse("gradient", "not be ForwardMode for so many numbers", f"would push {controls.size} tangents, over {self.most}")
+                raise refuse(
+                    "gradient",
+                    "not be ForwardMode for so many numbers",
+                    f"would push {controls.size} tangents, over {self.most}",
+                )
 
             def of_controls(values):
                 replaced = dict(zip(moved, unravel(values), strict=True))
-                return run(structure.unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)]))
+                return run(
+                    structure.unflatten([replaced.get(i, leaf) for i, leaf in enumerate(leaves)])
+                )
 
             outputs = of_controls(controls)
             jacobian = jax.jacfwd(of_controls)(controls)
-            return outputs, jax.tree.map(lambda block: jnp.dot(block, direction.astype(block.dtype), precision="highest"), jacobian)
+            return outputs, jax.tree.map(
+                lambda block: jnp.dot(block, direction.astype(block.dtype), precision="highest"),
+                jacobian,
+            )
 
         forward.defjvp(jvp, symbolic_zeros=True)
         return forward
 
 
-def _kick(potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, batches: Any) -> tuple[Array, Array]:
+def _kick(
+    potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, batches: Any
+) -> tuple[Array, Array]:
     energies, gradients = jax.vmap(potential.energy_and_gradient)(positions, batches)
     return energies, scale * gradients
 
@@ -133,7 +156,10 @@ def _adjoint_kick_backward(batches, cotangents, perturbed, arguments, key):
     def paired(arguments):
         """Σ_i (ē_i Φ(θ_i) + η w_i·∇Φ(θ_i)), whose gradient is ē ∇Φ + η H w: one reverse sweep over one directional derivative."""
         potential, positions, scale = arguments
-        energies = lambda positions: jax.vmap(potential.energy)(positions, batches)  # noqa: E731
+
+        def energies(positions):
+            return jax.vmap(potential.energy)(positions, batches)
+
         if kick_bar is None:
             return jnp.vdot(energy_bar, energies(positions))
         values, slopes = jax.jvp(energies, (positions,), (kick_bar,))
@@ -143,6 +169,8 @@ def _adjoint_kick_backward(batches, cotangents, perturbed, arguments, key):
         """The same for a drift that is no gradient: its own derivative, not that of the energy's."""
         potential, positions, scale = arguments
         outputs = _kick(potential, positions, scale, batches)
-        return sum(jnp.vdot(bar, x) for bar, x in zip(cotangents, outputs, strict=True) if bar is not None)
+        return sum(
+            jnp.vdot(bar, x) for bar, x in zip(cotangents, outputs, strict=True) if bar is not None
+        )
 
     return eqx.filter_grad(paired if arguments[0].conservative else paired_with_drift)(arguments)

@@ -38,7 +38,9 @@ class AbstractRule(eqx.Module):
         """The controls of all `steps` steps, each (K,)."""
 
     @abc.abstractmethod
-    def step(self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key) -> tuple[Array, Array]:
+    def step(
+        self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key
+    ) -> tuple[Array, Array]:
         """One step: the new positions (n, d), and the energies (n,) at the old ones. `key` belongs to this step alone."""
 
 
@@ -54,7 +56,10 @@ class Langevin(AbstractRule):
     temperature: AbstractSchedule = eqx.field(converter=as_schedule, default=0.0)
 
     def replace(
-        self, *, learning_rate: AbstractSchedule | ScalarLike | None = None, temperature: AbstractSchedule | ScalarLike | None = None
+        self,
+        *,
+        learning_rate: AbstractSchedule | ScalarLike | None = None,
+        temperature: AbstractSchedule | ScalarLike | None = None,
     ) -> "Langevin":
         """The same rule with another learning rate, another temperature, or both."""
         return Langevin(
@@ -65,7 +70,9 @@ class Langevin(AbstractRule):
     def controls(self, steps: int) -> Controls:
         return Controls(self.learning_rate.rates(steps), self.temperature.rates(steps))
 
-    def step(self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key) -> tuple[Array, Array]:
+    def step(
+        self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key
+    ) -> tuple[Array, Array]:
         energies, kicks = kick(positions, control.learning_rate)
         # The gradient keeps it: drawn again it would take a third of the memory less, and twice the time where the force costs little.
         noise = jax.random.normal(key, positions.shape, positions.dtype)
@@ -102,12 +109,18 @@ class ProbabilityFlow(AbstractRule):
 
     def __check_init__(self):
         if not isinstance(self.velocity, AbstractVelocity) or not self.velocity.needs_drift:
-            raise refuse("velocity", "estimate from one snapshot, as AffineVelocity() does", f"is {self.velocity!r}")
+            raise refuse(
+                "velocity",
+                "estimate from one snapshot, as AffineVelocity() does",
+                f"is {self.velocity!r}",
+            )
 
     def controls(self, steps: int) -> Controls:
         return Controls(self.learning_rate.rates(steps), self.temperature.rates(steps))
 
-    def step(self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key) -> tuple[Array, Array]:
+    def step(
+        self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key
+    ) -> tuple[Array, Array]:
         energies, kicks = kick(positions, control.learning_rate)
         snapshot = Snapshot(positions, -kicks, control.temperature * control.learning_rate)
         # What a fit goes through is found again by the reverse sweep: kept for all steps it was a matrix of the members for each.

@@ -45,7 +45,9 @@ class Trajectory(eqx.Module):
         return f"Trajectory: {several}{members} members of {numbers} {kind}, {steps}, {snapshots} snapshots{where}"
 
 
-def recorded(positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False) -> Trajectory:
+def recorded(
+    positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False
+) -> Trajectory:
     """A run that something else has made, as a `Trajectory` without learning rates, temperatures and energies.
 
     Only what snapshots can tell is measured of it: Σ, L², W2² and their split on the clock of training time. D and U need learning rates.
@@ -71,16 +73,24 @@ def recorded(positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *
     name = "features" if observed else "positions"
     positions = _as_numbers(name, positions)
     if positions.ndim != 3 or positions.shape[2] < 1:
-        raise refuse(name, "have shape (snapshots, members, numbers per member)", f"has shape {positions.shape}")
+        raise refuse(
+            name,
+            "have shape (snapshots, members, numbers per member)",
+            f"has shape {positions.shape}",
+        )
     snapshots, members, _ = positions.shape
     if snapshots < 2 or members < 2:
         counted = f"{snapshots} snapshot{'s' * (snapshots != 1)} of {members} member{'s' * (members != 1)}"
-        raise refuse(name, "hold at least two snapshots of at least two members", f"holds {counted}")
+        raise refuse(
+            name, "hold at least two snapshots of at least two members", f"holds {counted}"
+        )
     if known(positions):
         bad = ~np.isfinite(np.asarray(positions)).all(axis=2)
         if bad.any():
             snapshot, member = (int(i) for i in np.argwhere(bad)[0])
-            where = f"member {member} at snapshot {snapshot}" + (f", the first of {int(bad.sum())} such places" if bad.sum() > 1 else "")
+            where = f"member {member} at snapshot {snapshot}" + (
+                f", the first of {int(bad.sum())} such places" if bad.sum() > 1 else ""
+            )
             raise refuse(name, f"be finite in {positions.dtype}", f"is not for {where}")
     return Trajectory(
         times=_rescaled(times, snapshots, positions.dtype),
@@ -96,12 +106,24 @@ def recorded(positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *
 def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
     """Several runs of one shape in one `Trajectory`, on a leading axis."""
     if not isinstance(trajectories, Sequence):
-        raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a {type(trajectories).__name__}")
+        raise refuse(
+            "trajectory",
+            "be a Trajectory or a sequence of at least two",
+            f"is a {type(trajectories).__name__}",
+        )
     if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
-        raise refuse("trajectory", "be a Trajectory or a sequence of at least two", f"is a sequence of {len(trajectories)} items")
+        raise refuse(
+            "trajectory",
+            "be a Trajectory or a sequence of at least two",
+            f"is a sequence of {len(trajectories)} items",
+        )
     shapes = {one.positions.shape for one in trajectories}
     if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
-        raise refuse("trajectory", "hold runs of one shape", f"holds {len(trajectories)} runs with positions of shapes {sorted(shapes)}")
+        raise refuse(
+            "trajectory",
+            "hold runs of one shape",
+            f"holds {len(trajectories)} runs with positions of shapes {sorted(shapes)}",
+        )
     mesh = next((one.mesh for one in trajectories if one.mesh is not None), None)
     together = [on_devices(one, mesh if isinstance(mesh, Mesh) else None) for one in trajectories]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *together)
@@ -116,20 +138,44 @@ def on_devices(trajectory: Trajectory, mesh: AnyMesh | None = None) -> Trajector
         return trajectory
     # Pairs of snapshots are what devices will share; until then members lie where they can.
     divides = trajectory.positions.shape[-2] % found.size == 0
-    lay = lambda x: shard_members(x, found, axis=x.ndim - 2) if divides else replicate(x, found)  # noqa: E731
-    rest = {name: replicate(getattr(trajectory, name), found) for name in ("times", "energies", "rates", "temperatures")}
-    return dataclasses.replace(trajectory, positions=lay(trajectory.positions), final=lay(trajectory.final), mesh=found, **rest)
+
+    def lay(x):
+        return shard_members(x, found, axis=x.ndim - 2) if divides else replicate(x, found)
+
+    rest = {
+        name: replicate(getattr(trajectory, name), found)
+        for name in ("times", "energies", "rates", "temperatures")
+    }
+    return dataclasses.replace(
+        trajectory,
+        positions=lay(trajectory.positions),
+        final=lay(trajectory.final),
+        mesh=found,
+        **rest,
+    )
 
 
 def check_runs(trajectory: Trajectory, jackknife: int) -> None:
     """Refuse what is no run, or several, of at least two snapshots of at least two members that stayed finite."""
     shape = trajectory.positions.shape
     if len(shape) not in (3, 4):
-        raise refuse("trajectory", "hold positions (J+1, n, d), or (runs, J+1, n, d)", f"has positions of shape {shape}")
+        raise refuse(
+            "trajectory",
+            "hold positions (J+1, n, d), or (runs, J+1, n, d)",
+            f"has positions of shape {shape}",
+        )
     if shape[-3] < 2 or shape[-2] < 2:
-        raise refuse("trajectory", "hold at least two snapshots of at least two members", f"has positions of shape {shape}")
+        raise refuse(
+            "trajectory",
+            "hold at least two snapshots of at least two members",
+            f"has positions of shape {shape}",
+        )
     if len(shape) == 4 and shape[0] < 2:
-        raise refuse("trajectory", "hold at least two runs on its leading axis", f"has positions of shape {shape}")
+        raise refuse(
+            "trajectory",
+            "hold at least two runs on its leading axis",
+            f"has positions of shape {shape}",
+        )
     if isinstance(jackknife, bool) or not isinstance(jackknife, int) or jackknife < 0:
         raise refuse("jackknife", "be an integer of at least 0", f"is {jackknife!r}")
     if known(trajectory.positions):
@@ -143,7 +189,11 @@ def check_runs(trajectory: Trajectory, jackknife: int) -> None:
 
 
 def _kind(trajectory: Trajectory) -> tuple:
-    return None if trajectory.rates is None else trajectory.rates.shape, trajectory.final.shape, trajectory.observed
+    return (
+        None if trajectory.rates is None else trajectory.rates.shape,
+        trajectory.final.shape,
+        trajectory.observed,
+    )
 
 
 def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:
@@ -151,7 +201,11 @@ def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:
     try:
         array = x if isinstance(x, jax.Array) else np.asarray(x)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise refuse(name, "be an array", f"cannot be made one: {str(error).splitlines()[0].split('. ')[0].rstrip('.')}") from error
+        raise refuse(
+            name,
+            "be an array",
+            f"cannot be made one: {str(error).splitlines()[0].split('. ')[0].rstrip('.')}",
+        ) from error
     floating = jnp.issubdtype(array.dtype, jnp.floating)
     if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
         raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
@@ -167,7 +221,9 @@ def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshot
         # Step counts and seconds since an epoch differ in digits that single precision has not got.
         times = _double("times", times)
     if times.shape != (snapshots,):
-        raise refuse("times", f"have shape ({snapshots},), one for each snapshot", f"has shape {times.shape}")
+        raise refuse(
+            "times", f"have shape ({snapshots},), one for each snapshot", f"has shape {times.shape}"
+        )
     if known(times):
         check_finite("times", times)
         flat = np.flatnonzero(np.diff(times) <= 0)
@@ -181,7 +237,11 @@ def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshot
     with np.errstate(over="ignore", invalid="ignore"):
         scaled = jnp.asarray((times - times[0]) / (times[-1] - times[0]), dtype)
     if known(scaled) and not np.all(np.diff(np.asarray(scaled)) > 0):
-        raise refuse("times", f"stay apart in {scaled.dtype} once rescaled to [0, 1]", "has times that become one")
+        raise refuse(
+            "times",
+            f"stay apart in {scaled.dtype} once rescaled to [0, 1]",
+            "has times that become one",
+        )
     return scaled
 
 

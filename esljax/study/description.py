@@ -65,7 +65,11 @@ class Study:
             raise refuse("points", "be a list of tables", f"is {self.points!r}")
         if bool(self.grid) == bool(len(self.points)):
             which = "both are" if self.grid else "there is neither"
-            raise refuse("grid", "name a field and its values, or `points` list them run by run, one of the two", which)
+            raise refuse(
+                "grid",
+                "name a field and its values, or `points` list them run by run, one of the two",
+                which,
+            )
         _check_size(self.grid)
         grid = {name: _axis(name, values) for name, values in self.grid.items()}
         points = tuple(_point(i, point) for i, point in enumerate(self.points))
@@ -76,7 +80,11 @@ class Study:
     @property
     def dimensions(self) -> dict[str, int]:
         """The dimensions of the result and their lengths."""
-        return {self.POINT: len(self.points)} if self.points else {name: len(values) for name, values in self.grid.items()}
+        return (
+            {self.POINT: len(self.points)}
+            if self.points
+            else {name: len(values) for name, values in self.grid.items()}
+        )
 
     @property
     def size(self) -> int:
@@ -89,20 +97,32 @@ class Study:
         if not self.points:
             return {name: (name, values) for name, values in self.grid.items()}
         varying = [name for name in _FIELDS if any(name in point for point in self.points)]
-        return {name: (self.POINT, tuple(point.get(name, getattr(self.base, name)) for point in self.points)) for name in varying}
+        return {
+            name: (
+                self.POINT,
+                tuple(point.get(name, getattr(self.base, name)) for point in self.points),
+            )
+            for name in varying
+        }
 
     @property
     def has_errors(self) -> bool:
         """Whether some run has standard errors of its own."""
         given = dict(self.coordinates)
-        return any(value > 0 for value in (given["jackknife"][1] if "jackknife" in given else (self.base.jackknife,)))
+        return any(
+            value > 0
+            for value in (given["jackknife"][1] if "jackknife" in given else (self.base.jackknife,))
+        )
 
     def point(self, index: int) -> RunConfig:
         """The settings of one run, counted along the last dimension first."""
         if self.points:
             return dataclasses.replace(self.base, **self.points[index])
         places = np.unravel_index(index, tuple(self.dimensions.values()))
-        return dataclasses.replace(self.base, **{name: self.grid[name][int(i)] for name, i in zip(self.grid, places, strict=True)})
+        return dataclasses.replace(
+            self.base,
+            **{name: self.grid[name][int(i)] for name, i in zip(self.grid, places, strict=True)},
+        )
 
     def chunks(self, task_size: int) -> tuple[int, ...]:
         """The block of the result that one task fills: at most `task_size` runs of one shape, whole along the last fields first."""
@@ -123,19 +143,44 @@ class Study:
             groups: dict[RunConfig, list[int]] = {}
             for i in range(len(self.points)):
                 groups.setdefault(shape_of(self.point(i)), []).append(i)
-            cut = lambda some: [some[i : i + task_size] for i in range(0, len(some), task_size)]  # noqa: E731
-            return [Slice(np.array(part), min(len(some), task_size)) for some in groups.values() for part in cut(some)]
+
+            def cut(some):
+                return [some[i : i + task_size] for i in range(0, len(some), task_size)]
+
+            return [
+                Slice(np.array(part), min(len(some), task_size))
+                for some in groups.values()
+                for part in cut(some)
+            ]
         shape, block = tuple(self.dimensions.values()), self.chunks(task_size)
-        starts = itertools.product(*(range(0, length, step) for length, step in zip(shape, block, strict=True)))
-        blocks = ([range(i, min(i + step, length)) for i, step, length in zip(start, block, shape, strict=True)] for start in starts)
-        return [Slice(np.ravel_multi_index(np.ix_(*places), shape).reshape(-1), math.prod(block)) for places in blocks]
+        starts = itertools.product(
+            *(range(0, length, step) for length, step in zip(shape, block, strict=True))
+        )
+        blocks = (
+            [
+                range(i, min(i + step, length))
+                for i, step, length in zip(start, block, shape, strict=True)
+            ]
+            for start in starts
+        )
+        return [
+            Slice(np.ravel_multi_index(np.ix_(*places), shape).reshape(-1), math.prod(block))
+            for places in blocks
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """The study as TOML and JSON know it; `from_dict` reads it back."""
-        plain = lambda values: [list(value) if isinstance(value, tuple) else value for value in values]  # noqa: E731
+
+        def plain(values):
+            return [list(value) if isinstance(value, tuple) else value for value in values]
+
         told: dict[str, Any] = {"base": self.base.as_dict()}
         if self.points:
-            return told | {"points": [dict(zip(point, plain(point.values()), strict=True)) for point in self.points]}
+            return told | {
+                "points": [
+                    dict(zip(point, plain(point.values()), strict=True)) for point in self.points
+                ]
+            }
         return told | {"grid": {name: plain(values) for name, values in self.grid.items()}}
 
     @classmethod
@@ -147,8 +192,14 @@ class Study:
         """
         for key in content:
             if key not in ("base", "grid", "points"):
-                raise InputError(f"Key `{key}` of {place} is unknown; the known keys are base, grid, points.")
-        for key, kind, said in (("base", Mapping, "a table"), ("grid", Mapping, "a table"), ("points", list, "a list of tables")):
+                raise InputError(
+                    f"Key `{key}` of {place} is unknown; the known keys are base, grid, points."
+                )
+        for key, kind, said in (
+            ("base", Mapping, "a table"),
+            ("grid", Mapping, "a table"),
+            ("points", list, "a list of tables"),
+        ):
             if not isinstance(content.get(key, kind() if kind is list else {}), kind):
                 raise refuse(key, f"be {said} in {place}", f"is {content[key]!r}")
         base = RunConfig(**converted(content.get("base", {}), _FIELDS, f"[base] of {place}"))
@@ -178,12 +229,18 @@ class Study:
                 _at(f"points[{i}]", self.point(i))
                 if (first := seen.setdefault(self.point(i), i)) != i:
                     # Means over the seeds would take it for two runs.
-                    raise refuse(f"points[{i}]", "be another run than those before it", f"is the same as points[{first}]")
+                    raise refuse(
+                        f"points[{i}]",
+                        "be another run than those before it",
+                        f"is the same as points[{first}]",
+                    )
             return
         shapes = {name: values for name, values in self.grid.items() if name not in NUMBERS}
         numbers = {name: values for name, values in self.grid.items() if name in NUMBERS}
         for combination in itertools.product(*shapes.values()):
-            first = dict(zip(shapes, combination, strict=True)) | {name: values[0] for name, values in numbers.items()}
+            first = dict(zip(shapes, combination, strict=True)) | {
+                name: values[0] for name, values in numbers.items()
+            }
             dataclasses.replace(self.base, **first).check()
         first = {name: values[0] for name, values in self.grid.items()}
         for name, values in numbers.items():
@@ -207,7 +264,9 @@ def _axis(name: str, values: Any) -> tuple:
 
 def _check_size(grid: Mapping[str, Any]) -> None:
     """Before anything is listed."""
-    size = math.prod(len(values) for values in grid.values() if isinstance(values, Sequence | np.ndarray))
+    size = math.prod(
+        len(values) for values in grid.values() if isinstance(values, Sequence | np.ndarray)
+    )
     if size > _MOST:
         raise refuse("grid", f"hold at most {_MOST:,} runs", f"holds {size:,}")
 
@@ -223,7 +282,11 @@ def _point(i: int, point: Any) -> dict[str, Any]:
 def _value(name: str, value: Any, place: str) -> Any:
     """One value of a field, whether it comes from Python, NumPy or TOML."""
     value = value.item() if isinstance(value, np.generic) else value
-    value = [v.item() if isinstance(v, np.generic) else v for v in value] if isinstance(value, tuple) else value
+    value = (
+        [v.item() if isinstance(v, np.generic) else v for v in value]
+        if isinstance(value, tuple)
+        else value
+    )
     return convert(name, value, _FIELDS[name].default, place)
 
 
@@ -235,7 +298,11 @@ def _spread(name: str, values: Any) -> Any:
     must = 'be a list, {range = [first, end]} or {start, stop, num, scale = "linear" or "log"}'
     if set(values) == {"range"}:
         ends = values["range"]
-        if not isinstance(ends, list) or len(ends) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
+        if (
+            not isinstance(ends, list)
+            or len(ends) != 2
+            or not all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+        ):
             raise refuse(place, "have a range of two integers, [first, end]", f"has {ends!r}")
         return range(*ends)
     if not {"start", "stop", "num"} <= set(values) <= {"start", "stop", "num", "scale"}:
@@ -246,7 +313,11 @@ def _spread(name: str, values: Any) -> Any:
             raise refuse(place, "have a finite number for start and for stop", f"has {end!r}")
     check_positive_int(f"{place}.num", values["num"], 2)
     if values["num"] > _MOST:
-        raise refuse(f"{place}.num", f"be at most {_MOST:,}, the most runs of a study", f"is {values['num']:,}")
+        raise refuse(
+            f"{place}.num",
+            f"be at most {_MOST:,}, the most runs of a study",
+            f"is {values['num']:,}",
+        )
     scale = values.get("scale", "linear")
     check_choice(f"{place}.scale", scale, ("linear", "log"))
     if scale == "log" and not (start > 0 and stop > 0):
@@ -273,4 +344,8 @@ def _flat(told: Mapping[str, Any]) -> dict[str, Any]:
 
 def _brief(value: Any) -> str:
     said = "absent" if value is None else repr(value)
-    return said if len(said) <= 60 else f"{said[:40]}… ({len(value) if isinstance(value, list) else len(said)} values)"
+    return (
+        said
+        if len(said) <= 60
+        else f"{said[:40]}… ({len(value) if isinstance(value, list) else len(said)} values)"
+    )

@@ -51,7 +51,9 @@ def processes(count: int) -> Iterator[Executor]:
     """
     check_positive_int("processes", count)
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_deaf)
+    pool = ProcessPoolExecutor(
+        count, mp_context=multiprocessing.get_context("spawn"), initializer=_deaf
+    )
     try:
         yield pool
     except BaseException:
@@ -73,7 +75,11 @@ def scheduler(address: str) -> Iterator[Executor]:
     try:
         client = distributed.Client(address, timeout=_PATIENCE)
     except (OSError, ValueError, TimeoutError) as error:
-        raise refuse("scheduler", "be the address of a dask scheduler that answers", f"nothing answers at {address}") from error
+        raise refuse(
+            "scheduler",
+            "be the address of a dask scheduler that answers",
+            f"nothing answers at {address}",
+        ) from error
     with client:
         _check_workers(client, address)
         with client.get_executor(pure=False) as executor:
@@ -139,16 +145,26 @@ def _renewed(cluster: Any, jobs: int) -> Iterator[None]:
 def _check_job(script: str) -> None:
     """Let SLURM look at a job without running it: of one that it refuses only a log of dask's would tell."""
     try:
-        asked = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=4 * _PATIENCE)
+        asked = subprocess.run(
+            ["sbatch", "--test-only"],
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=4 * _PATIENCE,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _not_described(error) from error
     if asked.returncode:
-        raise _not_described(RuntimeError(asked.stderr.strip() or f"sbatch ends with code {asked.returncode}"))
+        raise _not_described(
+            RuntimeError(asked.stderr.strip() or f"sbatch ends with code {asked.returncode}")
+        )
 
 
 def _not_described(error: BaseException) -> InputError:
     said = str(error).splitlines()[0].rstrip(".")
-    return refuse("slurm", "have jobs described in ~/.config/dask/jobqueue.yaml that sbatch takes", said)
+    return refuse(
+        "slurm", "have jobs described in ~/.config/dask/jobqueue.yaml that sbatch takes", said
+    )
 
 
 def _deaf() -> None:
@@ -169,7 +185,9 @@ def _check_import(client: Any, argument: str, whose: str) -> None:
         client.submit(_import_runs, pure=False).result(timeout=4 * _PATIENCE)
     except Exception as error:
         said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise refuse(argument, "have workers that can import esljax", f"{whose} says: {said}") from error
+        raise refuse(
+            argument, "have workers that can import esljax", f"{whose} says: {said}"
+        ) from error
 
 
 def _import_runs() -> None:
@@ -185,4 +203,6 @@ def _distributed() -> Any:
 
 
 def _missing(package: str) -> InputError:
-    return InputError(f"Clusters are reached by {package}, which is not installed: pip install 'esljax[cluster]'.")
+    return InputError(
+        f"Clusters are reached by {package}, which is not installed: pip install 'esljax[cluster]'."
+    )

@@ -2,7 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    wait,
+)
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +20,18 @@ from esljax.experiment import Rows, Task, failed, fitting_width, work
 from esljax.files import storage
 from esljax.study.description import Slice, Study
 from esljax.study.executors import InProcess, capacity
-from esljax.study.store import DONE, FAILED, TO_DO, StudyStore, check_memory, find_store, lock_path, make_store, open_study, store_to_reuse
+from esljax.study.store import (
+    DONE,
+    FAILED,
+    TO_DO,
+    StudyStore,
+    check_memory,
+    find_store,
+    lock_path,
+    make_store,
+    open_study,
+    store_to_reuse,
+)
 
 
 class Progress(NamedTuple):
@@ -101,7 +119,9 @@ def run_study(
         fresh = 0
         say({"started": time.time(), "before": int(np.sum(state != TO_DO))})
         watch(_progress(state, fresh, taken))
-        for part, task, future in _completed(executor, _left(slices, state == TO_DO), lambda part: _task(study, part, width)):
+        for part, task, future in _completed(
+            executor, _left(slices, state == TO_DO), lambda part: _task(study, part, width)
+        ):
             fresh += _keep(store, state, part, task, future)
             watch(_progress(state, fresh, taken))
     return open_study(out)
@@ -118,7 +138,9 @@ def _task(study: Study, part: Slice, width: int | None) -> Task:
     return Task(points, part.length, width or fitting_width(points[0], part.length))
 
 
-def _completed(executor: Executor, slices: list[Slice], task_of: Callable[[Slice], Task]) -> Iterator[tuple[Slice, Task, Future]]:
+def _completed(
+    executor: Executor, slices: list[Slice], task_of: Callable[[Slice], Task]
+) -> Iterator[tuple[Slice, Task, Future]]:
     """Slices with their futures in the order in which they finish; only so many are under way as keep the workers busy."""
     most, left, versions = capacity(executor), iter(slices), storage.versions()
     running: dict[Future, tuple[Slice, Task]] = {}
@@ -143,14 +165,19 @@ def _keep(store: StudyStore, state: np.ndarray, part: Slice, task: Task, future:
         raise _lost(error) from error
     except Exception as error:
         # The task's own errors come back as rows: this one is of its worker, such as one that has died once too often.
-        rows = failed(task, f"the worker failed: {(str(error).splitlines() or [type(error).__name__])[0][:300]}")
+        rows = failed(
+            task,
+            f"the worker failed: {(str(error).splitlines() or [type(error).__name__])[0][:300]}",
+        )
     store.write(part.indices, rows)
     state[part.indices] = np.where([bool(reason) for reason in rows.reasons], FAILED, DONE)
     return len(part.indices)
 
 
 def _progress(state: np.ndarray, fresh: int, taken: int) -> Progress:
-    return Progress(state.size, int(np.sum(state == DONE)), int(np.sum(state == FAILED)), fresh, taken)
+    return Progress(
+        state.size, int(np.sum(state == DONE)), int(np.sum(state == FAILED)), fresh, taken
+    )
 
 
 class _OtherVersionsError(RuntimeError):
@@ -167,4 +194,6 @@ def work_alike(task: Task, versions: dict[str, str]) -> Rows:
 
 def _lost(error: BaseException) -> LostWorkersError:
     said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    return LostWorkersError(f"The workers ended before the study did ({said}); what is done is kept, and the same call goes on from there.")
+    return LostWorkersError(
+        f"The workers ended before the study did ({said}); what is done is kept, and the same call goes on from there."
+    )

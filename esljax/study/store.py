@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 
 from esljax._checks import InputError, refuse
-from esljax.experiment import QUANTITIES, WITH_ERROR, Quantity, Rows, RunConfig, memory, memory_of_the_machine, names, size
+from esljax.experiment import (
+    QUANTITIES,
+    WITH_ERROR,
+    Quantity,
+    Rows,
+    RunConfig,
+    memory,
+    memory_of_the_machine,
+    names,
+    size,
+)
 from esljax.files import storage
 from esljax.study.description import Slice, Study
 
@@ -25,7 +35,11 @@ TO_DO, DONE, FAILED = 0, 1, 2
 _VERSION = 1
 # What a file of a Zarr chunk takes on a usual disk, however short it is.
 _BLOCK = 4096
-_UNITS = {"temperature": "loss", "rate": "squared parameters per unit of loss and step", "epsilon": "squared parameters"}
+_UNITS = {
+    "temperature": "loss",
+    "rate": "squared parameters per unit of loss and step",
+    "epsilon": "squared parameters",
+}
 
 
 class StudyStore:
@@ -54,7 +68,9 @@ class StudyStore:
         for name, values in rows.numbers.items():
             self._arrays[name].set_coordinate_selection(places, values)
         self._arrays["converged"].set_coordinate_selection(places, rows.converged)
-        self._arrays["reason"].set_coordinate_selection(places, np.array(rows.reasons, dtype=object))
+        self._arrays["reason"].set_coordinate_selection(
+            places, np.array(rows.reasons, dtype=object)
+        )
         done = np.where([bool(reason) for reason in rows.reasons], FAILED, DONE).astype(np.int8)
         self._arrays["done"].set_coordinate_selection(places, done)
 
@@ -66,10 +82,16 @@ class StudyStore:
     def adopt(self, other: "StudyStore") -> int:
         """Take over from another store the runs that are to do here and done there, and say how many they were."""
         state = self.done
-        pairs = [(here, there) for here, there in other.shared(self.study).items() if state[here] == TO_DO]
+        pairs = [
+            (here, there)
+            for here, there in other.shared(self.study).items()
+            if state[here] == TO_DO
+        ]
         if pairs:
             reused = json.loads(self.attributes.get("reused", "{}"))
-            reused[str(other.path)] = {name: other.attributes[name] for name in ("created", "commit")}
+            reused[str(other.path)] = {
+                name: other.attributes[name] for name in ("created", "commit")
+            }
             self.attributes["reused"] = json.dumps(reused)
             here, there = np.array(pairs).T
             self.write(here, other.read(there, names(self.study.has_errors)))
@@ -77,13 +99,21 @@ class StudyStore:
 
     def read(self, indices: np.ndarray, wanted: tuple[str, ...]) -> Rows:
         """The rows of some runs; NaN for the standard errors of runs that were asked for none."""
-        chosen = lambda name: self._arrays[name][...].reshape(-1)[indices]  # noqa: E731
-        numbers = {name: chosen(name) if name in self._arrays else np.full(len(indices), np.nan) for name in wanted}
+
+        def chosen(name):
+            return self._arrays[name][...].reshape(-1)[indices]
+
+        numbers = {
+            name: chosen(name) if name in self._arrays else np.full(len(indices), np.nan)
+            for name in wanted
+        }
         return Rows(numbers, chosen("converged"), tuple(str(reason) for reason in chosen("reason")))
 
     def forget(self, indices: np.ndarray) -> None:
         """Count some runs as to do again."""
-        self._arrays["done"].set_coordinate_selection(np.unravel_index(indices, self._shape), np.zeros(len(indices), np.int8))
+        self._arrays["done"].set_coordinate_selection(
+            np.unravel_index(indices, self._shape), np.zeros(len(indices), np.int8)
+        )
 
 
 def lock_path(path: Path) -> Path:
@@ -109,7 +139,9 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
     difference = study.difference(store.study)
     if difference is not None:
         hint = f"which another store may take its runs from by --reuse {path.name}"
-        raise refuse("out", f"be the store of this study ({hint})", f"{path} differs in {difference}")
+        raise refuse(
+            "out", f"be the store of this study ({hint})", f"{path} differs in {difference}"
+        )
     _check_versions("out", store)
     for leftover in path.rglob("*.partial"):
         leftover.unlink(missing_ok=True)
@@ -134,7 +166,11 @@ def store_to_reuse(path: Path, study: Study) -> StudyStore:
     _check_versions("reuse", store)
     if not store.shared(study):
         differs = study.difference(store.study) if np.any(store.done == DONE) else None
-        raise refuse("reuse", "hold runs of this study", f"{path} {f'differs in {differs}' if differs else 'has none that is done'}")
+        raise refuse(
+            "reuse",
+            "hold runs of this study",
+            f"{path} {f'differs in {differs}' if differs else 'has none that is done'}",
+        )
     return store
 
 
@@ -159,11 +195,17 @@ def open_study(path: str | Path) -> Any:
     study = read_study(path)
     dataset = xarray.open_zarr(path, chunks=None, consolidated=False)
     # Strings of the type that every selection by label understands.
-    strings = {name: dataset[name].astype(object) for name in dataset.variables if dataset[name].dtype.kind not in "iufb"}
+    strings = {
+        name: dataset[name].astype(object)
+        for name in dataset.variables
+        if dataset[name].dtype.kind not in "iufb"
+    }
     dataset = dataset.assign(strings)
     ordered = [name for name in (*names(True), "converged", "done", "reason") if name in dataset]
     # In the order of the study: a folder lists its files in an order of its own.
-    variables, coordinates = ({name: dataset[name].variable for name in some} for some in (ordered, study.coordinates))
+    variables, coordinates = (
+        {name: dataset[name].variable for name in some} for some in (ordered, study.coordinates)
+    )
     return xarray.Dataset(variables, coordinates, dataset.attrs)
 
 
@@ -180,7 +222,11 @@ def _study(path: Path, group: Any) -> Study:
 def _check_versions(argument: str, store: StudyStore) -> None:
     difference = storage.difference(json.loads(store.attributes["versions"]), storage.versions())
     if difference is not None:
-        raise refuse(argument, "be a store made with the versions that are here", f"{store.path} was made with {difference}")
+        raise refuse(
+            argument,
+            "be a store made with the versions that are here",
+            f"{store.path} was made with {difference}",
+        )
 
 
 def _open(path: Path, mode: Any, argument: str = "path") -> Any:
@@ -204,19 +250,35 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
     }
     group = zarr.create_group(str(path), zarr_format=3, attributes=about)
     dimensions = study.dimensions
-    layout = {"shape": tuple(dimensions.values()), "chunks": study.chunks(task_size), "dimension_names": tuple(dimensions)}
+    layout = {
+        "shape": tuple(dimensions.values()),
+        "chunks": study.chunks(task_size),
+        "dimension_names": tuple(dimensions),
+    }
 
     def variable(name: str, dtype: str, fill: Any, words: str, **more: str) -> None:
-        group.create_array(name, dtype=dtype, fill_value=fill, attributes={"long_name": words, **more}, **layout)
+        group.create_array(
+            name, dtype=dtype, fill_value=fill, attributes={"long_name": words, **more}, **layout
+        )
 
     for quantity in _quantities(study):
         variable(quantity.name, "float64", np.nan, quantity.words, units=quantity.units)
     variable("converged", "bool", False, "whether every transport problem of the run was solved")
     variable("reason", "string", "", "why the run failed")
-    variable("done", "int8", TO_DO, "what is there", flag_values="0 1 2", flag_meanings="to_do done failed")
+    variable(
+        "done",
+        "int8",
+        TO_DO,
+        "what is there",
+        flag_values="0 1 2",
+        flag_meanings="to_do done failed",
+    )
     for name, (dimension, values) in study.coordinates.items():
         array = _labels(values)
-        attributes = {"long_name": name.replace("_", " "), **({"units": _UNITS[name]} if name in _UNITS else {})}
+        attributes = {
+            "long_name": name.replace("_", " "),
+            **({"units": _UNITS[name]} if name in _UNITS else {}),
+        }
         made = group.create_array(
             name,
             shape=array.shape,
@@ -232,7 +294,11 @@ def _quantities(study: Study) -> list[Quantity]:
     plain = list(QUANTITIES)
     if not study.has_errors:
         return plain
-    errors = [Quantity(f"{q.name}_error", q.units, f"standard error of {q.words}") for q in QUANTITIES if q.name in WITH_ERROR]
+    errors = [
+        Quantity(f"{q.name}_error", q.units, f"standard error of {q.words}")
+        for q in QUANTITIES
+        if q.name in WITH_ERROR
+    ]
     return plain + errors
 
 
@@ -247,16 +313,33 @@ def _check_room(path: Path, study: Study, task_size: int) -> None:
     if not path.parent.is_dir():
         raise refuse("out", "be in a folder that exists", f"{path.parent} does not")
     variables = len(names(study.has_errors)) + 3
-    chunks = int(np.prod([-(-length // step) for length, step in zip(study.dimensions.values(), study.chunks(task_size), strict=True)]))
+    chunks = int(
+        np.prod(
+            [
+                -(-length // step)
+                for length, step in zip(
+                    study.dimensions.values(), study.chunks(task_size), strict=True
+                )
+            ]
+        )
+    )
     on_disk = variables * max(8 * study.size, _BLOCK * chunks)
     free = shutil.disk_usage(path.parent).free
     if on_disk > free:
-        raise refuse("out", f"have room for {study.size:,} runs, about {size(on_disk)}", f"{path.parent} has {size(free)} left")
+        raise refuse(
+            "out",
+            f"have room for {study.size:,} runs, about {size(on_disk)}",
+            f"{path.parent} has {size(free)} left",
+        )
     # Its numbers once read, and a list of its tasks.
     in_memory = variables * 8 * study.size + 200 * study.size
     here = memory_of_the_machine()
     if in_memory > here:
-        raise refuse("grid", f"fit in memory, here {size(here)}", f"its {study.size:,} runs need about {size(in_memory)}")
+        raise refuse(
+            "grid",
+            f"fit in memory, here {size(here)}",
+            f"its {study.size:,} runs need about {size(in_memory)}",
+        )
 
 
 def check_memory(study: Study, slices: list[Slice]) -> None:
@@ -266,7 +349,11 @@ def check_memory(study: Study, slices: list[Slice]) -> None:
         needed = memory(config)
         if needed > memory_of_the_machine():
             what = f"{config.members} members of hidden {config.hidden} over {config.snapshots} snapshots"
-            raise refuse("members", f"fit in memory, here {size(memory_of_the_machine())}", f"{what} need about {size(needed)}")
+            raise refuse(
+                "members",
+                f"fit in memory, here {size(memory_of_the_machine())}",
+                f"{what} need about {size(needed)}",
+            )
 
 
 def _zarr() -> ModuleType:
@@ -286,4 +373,6 @@ def _xarray() -> ModuleType:
 
 
 def _missing(module: str) -> InputError:
-    return InputError(f"Studies keep their results by {module}, which is not installed: pip install 'esljax[studies]'.")
+    return InputError(
+        f"Studies keep their results by {module}, which is not installed: pip install 'esljax[studies]'."
+    )

@@ -33,8 +33,20 @@ def summarize(dataset: Any) -> list[Group]:
     """
     fields = [name for name in dataset.coords if name != "seed"]
     shape = tuple(dataset.sizes.values())
-    flat = lambda name: dataset[name].broadcast_like(dataset["done"]).transpose(*dataset["done"].dims).values.reshape(-1)  # noqa: E731
-    settings, state, converged = {name: flat(name) for name in fields}, flat("done"), flat("converged")
+
+    def flat(name):
+        return (
+            dataset[name]
+            .broadcast_like(dataset["done"])
+            .transpose(*dataset["done"].dims)
+            .values.reshape(-1)
+        )
+
+    settings, state, converged = (
+        {name: flat(name) for name in fields},
+        flat("done"),
+        flat("converged"),
+    )
     members: dict[tuple, list[int]] = {}
     for i in range(int(np.prod(shape))):
         members.setdefault(tuple(settings[name][i] for name in fields), []).append(i)
@@ -43,9 +55,17 @@ def summarize(dataset: Any) -> list[Group]:
     groups = []
     for setting, indices in members.items():
         rows = np.array(indices)[state[indices] == 1]
-        errors = {name: _error(values[name][rows], own[name][rows] if name in own else None) for name in _NAMES}
-        means = {name: float(np.mean(values[name][rows])) if rows.size else np.nan for name in _NAMES}
-        plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in zip(fields, setting, strict=True)}
+        errors = {
+            name: _error(values[name][rows], own[name][rows] if name in own else None)
+            for name in _NAMES
+        }
+        means = {
+            name: float(np.mean(values[name][rows])) if rows.size else np.nan for name in _NAMES
+        }
+        plain = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in zip(fields, setting, strict=True)
+        }
         failed, unconverged = int(np.sum(state[indices] == 2)), int(np.sum(~converged[rows]))
         groups.append(Group(plain, rows.size, len(indices), failed, unconverged, means, errors))
     return groups

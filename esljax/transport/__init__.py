@@ -1,7 +1,13 @@
 """W2²: the squared Wasserstein distance between two ensembles."""
 
 from esljax.transport.base import AbstractTransport, Solution
-from esljax.transport.coordinates import Mapped, Projected, coordinates, principal_directions, random_directions
+from esljax.transport.coordinates import (
+    Mapped,
+    Projected,
+    coordinates,
+    principal_directions,
+    random_directions,
+)
 from esljax.transport.exact import ExactTransport
 from esljax.transport.gaussian import GaussianTransport
 from esljax.transport.sinkhorn import SinkhornTransport

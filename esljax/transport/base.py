@@ -62,7 +62,11 @@ class AbstractTransport(eqx.Module):
         check_ensemble("x", x)
         check_ensemble("y", y)
         if jnp.shape(x)[1] != jnp.shape(y)[1]:
-            raise refuse("y", f"have {jnp.shape(x)[1]} coordinates per member, as `x` has", f"has {jnp.shape(y)[1]}")
+            raise refuse(
+                "y",
+                f"have {jnp.shape(x)[1]} coordinates per member, as `x` has",
+                f"has {jnp.shape(y)[1]}",
+            )
         return _compiled_solve(self, x, y).squared
 
 
@@ -74,7 +78,9 @@ def _compiled_solve(transport: AbstractTransport, x: Any, y: Any) -> Solution:
 def solution(squared: Scalar, solved: Array | bool = True) -> Solution:
     """A factor rather than a choice, so that what has no finite answer has no finite derivative either."""
     finite = jnp.isfinite(squared) & solved
-    return Solution(squared * jnp.where(finite, jnp.ones_like(squared), jnp.full_like(squared, jnp.nan)), finite)
+    return Solution(
+        squared * jnp.where(finite, jnp.ones_like(squared), jnp.full_like(squared, jnp.nan)), finite
+    )
 
 
 def recentred(x: Array, y: Array) -> tuple[Array, Array]:

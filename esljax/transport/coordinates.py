@@ -52,7 +52,9 @@ class Mapped(_Elsewhere):
         return self.transport.solve(x, y)
 
 
-def principal_directions(positions: Float[ArrayLike, "*many d"], coordinates: int) -> Float[Array, "d p"]:
+def principal_directions(
+    positions: Float[ArrayLike, "*many d"], coordinates: int
+) -> Float[Array, "d p"]:
     """The orthonormal directions along which all these members together vary most, as columns: a matrix for `Projected`.
 
     A run is measured in one fixed set of coordinates, so fit it once, to all its snapshots together; a fit of each snapshot would compare
@@ -101,9 +103,15 @@ def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]
 def _check_coordinates(coordinates: int, d: int, members: int) -> None:
     check_positive_int("coordinates", coordinates)
     if coordinates > d:
-        raise refuse("coordinates", f"be at most {d}, the numbers in one member", f"is {coordinates}")
+        raise refuse(
+            "coordinates", f"be at most {d}, the numbers in one member", f"is {coordinates}"
+        )
     if coordinates > members:
-        raise refuse("coordinates", f"be at most {members}, the members of all snapshots together", f"is {coordinates}")
+        raise refuse(
+            "coordinates",
+            f"be at most {members}, the members of all snapshots together",
+            f"is {coordinates}",
+        )
 
 
 class Projected(_Elsewhere):
@@ -130,13 +138,17 @@ class Projected(_Elsewhere):
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         if len(self.matrix) != x.shape[1]:
             raise refuse(
-                "matrix", f"have shape ({x.shape[1]}, p) for members of {x.shape[1]} coordinates", f"has shape {self.matrix.shape}"
+                "matrix",
+                f"have shape ({x.shape[1]}, p) for members of {x.shape[1]} coordinates",
+                f"has shape {self.matrix.shape}",
             )
         matrix = self.matrix.astype(x.dtype)
         return self.transport.solve(product(x, matrix), product(y, matrix))
 
 
-def coordinates(transport: AbstractTransport, positions: Float[Array, "snapshots n d"]) -> tuple[Array, Array | None]:
+def coordinates(
+    transport: AbstractTransport, positions: Float[Array, "snapshots n d"]
+) -> tuple[Array, Array | None]:
     """What the transport compares in the end, (J+1, n, p), and the matrix (d, p) that led there if it is a projection."""
     matrix = None
     while isinstance(transport, Mapped | Projected):

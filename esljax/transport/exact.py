@@ -53,11 +53,17 @@ class ExactTransport(AbstractTransport):
         """The partner in y of each member of x, shape (n, d). **Differentiation:** in y, at the assignment found."""
         if len(x) != len(y):
             raise refuse("y", f"hold {len(x)} members, as `x` does", f"holds {len(y)}")
-        i, j = (jnp.argsort(x[:, 0]), jnp.argsort(y[:, 0])) if x.shape[1] == 1 else _assignment(x, y)[0]
+        i, j = (
+            (jnp.argsort(x[:, 0]), jnp.argsort(y[:, 0]))
+            if x.shape[1] == 1
+            else _assignment(x, y)[0]
+        )
         return jnp.zeros_like(x).at[i].set(y[j])
 
 
-def _assignment(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> tuple[tuple[Array, Array], Array]:
+def _assignment(
+    x: Float[Array, "n d"], y: Float[Array, "n d"]
+) -> tuple[tuple[Array, Array], Array]:
     """The pairs (i, j) of the cheapest assignment, and whether the costs had one."""
     # In difference form, so that coincident members cost nothing at all; row by row, because XLA may store all n²d differences.
     cost = jax.lax.stop_gradient(jax.lax.map(lambda member: jnp.sum((member - y) ** 2, axis=-1), x))
@@ -72,7 +78,9 @@ def _assignment(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> tuple[tuple[A
 def sorted_squared(x: Float[Array, "n k"], y: Float[Array, "m k"]) -> Float[Array, " k"]:
     """The one-dimensional W2² of each column: ∫(F_x⁻¹(t) - F_y⁻¹(t))² dt over the union of the grids i/n and j/m."""
     n, m = len(x), len(y)
-    edges = np.union1d(np.arange(n + 1) * m, np.arange(m + 1) * n)  # in units of 1/nm: whole numbers, so that shared edges coincide
+    edges = np.union1d(
+        np.arange(n + 1) * m, np.arange(m + 1) * n
+    )  # in units of 1/nm: whole numbers, so that shared edges coincide
     weights = jnp.asarray(np.diff(edges) / (n * m), x.dtype)
     difference = jnp.sort(x, axis=0)[edges[:-1] // m] - jnp.sort(y, axis=0)[edges[:-1] // n]
     return jnp.sum(weights[:, None] * difference**2, axis=0)

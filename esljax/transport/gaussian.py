@@ -40,7 +40,9 @@ class GaussianTransport(AbstractTransport):
         x, y = recentred(x, y)
         mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
         shift = jnp.sum((mean_x - mean_y) ** 2)
-        return solution(shift + _procrustes((x - mean_x) / len(x) ** 0.5, (y - mean_y) / len(y) ** 0.5))
+        return solution(
+            shift + _procrustes((x - mean_x) / len(x) ** 0.5, (y - mean_y) / len(y) ** 0.5)
+        )
 
     def map(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n d"]:
         """The affine image of each member of x, shape (n, d): it has the mean and the covariance of y.

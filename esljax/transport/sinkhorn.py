@@ -86,11 +86,17 @@ class SinkhornTransport(AbstractTransport):
         near_x, near_y = x - center, y - center
         epsilon = self.epsilon.astype(x.dtype)
         g, _ = _potential(self, near_x, near_y, False)
-        return _by_rows(lambda rows: product(jax.nn.softmax((g - _cost(rows, near_y)) / epsilon, axis=1), y), near_x, self.chunk)
+        return _by_rows(
+            lambda rows: product(jax.nn.softmax((g - _cost(rows, near_y)) / epsilon, axis=1), y),
+            near_x,
+            self.chunk,
+        )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _entropic(transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool) -> tuple[Scalar, Scalar]:
+def _entropic(
+    transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool
+) -> tuple[Scalar, Scalar]:
     """OT_ε = max_g mean_j g_j + mean_i softmin_j(|x_i - y_j|² - g_j), and whether it was reached: 1 or 0."""
     g, reached = _potential(transport, x, y, symmetric)
     return _dual(g, transport, x, y), reached
@@ -105,8 +111,15 @@ def _(symmetric, primals, tangents):
     return (value, reached), (slope, jnp.zeros_like(reached))
 
 
-def _dual(g: Float[Array, " m"], transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar:
-    return jnp.mean(g) + jnp.mean(_partner(g, x, y, transport.epsilon.astype(x.dtype), transport.chunk))
+def _dual(
+    g: Float[Array, " m"],
+    transport: SinkhornTransport,
+    x: Float[Array, "n d"],
+    y: Float[Array, "m d"],
+) -> Scalar:
+    return jnp.mean(g) + jnp.mean(
+        _partner(g, x, y, transport.epsilon.astype(x.dtype), transport.chunk)
+    )
 
 
 def _potential(
@@ -134,7 +147,9 @@ def _potential(
     def solve_tangent(linear, b):
         return jnp.linalg.solve(jax.jacobian(linear)(b), b)
 
-    return jax.lax.custom_root(residual, jnp.zeros_like(y[:, 0]), iterate, solve_tangent, has_aux=True)
+    return jax.lax.custom_root(
+        residual, jnp.zeros_like(y[:, 0]), iterate, solve_tangent, has_aux=True
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -156,11 +171,19 @@ def _potential_in_blocks(
 @_potential_in_blocks.defjvp
 def _(symmetric, primals, tangents):
     # The implicit derivative would need the matrix; saying nothing would leave a second derivative without one of its terms.
-    raise refuse("chunk", "be None for second derivatives and for derivatives of `map`", f"is {primals[0].chunk}")
+    raise refuse(
+        "chunk",
+        "be None for second derivatives and for derivatives of `map`",
+        f"is {primals[0].chunk}",
+    )
 
 
 def _iterated(
-    transport: SinkhornTransport, to_f: Potentials, to_g: Potentials, like_f: Float[Array, " n"], symmetric: bool
+    transport: SinkhornTransport,
+    to_f: Potentials,
+    to_g: Potentials,
+    like_f: Float[Array, " n"],
+    symmetric: bool,
 ) -> tuple[Float[Array, " m"], Scalar]:
     """Each potential from the other in turn, from f = 0, until the plan has the right marginals. No derivative goes through this."""
     epsilon = transport.epsilon.astype(like_f.dtype)
@@ -177,7 +200,11 @@ def _iterated(
         iteration, (g, after), _ = state
         g, after = jax.lax.fori_loop(0, EVERY, one, (g, after))
         # The plan of g and its partner has the column sums exp((g - after)/ε)/m.
-        return iteration + EVERY, (g, after), wrong * jnp.mean(jnp.abs(jnp.expm1((g - after) / epsilon)))
+        return (
+            iteration + EVERY,
+            (g, after),
+            wrong * jnp.mean(jnp.abs(jnp.expm1((g - after) / epsilon))),
+        )
 
     def unfinished(state):
         iteration, _, error = state
@@ -190,13 +217,19 @@ def _iterated(
 
 
 def _partner(
-    g: Float[Array, " m"], x: Float[Array, "n d"], y: Float[Array, "m d"], epsilon: Scalar, chunk: int | None
+    g: Float[Array, " m"],
+    x: Float[Array, "n d"],
+    y: Float[Array, "m d"],
+    epsilon: Scalar,
+    chunk: int | None,
 ) -> Float[Array, " n"]:
     """The f with which the plan of f and g has the right row sums."""
     return _by_rows(lambda rows: _soft_min(_cost(rows, y) - g, epsilon), x, chunk)
 
 
-def _by_rows(fn: Callable[[Array], Array], x: Float[Array, "n d"], chunk: int | None) -> Float[Array, "n ..."]:
+def _by_rows(
+    fn: Callable[[Array], Array], x: Float[Array, "n d"], chunk: int | None
+) -> Float[Array, "n ..."]:
     """fn(x) for a function of rows that stand for themselves, by at most `chunk` of them at a time; its derivative is made likewise."""
     if chunk is None:
         return fn(x)

@@ -53,5 +53,7 @@ class SlicedTransport(AbstractTransport):
         """Unit columns, orthonormal within each block of d; the same in every precision."""
         width = min(d, self.directions)
         blocks = -(-self.directions // width)
-        normal = jax.random.normal(self.key, (blocks, d, width), jnp.float32).astype(jnp.result_type(float))
+        normal = jax.random.normal(self.key, (blocks, d, width), jnp.float32).astype(
+            jnp.result_type(float)
+        )
         return jnp.concatenate(jnp.linalg.qr(normal)[0], axis=1)[:, : self.directions]

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 
 from esljax._numerics import average, lyapunov, product, shrunk_covariance
 from esljax._types import Array, Float
-from esljax.velocity.base import AbstractField, AbstractVariationalVelocity, Snapshot, diffusion_matrix
+from esljax.velocity.base import (
+    AbstractField,
+    AbstractVariationalVelocity,
+    Snapshot,
+    diffusion_matrix,
+)
 
 
 class AffineVelocity(AbstractVariationalVelocity):
@@ -34,7 +39,11 @@ class AffineVelocity(AbstractVariationalVelocity):
         center, offset = average(x), jnp.mean(b, axis=0)
         covariance = shrunk_covariance(x)
         crossed = product((b - offset).T, x - center) / n + diffusion_matrix(snapshot.diffusion, d)
-        slope = lyapunov(covariance, crossed + crossed.T) if gradient else _right_solve(crossed, covariance)
+        slope = (
+            lyapunov(covariance, crossed + crossed.T)
+            if gradient
+            else _right_solve(crossed, covariance)
+        )
         return _AffineField(center, offset, slope), None
 
 
@@ -43,7 +52,9 @@ class _AffineField(AbstractField):
     offset: Float[Array, " d"]
     slope: Float[Array, "d d"]
 
-    def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+    def evaluate(
+        self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
+    ) -> tuple[Array, Array, Array]:
         values = self.offset + product(positions - self.center, self.slope.T)
         spread = jnp.sum(diffusion_matrix(diffusion, len(self.center)) * self.slope)
         everywhere = jnp.ones_like(values[:, 0])

@@ -79,7 +79,9 @@ class AbstractField(eqx.Module):
     """A vector field w(θ), fitted once and then evaluated anywhere."""
 
     @abc.abstractmethod
-    def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+    def evaluate(
+        self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
+    ) -> tuple[Array, Array, Array]:
         """w (m, d), tr(D ∇w) (m,) and ∇·w (m,) at these positions."""
 
 
@@ -115,7 +117,10 @@ class AbstractVelocity(eqx.Module):
         and what sets the two halves apart then grows; as an estimate of σ these velocities would be optimistic."""
 
     def __call__(
-        self, positions: Float[ArrayLike, "n d"], drift: Float[ArrayLike, "n d"], diffusion: ScalarLike | Float[ArrayLike, "..."]
+        self,
+        positions: Float[ArrayLike, "n d"],
+        drift: Float[ArrayLike, "n d"],
+        diffusion: ScalarLike | Float[ArrayLike, "..."],
     ) -> Velocity:
         """The velocity of the members of one snapshot that move by `drift` and diffuse.
 
@@ -135,16 +140,28 @@ class AbstractVelocity(eqx.Module):
         if not self.needs_drift:
             name = type(self).__name__
             raise refuse(
-                "velocity", "be an estimator that works on one snapshot", f"is {name}, which needs a run: speed_limit(..., velocity=...)"
+                "velocity",
+                "be an estimator that works on one snapshot",
+                f"is {name}, which needs a run: speed_limit(..., velocity=...)",
             )
-        positions, drift, diffusion = jnp.asarray(positions), jnp.asarray(drift), jnp.asarray(diffusion)
+        positions, drift, diffusion = (
+            jnp.asarray(positions),
+            jnp.asarray(drift),
+            jnp.asarray(diffusion),
+        )
         check_ensemble("positions", positions, minimum_members=4)
         check_ensemble("drift", drift)
         if drift.shape != positions.shape:
-            raise refuse("drift", f"have shape {positions.shape}, as `positions` has", f"has shape {drift.shape}")
+            raise refuse(
+                "drift",
+                f"have shape {positions.shape}, as `positions` has",
+                f"has shape {drift.shape}",
+            )
         d = positions.shape[1]
         if diffusion.shape not in ((), (d,), (d, d)):
-            raise refuse("diffusion", f"be a scalar, ({d},) or ({d}, {d})", f"has shape {diffusion.shape}")
+            raise refuse(
+                "diffusion", f"be a scalar, ({d},) or ({d}, {d})", f"has shape {diffusion.shape}"
+            )
         snapshot = Snapshot(positions, drift, diffusion.astype(positions.dtype))
         return _compiled_estimate(self, snapshot)
 
@@ -157,7 +174,11 @@ def _compiled_estimate(velocity: AbstractVelocity, snapshot: Snapshot) -> Veloci
 def variational(field: AbstractField, snapshot: Snapshot) -> tuple[Array, Array, Array]:
     """w (m, d), ∇·w (m,) and the contributions 2 w·b + 2 tr(D ∇w) - ‖w‖² (m,) of the members of `snapshot`."""
     values, spread, divergence = field.evaluate(snapshot.positions, snapshot.diffusion)
-    return values, divergence, 2 * jnp.sum(values * snapshot.drift, axis=1) + 2 * spread - jnp.sum(values**2, axis=1)
+    return (
+        values,
+        divergence,
+        2 * jnp.sum(values * snapshot.drift, axis=1) + 2 * spread - jnp.sum(values**2, axis=1),
+    )
 
 
 def halves(snapshot: Snapshot) -> tuple[Snapshot, Snapshot]:
@@ -204,10 +225,14 @@ class AbstractVariationalVelocity(AbstractVelocity):
                 field, after = self.fit(learned, gradient, given[len(states)])
                 answers.append(variational(field, judged))
                 states.append(after)
-        values, divergence, contributions = (interleave(*pair) for pair in zip(answers[0], answers[1], strict=True))
+        values, divergence, contributions = (
+            interleave(*pair) for pair in zip(answers[0], answers[1], strict=True)
+        )
         of_gradient = interleave(answers[-2][2], answers[-1][2])
         states += given[len(states) :]
-        return Velocity(values, contributions, of_gradient, divergence, bound="lower", note=self.note), None if state is None else states
+        return Velocity(
+            values, contributions, of_gradient, divergence, bound="lower", note=self.note
+        ), None if state is None else states
 
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
         """The best gradient field of the class, at the members that it was fitted to."""
@@ -230,5 +255,10 @@ def whitening(positions: Float[Array, "n d"]) -> tuple[Float[Array, " d"], Float
     size = jnp.where(wide, size, 1)
     identity = jnp.eye(d, dtype=positions.dtype)
     # Members that all agree have no covariance to factorize, nor a derivative of its factor.
-    relative = jnp.where(wide, covariance / size, identity) + 4 * d * jnp.finfo(positions.dtype).eps * identity
-    return average(positions), solve_triangular(jnp.linalg.cholesky(relative), identity, lower=True) / jnp.sqrt(size)
+    relative = (
+        jnp.where(wide, covariance / size, identity)
+        + 4 * d * jnp.finfo(positions.dtype).eps * identity
+    )
+    return average(positions), solve_triangular(
+        jnp.linalg.cholesky(relative), identity, lower=True
+    ) / jnp.sqrt(size)

@@ -24,9 +24,27 @@ import numpy as np
 
 from esljax._checks import check_key, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Scalar
-from esljax.density import BLOCK, AbstractDensity, AbstractLogDensity, AbstractSmoother, FlowDensity, Frame, HistogramDensity, KernelDensity
+from esljax.density import (
+    BLOCK,
+    AbstractDensity,
+    AbstractLogDensity,
+    AbstractSmoother,
+    FlowDensity,
+    Frame,
+    HistogramDensity,
+    KernelDensity,
+)
 from esljax.velocity.affine import AffineVelocity
-from esljax.velocity.base import AbstractField, AbstractVelocity, Snapshot, Velocity, halves, interleave, rows, variational
+from esljax.velocity.base import (
+    AbstractField,
+    AbstractVelocity,
+    Snapshot,
+    Velocity,
+    halves,
+    interleave,
+    rows,
+    variational,
+)
 
 FEWEST = 4
 """Unseen members without which α stays 0: halves of fewer than 16."""
@@ -56,8 +74,12 @@ class AbstractDensityVelocity(AbstractVelocity):
             field, after = self._fit(learned, given)
             answers.append(variational(field, judged))
             states.append(after)
-        values, divergence, contributions = (interleave(*pair) for pair in zip(*answers, strict=True))
-        return Velocity(values, contributions, None, divergence, bound="lower", note=self.density.note), tuple(states)
+        values, divergence, contributions = (
+            interleave(*pair) for pair in zip(*answers, strict=True)
+        )
+        return Velocity(
+            values, contributions, None, divergence, bound="lower", note=self.density.note
+        ), tuple(states)
 
     def _fit(self, snapshot: Snapshot, state: Any) -> tuple[AbstractField, Any]:
         """The field of these members: α by the fifth that four in five are fitted without, everything else from all."""
@@ -66,7 +88,11 @@ class AbstractDensityVelocity(AbstractVelocity):
         law, after = self.density.estimate(snapshot.positions, state)
         if len(unseen.positions) < FEWEST:
             return _affine(snapshot), after
-        blind = law if self.density.spares_a_fifth else self.density.estimate(learned.positions, state)[0]
+        blind = (
+            law
+            if self.density.spares_a_fifth
+            else self.density.estimate(learned.positions, state)[0]
+        )
         share = _share(_affine(learned), _field(blind, learned), unseen)
         return _Between(_affine(snapshot), _field(law, snapshot), share), after
 
@@ -137,8 +163,14 @@ class _Field(AbstractField):
     law: AbstractLogDensity
     diffusion: Float[Array, "..."]
 
-    def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
-        spread = diffusion if diffusion.ndim == 2 else diffusion * jnp.eye(len(self.offset), dtype=positions.dtype)
+    def evaluate(
+        self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
+    ) -> tuple[Array, Array, Array]:
+        spread = (
+            diffusion
+            if diffusion.ndim == 2
+            else diffusion * jnp.eye(len(self.offset), dtype=positions.dtype)
+        )
 
         def at(x):
             jacobian = jax.jacfwd(self._value)(x)
@@ -147,7 +179,11 @@ class _Field(AbstractField):
         return jax.lax.map(at, positions, batch_size=BLOCK)
 
     def _value(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
-        drift = self.offset + jnp.matmul(self.slope, self.frame.into(x), precision="highest") + self.missed(x)
+        drift = (
+            self.offset
+            + jnp.matmul(self.slope, self.frame.into(x), precision="highest")
+            + self.missed(x)
+        )
         return drift - _diffuse(self.diffusion, self.law.score(x))
 
 
@@ -160,7 +196,11 @@ def _field(law: AbstractLogDensity, snapshot: Snapshot) -> _Field:
     # In the frame the covariance is 1, so that the best slope is the cross-covariance itself.
     slope = jnp.matmul((drift - offset).T, members, precision="highest") / len(members)
     rest = drift - offset - jnp.matmul(members, slope.T, precision="highest")
-    smoother = law if isinstance(law, AbstractSmoother) else KernelDensity(for_score=True).estimate(snapshot.positions, None)[0]
+    smoother = (
+        law
+        if isinstance(law, AbstractSmoother)
+        else KernelDensity(for_score=True).estimate(snapshot.positions, None)[0]
+    )
     return _Field(frame, offset, slope, smoother.smooth(snapshot.positions, rest), law, diffusion)
 
 
@@ -171,7 +211,9 @@ class _Between(AbstractField):
     other: AbstractField
     share: Scalar
 
-    def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+    def evaluate(
+        self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
+    ) -> tuple[Array, Array, Array]:
         base, other = (each.evaluate(positions, diffusion) for each in (self.base, self.other))
         w, spread, divergence = (a + self.share * (b - a) for a, b in zip(base, other, strict=True))
         return w, spread, divergence
@@ -180,12 +222,16 @@ class _Between(AbstractField):
 def _share(base: AbstractField, other: AbstractField, unseen: Snapshot) -> Scalar:
     """α, where the variational expression of unseen members is largest, with one standard error taken off its numerator: where the sample
     cannot tell, the simpler field stands."""
-    (w, spread, _), (other_w, other_spread, _) = (each.evaluate(unseen.positions, unseen.diffusion) for each in (base, other))
+    (w, spread, _), (other_w, other_spread, _) = (
+        each.evaluate(unseen.positions, unseen.diffusion) for each in (base, other)
+    )
     step = other_w - w
     gains = jnp.sum(step * (unseen.drift - w), axis=1) + other_spread - spread
     error = jnp.std(gains, ddof=1) / jnp.sqrt(len(gains))
     square = jnp.mean(jnp.sum(step**2, axis=1))
-    return jnp.where(square > 0, jnp.clip((jnp.mean(gains) - error) / jnp.where(square > 0, square, 1), 0, 1), 0)
+    return jnp.where(
+        square > 0, jnp.clip((jnp.mean(gains) - error) / jnp.where(square > 0, square, 1), 0, 1), 0
+    )
 
 
 def _affine(snapshot: Snapshot) -> AbstractField:
@@ -202,4 +248,8 @@ def _moving(snapshot: Snapshot) -> Any:
 
 def _diffuse(diffusion: Float[Array, "..."], scores: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     """D times a score, or each of several."""
-    return jnp.matmul(scores, diffusion, precision="highest") if diffusion.ndim == 2 else diffusion * scores
+    return (
+        jnp.matmul(scores, diffusion, precision="highest")
+        if diffusion.ndim == 2
+        else diffusion * scores
+    )

@@ -18,7 +18,13 @@ from esljax._checks import as_float, check_positive, check_positive_int
 from esljax._numerics import product
 from esljax._types import Array, Float, Scalar
 from esljax.velocity.affine import AffineVelocity
-from esljax.velocity.base import AbstractField, AbstractVariationalVelocity, Snapshot, diffusion_matrix, whitening
+from esljax.velocity.base import (
+    AbstractField,
+    AbstractVariationalVelocity,
+    Snapshot,
+    diffusion_matrix,
+    whitening,
+)
 from esljax.velocity.network import _members
 
 
@@ -47,8 +53,12 @@ class KernelVelocity(AbstractVariationalVelocity):
     moments_only: ClassVar[bool] = False
     note: ClassVar[str] = "affine and kernel fields, bandwidth and penalty by cross-validation"
     landmarks: int = eqx.field(static=True, default=200)
-    bandwidths: Float[Array, " g"] = eqx.field(converter=as_float, default=(0.15, 0.3, 0.6, 1.2, 2.4))  # type: ignore
-    penalties: Float[Array, " g"] = eqx.field(converter=as_float, default=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1))  # type: ignore
+    bandwidths: Float[Array, " g"] = eqx.field(
+        converter=as_float, default=(0.15, 0.3, 0.6, 1.2, 2.4)
+    )  # type: ignore
+    penalties: Float[Array, " g"] = eqx.field(
+        converter=as_float, default=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    )  # type: ignore
 
     folds: int = eqx.field(static=True, default=5)
 
@@ -63,12 +73,18 @@ class KernelVelocity(AbstractVariationalVelocity):
 
     def fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[AbstractField, Any]:
         base, _ = AffineVelocity().fit(snapshot, gradient, None)
-        bandwidth, penalty, needed = self._chosen(*jax.lax.stop_gradient((base, snapshot)), gradient)
+        bandwidth, penalty, needed = self._chosen(
+            *jax.lax.stop_gradient((base, snapshot)), gradient
+        )
         kernel = _Kernel(snapshot.positions, self.landmarks, bandwidth)
         gram, given = _moments(kernel, base, snapshot, gradient)
-        return _KernelField(base, kernel, kernel.expand(needed * _ridge(gram, given, penalty)), gradient), None
+        return _KernelField(
+            base, kernel, kernel.expand(needed * _ridge(gram, given, penalty)), gradient
+        ), None
 
-    def _chosen(self, base: AbstractField, snapshot: Snapshot, gradient: bool) -> tuple[Scalar, Scalar, Scalar]:
+    def _chosen(
+        self, base: AbstractField, snapshot: Snapshot, gradient: bool
+    ) -> tuple[Scalar, Scalar, Scalar]:
         """The bandwidth and the penalty that gain most on held-out folds, and 1 if there is anything to gain, else 0."""
         dtype = snapshot.positions.dtype
         n = snapshot.positions.shape[0]
@@ -81,18 +97,27 @@ class KernelVelocity(AbstractVariationalVelocity):
 
         def at_bandwidth(bandwidth):
             kernel = _Kernel(snapshot.positions, self.landmarks, bandwidth)
-            each = [_moments(kernel, base, _members(snapshot, rows), gradient) for rows in (*folds, landmarks)]
+            each = [
+                _moments(kernel, base, _members(snapshot, rows), gradient)
+                for rows in (*folds, landmarks)
+            ]
             *grams, own_gram = (gram for gram, _ in each)
             *givens, own_given = (given for _, given in each)
             grams, givens = jnp.stack(grams), jnp.stack(givens)
             own = len(landmarks) / n
-            of_folds = lambda parts: jnp.tensordot(shares, parts, 1, precision="highest")  # noqa: E731
+
+            def of_folds(parts):
+                return jnp.tensordot(shares, parts, 1, precision="highest")
+
             whole = (of_folds(grams) + own * own_gram, of_folds(givens) + own * own_given)
 
             def at_penalty(penalty):
                 def gain(fold):
                     gram, given, share = fold
-                    rest = [(total - share * part) / (1 - share) for total, part in zip(whole, (gram, given), strict=True)]
+                    rest = [
+                        (total - share * part) / (1 - share)
+                        for total, part in zip(whole, (gram, given), strict=True)
+                    ]
                     weights = _ridge(rest[0], rest[1], penalty)
                     return 2 * jnp.sum(weights * given) - jnp.sum(weights * product(gram, weights))
 
@@ -107,7 +132,11 @@ class KernelVelocity(AbstractVariationalVelocity):
         gains = jax.lax.map(at_bandwidth, self.bandwidths.astype(dtype))
         gains = jnp.where(jnp.isfinite(gains), gains, -jnp.inf)
         best = jnp.unravel_index(jnp.argmax(gains), gains.shape)
-        return self.bandwidths[best[0]].astype(dtype), self.penalties[best[1]].astype(dtype), (gains[best] > 0).astype(dtype)
+        return (
+            self.bandwidths[best[0]].astype(dtype),
+            self.penalties[best[1]].astype(dtype),
+            (gains[best] > 0).astype(dtype),
+        )
 
 
 class _Kernel(eqx.Module):
@@ -127,13 +156,17 @@ class _Kernel(eqx.Module):
         self.points = self.whiten(positions[kept])
         # Rounding perturbs the eigenvalues of a matrix with entries up to 1 by about (its size) ε.
         jitter = 4 * len(kept) * jnp.finfo(positions.dtype).eps
-        self.root = jnp.linalg.cholesky(self(self.points) + jitter * jnp.eye(len(kept), dtype=positions.dtype))
+        self.root = jnp.linalg.cholesky(
+            self(self.points) + jitter * jnp.eye(len(kept), dtype=positions.dtype)
+        )
 
     def whiten(self, positions: Float[Array, "n d"]) -> Float[Array, "n d"]:
         return product(positions - self.center, self.whitening.T)
 
     def __call__(self, z: Float[Array, "n d"]) -> Float[Array, "n m"]:
-        return jnp.exp(-_squares(z, self.points, jnp.eye(z.shape[1], dtype=z.dtype)) / (2 * self.width**2))
+        return jnp.exp(
+            -_squares(z, self.points, jnp.eye(z.shape[1], dtype=z.dtype)) / (2 * self.width**2)
+        )
 
     def unit(self, rows: Float[Array, "n m"]) -> Float[Array, "n m"]:
         """Linear functions of k(·, θ_m) as the same functions of the features."""
@@ -143,9 +176,15 @@ class _Kernel(eqx.Module):
         """Weights of the features as weights a_m of k(·, θ_m)."""
         return solve_triangular(self.root, weights, lower=True, trans=1)
 
-    def turned(self, z: Float[Array, "n d"], k: Float[Array, "n m"], diffusion: Float[Array, "d d"]) -> Float[Array, "n m"]:
+    def turned(
+        self, z: Float[Array, "n d"], k: Float[Array, "n m"], diffusion: Float[Array, "d d"]
+    ) -> Float[Array, "n m"]:
         """tr(D ∇∇k), for D in whitened coordinates."""
-        return k * (_squares(z, self.points, diffusion) / self.width**2 - jnp.trace(diffusion)) / self.width**2
+        return (
+            k
+            * (_squares(z, self.points, diffusion) / self.width**2 - jnp.trace(diffusion))
+            / self.width**2
+        )
 
 
 class _KernelField(AbstractField):
@@ -155,7 +194,9 @@ class _KernelField(AbstractField):
     """(m, d) of a general field, (m, 1) of the potential of a gradient field."""
     gradient: bool = eqx.field(static=True)
 
-    def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+    def evaluate(
+        self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
+    ) -> tuple[Array, Array, Array]:
         values, spread, divergence = self.base.evaluate(positions, diffusion)
         kernel, d = self.kernel, positions.shape[1]
         z = kernel.whiten(positions)
@@ -164,18 +205,31 @@ class _KernelField(AbstractField):
         if self.gradient:
             push = (product(k, self.weights * kernel.points) - sums * z) / kernel.width**2
             values += product(push, kernel.whitening)
-            turn = lambda D: product(kernel.turned(z, k, _whitened(kernel, D, d)), self.weights)[:, 0]  # noqa: E731
-            return values, spread + turn(diffusion), divergence + turn(jnp.ones((), positions.dtype))
+
+            def turn(D):
+                return product(kernel.turned(z, k, _whitened(kernel, D, d)), self.weights)[:, 0]
+
+            return (
+                values,
+                spread + turn(diffusion),
+                divergence + turn(jnp.ones((), positions.dtype)),
+            )
 
         def turn(D):  # tr(D ∇u) = Σ_m (θ_m - θ)ᵀ D a_m k/h² in whitened coordinates
             mixed = product(kernel.whitening, diffusion_matrix(D, d))
             ahead = product(k, jnp.sum(product(kernel.points, mixed) * self.weights, axis=1))
             return (ahead - jnp.sum(product(z, mixed) * sums, axis=1)) / kernel.width**2
 
-        return values + sums, spread + turn(diffusion), divergence + turn(jnp.ones((), positions.dtype))
+        return (
+            values + sums,
+            spread + turn(diffusion),
+            divergence + turn(jnp.ones((), positions.dtype)),
+        )
 
 
-def _moments(kernel: _Kernel, base: AbstractField, snapshot: Snapshot, gradient: bool) -> tuple[Array, Array]:
+def _moments(
+    kernel: _Kernel, base: AbstractField, snapshot: Snapshot, gradient: bool
+) -> tuple[Array, Array]:
     """G (m, m) and g (m, c) of E‖u‖² = tr(aᵀ G a) and E[u·(b - w₀)] + E[tr(D ∇u)] = tr(aᵀ g), for the weights a of the features."""
     x = snapshot.positions
     n, d = x.shape
@@ -184,24 +238,33 @@ def _moments(kernel: _Kernel, base: AbstractField, snapshot: Snapshot, gradient:
     k = kernel(z)
     if gradient:
         turned = jnp.mean(kernel.turned(z, k, _whitened(kernel, snapshot.diffusion, d)), axis=0)
-        ahead = product(kernel.points, kernel.whitening).T - product(z, kernel.whitening)[:, :, None]
+        ahead = (
+            product(kernel.points, kernel.whitening).T - product(z, kernel.whitening)[:, :, None]
+        )
         slopes = (k[:, None, :] * ahead / kernel.width**2).reshape(n * d, -1)
         unit = kernel.unit(slopes)
         given = product(unit.T, rest.reshape(n * d, 1)) / n + kernel.unit(turned[None]).T
     else:
         unit = kernel.unit(k)
         ahead = jnp.mean(k, axis=0)[:, None] * kernel.points - product(k.T, z) / n
-        turned = product(ahead, product(kernel.whitening, diffusion_matrix(snapshot.diffusion, d))) / kernel.width**2
+        turned = (
+            product(ahead, product(kernel.whitening, diffusion_matrix(snapshot.diffusion, d)))
+            / kernel.width**2
+        )
         given = product(unit.T, rest) / n + kernel.unit(turned.T).T
     return product(unit.T, unit) / n, given
 
 
-def _ridge(gram: Float[Array, "m m"], given: Float[Array, "m c"], penalty: Scalar) -> Float[Array, "m c"]:
+def _ridge(
+    gram: Float[Array, "m m"], given: Float[Array, "m c"], penalty: Scalar
+) -> Float[Array, "m c"]:
     """(G + λ tr G)⁻¹ g, and 0 where no feature is felt."""
     felt = jnp.trace(gram)
     ridge = jnp.where(felt > 0, penalty * felt, 1)
     factor = jnp.linalg.cholesky(gram + ridge * jnp.eye(gram.shape[0], dtype=gram.dtype))
-    return solve_triangular(factor, solve_triangular(factor, given, lower=True), lower=True, trans=1)
+    return solve_triangular(
+        factor, solve_triangular(factor, given, lower=True), lower=True, trans=1
+    )
 
 
 def _landmarks(n: int, most: int) -> np.ndarray:
@@ -209,9 +272,14 @@ def _landmarks(n: int, most: int) -> np.ndarray:
     return np.linspace(0, n - 1, max(1, min(n // 2, most))).round().astype(int)
 
 
-def _squares(x: Float[Array, "n d"], y: Float[Array, "m d"], metric: Float[Array, "d d"]) -> Float[Array, "n m"]:
+def _squares(
+    x: Float[Array, "n d"], y: Float[Array, "m d"], metric: Float[Array, "d d"]
+) -> Float[Array, "n m"]:
     """(x - y)ᵀ M (x - y) for every pair."""
-    own = lambda a: jnp.sum(product(a, metric) * a, axis=1)  # noqa: E731
+
+    def own(a):
+        return jnp.sum(product(a, metric) * a, axis=1)
+
     return jnp.maximum(own(x)[:, None] + own(y) - 2 * product(product(x, metric), y.T), 0)
 
 

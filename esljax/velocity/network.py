@@ -12,7 +12,13 @@ from esljax._checks import as_float, check_key, check_positive, check_positive_i
 from esljax._numerics import product
 from esljax._types import Array, Float, Key, Scalar
 from esljax.velocity.affine import AffineVelocity
-from esljax.velocity.base import AbstractField, AbstractVariationalVelocity, Snapshot, diffusion_matrix, whitening
+from esljax.velocity.base import (
+    AbstractField,
+    AbstractVariationalVelocity,
+    Snapshot,
+    diffusion_matrix,
+    whitening,
+)
 
 
 class NetworkVelocity(AbstractVariationalVelocity):
@@ -45,7 +51,10 @@ class NetworkVelocity(AbstractVariationalVelocity):
         check_positive("learning_rate", self.learning_rate)
 
     def init(self, positions: Float[Array, "n d"]) -> list[Any]:
-        networks = [self._network(positions, gradient, i) for i, gradient in enumerate((False, False, True, True))]
+        networks = [
+            self._network(positions, gradient, i)
+            for i, gradient in enumerate((False, False, True, True))
+        ]
         return [eqx.filter(network, eqx.is_array) for network in networks]
 
     def fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[AbstractField, Any]:
@@ -57,7 +66,12 @@ class NetworkVelocity(AbstractVariationalVelocity):
         learned, judged = _members(snapshot, ~held_out), _members(snapshot, held_out)
         base, _ = AffineVelocity().fit(learned, gradient, None)
         center, linear = whitening(learned.positions)
-        field_of = lambda weights, felt: _NetworkField(base, eqx.combine(weights, fixed), center, linear, scale * felt, gradient)  # noqa: E731
+
+        def field_of(weights, felt):
+            return _NetworkField(
+                base, eqx.combine(weights, fixed), center, linear, scale * felt, gradient
+            )
+
         rest = learned.drift - base.evaluate(learned.positions, learned.diffusion)[0]
         noise = product(linear, diffusion_matrix(learned.diffusion, d))
         scale = jnp.sqrt(jnp.mean(rest**2) + jnp.sum(noise**2) / d)
@@ -68,7 +82,10 @@ class NetworkVelocity(AbstractVariationalVelocity):
             values, turned = jax.vmap(lambda x, s: jax.jvp(field.remainder, (x,), (s,)))(
                 learned.positions, _spread(signs, learned.diffusion)
             )
-            return jnp.mean(jnp.sum(values**2 - 2 * values * rest - 2 * signs * turned, axis=1)) / safe**2
+            return (
+                jnp.mean(jnp.sum(values**2 - 2 * values * rest - 2 * signs * turned, axis=1))
+                / safe**2
+            )
 
         def value(weights):
             field = field_of(weights, 1)
@@ -80,14 +97,22 @@ class NetworkVelocity(AbstractVariationalVelocity):
 
         per_round = -(-self.iterations // self.rounds)
         rate = optax.cosine_decay_schedule(1.0, per_round * self.rounds)
-        optimizer = optax.chain(optax.clip_by_global_norm(10.0), optax.scale_by_adam(b2=0.99), optax.scale_by_schedule(rate))
+        optimizer = optax.chain(
+            optax.clip_by_global_norm(10.0),
+            optax.scale_by_adam(b2=0.99),
+            optax.scale_by_schedule(rate),
+        )
 
         def iteration(carry, i):
             weights, memory = carry
-            signs = jax.random.rademacher(jax.random.fold_in(self.key, i), learned.positions.shape, x.dtype)
+            signs = jax.random.rademacher(
+                jax.random.fold_in(self.key, i), learned.positions.shape, x.dtype
+            )
             slopes = jax.grad(loss)(weights, signs)
             steps, memory = optimizer.update(slopes, memory)
-            moved = jax.tree.map(lambda w, step: w - self.learning_rate.astype(w.dtype) * step, weights, steps)
+            moved = jax.tree.map(
+                lambda w, step: w - self.learning_rate.astype(w.dtype) * step, weights, steps
+            )
             return (moved, memory), None
 
         def one_round(carry, iterations):
@@ -95,7 +120,11 @@ class NetworkVelocity(AbstractVariationalVelocity):
             found, _ = jax.lax.scan(iteration, found, iterations)
             score = value(found[0])
             better = score > most
-            return (found, jax.tree.map(lambda a, b: jnp.where(better, a, b), found[0], best), jnp.where(better, score, most)), None
+            return (
+                found,
+                jax.tree.map(lambda a, b: jnp.where(better, a, b), found[0], best),
+                jnp.where(better, score, most),
+            ), None
 
         start = (state, optimizer.init(state))
         counts = jnp.arange(self.rounds * per_round).reshape(self.rounds, per_round)
@@ -105,9 +134,19 @@ class NetworkVelocity(AbstractVariationalVelocity):
     def _network(self, positions: Array, gradient: bool, which: int) -> eqx.nn.MLP:
         d = positions.shape[1]
         key = jax.random.fold_in(jax.random.fold_in(self.key, 0), which)
-        network = eqx.nn.MLP(d, 1 if gradient else d, self.width, self.depth, jax.nn.silu, dtype=positions.dtype, key=key)
+        network = eqx.nn.MLP(
+            d,
+            1 if gradient else d,
+            self.width,
+            self.depth,
+            jax.nn.silu,
+            dtype=positions.dtype,
+            key=key,
+        )
         # u = 0 at first, so that nothing is worse than the affine field before something is learned.
-        return eqx.tree_at(lambda n: (n.layers[-1].weight, n.layers[-1].bias), network, replace_fn=jnp.zeros_like)
+        return eqx.tree_at(
+            lambda n: (n.layers[-1].weight, n.layers[-1].bias), network, replace_fn=jnp.zeros_like
+        )
 
 
 class _NetworkField(AbstractField):
@@ -129,14 +168,20 @@ class _NetworkField(AbstractField):
         push = product(slope, self.whitening)
         return self.scale * push / jnp.sqrt(jnp.mean(self.whitening**2) * len(self.center))
 
-    def added(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+    def added(
+        self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
+    ) -> tuple[Array, Array, Array]:
         """What u adds to the base."""
         d = positions.shape[1]
         slopes = jax.vmap(jax.jacfwd(self.remainder))(positions)
-        spread = jnp.einsum("ij,nij->n", diffusion_matrix(diffusion, d), slopes, precision=jax.lax.Precision.HIGHEST)
+        spread = jnp.einsum(
+            "ij,nij->n", diffusion_matrix(diffusion, d), slopes, precision=jax.lax.Precision.HIGHEST
+        )
         return jax.vmap(self.remainder)(positions), spread, jnp.trace(slopes, axis1=1, axis2=2)
 
-    def evaluate(self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]) -> tuple[Array, Array, Array]:
+    def evaluate(
+        self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
+    ) -> tuple[Array, Array, Array]:
         values, spread, divergence = self.base.evaluate(positions, diffusion)
         more, turned, diverging = self.added(positions, diffusion)
         return values + more, spread + turned, divergence + diverging

@@ -40,9 +40,18 @@ class TransportVelocity(AbstractVelocity):
         forward = self.transport.map(snapshot.positions, snapshot.after)
         backward = self.transport.map(snapshot.positions, snapshot.before)
         moved = snapshot.elapsed > 0
-        values = (forward - backward) * jnp.where(moved, 1 / jnp.where(moved, snapshot.elapsed, 1), 0)
+        values = (forward - backward) * jnp.where(
+            moved, 1 / jnp.where(moved, snapshot.elapsed, 1), 0
+        )
         squares = jnp.sum(values**2, axis=1)
-        return Velocity(values, squares, squares, None, bound="none", note="finite differences between snapshots"), None
+        return Velocity(
+            values,
+            squares,
+            squares,
+            None,
+            bound="none",
+            note="finite differences between snapshots",
+        ), None
 
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
         """Finite differences, as in `estimate`."""
@@ -63,8 +72,17 @@ class PathVelocity(AbstractVelocity):
 
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
         moved = snapshot.elapsed > 0
-        values = (snapshot.after - snapshot.before) * jnp.where(moved, 1 / jnp.where(moved, snapshot.elapsed, 1), 0)
-        return Velocity(values, jnp.sum(values**2, axis=1), None, None, bound="upper", note="the members' own paths"), None
+        values = (snapshot.after - snapshot.before) * jnp.where(
+            moved, 1 / jnp.where(moved, snapshot.elapsed, 1), 0
+        )
+        return Velocity(
+            values,
+            jnp.sum(values**2, axis=1),
+            None,
+            None,
+            bound="upper",
+            note="the members' own paths",
+        ), None
 
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
         """Finite differences, as in `estimate`."""
