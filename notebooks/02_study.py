@@ -50,7 +50,7 @@ rate = {{start = 0.1, stop = 1.6, num = {2 if smoke else 5}, scale = "log"}}
 seed = {{range = [0, {2 if smoke else 12}]}}
 """
 )
-study = esl.Study.from_toml(folder / "study.toml")
+study = esl.study.Study.from_toml(folder / "study.toml")
 print(study.size, "runs:", study.dimensions)
 
 # %% [markdown]
@@ -59,7 +59,7 @@ print(study.size, "runs:", study.dimensions)
 # for a dask cluster or `--slurm 8` for SLURM. Runs that differ in numbers alone share one compiled program.
 
 # %%
-results = esl.run_study(study, folder / "study.zarr")
+results = esl.study.run_study(study, folder / "study.zarr")
 results
 
 # %% [markdown]
@@ -77,7 +77,7 @@ print("alone", float(alone.report.gap), "stored", float(stored.gap))
 # The seeds give the error bars. Selecting, averaging and comparing is xarray's.
 
 # %%
-for group in esl.summarize(results)[:4]:
+for group in esl.study.summarize(results)[:4]:
     print(group.settings, f"gap {group.means['gap']:.4g} ± {group.errors['gap']:.1g}")
 
 # %%
@@ -85,4 +85,4 @@ efficiency = (results.w2_squared / results.entropy_production).mean("seed")
 efficiency.sel(schedule="constant").to_series().unstack("rate").round(3)
 
 # %%
-plot_study(esl.summarize(results))
+plot_study(esl.study.summarize(results))

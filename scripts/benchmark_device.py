@@ -3,7 +3,7 @@
     python scripts/benchmark_device.py [--members 32 128 512 2048] [--points 128 512 2048] [--smoke] [--out FILE.json]
 
 The digits MLP (d = 2410, minibatches of 256, 100 steps, 10 links) and two Gaussian clouds in 10 dimensions. Floor: the bare scan of
-`benchmark_simulation.py`. Memory is the compiler's account of the program; beside it stands what `esl.plan` foretold.
+`benchmark_simulation.py`. Memory is the compiler's account of the program; beside it stands what `esl.plan_memory` foretold.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,9 @@ def run(members: int, steps: int, rounds: int) -> dict[str, float]:
         ).gap
 
     compiled = jax.jit(jax.value_and_grad(gap)).lower(rates).compile()
-    planned = esl.plan(networks[None], start, steps=steps, snapshots=LINKS, transport=transport)
+    planned = esl.plan_memory(
+        networks[None], start, steps=steps, snapshots=LINKS, transport=transport
+    )
     work = members * steps
     return {
         "member_steps_per_second": work / measured["ours"],

@@ -20,9 +20,9 @@ MOST_MEMORY = 8e9
 
 WAYS = {
     "Hessian adjoint, every state kept": esl.HessianAdjoint(),
-    "Hessian adjoint, √K checkpoints": esl.HessianAdjoint(checkpoint=True),
+    "Hessian adjoint, √K checkpoints": esl.HessianAdjoint(recompute=True),
     "autodiff": esl.Autodiff(),
-    "autodiff, √K checkpoints": esl.Autodiff(checkpoint=True),
+    "autodiff, √K checkpoints": esl.Autodiff(recompute=True),
 }
 
 

@@ -14,7 +14,7 @@ import ot
 import scipy.optimize
 import timing
 
-from esljax.transport import ExactTransport, GaussianTransport, SinkhornTransport, SlicedTransport
+import esljax as esl
 
 
 def contenders(n: int, d: int) -> dict[str, Callable[[], object]]:
@@ -24,10 +24,10 @@ def contenders(n: int, d: int) -> dict[str, Callable[[], object]]:
     )
     cost = ((np.asarray(x, np.float64)[:, None] - np.asarray(y, np.float64)) ** 2).sum(-1)
     transports = {
-        "exact": ExactTransport(),
-        "Gaussian": GaussianTransport(),
-        "sliced, 100 directions": SlicedTransport(100, jax.random.key(0)),
-        "Sinkhorn, ε = .05 mean cost": SinkhornTransport(0.05 * cost.mean()),
+        "exact": esl.ExactTransport(),
+        "Gaussian": esl.GaussianTransport(),
+        "sliced, 100 directions": esl.SlicedTransport(100, jax.random.key(0)),
+        "Sinkhorn, ε = .05 mean cost": esl.SinkhornTransport(0.05 * cost.mean()),
     }
     calls = {}
     for name, transport in transports.items():

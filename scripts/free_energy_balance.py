@@ -24,12 +24,12 @@ LEAST_WIDTH = (1 + np.sqrt(5)) / 4
 
 def entropies(smoke: bool) -> dict[str, Any]:
     return {
-        "Gaussian": esl.GaussianEntropy(),
-        "along the velocity": esl.TransportedEntropy(esl.GaussianEntropy()),
-        "nearest neighbors": esl.NearestNeighborEntropy(),
-        "kernels": esl.KDEEntropy(),
-        "histogram": esl.HistogramEntropy(),
-        "flow": esl.FlowEntropy(jax.random.key(3), steps=5 if smoke else 500),
+        "Gaussian": esl.density.GaussianEntropy(),
+        "along the velocity": esl.density.TransportedEntropy(esl.density.GaussianEntropy()),
+        "nearest neighbors": esl.density.NearestNeighborEntropy(),
+        "kernels": esl.density.KDEEntropy(),
+        "histogram": esl.density.HistogramEntropy(),
+        "flow": esl.density.FlowEntropy(jax.random.key(3), steps=5 if smoke else 500),
     }
 
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             key=jax.random.key(5),
         )
         books = esl.free_energy(
-            path, potential, entropy=esl.GaussianEntropy(), velocity=esl.AffineVelocity()
+            path, potential, entropy=esl.density.GaussianEntropy(), velocity=esl.AffineVelocity()
         )
         limit = esl.speed_limit(
             path,

@@ -3,7 +3,7 @@
     python scripts/large_model.py [--smoke] [--hidden 32 150 440 960] [--members 8] [--out FILE.json]
 
 Digits, two hidden layers, 8 members, minibatches of 64, 50 steps, 10 links, `observe` = the outputs on 20 held-out images (200 numbers);
-`HessianAdjoint(checkpoint=True)`. Memory is the compiler's account of the program's temporary memory, what `esl.plan` foretold, and the
+`HessianAdjoint(recompute=True)`. Memory is the compiler's account of the program's temporary memory, what `esl.plan_memory` foretold, and the
 most that this process has held so far, whatever for.
 """
 
@@ -40,7 +40,7 @@ def row(hidden: int, members: int, steps: int, rounds: int) -> dict[str, float]:
     inputs, transport, adjoint = (
         data.test.inputs[:20],
         esl.ExactTransport(),
-        esl.HessianAdjoint(checkpoint=True),
+        esl.HessianAdjoint(recompute=True),
     )
 
     def observe(theta):
@@ -73,7 +73,7 @@ def row(hidden: int, members: int, steps: int, rounds: int) -> dict[str, float]:
             timing.seconds(lambda compiled=compiled: compiled(rates)) for _ in range(rounds)
         )
         numbers[f"{name}_megabytes"] = compiled.memory_analysis().temp_size_in_bytes / 1e6
-    planned = esl.plan(
+    planned = esl.plan_memory(
         potential,
         start,
         steps=steps,

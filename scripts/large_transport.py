@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import timing
 
-from esljax.transport import SinkhornTransport, Solution
+import esljax as esl
 
 HEADER = (
     "n",
@@ -38,10 +38,12 @@ def row(n: int, d: int, chunk: int, rounds: int) -> dict[str, float | bool]:
         + jnp.mean(jnp.sum(y**2, axis=1))
         - 2 * jnp.sum(jnp.mean(x, axis=0) * jnp.mean(y, axis=0))
     )
-    transport = SinkhornTransport(0.05 * mean_cost, chunk=chunk)
+    transport = esl.SinkhornTransport(0.05 * mean_cost, chunk=chunk)
 
-    def with_gradient(x: jax.Array, y: jax.Array) -> tuple[Solution, tuple[jax.Array, jax.Array]]:
-        def squared(x: jax.Array, y: jax.Array) -> tuple[jax.Array, Solution]:
+    def with_gradient(
+        x: jax.Array, y: jax.Array
+    ) -> tuple[esl.Solution, tuple[jax.Array, jax.Array]]:
+        def squared(x: jax.Array, y: jax.Array) -> tuple[jax.Array, esl.Solution]:
             solution = transport.solve(x, y)
             return solution.squared, solution
 
@@ -49,7 +51,7 @@ def row(n: int, d: int, chunk: int, rounds: int) -> dict[str, float | bool]:
         return solution, gradient
 
     numbers: dict[str, float | bool] = {"matrix_megabytes": 4e-6 * n**2}
-    solutions: list[Solution] = []
+    solutions: list[esl.Solution] = []
     for name, fn in (
         ("value", lambda x, y: (transport.solve(x, y), None)),
         ("gradient", with_gradient),

@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     for p in (2, 5):
         directions = esl.principal_directions(path.positions, p)
-        moments, whole = esl.Projected(gaussian, directions), esl.Projected(exact, directions)
+        moments, whole = (
+            esl.ProjectedTransport(gaussian, directions),
+            esl.ProjectedTransport(exact, directions),
+        )
         of_run = {"potential": potential}
         rows[f"{p} principal: chain of moments"] = (path, {"transport": moments})
         rows[f"{p} principal: affine velocity"] = (

@@ -28,11 +28,11 @@ def costs(
     """Milliseconds a run, in a study of `runs` seeds and in a loop over them."""
     rows = []
     for n in members:
-        study = esl.Study(base, grid={"members": [n], "seed": range(runs)})
+        study = esl.study.Study(base, grid={"members": [n], "seed": range(runs)})
 
         def in_study(study=study):
             with tempfile.TemporaryDirectory() as folder:
-                return esl.run_study(study, Path(folder) / "study.zarr")["gap"].values
+                return esl.study.run_study(study, Path(folder) / "study.zarr")["gap"].values
 
         def in_loop(study=study):
             outcomes = [esl.run(study.point(i)) for i in range(study.size)]
@@ -58,10 +58,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if arguments.smoke
         else ([0.05, 0.1, 0.2, 0.4, 0.8, 1.6], 60, (8, 16, 32))
     )
-    study = esl.Study(BASE, grid={"members": members, "rate": rates, "seed": range(seeds)})
+    study = esl.study.Study(BASE, grid={"members": members, "rate": rates, "seed": range(seeds)})
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        results = esl.run_study(study, arguments.store or Path(folder) / "study.zarr").load()
+        results = esl.study.run_study(study, arguments.store or Path(folder) / "study.zarr").load()
         wall = time.perf_counter() - started
     done = int((results["done"] == 1).sum())
     print(
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{'members':>8}{'rate':>8}{'Σ':>20}{'W2²':>20}{'gap':>20}{'accuracy':>20}")
     numbers = ("entropy_production", "w2_squared", "gap", "test_accuracy")
     table = []
-    for group in esl.summarize(results):
+    for group in esl.study.summarize(results):
         cells = {name: (group.means[name], group.errors[name]) for name in numbers}
         table.append({**group.settings, "runs": group.runs, **cells})
         told = "".join(f"{f'{mean:.4g} ± {error:.1g}':>20}" for mean, error in cells.values())

@@ -9,7 +9,7 @@ import jax
 import jaxtyping
 import pytest
 
-from esljax import InputError
+import esljax as esl
 
 # Several test processes share one accelerator: none may take all of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -47,10 +47,10 @@ def refused(request):
 
     def check(call, sentence):
         with pytest.raises(
-            (InputError, jaxtyping.TypeCheckError) if annotations else InputError
+            (esl.InputError, jaxtyping.TypeCheckError) if annotations else esl.InputError
         ) as caught:
             call()
-        if isinstance(caught.value, InputError):
+        if isinstance(caught.value, esl.InputError):
             said = str(caught.value)
             assert re.search(sentence, said)
             assert said.count(". ") == 0

@@ -143,7 +143,7 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         )
         found[f"{size} gradient network"] = np.asarray(slope(rates))
         # A recording lies nowhere in particular, and a run in an objective where the optimization is told to spread it.
-        recording = esl.recorded(found[f"{size} positions trap"])
+        recording = esl.from_snapshots(found[f"{size} positions trap"])
         report = esl.speed_limit(
             recording, transport=esl.GaussianTransport(), jackknife=0, mesh=mesh
         )
@@ -215,7 +215,7 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         directions = jax.device_put(jnp.eye(5)[:, :2], jax.devices()[5])
         paths = [simulate(trap, rates, points, esl.member_mesh(size)) for size in (8, 4)]
         report = esl.speed_limit(
-            paths, transport=esl.Projected(esl.GaussianTransport(), directions)
+            paths, transport=esl.ProjectedTransport(esl.GaussianTransport(), directions)
         )
         assert float(report.standard_error.gap) < 1e-5 < float(report.gap)
 

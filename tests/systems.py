@@ -8,18 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 
+import esljax as esl
 from esljax.gaussian import Law
-from esljax.potentials import DoubleWell, Quadratic
-from esljax.schedules import Constant, Cosine
-from esljax.simulation import Langevin
 
 
 @dataclass(frozen=True)
 class LinearSystem:
     """Linear drift from a Gaussian start: the law stays Gaussian."""
 
-    potential: Quadratic
-    rule: Langevin
+    potential: esl.Quadratic
+    rule: esl.Langevin
     law: Law
     steps: int
     entropy_production: float
@@ -41,19 +39,27 @@ def ornstein_uhlenbeck(d: int, steps: int) -> LinearSystem:
     sigma, length_squared, distance = (
         oracles.O1[d] if d in oracles.O1 else oracles.ornstein_uhlenbeck(1.0, 0.1, 1.0, 2.0, d, 1.0)
     )
-    rule = Langevin(Constant(1 / steps), 0.1)
+    rule = esl.Langevin(esl.Constant(1 / steps), 0.1)
     return LinearSystem(
-        Quadratic(1.0), rule, _start(d), steps, sigma, length_squared, distance, sigma, 1.0
+        esl.Quadratic(1.0), rule, _start(d), steps, sigma, length_squared, distance, sigma, 1.0
     )
 
 
 def cosine_decay(d: int, steps: int) -> LinearSystem:
     """O3: the same for U = 2, on a cosine."""
     dissipation, length_squared, distance = oracles.O3_PATH[d]
-    rule = Langevin(Cosine(4 / steps), 0.1)
+    rule = esl.Langevin(esl.Cosine(4 / steps), 0.1)
     sigma = oracles.O3_ENTROPY_PRODUCTION[d]["2(1+cos πs)"]
     return LinearSystem(
-        Quadratic(1.0), rule, _start(d), steps, sigma, length_squared, distance, dissipation, 2.0
+        esl.Quadratic(1.0),
+        rule,
+        _start(d),
+        steps,
+        sigma,
+        length_squared,
+        distance,
+        dissipation,
+        2.0,
     )
 
 
@@ -69,9 +75,9 @@ def non_symmetric(steps: int) -> LinearSystem:
         lambda s: 1.0,
         lambda s: 0.2,
     )
-    rule = Langevin(Constant(1 / steps), 0.2)
+    rule = esl.Langevin(esl.Constant(1 / steps), 0.2)
     return LinearSystem(
-        Quadratic(stiffness, center),
+        esl.Quadratic(stiffness, center),
         rule,
         law,
         steps,
@@ -93,8 +99,8 @@ class Translation:
     steps: int = 16
 
     @property
-    def potential(self) -> Quadratic:
-        return Quadratic(self.k)
+    def potential(self) -> esl.Quadratic:
+        return esl.Quadratic(self.k)
 
     @property
     def optimal_rates(self) -> np.ndarray:
@@ -114,8 +120,8 @@ class Wells:
     time: float = 0.6
 
     @property
-    def potential(self) -> DoubleWell:
-        return DoubleWell(self.barrier, self.width)
+    def potential(self) -> esl.DoubleWell:
+        return esl.DoubleWell(self.barrier, self.width)
 
     def start(self, members: int) -> np.ndarray:
         return np.linspace(-2.9, 2.3, members)[:, None]

@@ -7,23 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esljax.measures import speed_limit
-from esljax.potentials import FlaxLoss, mlp
+import esljax as esl
 from esljax.potentials.datasets import digits
-from esljax.schedules import Cosine
-from esljax.simulation import Langevin, simulate
-from esljax.transport import ExactTransport
 
 KEY = jax.random.key(0)
 
 
 def network(dtype):
-    return FlaxLoss(mlp(64, 32, 10), digits().train, batch_size=256, l2=1e-4, dtype=dtype)
+    return esl.FlaxLoss(
+        esl.potentials.mlp(64, 32, 10), digits().train, batch_size=256, l2=1e-4, dtype=dtype
+    )
 
 
 def measured(potential, start):
-    path = simulate(potential, Langevin(Cosine(0.5), 1e-7), start, steps=100, snapshots=10, key=KEY)
-    return path, speed_limit(path, transport=ExactTransport(), jackknife=0)
+    path = esl.simulate(
+        potential, esl.Langevin(esl.Cosine(0.5), 1e-7), start, steps=100, snapshots=10, key=KEY
+    )
+    return path, esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
 
 
 # Allowed to keep more digits than asked for, the compiler of a CPU leaves out most of the rounding.

@@ -16,13 +16,10 @@ import numpy as np
 import optax
 import pytest
 
-from esljax.files import TERMINATED, Checkpoints, Terminated, session
+import esljax as esl
+from esljax.files import TERMINATED, session
 from esljax.files import checkpoints as module
 from esljax.files.storage import versions
-from esljax.optimization import optimize
-from esljax.potentials import Quadratic
-from esljax.schedules import Constant, Cosine
-from esljax.simulation import Langevin, simulate
 
 PROGRAM = Path(__file__).with_name("checkpointed_program.py")
 KEY = jax.random.key(1)
@@ -30,10 +27,10 @@ START = np.asarray(jax.random.normal(jax.random.key(0), (6, 2)))
 
 
 def run(checkpoints=None, *, rule=None, start=START, potential=None, key=KEY, **settings):
-    potential = Quadratic(1.0) if potential is None else potential
-    rule = Langevin(Cosine(0.3), 0.1) if rule is None else rule
+    potential = esl.Quadratic(1.0) if potential is None else potential
+    rule = esl.Langevin(esl.Cosine(0.3), 0.1) if rule is None else rule
     settings = {"steps": 24, "snapshots": 6, **settings}
-    return simulate(potential, rule, start, key=key, checkpoints=checkpoints, **settings)
+    return esl.simulate(potential, rule, start, key=key, checkpoints=checkpoints, **settings)
 
 
 def same(one, other) -> None:
@@ -47,7 +44,9 @@ def noisy_parabola(x, key):
 
 def search(checkpoints=None, callback=None, objective=noisy_parabola, **settings):
     settings = {"iterations": 12, "key": KEY, **settings}
-    return optimize(objective, jnp.zeros(3), callback=callback, checkpoints=checkpoints, **settings)
+    return esl.optimize(
+        objective, jnp.zeros(3), callback=callback, checkpoints=checkpoints, **settings
+    )
 
 
 class Stop(Exception):
@@ -66,9 +65,9 @@ def stopped_at(iteration: int):
 
 
 def test_a_saved_run_is_the_run(tmp_path):
-    same(run(), run(Checkpoints(tmp_path / "run", every=0)))
+    same(run(), run(esl.Checkpoints(tmp_path / "run", every=0)))
     observed = {"observe": lambda member: member[:1] ** 2}
-    same(run(**observed), run(Checkpoints(tmp_path / "observed", every=0), **observed))
+    same(run(**observed), run(esl.Checkpoints(tmp_path / "observed", every=0), **observed))
 
 
 def test_a_run_of_many_snapshots_compiles_no_more_than_one_of_few(tmp_path, caplog):
@@ -77,20 +76,20 @@ def test_a_run_of_many_snapshots_compiles_no_more_than_one_of_few(tmp_path, capl
         caplog.clear()
         jax.clear_caches()
         with jax.log_compiles():
-            run(Checkpoints(tmp_path / f"{snapshots}", every=0), snapshots=snapshots)
+            run(esl.Checkpoints(tmp_path / f"{snapshots}", every=0), snapshots=snapshots)
         compiled.append(sum(record.message.startswith("Compiling") for record in caplog.records))
     assert compiled[0] == compiled[1] > 0
 
 
 def test_a_saved_search_is_the_search(tmp_path):
-    same(search(), search(Checkpoints(tmp_path, every=0)))
+    same(search(), search(esl.Checkpoints(tmp_path, every=0)))
 
 
 def test_a_run_goes_on_from_where_it_was(tmp_path, monkeypatch):
-    run(Checkpoints(tmp_path, every=0))
+    run(esl.Checkpoints(tmp_path, every=0))
     shutil.rmtree(tmp_path / "6")
     # What is taken up must be what was saved, not a run from the start: a saved state that is altered shows in the end.
-    resumed = Checkpoints(tmp_path, resume=True, every=0)
+    resumed = esl.Checkpoints(tmp_path, resume=True, every=0)
     same(run(), run(resumed))
     with session(resumed, {}) as opened:
         manager = opened._manager
@@ -106,10 +105,10 @@ def test_a_run_goes_on_from_where_it_was(tmp_path, monkeypatch):
 
 def test_a_search_goes_on_from_where_it_was(tmp_path):
     with pytest.raises(Stop):
-        search(Checkpoints(tmp_path, every=0), stopped_at(7))
+        search(esl.Checkpoints(tmp_path, every=0), stopped_at(7))
     seen = []
     resumed = search(
-        Checkpoints(tmp_path, resume=True, every=0), lambda at: seen.append(at.iteration)
+        esl.Checkpoints(tmp_path, resume=True, every=0), lambda at: seen.append(at.iteration)
     )
     same(search(), resumed)
     assert seen == [7, 8, 9, 10, 11]
@@ -125,18 +124,18 @@ def test_a_search_goes_on_from_where_it_was(tmp_path):
 )
 def test_a_search_without_constraints_goes_on(tmp_path, objective):
     with pytest.raises(Stop):
-        search(Checkpoints(tmp_path, every=0), stopped_at(7), objective)
+        search(esl.Checkpoints(tmp_path, every=0), stopped_at(7), objective)
     same(
         search(objective=objective),
-        search(Checkpoints(tmp_path, resume=True, every=0), objective=objective),
+        search(esl.Checkpoints(tmp_path, resume=True, every=0), objective=objective),
     )
 
 
 def test_an_optimizer_with_a_key_goes_on(tmp_path):
     settings = {"optimizer": optax.noisy_sgd(0.01, key=jax.random.key(5)), "iterations": 6}
     with pytest.raises(Stop):
-        search(Checkpoints(tmp_path, every=0), stopped_at(3), **settings)
-    same(search(**settings), search(Checkpoints(tmp_path, resume=True, every=0), **settings))
+        search(esl.Checkpoints(tmp_path, every=0), stopped_at(3), **settings)
+    same(search(**settings), search(esl.Checkpoints(tmp_path, resume=True, every=0), **settings))
 
 
 @pytest.mark.usefixtures("x64")
@@ -147,20 +146,20 @@ def test_a_history_comes_back_in_double_precision(tmp_path):
         return (noisy_parabola(x, key)[0].astype(jnp.float16), jnp.sum(x) - 5.0)
 
     with pytest.raises(Stop):
-        search(Checkpoints(tmp_path, every=0), stopped_at(7), objective)
+        search(esl.Checkpoints(tmp_path, every=0), stopped_at(7), objective)
     same(
         search(objective=objective),
-        search(Checkpoints(tmp_path, resume=True, every=0), objective=objective),
+        search(esl.Checkpoints(tmp_path, resume=True, every=0), objective=objective),
     )
 
 
 def test_a_finished_run_is_read_and_not_run_again(tmp_path):
-    first = search(Checkpoints(tmp_path, every=0))
-    same(first, search(Checkpoints(tmp_path, resume=True), stopped_at(0)))
+    first = search(esl.Checkpoints(tmp_path, every=0))
+    same(first, search(esl.Checkpoints(tmp_path, resume=True), stopped_at(0)))
 
 
 def test_checkpoints_wait_for_their_time(tmp_path):
-    run(Checkpoints(tmp_path, every=3600))
+    run(esl.Checkpoints(tmp_path, every=3600))
     assert [path.name for path in tmp_path.iterdir()] == ["6"]  # the last one is always kept
 
 
@@ -168,7 +167,7 @@ def test_checkpoints_wait_for_their_time(tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("part", ["state", "about"])
 def test_a_half_written_checkpoint_is_ignored_and_a_broken_one_passed_over(tmp_path, part):
-    run(Checkpoints(tmp_path, every=0))
+    run(esl.Checkpoints(tmp_path, every=0))
     # A writer that dies leaves folders of such names behind.
     for half in ("7.orbax-checkpoint-tmp", "5.orbax-checkpoint-tmp-1234"):
         shutil.copytree(tmp_path / "6", tmp_path / half)
@@ -176,20 +175,20 @@ def test_a_half_written_checkpoint_is_ignored_and_a_broken_one_passed_over(tmp_p
         if path.is_file():
             os.truncate(path, 0)
     with pytest.warns(RuntimeWarning, match="round 6 .* cannot be read and is passed over"):
-        same(run(), run(Checkpoints(tmp_path, resume=True, every=0)))
+        same(run(), run(esl.Checkpoints(tmp_path, resume=True, every=0)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "6"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_nothing_readable_is_refused(tmp_path, refused):
-    run(Checkpoints(tmp_path, every=0))
+    run(esl.Checkpoints(tmp_path, every=0))
     for folder in ("5", "6"):
         for path in (tmp_path / folder).rglob("*"):
             if path.is_file():
                 os.truncate(path, 0)
     with pytest.warns(RuntimeWarning, match="cannot be read"):
         refused(
-            lambda: run(Checkpoints(tmp_path, resume=True)),
+            lambda: run(esl.Checkpoints(tmp_path, resume=True)),
             "hold at least one checkpoint that can be read",
         )
 
@@ -197,9 +196,9 @@ def test_nothing_readable_is_refused(tmp_path, refused):
 @pytest.mark.parametrize(
     ("other", "sentence"),
     [
-        ({"rule": Langevin(Cosine(0.2), 0.1)}, "whose rule is Langevin"),
-        ({"rule": Langevin(Constant(0.3), 0.1)}, "whose rule is Langevin"),
-        ({"potential": Quadratic(2.0)}, "whose potential is Quadratic"),
+        ({"rule": esl.Langevin(esl.Cosine(0.2), 0.1)}, "whose rule is Langevin"),
+        ({"rule": esl.Langevin(esl.Constant(0.3), 0.1)}, "whose rule is Langevin"),
+        ({"potential": esl.Quadratic(2.0)}, "whose potential is Quadratic"),
         ({"start": START + 1}, "whose positions is float32"),
         ({"start": START[:4]}, r"whose positions is float32\[6, 2\] .*, not float32\[4, 2\]"),
         ({"key": jax.random.key(2)}, "whose key is"),
@@ -209,25 +208,25 @@ def test_nothing_readable_is_refused(tmp_path, refused):
     ],
 )
 def test_another_run_is_refused(tmp_path, refused, other, sentence):
-    run(Checkpoints(tmp_path, every=0))
-    refused(lambda: run(Checkpoints(tmp_path, resume=True), **other), sentence)
+    run(esl.Checkpoints(tmp_path, every=0))
+    refused(lambda: run(esl.Checkpoints(tmp_path, resume=True), **other), sentence)
 
 
 def test_another_version_is_refused(tmp_path, refused, monkeypatch):
-    run(Checkpoints(tmp_path))
+    run(esl.Checkpoints(tmp_path))
     monkeypatch.setattr(module, "versions", lambda: {**versions(), "jax": "0.1"})
     refused(
-        lambda: run(Checkpoints(tmp_path, resume=True)), "whose version of jax is .*, not '?0.1"
+        lambda: run(esl.Checkpoints(tmp_path, resume=True)), "whose version of jax is .*, not '?0.1"
     )
 
 
 def test_another_search_is_refused(tmp_path, refused):
-    search(Checkpoints(tmp_path))
+    search(esl.Checkpoints(tmp_path))
 
     def steeper(x, key):
         return 2 * noisy_parabola(x, key)[0]
 
-    again = Checkpoints(tmp_path, resume=True)
+    again = esl.Checkpoints(tmp_path, resume=True)
     refused(
         lambda: search(again, objective=steeper),
         "whose objective is noisy_parabola .*, not .*steeper",
@@ -236,27 +235,29 @@ def test_another_search_is_refused(tmp_path, refused):
 
 
 def test_bad_input_is_one_sentence(tmp_path, refused):
-    run(Checkpoints(tmp_path / "used"))
+    run(esl.Checkpoints(tmp_path / "used"))
     refused(
-        lambda: run(Checkpoints(tmp_path / "used")),
+        lambda: run(esl.Checkpoints(tmp_path / "used")),
         "be a folder without a run, or say resume=True .* come to round 6",
     )
     (tmp_path / "file").touch()
-    refused(lambda: Checkpoints(tmp_path / "file"), "`folder` must be a folder")
+    refused(lambda: esl.Checkpoints(tmp_path / "file"), "`folder` must be a folder")
     refused(
-        lambda: Checkpoints("gs://bucket/run"),
+        lambda: esl.Checkpoints("gs://bucket/run"),
         "`folder` must be a folder of a file system that is mounted here, but is gs:",
     )
-    refused(lambda: Checkpoints(tmp_path, every=-1), "`every` must be at least 0")
+    refused(lambda: esl.Checkpoints(tmp_path, every=-1), "`every` must be at least 0")
     refused(lambda: run(str(tmp_path)), "`checkpoints` must be Checkpoints")
     gradient = jax.grad(
-        lambda rate: jnp.sum(run(Checkpoints(tmp_path / "new"), rule=Langevin(rate, 0.1)).final)
+        lambda rate: jnp.sum(
+            run(esl.Checkpoints(tmp_path / "new"), rule=esl.Langevin(rate, 0.1)).final
+        )
     )
     refused(lambda: gradient(0.1), "left out inside jit, grad and vmap")
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path, refused):
-    again = Checkpoints(tmp_path, resume=True)
+    again = esl.Checkpoints(tmp_path, resume=True)
     with session(again, {}):
         refused(
             lambda: run(again),
@@ -269,7 +270,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path, refused):
 def test_what_was_killed_on_another_host_goes_on_on_this_one(tmp_path):
     """Nobody is there to delete the lock that it has left."""
     (tmp_path / ".lock").write_text('{"pid": 1, "host": "another"}')
-    run(Checkpoints(tmp_path, resume=True))
+    run(esl.Checkpoints(tmp_path, resume=True))
     assert [path.name for path in tmp_path.iterdir()] == ["6"]
 
 
@@ -279,12 +280,14 @@ def test_told_to_end_it_saves_and_ends(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated, match="Told to end after round 5; the run is saved") as ended:
-        search(Checkpoints(tmp_path, every=3600), callback)
+    with pytest.raises(
+        esl.Terminated, match="Told to end after round 5; the run is saved"
+    ) as ended:
+        search(esl.Checkpoints(tmp_path, every=3600), callback)
     assert ended.value.code == TERMINATED == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert [path.name for path in tmp_path.iterdir()] == ["5"]
-    same(search(), search(Checkpoints(tmp_path, resume=True)))
+    same(search(), search(esl.Checkpoints(tmp_path, resume=True)))
 
 
 def disturbed(monkeypatch, disturb):
@@ -301,14 +304,14 @@ def disturbed(monkeypatch, disturb):
 
 def test_told_to_end_during_the_last_save_it_ends(tmp_path, monkeypatch):
     disturbed(monkeypatch, lambda step: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(Terminated, match="Told to end; the run is saved"):
-        run(Checkpoints(tmp_path, every=3600))
+    with pytest.raises(esl.Terminated, match="Told to end; the run is saved"):
+        run(esl.Checkpoints(tmp_path, every=3600))
     monkeypatch.undo()
-    same(run(), run(Checkpoints(tmp_path, resume=True)))
+    same(run(), run(esl.Checkpoints(tmp_path, resume=True)))
 
 
 def test_told_to_end_while_a_finished_run_is_read_it_ends(tmp_path, monkeypatch):
-    run(Checkpoints(tmp_path))
+    run(esl.Checkpoints(tmp_path))
     restore = module.Session.restore
 
     def told(self, like):
@@ -316,18 +319,18 @@ def test_told_to_end_while_a_finished_run_is_read_it_ends(tmp_path, monkeypatch)
         return restore(self, like)
 
     monkeypatch.setattr(module.Session, "restore", told)
-    with pytest.raises(Terminated, match="Told to end; the run is saved"):
-        run(Checkpoints(tmp_path, resume=True))
+    with pytest.raises(esl.Terminated, match="Told to end; the run is saved"):
+        run(esl.Checkpoints(tmp_path, resume=True))
 
 
 def test_interrupted_while_it_saves_it_finishes_that_first(tmp_path, monkeypatch):
     disturbed(monkeypatch, lambda step: step == 5 and os.kill(os.getpid(), signal.SIGINT))
-    found = search(Checkpoints(tmp_path, every=0))
+    found = search(esl.Checkpoints(tmp_path, every=0))
     assert found.interrupted
     assert len(found.history.value) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
     monkeypatch.undo()
-    same(search(), search(Checkpoints(tmp_path, resume=True)))
+    same(search(), search(esl.Checkpoints(tmp_path, resume=True)))
 
 
 def test_a_full_disk_does_not_end_the_search(tmp_path, monkeypatch):
@@ -341,7 +344,7 @@ def test_a_full_disk_does_not_end_the_search(tmp_path, monkeypatch):
         RuntimeWarning,
         match="^The checkpoint of round .* cannot be written: No space left on device$",
     ) as warned:
-        same(search(), search(Checkpoints(tmp_path, every=0)))
+        same(search(), search(esl.Checkpoints(tmp_path, every=0)))
     assert [re.search(r"round (\d+)", str(warning.message)).group(1) for warning in warned] == [
         "5",
         "6",
@@ -349,7 +352,7 @@ def test_a_full_disk_does_not_end_the_search(tmp_path, monkeypatch):
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "11"]
     monkeypatch.undo()
-    same(search(), search(Checkpoints(tmp_path, resume=True)))
+    same(search(), search(esl.Checkpoints(tmp_path, resume=True)))
 
 
 @pytest.mark.parametrize(("told", "failing"), [(3, 4), (12, 12)])
@@ -364,9 +367,9 @@ def test_told_to_end_on_a_full_disk_it_says_how_far_it_came(tmp_path, monkeypatc
     left = f"goes on from round {failing - 1}, which is saved"
     with (
         pytest.warns(RuntimeWarning, match=f"round {failing} .* cannot be written"),
-        pytest.raises(Terminated, match=left),
+        pytest.raises(esl.Terminated, match=left),
     ):
-        search(Checkpoints(tmp_path, every=0))
+        search(esl.Checkpoints(tmp_path, every=0))
 
 
 def test_interrupted_it_saves_and_gives_the_best_so_far(tmp_path):
@@ -374,8 +377,8 @@ def test_interrupted_it_saves_and_gives_the_best_so_far(tmp_path):
         if seen.iteration == 4:
             raise KeyboardInterrupt
 
-    assert search(Checkpoints(tmp_path, every=3600), callback).interrupted
-    same(search(), search(Checkpoints(tmp_path, resume=True)))
+    assert search(esl.Checkpoints(tmp_path, every=3600), callback).interrupted
+    same(search(), search(esl.Checkpoints(tmp_path, resume=True)))
 
 
 @pytest.mark.parametrize("saved", [False, True])
@@ -392,13 +395,15 @@ def test_interrupted_in_the_first_iteration_it_gives_the_start(
     def alone(x, key):
         return noisy_parabola(x, key)[0]
 
-    found = search(Checkpoints(tmp_path) if saved else None, interrupt, alone)
+    found = search(esl.Checkpoints(tmp_path) if saved else None, interrupt, alone)
     assert found.interrupted
     assert len(found.history.value) == (from_where == "callback")
     assert found.history.residuals.shape[1] == 0
     monkeypatch.undo()
     if saved:
-        same(search(objective=alone), search(Checkpoints(tmp_path, resume=True), objective=alone))
+        same(
+            search(objective=alone), search(esl.Checkpoints(tmp_path, resume=True), objective=alone)
+        )
 
 
 # In processes that are really killed

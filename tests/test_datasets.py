@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from esljax import datasets
+import esljax as esl
 
 # Each with numbers unlike its defaults: (make, examples, features, classes).
 DATASETS = {
-    "digits": (datasets.digits, 1797, 64, 10),
-    "moons": (lambda **options: datasets.two_moons(samples=203, noise=0.2, **options), 203, 2, 2),
+    "digits": (esl.datasets.digits, 1797, 64, 10),
+    "moons": (
+        lambda **options: esl.datasets.two_moons(samples=203, noise=0.2, **options),
+        203,
+        2,
+        2,
+    ),
     "teacher": (
-        lambda **options: datasets.teacher(samples=301, features=7, classes=4, hidden=5, **options),
+        lambda **options: esl.datasets.teacher(
+            samples=301, features=7, classes=4, hidden=5, **options
+        ),
         301,
         7,
         4,
@@ -64,10 +71,10 @@ def test_double_precision_where_it_is_asked_for(name, x64):
 
 def test_digits_are_all_there_once_and_shuffled():
     bunch = sklearn.datasets.load_digits()
-    data = datasets.digits(seed=5)
+    data = esl.datasets.digits(seed=5)
     together = jax.tree.map(lambda *parts: jnp.concatenate(parts), data.train, data.test)
     np.testing.assert_allclose(
-        rows(together), rows(datasets.Examples(bunch.data / 16, bunch.target)), rtol=1e-7
+        rows(together), rows(esl.datasets.Examples(bunch.data / 16, bunch.target)), rtol=1e-7
     )
     assert (float(together.inputs.min()), float(together.inputs.max())) == (0.0, 1.0)
     # The file runs 0, 1, ..., 9 again and again; a split without a shuffle would show it.
@@ -90,7 +97,7 @@ def test_splits_are_disjoint_and_complete(name, fraction):
 
 
 def test_moons_are_two_half_circles():
-    inputs, labels = datasets.two_moons(samples=400, noise=0.0, test_fraction=0.1).train
+    inputs, labels = esl.datasets.two_moons(samples=400, noise=0.0, test_fraction=0.1).train
     centers = np.array([[0.0, 0.0], [1.0, 0.5]])[labels]
     np.testing.assert_allclose(np.linalg.norm(inputs - centers, axis=1), 1, rtol=1e-5)
     assert bool(
@@ -99,7 +106,7 @@ def test_moons_are_two_half_circles():
             == (np.asarray(labels) == 0) | (np.abs(inputs - centers)[:, 1] < 1e-6)
         )
     )
-    noisy = datasets.two_moons(samples=4000, noise=0.2, seed=1, test_fraction=0.1).train
+    noisy = esl.datasets.two_moons(samples=4000, noise=0.2, seed=1, test_fraction=0.1).train
     radial = np.linalg.norm(noisy.inputs - np.array([[0.0, 0.0], [1.0, 0.5]])[noisy.labels], axis=1)
     # To first order in the noise the radius scatters by its standard deviation, to second its mean moves by noise²/2.
     assert abs(radial.std() / 0.2 - 1) < 5 / np.sqrt(2 * 3600) + 0.02
@@ -107,7 +114,7 @@ def test_moons_are_two_half_circles():
 
 
 def test_the_teacher_can_be_learned_and_its_inputs_are_standard_normal():
-    inputs, labels = datasets.teacher(samples=4000, features=6, classes=3).train
+    inputs, labels = esl.datasets.teacher(samples=4000, features=6, classes=3).train
     assert abs(float(inputs.mean())) < 5 / np.sqrt(inputs.size)
     assert abs(float(inputs.var()) - 1) < 5 * np.sqrt(2 / inputs.size)
     # Labels depend on the inputs: the nearest neighbor knows them far above chance, 1/3 or the largest class.
@@ -122,41 +129,47 @@ def test_the_teacher_can_be_learned_and_its_inputs_are_standard_normal():
     ("call", "sentence"),
     [
         (
-            lambda: datasets.digits(test_fraction=0.0),
+            lambda: esl.datasets.digits(test_fraction=0.0),
             r"`test_fraction` must leave both splits of 1797 examples non-empty, but is 0\.0\.",
         ),
         (
-            lambda: datasets.digits(test_fraction=1.0),
+            lambda: esl.datasets.digits(test_fraction=1.0),
             r"`test_fraction` must leave both splits of 1797 examples non-empty, but is 1\.0\.",
         ),
-        (lambda: datasets.digits(test_fraction=np.nan), r"`test_fraction` must .*, but is nan\."),
-        (lambda: datasets.digits(seed=-1), r"`seed` must be an integer of at least 0, but is -1\."),
         (
-            lambda: datasets.two_moons(samples=1),
+            lambda: esl.datasets.digits(test_fraction=np.nan),
+            r"`test_fraction` must .*, but is nan\.",
+        ),
+        (
+            lambda: esl.datasets.digits(seed=-1),
+            r"`seed` must be an integer of at least 0, but is -1\.",
+        ),
+        (
+            lambda: esl.datasets.two_moons(samples=1),
             r"`samples` must be an integer of at least 2, but is 1\.",
         ),
         (
-            lambda: datasets.two_moons(noise=-0.1),
+            lambda: esl.datasets.two_moons(noise=-0.1),
             r"`noise` must be at least 0 and not NaN, but has the value -0\.1\.",
         ),
         (
-            lambda: datasets.two_moons(seed=0.5),
+            lambda: esl.datasets.two_moons(seed=0.5),
             r"`seed` must be an integer of at least 0, but is 0\.5\.",
         ),
         (
-            lambda: datasets.teacher(classes=1),
+            lambda: esl.datasets.teacher(classes=1),
             r"`classes` must be an integer of at least 2, but is 1\.",
         ),
         (
-            lambda: datasets.teacher(features=0),
+            lambda: esl.datasets.teacher(features=0),
             r"`features` must be an integer of at least 1, but is 0\.",
         ),
         (
-            lambda: datasets.teacher(hidden=0),
+            lambda: esl.datasets.teacher(hidden=0),
             r"`hidden` must be an integer of at least 1, but is 0\.",
         ),
         (
-            lambda: datasets.teacher(seed=-1),
+            lambda: esl.datasets.teacher(seed=-1),
             r"`seed` must be an integer of at least 0, but is -1\.",
         ),
     ],

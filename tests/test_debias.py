@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from esljax.measures import average, speed_limit
+import esljax as esl
 from esljax.measures.chain import chain, distances
-from esljax.simulation import recorded
-from esljax.transport import ExactTransport, GaussianTransport
-from esljax.velocity import TransportVelocity
 
 KEY = jax.random.key(0)
 DEBIASED = (
@@ -51,16 +48,16 @@ def test_two_samples_of_one_law(n, d, plug_in, repetitions):
     @jax.jit
     def pairs(keys):
         def one(key):
-            return speed_limit(
-                recorded(jax.random.normal(key, (2, n, d))),
-                transport=ExactTransport(),
+            return esl.speed_limit(
+                esl.from_snapshots(jax.random.normal(key, (2, n, d))),
+                transport=esl.ExactTransport(),
                 debias=True,
                 jackknife=0,
             )
 
         return jax.lax.map(one, keys)
 
-    mean = average(pairs(jax.random.split(KEY, repetitions)))
+    mean = esl.measures.average(pairs(jax.random.split(KEY, repetitions)))
     error = mean.standard_error
     assert (
         abs(float(mean.w2_squared) - plug_in) < 5 * float(error.w2_squared) + 0.005
@@ -76,18 +73,20 @@ def test_two_samples_of_one_law(n, d, plug_in, repetitions):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "transport", [ExactTransport(), GaussianTransport()], ids=["exact", "gaussian"]
+    "transport", [esl.ExactTransport(), esl.GaussianTransport()], ids=["exact", "gaussian"]
 )
 def test_members_that_move_together(transport):
     """W2²(x, y + c) = W2²(x, y) + 2c·(ȳ - x̄) + c² for any two samples, so a translation loses all its bias; standing still is one by 0."""
-    along = np.array([3.0]) if isinstance(transport, ExactTransport) else np.array([1.0, 2.0, -2.0])
+    along = (
+        np.array([3.0]) if isinstance(transport, esl.ExactTransport) else np.array([1.0, 2.0, -2.0])
+    )
     cloud = np.random.default_rng(0).normal(size=(12, len(along)))
     moved, times = np.array([0, 1, 1, 4.0]), np.array([0, 0.2, 0.5, 1])
-    path = recorded(cloud + moved[:, None, None] * along, times)
+    path = esl.from_snapshots(cloud + moved[:, None, None] * along, times)
     sigma, whole = eqx.filter_jit(debiased)(path, transport)
     np.testing.assert_allclose(sigma, 9 * np.sum(np.diff(moved) ** 2 / np.diff(times)), rtol=1e-10)
     np.testing.assert_allclose(whole, 9 * 16, rtol=1e-10)
-    report = speed_limit(path, transport=transport, debias=True)
+    report = esl.speed_limit(path, transport=transport, debias=True)
     np.testing.assert_allclose(report.debiased_gap, sigma - whole, rtol=1e-10)
     for name in DEBIASED[:3]:  # whoever is left out, the translation is the same
         assert float(getattr(report.standard_error, name)) < 1e-10
@@ -99,7 +98,7 @@ def test_by_hand():
     positions, times, squared = (
         wandering(10, d=1),
         np.array([0, 0.1, 0.4, 0.6, 1]),
-        ExactTransport().squared,
+        esl.ExactTransport().squared,
     )
     half, other = positions[:, ::2], positions[:, 1::2]
 
@@ -108,7 +107,7 @@ def test_by_hand():
         return float(across - squared(half[i], other[i]) / 2 - squared(half[j], other[j]) / 2)
 
     sigma = sum(between(j, j + 1) / (times[j + 1] - times[j]) for j in range(4))
-    found = eqx.filter_jit(debiased)(recorded(positions, times), ExactTransport())
+    found = eqx.filter_jit(debiased)(esl.from_snapshots(positions, times), esl.ExactTransport())
     np.testing.assert_allclose(found, (sigma, between(0, 4)), rtol=1e-10)
 
 
@@ -119,9 +118,9 @@ def test_by_hand():
 def test_an_odd_member_has_no_half_to_be_in():
     positions = wandering(9, d=1)
     report, even = (
-        speed_limit(
-            recorded(positions[:, :n]),
-            transport=ExactTransport(),
+        esl.speed_limit(
+            esl.from_snapshots(positions[:, :n]),
+            transport=esl.ExactTransport(),
             debias=True,
             jackknife=0 if n == 8 else 32,
         )
@@ -135,7 +134,10 @@ def test_an_odd_member_has_no_half_to_be_in():
     assert report.freedom == 3
     kept = [np.delete(positions, [2 * i, 2 * i + 1], axis=1) for i in range(4)]
     left = [
-        speed_limit(recorded(x), transport=ExactTransport(), debias=True, jackknife=0) for x in kept
+        esl.speed_limit(
+            esl.from_snapshots(x), transport=esl.ExactTransport(), debias=True, jackknife=0
+        )
+        for x in kept
     ]
     for name in (*DEBIASED, "entropy_production"):
         values = np.array([float(getattr(one, name)) for one in left])
@@ -148,7 +150,9 @@ def test_an_odd_member_has_no_half_to_be_in():
     [(2, "none"), (3, "none"), (5, "none"), (6, "jackknife over 3 groups of 2 of 6 members")],
 )
 def test_few_members(n, errors):
-    report = speed_limit(recorded(wandering(n, d=1)), transport=ExactTransport(), debias=True)
+    report = esl.speed_limit(
+        esl.from_snapshots(wandering(n, d=1)), transport=esl.ExactTransport(), debias=True
+    )
     assert np.isfinite(float(report.debiased_gap))
     assert report.errors == errors
 
@@ -169,8 +173,12 @@ def test_jackknife_errors_are_the_spread_over_repetitions(speed, groups):
     @jax.jit
     def reports(keys):
         def one(key):
-            path = recorded(centers + jnp.cumsum(jax.random.normal(key, (5, n, 2)), axis=0))
-            return speed_limit(path, transport=GaussianTransport(), debias=True, jackknife=groups)
+            path = esl.from_snapshots(
+                centers + jnp.cumsum(jax.random.normal(key, (5, n, 2)), axis=0)
+            )
+            return esl.speed_limit(
+                path, transport=esl.GaussianTransport(), debias=True, jackknife=groups
+            )
 
         return jax.lax.map(one, keys)
 
@@ -188,7 +196,9 @@ def test_jackknife_errors_are_the_spread_over_repetitions(speed, groups):
 
 @pytest.fixture(scope="module")
 def report():
-    return speed_limit(recorded(wandering(16, links=6)), transport=GaussianTransport(), debias=True)
+    return esl.speed_limit(
+        esl.from_snapshots(wandering(16, links=6)), transport=esl.GaussianTransport(), debias=True
+    )
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 5, 8, 31, 1000])
@@ -232,14 +242,14 @@ def test_ends_by_hand(report):
 
 def test_ends_with_a_velocity():
     """A Σ that is itself a lower bound stands in for the debiased chain below; above stays the chain, with what its spacing hides."""
-    path = recorded(wandering(16, links=6))
-    report = speed_limit(
+    path = esl.from_snapshots(wandering(16, links=6))
+    report = esl.speed_limit(
         path,
-        transport=GaussianTransport(),
-        velocity=TransportVelocity(GaussianTransport()),
+        transport=esl.GaussianTransport(),
+        velocity=esl.TransportVelocity(esl.GaussianTransport()),
         debias=True,
     )
-    chain = speed_limit(path, transport=GaussianTransport(), debias=True)
+    chain = esl.speed_limit(path, transport=esl.GaussianTransport(), debias=True)
     assert float(report.entropy_production) != pytest.approx(
         float(chain.entropy_production), rel=1e-2
     )
@@ -252,10 +262,12 @@ def test_ends_with_a_velocity():
 
 def test_spacing_hides_nothing_where_nothing_tells():
     """One link less and there is no coarser chain; and a coarser chain that is higher hides nothing."""
-    odd = speed_limit(recorded(wandering(8, links=5)), transport=GaussianTransport(), debias=True)
+    odd = esl.speed_limit(
+        esl.from_snapshots(wandering(8, links=5)), transport=esl.GaussianTransport(), debias=True
+    )
     assert float(odd.hidden_by_spacing) == 0
-    higher = speed_limit(
-        recorded(wandering(8, links=4)), transport=GaussianTransport(), debias=True
+    higher = esl.speed_limit(
+        esl.from_snapshots(wandering(8, links=4)), transport=esl.GaussianTransport(), debias=True
     )
     higher = dataclasses.replace(higher, entropy_production_coarse=2 * higher.entropy_production)
     assert float(higher.hidden_by_spacing) == 0
@@ -265,7 +277,7 @@ def test_spacing_hides_nothing_where_nothing_tells():
 
 
 def test_without_splitting_the_gap_is_about_itself():
-    plain = speed_limit(recorded(wandering(16)), transport=GaussianTransport())
+    plain = esl.speed_limit(esl.from_snapshots(wandering(16)), transport=esl.GaussianTransport())
     assert plain.debiased_gap is None
     assert plain.gap_lower is None
     assert plain.gap_upper is None
@@ -282,7 +294,9 @@ def test_bad_input(report, refused):
             f"Argument `level` must lie between 0 and 1, but is {said}.",
         )
     refused(lambda: report.interval("Σ"), "Argument `name` must be one of 'entropy_production'")
-    bare = speed_limit(recorded(wandering(16)), transport=GaussianTransport(), jackknife=0)
+    bare = esl.speed_limit(
+        esl.from_snapshots(wandering(16)), transport=esl.GaussianTransport(), jackknife=0
+    )
     refused(
         lambda: bare.interval("gap"),
         "Argument `name` must be a number that the report has a standard error of, but is 'gap'",

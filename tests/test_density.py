@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from esljax.density import FlowDensity, GaussianDensity, HistogramDensity, KernelDensity
+import esljax as esl
 
 # Every class. Functions, so that no array is made before a test chooses its precision.
 DENSITIES = {
-    "gaussian": lambda: GaussianDensity(),
-    "kernels": lambda: KernelDensity(),
-    "kernels for a score": lambda: KernelDensity(for_score=True),
-    "histogram": lambda: HistogramDensity(),
-    "flow": lambda: FlowDensity(jax.random.key(0), layers=1, width=2, steps=2),
+    "gaussian": lambda: esl.density.GaussianDensity(),
+    "kernels": lambda: esl.density.KDEDensity(),
+    "kernels for a score": lambda: esl.density.KDEDensity(for_score=True),
+    "histogram": lambda: esl.density.HistogramDensity(),
+    "flow": lambda: esl.density.FlowDensity(jax.random.key(0), layers=1, width=2, steps=2),
 }
 # The flow compiles for tens of seconds.
 every = pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_the_density_adds_up_to_one(name, x64):
 
 def test_the_gaussian_is_scipy_s(x64):
     x = np.random.default_rng(0).gamma(4.0, size=(50, 1))
-    law = GaussianDensity().fit(jnp.asarray(x))
+    law = esl.density.GaussianDensity().fit(jnp.asarray(x))
     truth = scipy.stats.norm(x.mean(), x.std())
     np.testing.assert_allclose(law.log_density(jnp.array([3.0])), truth.logpdf(3.0), rtol=1e-12)
     np.testing.assert_allclose(
@@ -147,7 +147,7 @@ def test_the_gaussian_is_scipy_s(x64):
 
 def test_kernels_are_scipy_s(x64):
     x = np.asarray(skewed(2000, dtype=np.float64))
-    law = KernelDensity().fit(jnp.asarray(x))
+    law = esl.density.KDEDensity().fit(jnp.asarray(x))
     # SciPy divides the covariance by n - 1; shrinkage moves correlations by about 1/n.
     truth = scipy.stats.gaussian_kde(x.T, bw_method=float(law.bandwidth) * np.sqrt(1999 / 2000))
     at = x[:20] + 0.3
@@ -163,10 +163,10 @@ def test_the_bandwidth_follows_the_modes(modes):
     x = rng.normal(size=(2000, 1)) + (
         rng.choice([-4.0, 4.0], size=(2000, 1)) if modes == 2 else 0.0
     )
-    law = KernelDensity().fit(x.astype(np.float32))
+    law = esl.density.KDEDensity().fit(x.astype(np.float32))
     silverman = (4 / (3 * 2000 / modes)) ** 0.2
     assert 0.6 < float(law.bandwidth) * float(x.std()) / silverman < 1.6
-    wide = KernelDensity(for_score=True).fit(x.astype(np.float32))
+    wide = esl.density.KDEDensity(for_score=True).fit(x.astype(np.float32))
     np.testing.assert_allclose(
         wide.bandwidth / law.bandwidth,
         (4 / 5 / 2000) ** (1 / 7) / (4 / 3 / 2000) ** (1 / 5),
@@ -187,7 +187,7 @@ def test_the_score_of_a_skewed_law(name):
 def test_a_histogram_counts(x64):
     """By hand: ⌈2 · 8^{1/3}⌉ = 4 bins of width 2 hold 5, 2, 0 and 1 members."""
     x = jnp.asarray([[0.0], [0.5], [1.0], [1.5], [1.9], [2.0], [3.0], [8.0]])
-    law = HistogramDensity().fit(x)
+    law = esl.density.HistogramDensity().fit(x)
     np.testing.assert_array_equal(law.counts, [5, 2, 0, 1])
     for at, count in ((1.99, 5), (2.0, 2), (5.0, 0), (8.0, 1)):
         np.testing.assert_allclose(law.log_density(jnp.array([at])), np.log((count + 0.5) / 10 / 2))
@@ -199,7 +199,7 @@ def test_the_score_of_a_histogram_is_that_of_a_parabola(x64):
     """A spline through counts whose logarithm is a parabola along each axis: the score itself, continuous at the edges of bins."""
     axis = np.arange(8) + 0.5
     logs = -((axis[:, None] - 3.0) ** 2) / 4 - (axis - 5.0) ** 2 / 6
-    law = HistogramDensity().fit(skewed(40, dtype=np.float64))
+    law = esl.density.HistogramDensity().fit(skewed(40, dtype=np.float64))
     table = (jnp.exp(jnp.asarray(logs)) - 0.5, jnp.array([1.0, 2.0]), jnp.array([0.5, 2.0]))
     law = eqx.tree_at(lambda law: (law.counts, law.lower, law.width), law, table)
     for u, v in ((2.2, 3.7), (4.0, 3.0), (4.0 - 1e-9, 6.999), (5.5, 2.5)):
@@ -229,10 +229,10 @@ def test_a_short_flow_gains_on_its_start():
         np.random.default_rng(seed).gamma(1.0, size=(400, 1)).astype(np.float32)
         for seed in range(2)
     )
-    density = FlowDensity(jax.random.key(0), layers=1, width=4, steps=200)
+    density = esl.density.FlowDensity(jax.random.key(0), layers=1, width=4, steps=200)
     law = density.fit(x)
     gained = np.mean(jax.vmap(law.log_density)(fresh)) - np.mean(
-        jax.vmap(GaussianDensity().fit(x).log_density)(fresh)
+        jax.vmap(esl.density.GaussianDensity().fit(x).log_density)(fresh)
     )
     # The exponential law has entropy 1, its Gaussian 1.419.
     assert gained > 0.2
@@ -244,7 +244,7 @@ def test_a_flow_keeps_what_is_likely_for_members_it_was_not_fitted_to():
     x, fresh = (
         np.random.default_rng(seed).normal(size=(80, 5)).astype(np.float32) for seed in range(2)
     )
-    law = FlowDensity(jax.random.key(0), steps=300).fit(x)
+    law = esl.density.FlowDensity(jax.random.key(0), steps=300).fit(x)
     assert np.mean(jax.vmap(law.log_density)(fresh)) > -5 * 1.4189 - 1.0
 
 
@@ -253,14 +253,19 @@ def test_a_flow_keeps_what_is_likely_for_members_it_was_not_fitted_to():
 
 def test_bad_input_is_refused(refused):
     refused(
-        lambda: KernelDensity().fit(jnp.ones((4, 4, 4))), r"`positions` must have shape \(n, d\)"
+        lambda: esl.density.KDEDensity().fit(jnp.ones((4, 4, 4))),
+        r"`positions` must have shape \(n, d\)",
     )
     refused(
-        lambda: KernelDensity().fit(jnp.ones((3, 1))), "`positions` must hold at least 4 members"
+        lambda: esl.density.KDEDensity().fit(jnp.ones((3, 1))),
+        "`positions` must hold at least 4 members",
     )
-    refused(lambda: KernelDensity().fit(jnp.full((4, 1), jnp.nan)), "`positions` must be finite")
     refused(
-        lambda: HistogramDensity().fit(skewed(40, d=4)),
+        lambda: esl.density.KDEDensity().fit(jnp.full((4, 1), jnp.nan)),
+        "`positions` must be finite",
+    )
+    refused(
+        lambda: esl.density.HistogramDensity().fit(skewed(40, d=4)),
         "`positions` must have at most 3 coordinates per member .* \\(40, 4\\)",
     )
     for name in ("gaussian", "kernels"):
@@ -268,11 +273,17 @@ def test_bad_input_is_refused(refused):
             lambda name=name: DENSITIES[name]().fit(jnp.ones((8, 2))),
             "`positions` must be spread out",
         )
-    refused(lambda: FlowDensity(0), "`key` must be made by `jax.random.key`")
-    refused(lambda: FlowDensity(jax.random.key(0), layers=0), "`layers` must be an integer")
-    refused(lambda: FlowDensity(jax.random.key(0), width=0), "`width` must be an integer")
-    refused(lambda: FlowDensity(jax.random.key(0), steps=0), "`steps` must be an integer")
+    refused(lambda: esl.density.FlowDensity(0), "`key` must be made by `jax.random.key`")
     refused(
-        lambda: FlowDensity(jax.random.key(0), learning_rate=0.0),
+        lambda: esl.density.FlowDensity(jax.random.key(0), layers=0), "`layers` must be an integer"
+    )
+    refused(
+        lambda: esl.density.FlowDensity(jax.random.key(0), width=0), "`width` must be an integer"
+    )
+    refused(
+        lambda: esl.density.FlowDensity(jax.random.key(0), steps=0), "`steps` must be an integer"
+    )
+    refused(
+        lambda: esl.density.FlowDensity(jax.random.key(0), learning_rate=0.0),
         "`learning_rate` must be greater than 0",
     )

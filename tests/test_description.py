@@ -18,10 +18,8 @@ import optax
 import pytest
 from flax import nnx
 
+import esljax as esl
 from esljax.files.description import describe
-from esljax.potentials import AbstractPotential, FlaxLoss, FromFunction
-from esljax.sharding import member_mesh
-from esljax.simulation import Langevin
 
 
 def function(*held, power=2):
@@ -61,7 +59,7 @@ def potential(power):
     def steep(x):
         return jnp.sum(x**power)
 
-    class Steep(AbstractPotential):
+    class Steep(esl.AbstractPotential):
         conservative = True
 
         def draw(self, key, steps):
@@ -84,7 +82,7 @@ def network(bend):
         def __call__(self, x):
             return bend(self.layer(x))
 
-    return FlaxLoss(Network(nnx.Rngs(0)), (jnp.ones((4, 2)), jnp.array([0, 1, 0, 1])))
+    return esl.FlaxLoss(Network(nnx.Rngs(0)), (jnp.ones((4, 2)), jnp.array([0, 1, 0, 1])))
 
 
 def script(text, name="__main__", **others):
@@ -153,7 +151,7 @@ through = "from jax import numpy\ndef objective(x):\n    return mine.SCALE * x"
         (potential(4), potential(6)),
         (network(jnp.tanh), network(jnp.sin)),
         (backward(1.0), backward(2.0)),
-        (FromFunction(function(1.0)), FromFunction(function(3.0))),
+        (esl.FromFunction(function(1.0)), esl.FromFunction(function(3.0))),
         (
             eqx.nn.MLP(2, 1, 4, 1, jax.nn.relu, key=jax.random.key(0)),
             eqx.nn.MLP(2, 1, 4, 1, jax.nn.tanh, key=jax.random.key(0)),
@@ -191,7 +189,7 @@ def nested(depth):
     "make",
     [
         lambda: function(1.0, [2, {3}]),
-        lambda: FromFunction(function(1.0)),
+        lambda: esl.FromFunction(function(1.0)),
         lambda: optax.inject_hyperparams(optax.adam)(learning_rate=0.1),
         lambda: jax.jit(function(1.0)),
         lambda: eqx.filter_jit(function(1.0)),
@@ -201,7 +199,7 @@ def nested(depth):
         lambda: loading("SCALE = 1.0\nOTHER = object()"),
         lambda: {"a": 1.0, 0: 2.0},
         lambda: nested(5000),
-        lambda: Loss(Loss(Langevin(0.1, 0.2))),
+        lambda: Loss(Loss(esl.Langevin(0.1, 0.2))),
     ],
 )
 def test_the_same_made_twice_is_the_same(make):
@@ -224,8 +222,8 @@ def test_what_does_not_change_numbers_does_not_count():
 def test_the_devices_do_not_count():
     """A run goes on on others, or on a single one, where there is no mesh at all."""
     places = (
-        member_mesh(),
-        member_mesh().abstract_mesh,
+        esl.member_mesh(),
+        esl.member_mesh().abstract_mesh,
         jax.devices()[0],
         jnp.zeros(2).sharding,
         None,
@@ -251,7 +249,7 @@ def test_what_is_looked_up_once_does_not_count():
 
 HASHED = """
 import enum, functools, optax
-from esljax.description import describe
+from esljax.files.description import describe
 
 NAMES = {"sgd", "adam", "lion", "muon"}
 

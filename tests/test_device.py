@@ -8,13 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esljax.experiment import plan
-from esljax.measures import speed_limit
-from esljax.potentials import FlaxLoss, Quadratic, mlp
+import esljax as esl
 from esljax.potentials.datasets import digits
-from esljax.schedules import Knots
-from esljax.simulation import Langevin, simulate
-from esljax.transport import ExactTransport, GaussianTransport, SinkhornTransport, SlicedTransport
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,11 +19,11 @@ pytestmark = [
 KEY = jax.random.key(0)
 RATES = jnp.array([0.1, 0.2, 0.3])
 TRANSPORTS = {
-    "exact": ExactTransport(),
-    "gaussian": GaussianTransport(),
-    "sliced": SlicedTransport(10, jax.random.key(1)),
-    "sinkhorn": SinkhornTransport(1.0),
-    "sinkhorn in blocks": SinkhornTransport(1.0, chunk=16),
+    "exact": esl.ExactTransport(),
+    "gaussian": esl.GaussianTransport(),
+    "sliced": esl.SlicedTransport(10, jax.random.key(1)),
+    "sinkhorn": esl.SinkhornTransport(1.0),
+    "sinkhorn in blocks": esl.SinkhornTransport(1.0, chunk=16),
 }
 
 
@@ -58,20 +53,27 @@ def full_precision():
 
 
 def run(potential, start, rates, steps=20, snapshots=10):
-    return simulate(
-        potential, Langevin(Knots(rates), 1e-3), start, steps=steps, snapshots=snapshots, key=KEY
+    return esl.simulate(
+        potential,
+        esl.Langevin(esl.Knots(rates), 1e-3),
+        start,
+        steps=steps,
+        snapshots=snapshots,
+        key=KEY,
     )
 
 
 def network(members=16):
-    potential = FlaxLoss(mlp(64, 32, 10), digits().train, batch_size=256, l2=1e-4)
+    potential = esl.FlaxLoss(
+        esl.potentials.mlp(64, 32, 10), digits().train, batch_size=256, l2=1e-4
+    )
     return potential, potential.init(members=members, key=KEY)
 
 
 def test_trajectories_of_a_trap_are_those_of_the_cpu():
     start = jax.random.normal(KEY, (16, 5))
     same_on_both(
-        lambda start: run(Quadratic(jnp.linspace(1.0, 3.0, 5)), start, RATES).positions,
+        lambda start: run(esl.Quadratic(jnp.linspace(1.0, 3.0, 5)), start, RATES).positions,
         start,
         rounding=1e-6,
     )
@@ -101,8 +103,8 @@ def test_the_gradient_of_the_gap_is_that_of_the_cpu(full_precision):
     potential, start = network()
 
     def gap(rates, start):
-        return speed_limit(
-            run(potential, start, rates), transport=ExactTransport(), jackknife=0
+        return esl.speed_limit(
+            run(potential, start, rates), transport=esl.ExactTransport(), jackknife=0
         ).gap
 
     same_on_both(jax.value_and_grad(gap), RATES, start, rounding=1e-3)
@@ -123,15 +125,15 @@ def test_a_run_and_its_gradient_have_the_same_bits_twice():
 @pytest.mark.parametrize("members", [64, 512])
 def test_the_planned_memory_is_what_the_compiler_asks_for(members):
     potential, start = network(members)
-    transport = GaussianTransport()
+    transport = esl.GaussianTransport()
 
     def gap(rates):
-        return speed_limit(
+        return esl.speed_limit(
             run(potential, start, rates, steps=100), transport=transport, jackknife=0
         ).gap
 
     needed = jax.jit(jax.grad(gap)).lower(RATES).compile().memory_analysis().temp_size_in_bytes
-    planned = plan(potential, start, steps=100, snapshots=10, transport=transport).total
+    planned = esl.plan_memory(potential, start, steps=100, snapshots=10, transport=transport).total
     # Every compiler fuses in its own way; a plan is there to say whether a run fits.
     assert 1 / 2 < planned / needed < 2
 
@@ -139,7 +141,7 @@ def test_the_planned_memory_is_what_the_compiler_asks_for(members):
 def test_a_hundred_thousand_members_are_transported():
     n, shift = 100_000, 0.5
     x, y = (jax.random.normal(jax.random.key(seed), (n, 10)) + seed * shift for seed in range(2))
-    solved = jax.jit(SinkhornTransport(2.0, chunk=1024).solve)(x, y)
+    solved = jax.jit(esl.SinkhornTransport(2.0, chunk=1024).solve)(x, y)
     assert solved.converged
     # The divergence of two equal clouds apart by a shift is the shift squared, but for the sample means.
     assert abs(solved.squared - 10 * shift**2) < 5 * np.sqrt(4 * 10 * shift**2 * 2 / n) + 10 * 2 / n

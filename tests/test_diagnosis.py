@@ -9,30 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esljax import models
-from esljax.measures import Finding, speed_limit
-from esljax.potentials import DoubleWell, FlaxLoss, Mixture, Quadratic
+import esljax as esl
 from esljax.potentials.datasets import two_moons
-from esljax.schedules import Knots
-from esljax.simulation import Langevin, Trajectory, simulate
-from esljax.transport import (
-    ExactTransport,
-    GaussianTransport,
-    Projected,
-    SinkhornTransport,
-    SlicedTransport,
-)
-from esljax.velocity import AffineVelocity
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 KEY = jax.random.key(0)
 
 
-def recorded(positions, rates=None, temperature=0.0):
+def from_snapshots(positions, rates=None, temperature=0.0):
     positions = jnp.asarray(positions, jnp.float32)
     links = positions.shape[0] - 1
     rates = jnp.full(links, 1 / links) if rates is None else rates
-    return Trajectory(
+    return esl.Trajectory(
         times=jnp.arange(links + 1) / links,
         positions=positions,
         energies=jnp.zeros(positions.shape[:2]),
@@ -54,9 +42,9 @@ def translated(n=32, d=2, links=8):
 
 def falling():
     """Members that fall into a trap, each its own way."""
-    return simulate(
-        Quadratic(jnp.array([1.0, 0.5])),
-        Langevin(0.02, 1e-3),
+    return esl.simulate(
+        esl.Quadratic(jnp.array([1.0, 0.5])),
+        esl.Langevin(0.02, 1e-3),
         3 + cloud(32, 2),
         steps=40,
         snapshots=20,
@@ -71,7 +59,7 @@ def names(report, convexity=None):
 @eqx.filter_jit
 def unchecked(trajectory, transport):
     """As a caller inside `jit` sees it: values that are not finite are not refused."""
-    return speed_limit(trajectory, transport=transport, jackknife=0)
+    return esl.speed_limit(trajectory, transport=transport, jackknife=0)
 
 
 # Planted faults
@@ -79,20 +67,20 @@ def unchecked(trajectory, transport):
 
 def test_nothing_is_found_where_nothing_is_wrong():
     for transport in (
-        ExactTransport(),
-        GaussianTransport(),
-        SlicedTransport(8, KEY),
-        SinkhornTransport(0.2),
+        esl.ExactTransport(),
+        esl.GaussianTransport(),
+        esl.SlicedTransport(8, KEY),
+        esl.SinkhornTransport(0.2),
     ):
-        report = speed_limit(
-            recorded(translated()), transport=transport, debias=transport.is_metric
+        report = esl.speed_limit(
+            from_snapshots(translated()), transport=transport, debias=transport.is_metric
         )
         assert names(report) == []
         assert "diagnose" not in report.verdict()
 
 
 def test_a_violated_bound_is_found_with_its_size():
-    report = speed_limit(falling(), transport=ExactTransport())
+    report = esl.speed_limit(falling(), transport=esl.ExactTransport())
     error = float(report.standard_error.gap)
     beyond = replace(report, w2_squared=report.entropy_production + 6 * error)
     (finding,) = beyond.diagnose()
@@ -100,13 +88,13 @@ def test_a_violated_bound_is_found_with_its_size():
     assert "6.0 standard errors" in finding.evidence
     assert names(replace(report, w2_squared=report.entropy_production + 3 * error)) == []
     # Without errors, everything beyond rounding counts.
-    bare = speed_limit(falling(), transport=ExactTransport(), jackknife=0)
+    bare = esl.speed_limit(falling(), transport=esl.ExactTransport(), jackknife=0)
     assert names(replace(bare, w2_squared=bare.entropy_production * 1.001)) == ["bound violated"]
     assert names(replace(bare, w2_squared=bare.entropy_production * (1 + 1e-7))) == []
 
 
 def test_the_interval_decides_about_a_violation_where_there_is_one():
-    report = speed_limit(falling(), transport=GaussianTransport(), debias=True)
+    report = esl.speed_limit(falling(), transport=esl.GaussianTransport(), debias=True)
     above = float(report.gap_upper) + 6 * float(report.standard_error.gap_upper)
     assert names(replace(report, debiased_w2_squared=report.debiased_w2_squared + above)) == [
         "bound violated"
@@ -114,7 +102,7 @@ def test_the_interval_decides_about_a_violation_where_there_is_one():
 
 
 def test_negative_entropy_production_is_found():
-    report = speed_limit(falling(), transport=ExactTransport())
+    report = esl.speed_limit(falling(), transport=esl.ExactTransport())
     negative = replace(
         report,
         entropy_production=-6 * report.standard_error.entropy_production,
@@ -134,8 +122,10 @@ def test_transport_that_did_not_converge_is_found_with_its_cause(fault):
         "point mass": jnp.zeros((32, 2)),
     }[fault]
     positions = start + 2 * jnp.arange(5)[:, None, None] / 4 * cloud(32, 2, jax.random.key(1))
-    report = speed_limit(
-        recorded(positions), transport=SinkhornTransport(1e-3, max_iterations=3), jackknife=0
+    report = esl.speed_limit(
+        from_snapshots(positions),
+        transport=esl.SinkhornTransport(1e-3, max_iterations=3),
+        jackknife=0,
     )
     finding = report.diagnose()[0]
     assert finding.name == "transport did not converge"
@@ -151,7 +141,9 @@ def test_an_extreme_gap_is_found():
     there_and_back = (
         cloud(32, 2) + 2 * jnp.sin(jnp.pi * jnp.arange(9) / 8.3)[:, None, None] * jnp.eye(2)[0]
     )
-    assert "gap extreme" in names(speed_limit(recorded(there_and_back), transport=ExactTransport()))
+    assert "gap extreme" in names(
+        esl.speed_limit(from_snapshots(there_and_back), transport=esl.ExactTransport())
+    )
 
 
 def test_spacing_that_hides_entropy_production_is_found():
@@ -159,30 +151,39 @@ def test_spacing_that_hides_entropy_production_is_found():
         cloud(64, 2)
         + jnp.stack([jnp.sin(1.5 * jnp.arange(5.0)), jnp.arange(5.0)], axis=1)[:, None, :]
     )
-    assert names(speed_limit(recorded(turning), transport=GaussianTransport())) == [
+    assert names(esl.speed_limit(from_snapshots(turning), transport=esl.GaussianTransport())) == [
         "Σ not converged in snapshot spacing"
     ]
 
 
 def test_a_noise_dominated_chain_and_too_few_members_are_found():
-    path = simulate(Quadratic(1.0), Langevin(0.01, 0.1), 3 + cloud(8, 200), steps=100, key=KEY)
-    assert set(names(speed_limit(path, transport=ExactTransport()))) >= {
+    path = esl.simulate(
+        esl.Quadratic(1.0), esl.Langevin(0.01, 0.1), 3 + cloud(8, 200), steps=100, key=KEY
+    )
+    assert set(names(esl.speed_limit(path, transport=esl.ExactTransport()))) >= {
         "noise-dominated chain",
         "n too small for d",
     }
-    cold = simulate(Quadratic(1.0), Langevin(0.01, 1e-6), 3 + cloud(8, 200), steps=100, key=KEY)
-    assert names(speed_limit(cold, transport=ExactTransport())) == ["n too small for d"]
+    cold = esl.simulate(
+        esl.Quadratic(1.0), esl.Langevin(0.01, 1e-6), 3 + cloud(8, 200), steps=100, key=KEY
+    )
+    assert names(esl.speed_limit(cold, transport=esl.ExactTransport())) == ["n too small for d"]
     # In projection there are members enough.
     assert (
-        names(speed_limit(cold, transport=Projected(ExactTransport(), jnp.eye(200)[:, :2]))) == []
+        names(
+            esl.speed_limit(
+                cold, transport=esl.ProjectedTransport(esl.ExactTransport(), jnp.eye(200)[:, :2])
+            )
+        )
+        == []
     )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e4])
 def test_members_that_leave_are_found_by_number_and_step(value):
     positions = translated(links=8).at[6:, 5].set(value)
-    path = recorded(positions, rates=jnp.full(80, 1 / 80))
-    report = unchecked(path, GaussianTransport())
+    path = from_snapshots(positions, rates=jnp.full(80, 1 / 80))
+    report = unchecked(path, esl.GaussianTransport())
     finding = report.diagnose()[0]
     assert finding.name == "members diverged"
     assert "1 of 32 members (number 5)" in finding.evidence
@@ -190,24 +191,26 @@ def test_members_that_leave_are_found_by_number_and_step(value):
 
 
 def test_a_rate_above_the_stability_limit_is_found():
-    potential = Quadratic(jnp.array([1.0, 10.0]))
+    potential = esl.Quadratic(jnp.array([1.0, 10.0]))
     for rate, expected in [(0.21, True), (0.19, False)]:
-        path = simulate(potential, Langevin(rate, 0.01), 1 + cloud(32, 2), steps=40, key=KEY)
-        report = speed_limit(path, transport=GaussianTransport(), jackknife=0)
+        path = esl.simulate(
+            potential, esl.Langevin(rate, 0.01), 1 + cloud(32, 2), steps=40, key=KEY
+        )
+        report = esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=0)
         assert ("rate above the stability limit" in names(report)) == expected
         assert ("members diverged" in names(report)) == expected or rate == 0.21
 
 
 def test_heating_from_a_cold_start_is_no_instability():
-    path = simulate(
-        Quadratic(1.0),
-        Langevin(0.05, 1.0),
+    path = esl.simulate(
+        esl.Quadratic(1.0),
+        esl.Langevin(0.05, 1.0),
         jnp.zeros((64, 3)) + 1e-3 * cloud(64, 3),
         steps=40,
         key=KEY,
     )
     assert "rate above the stability limit" not in names(
-        speed_limit(path, transport=GaussianTransport(), jackknife=0)
+        esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=0)
     )
 
 
@@ -215,10 +218,17 @@ def test_a_dependence_on_epsilon_is_found():
     # Spread over the whole distance, the plan of a large ε no longer follows the members.
     positions = cloud(32, 1) * jnp.linspace(1.0, 2.0, 5)[:, None, None]
     assert names(
-        speed_limit(recorded(positions), transport=SinkhornTransport(20.0), jackknife=0)
+        esl.speed_limit(
+            from_snapshots(positions), transport=esl.SinkhornTransport(20.0), jackknife=0
+        )
     ) == ["ε dependence"]
     assert (
-        names(speed_limit(recorded(positions), transport=SinkhornTransport(0.5), jackknife=0)) == []
+        names(
+            esl.speed_limit(
+                from_snapshots(positions), transport=esl.SinkhornTransport(0.5), jackknife=0
+            )
+        )
+        == []
     )
 
 
@@ -226,16 +236,16 @@ def test_the_sharper_bound_of_a_convex_potential():
     """A translation in a harmonic trap meets (x/2)coth(x/2) W2² exactly, so a convexity claimed 30 % too high is found."""
     time, links, k = 2.0, 40, 1.0
     shift = 3 * np.exp(-k * time * np.arange(links + 1) / links)
-    path = recorded(cloud(64, 1) + shift[:, None, None], rates=jnp.full(links, time / links))
-    report = speed_limit(path, transport=ExactTransport())
+    path = from_snapshots(cloud(64, 1) + shift[:, None, None], rates=jnp.full(links, time / links))
+    report = esl.speed_limit(path, transport=esl.ExactTransport())
     assert names(report, convexity=0.99 * k) == []
     assert names(report, convexity=1.3 * k) == ["convex bound violated"]
 
 
 def test_findings_say_what_to_do():
-    report = unchecked(recorded(translated().at[6:, 5].set(np.nan)), GaussianTransport())
+    report = unchecked(from_snapshots(translated().at[6:, 5].set(np.nan)), esl.GaussianTransport())
     for finding in report.diagnose():
-        assert isinstance(finding, Finding)
+        assert isinstance(finding, esl.measures.Finding)
         assert finding.causes
         assert str(finding).endswith(f"Try: {finding.change}.")
 
@@ -245,7 +255,7 @@ def test_findings_say_what_to_do():
 
 def harmonic(d):
     def make(key):
-        return Quadratic(jax.random.uniform(key, (d,), minval=0.3, maxval=2.0)), 1.5
+        return esl.Quadratic(jax.random.uniform(key, (d,), minval=0.3, maxval=2.0)), 1.5
 
     return make, d
 
@@ -254,29 +264,29 @@ def well(key):
     barrier, width = jax.random.uniform(
         key, (2,), minval=jnp.array([0.2, 1.5]), maxval=jnp.array([1.0, 2.5])
     )
-    return DoubleWell(barrier, width), 0.5
+    return esl.DoubleWell(barrier, width), 0.5
 
 
 def mixture(key):
     means = jnp.array([[0.0, 0.0], [2.0, 1.0]]) + 0.3 * jax.random.normal(key, (2, 2))
-    return Mixture(means, jax.random.uniform(key, minval=0.5, maxval=1.5)), 1.0
+    return esl.Mixture(means, jax.random.uniform(key, minval=0.5, maxval=1.5)), 1.0
 
 
 def network():
     data = two_moons().train
-    potential = FlaxLoss(models.mlp(2, 8, 2), (data.inputs[:64], data.labels[:64]), l2=1e-2)
+    potential = esl.FlaxLoss(esl.models.mlp(2, 8, 2), (data.inputs[:64], data.labels[:64]), l2=1e-2)
     return lambda key: (potential, 1.0), potential.init(members=2, key=KEY).shape[1]
 
 
 HEALTHY = {
-    "harmonic d=1": (*harmonic(1), 64, ExactTransport()),
-    "harmonic d=2": (*harmonic(2), 64, GaussianTransport()),
-    "harmonic d=2, few": (*harmonic(2), 16, ExactTransport()),
-    "harmonic d=3": (*harmonic(3), 48, SlicedTransport(6, KEY)),
-    "harmonic d=5": (*harmonic(5), 200, GaussianTransport()),
-    "well d=1": (well, 1, 100, ExactTransport()),
-    "well d=3": (well, 3, 100, GaussianTransport()),
-    "mixture": (mixture, 2, 64, SlicedTransport(6, KEY)),
+    "harmonic d=1": (*harmonic(1), 64, esl.ExactTransport()),
+    "harmonic d=2": (*harmonic(2), 64, esl.GaussianTransport()),
+    "harmonic d=2, few": (*harmonic(2), 16, esl.ExactTransport()),
+    "harmonic d=3": (*harmonic(3), 48, esl.SlicedTransport(6, KEY)),
+    "harmonic d=5": (*harmonic(5), 200, esl.GaussianTransport()),
+    "well d=1": (well, 1, 100, esl.ExactTransport()),
+    "well d=3": (well, 3, 100, esl.GaussianTransport()),
+    "mixture": (mixture, 2, 64, esl.SlicedTransport(6, KEY)),
     "network": (*network(), 24, "projected"),
 }
 EACH = 120
@@ -295,28 +305,36 @@ def test_nothing_is_found_in_healthy_runs(name):
         temperature = 10 ** jax.random.uniform(keys[1], minval=-4.0, maxval=-2.3) * (
             1e-3 if transport == "projected" else 1
         )
-        shape = Knots(jnp.exp(0.7 * jax.random.normal(keys[2], (4,)))).rates(60)
-        rates = Knots(jnp.exp(0.7 * jax.random.normal(keys[2], (4,))) * time / jnp.sum(shape))
+        shape = esl.Knots(jnp.exp(0.7 * jax.random.normal(keys[2], (4,)))).rates(60)
+        rates = esl.Knots(jnp.exp(0.7 * jax.random.normal(keys[2], (4,))) * time / jnp.sum(shape))
         direction = jax.random.normal(keys[3], (d,))
         center = 3 * direction / jnp.linalg.norm(direction)
         start = center + jax.random.uniform(keys[4], minval=0.3, maxval=0.8) * jax.random.normal(
             keys[4], (n, d)
         )
-        start = potential.init(members=n, key=keys[4]) if isinstance(potential, FlaxLoss) else start
-        rates = Knots(rates.values * 2) if isinstance(potential, FlaxLoss) else rates
-        path = simulate(potential, Langevin(rates, temperature), start, steps=60, key=keys[5])
+        start = (
+            potential.init(members=n, key=keys[4]) if isinstance(potential, esl.FlaxLoss) else start
+        )
+        rates = esl.Knots(rates.values * 2) if isinstance(potential, esl.FlaxLoss) else rates
+        path = esl.simulate(
+            potential, esl.Langevin(rates, temperature), start, steps=60, key=keys[5]
+        )
         across = (
             jnp.linalg.qr(jax.random.normal(keys[3], (d, 2)))[0]
             if transport == "projected"
             else None
         )
-        by = Projected(GaussianTransport(), across) if transport == "projected" else transport
+        by = (
+            esl.ProjectedTransport(esl.GaussianTransport(), across)
+            if transport == "projected"
+            else transport
+        )
         affine = (
-            {"velocity": AffineVelocity(), "potential": potential}
-            if isinstance(transport, GaussianTransport)
+            {"velocity": esl.AffineVelocity(), "potential": potential}
+            if isinstance(transport, esl.GaussianTransport)
             else {}
         )
-        return speed_limit(path, transport=by, jackknife=12, debias=n % 2 == 0, **affine)
+        return esl.speed_limit(path, transport=by, jackknife=12, debias=n % 2 == 0, **affine)
 
     reports = jax.lax.map(report, jax.random.split(jax.random.key(7), EACH))
     found = collections.Counter()

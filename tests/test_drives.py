@@ -10,27 +10,20 @@ import optax
 import oracles
 import pytest
 
-from esljax.density import GaussianEntropy
-from esljax.measures import free_energy, speed_limit
-from esljax.optimization import optimize
-from esljax.potentials import DoubleWell, Driven, Quadratic
-from esljax.schedules import Knots, Linear
-from esljax.simulation import Autodiff, ForwardMode, HessianAdjoint, Langevin, simulate
-from esljax.transport import GaussianTransport
-from esljax.velocity import AffineVelocity
+import esljax as esl
 
 KEY = jax.random.key(7)
 MODES = [
-    HessianAdjoint(),
-    HessianAdjoint(checkpoint=True),
-    Autodiff(),
-    Autodiff(checkpoint=True),
-    ForwardMode(),
+    esl.HessianAdjoint(),
+    esl.HessianAdjoint(recompute=True),
+    esl.Autodiff(),
+    esl.Autodiff(recompute=True),
+    esl.ForwardMode(),
 ]
 
 
 def trap(center):
-    return Quadratic(1.0, center)
+    return esl.Quadratic(1.0, center)
 
 
 class Widening(eqx.Module):
@@ -39,7 +32,7 @@ class Widening(eqx.Module):
     barrier: Any
 
     def __call__(self, width):
-        return DoubleWell(self.barrier, width, 1.2)
+        return esl.DoubleWell(self.barrier, width, 1.2)
 
 
 # What a run sees
@@ -48,9 +41,9 @@ class Widening(eqx.Module):
 @pytest.mark.usefixtures("x64")
 def test_every_step_reads_the_drive_at_its_own_time_and_never_outside_the_jumps():
     start = np.random.default_rng(0).normal(size=(4, 2))
-    path = simulate(
-        Driven(trap, Linear(1.0, 3.0), before=50.0, after=-50.0),
-        Langevin(0.3),
+    path = esl.simulate(
+        esl.Driven(trap, esl.Linear(1.0, 3.0), before=50.0, after=-50.0),
+        esl.Langevin(0.3),
         start,
         steps=6,
         snapshots=3,
@@ -68,9 +61,11 @@ def test_every_step_reads_the_drive_at_its_own_time_and_never_outside_the_jumps(
 @pytest.mark.usefixtures("x64")
 def test_the_work_of_jumps_alone_is_the_change_of_the_potential():
     start = np.random.default_rng(1).normal(size=(50, 2)) + 0.3
-    driven = Driven(Widening(0.7), Knots([1.0, 2.0, 1.4]), before=0.8, after=1.9)
-    path = simulate(driven, Langevin(0.0), start, steps=4, snapshots=4, key=KEY)  # nothing moves
-    report = free_energy(path, driven, entropy=GaussianEntropy())
+    driven = esl.Driven(Widening(0.7), esl.Knots([1.0, 2.0, 1.4]), before=0.8, after=1.9)
+    path = esl.simulate(
+        driven, esl.Langevin(0.0), start, steps=4, snapshots=4, key=KEY
+    )  # nothing moves
+    report = esl.free_energy(path, driven, entropy=esl.density.GaussianEntropy())
     truth = [
         np.mean([oracles.double_well(x, 0.7, width, 1.2) for x in start]) for width in (0.8, 1.9)
     ]
@@ -83,11 +78,11 @@ def test_the_work_of_jumps_alone_is_the_change_of_the_potential():
 
 
 def arguments():
-    drive = Knots([1.1, 1.4, 0.9], "linear")
-    driven = Driven(Widening(jnp.asarray(0.7)), drive, before=1.0, after=1.3)
+    drive = esl.Knots([1.1, 1.4, 0.9], "linear")
+    driven = esl.Driven(Widening(jnp.asarray(0.7)), drive, before=1.0, after=1.3)
     return (
         driven,
-        Langevin(Knots([0.05, 0.2, 0.1]), Linear(0.3, 0.1)),
+        esl.Langevin(esl.Knots([0.05, 0.2, 0.1]), esl.Linear(0.3, 0.1)),
         jnp.asarray(np.random.default_rng(2).normal(size=(6, 2))),
     )
 
@@ -96,8 +91,8 @@ def arguments():
 def value_and_gradient(driven, rule, positions, mode):
     def value(moving):
         driven, rule = moving
-        path = simulate(driven, rule, positions, steps=12, snapshots=3, key=KEY, gradient=mode)
-        report = free_energy(path, driven, entropy=GaussianEntropy())
+        path = esl.simulate(driven, rule, positions, steps=12, snapshots=3, key=KEY, gradient=mode)
+        report = esl.free_energy(path, driven, entropy=esl.density.GaussianEntropy())
 
         def weigh(x):
             return jnp.sum(jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x)
@@ -153,20 +148,23 @@ GRID = np.linspace(0, 1, STEPS + 1)
 # The potential; λ, c as functions of s; both before and after; the reference work, Σ, W2².
 DRIVES = {
     "moving, linear": (
-        lambda: Driven(trap, Linear(0.0, 5.0)),
+        lambda: esl.Driven(trap, esl.Linear(0.0, 5.0)),
         (np.ones_like, lambda s: 5 * np.asarray(s)),
         ((1, 0), (1, 5)),
         oracles.O6["linear"],
     ),
     "moving, best": (
-        lambda: Driven(trap, Linear(5 / 3, 10 / 3), before=0.0, after=5.0),
+        lambda: esl.Driven(trap, esl.Linear(5 / 3, 10 / 3), before=0.0, after=5.0),
         (np.ones_like, lambda s: 5 / 3 * (1 + np.asarray(s))),
         ((1, 0), (1, 5)),
         oracles.O6["best"],
     ),
     "stiffening, best": (
-        lambda: Driven(
-            Quadratic, Knots(oracles.stiffening_drive(GRID), "linear"), before=1.0, after=2.0
+        lambda: esl.Driven(
+            esl.Quadratic,
+            esl.Knots(oracles.stiffening_drive(GRID), "linear"),
+            before=1.0,
+            after=2.0,
         ),
         (oracles.stiffening_drive, lambda s: 0 * np.asarray(s)),
         ((1, 0), (2, 0)),
@@ -190,12 +188,14 @@ def test_the_references_are_what_the_equations_of_the_moments_say(name):
 def test_members_do_the_work_and_produce_the_entropy_of_the_references(name):
     make, (stiffness, center), jumps, (work, sigma, distance) = DRIVES[name]
     driven, start = make(), jax.random.normal(jax.random.key(3), (MEMBERS, 1))
-    path = simulate(
-        driven, Langevin(1 / STEPS, 1.0), start, steps=STEPS, snapshots=SNAPSHOTS, key=KEY
+    path = esl.simulate(
+        driven, esl.Langevin(1 / STEPS, 1.0), start, steps=STEPS, snapshots=SNAPSHOTS, key=KEY
     )
-    books = free_energy(path, driven, entropy=GaussianEntropy(), velocity=AffineVelocity())
-    limit = speed_limit(
-        path, transport=GaussianTransport(), velocity=AffineVelocity(), potential=driven
+    books = esl.free_energy(
+        path, driven, entropy=esl.density.GaussianEntropy(), velocity=esl.AffineVelocity()
+    )
+    limit = esl.speed_limit(
+        path, transport=esl.GaussianTransport(), velocity=esl.AffineVelocity(), potential=driven
     )
     error = books.standard_error
     # The finite step moves the work by less than its standard error, which is below a percent.
@@ -220,12 +220,14 @@ def test_the_search_over_a_drive_finds_the_jumps():
     start, steps = np.zeros((4, 1), np.float32), 40
 
     def work(drive, key):
-        driven = Driven(trap, drive, before=0.0, after=5.0)
-        path = simulate(driven, Langevin(1 / steps), start, steps=steps, snapshots=steps, key=key)
-        return free_energy(path, driven, entropy=GaussianEntropy()).work
+        driven = esl.Driven(trap, drive, before=0.0, after=5.0)
+        path = esl.simulate(
+            driven, esl.Langevin(1 / steps), start, steps=steps, snapshots=steps, key=key
+        )
+        return esl.free_energy(path, driven, entropy=esl.density.GaussianEntropy()).work
 
-    ramp = Knots(np.linspace(0.0, 5.0, 5), "linear")
-    optimum = optimize(work, ramp, key=KEY, iterations=40, rounds=2, optimizer=optax.lbfgs())
+    ramp = esl.Knots(np.linspace(0.0, 5.0, 5), "linear")
+    optimum = esl.optimize(work, ramp, key=KEY, iterations=40, rounds=2, optimizer=optax.lbfgs())
     assert work(ramp, KEY) > 9
     np.testing.assert_allclose(optimum.value, oracles.O6["best"][0], rtol=5e-3)
     np.testing.assert_allclose(optimum.controls.values, np.linspace(5 / 3, 10 / 3, 5), atol=0.15)
@@ -234,11 +236,11 @@ def test_the_search_over_a_drive_finds_the_jumps():
 # Bad input
 
 BAD = {
-    "`family` must be a function of the drive to a potential, but is 3": lambda: Driven(3, 1.0),
+    "`family` must be a function of the drive to a potential, but is 3": lambda: esl.Driven(3, 1.0),
     "`family` must return a potential such as Quadratic.*, but returns a ShapeDtypeStruct": lambda: (
-        Driven(lambda x: x**2, 1.0)
+        esl.Driven(lambda x: x**2, 1.0)
     ),
-    r"`after` must be one number, but has shape \(2,\)": lambda: Driven(
+    r"`after` must be one number, but has shape \(2,\)": lambda: esl.Driven(
         trap, 1.0, after=np.ones(2)
     ),
 }

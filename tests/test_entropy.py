@@ -9,23 +9,15 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from esljax.density import (
-    Entropy,
-    FlowEntropy,
-    GaussianEntropy,
-    HistogramEntropy,
-    KDEEntropy,
-    KernelDensity,
-    NearestNeighborEntropy,
-)
+import esljax as esl
 
 # Every class. Functions, so that no array is made before a test chooses its precision.
 ESTIMATORS = {
-    "gaussian": lambda: GaussianEntropy(),
-    "neighbors": lambda: NearestNeighborEntropy(),
-    "kde": lambda: KDEEntropy(),
-    "histogram": lambda: HistogramEntropy(),
-    "flow": lambda: FlowEntropy(jax.random.key(0), steps=2),
+    "gaussian": lambda: esl.density.GaussianEntropy(),
+    "neighbors": lambda: esl.density.NearestNeighborEntropy(),
+    "kde": lambda: esl.density.KDEEntropy(),
+    "histogram": lambda: esl.density.HistogramEntropy(),
+    "flow": lambda: esl.density.FlowEntropy(jax.random.key(0), steps=2),
 }
 # The flow compiles for tens of seconds.
 every = pytest.mark.parametrize(
@@ -83,7 +75,9 @@ def test_a_gaussian_law_is_met_without_bias(d, x64):
     mix = np.eye(d) + 0.5 * np.tri(d, k=-1)
     x = jnp.asarray(rng.normal(size=(400, 20, d)) @ mix.T + 3.0)
     values = np.asarray(
-        eqx.filter_jit(eqx.filter_vmap(lambda x: GaussianEntropy().estimate(x).value))(x)
+        eqx.filter_jit(eqx.filter_vmap(lambda x: esl.density.GaussianEntropy().estimate(x).value))(
+            x
+        )
     )
     truth = scipy.stats.multivariate_normal(np.zeros(d), mix @ mix.T).entropy()
     error = values.std(ddof=1) / 20
@@ -134,7 +128,7 @@ def test_the_neighbors_are_those_of_a_sorted_table(x64):
     x = rng.gamma(4.0, size=(50, 3))
     x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T, bias=True))).T
     third = np.sort(np.linalg.norm(x[:, None] - x, axis=-1), axis=1)[:, 3]
-    answer = NearestNeighborEntropy(3)(jnp.asarray(x))
+    answer = esl.density.NearestNeighborEntropy(3)(jnp.asarray(x))
     terms = (
         scipy.special.digamma(50)
         - scipy.special.digamma(3)
@@ -148,12 +142,14 @@ def test_the_neighbors_are_those_of_a_sorted_table(x64):
 def test_a_kernel_entropy_leaves_its_own_member_out(x64):
     """With every member counted at itself the estimate falls without end as kernels narrow: here, by more than 1."""
     x = np.random.default_rng(0).gamma(4.0, size=(40, 1))
-    law, left_out = KernelDensity().with_left_out(jnp.asarray(x))
+    law, left_out = esl.density.KDEDensity().with_left_out(jnp.asarray(x))
     width = float(law.bandwidth * law.frame.root[0, 0])
     table = scipy.stats.norm(scale=width).pdf(x - x.T)
     truth = -np.log((table.sum(1) - np.diag(table)) / 39)
     np.testing.assert_allclose(-left_out, truth, rtol=1e-10)
-    np.testing.assert_allclose(KDEEntropy()(jnp.asarray(x)).contributions, truth, rtol=1e-10)
+    np.testing.assert_allclose(
+        esl.density.KDEEntropy()(jnp.asarray(x)).contributions, truth, rtol=1e-10
+    )
 
 
 def test_counts_are_corrected_for_their_number():
@@ -161,14 +157,14 @@ def test_counts_are_corrected_for_their_number():
     x = jnp.asarray([[0.0], [0.1], [0.2], [0.3], [0.4], [0.5], [0.6], [7.0]])
     # ⌈2 · 8^{1/3}⌉ = 4 bins of width 7/4.
     plug_in = -(7 / 8 * np.log(7 / 8) + 1 / 8 * np.log(1 / 8)) + np.log(7 / 4)
-    np.testing.assert_allclose(HistogramEntropy()(x).value, plug_in + 1 / 16, rtol=1e-6)
+    np.testing.assert_allclose(esl.density.HistogramEntropy()(x).value, plug_in + 1 / 16, rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_a_flow_bounds_the_entropy_from_above():
     """For two modes: within .06 of the truth, where the Gaussian estimate is high by .72."""
     sample, truth = LAWS["two modes"]
-    answer = FlowEntropy(jax.random.key(0))(
+    answer = esl.density.FlowEntropy(jax.random.key(0))(
         sample(np.random.default_rng(1), 2000).astype(np.float32)
     )
     error = float(answer.standard_error)
@@ -181,10 +177,10 @@ def test_a_flow_bounds_the_entropy_from_above():
 def test_coincident_members_are_refused_and_never_minus_infinity(refused):
     positions = jnp.concatenate([skewed(40), jnp.ones((4, 2))])
     refused(
-        lambda: NearestNeighborEntropy()(positions),
+        lambda: esl.density.NearestNeighborEntropy()(positions),
         "`positions` must be spread out .* leaves 4 without a density",
     )
-    terms = eqx.filter_jit(NearestNeighborEntropy().estimate)(positions).contributions
+    terms = eqx.filter_jit(esl.density.NearestNeighborEntropy().estimate)(positions).contributions
     assert np.isnan(terms[-4:]).all()
     assert np.isfinite(terms[:-4]).all()
     for name in ("gaussian", "kde", "histogram"):
@@ -194,31 +190,46 @@ def test_coincident_members_are_refused_and_never_minus_infinity(refused):
 
 
 def test_bad_arguments_are_refused(refused):
-    refused(lambda: NearestNeighborEntropy(0), "`neighbors` must be an integer of at least 1")
     refused(
-        lambda: NearestNeighborEntropy(4)(jnp.ones((4, 1))),
+        lambda: esl.density.NearestNeighborEntropy(0),
+        "`neighbors` must be an integer of at least 1",
+    )
+    refused(
+        lambda: esl.density.NearestNeighborEntropy(4)(jnp.ones((4, 1))),
         "`positions` must hold more members than the 4 neighbors",
     )
     refused(
-        lambda: HistogramEntropy()(skewed(40, d=4)), "`positions` must have at most 3 coordinates"
+        lambda: esl.density.HistogramEntropy()(skewed(40, d=4)),
+        "`positions` must have at most 3 coordinates",
     )
-    refused(lambda: FlowEntropy(0), "`key` must be made by `jax.random.key`")
+    refused(lambda: esl.density.FlowEntropy(0), "`key` must be made by `jax.random.key`")
     refused(
-        lambda: FlowEntropy(jax.random.key(0), steps=0), "`steps` must be an integer of at least 1"
+        lambda: esl.density.FlowEntropy(jax.random.key(0), steps=0),
+        "`steps` must be an integer of at least 1",
     )
 
 
 def test_bad_ensembles_are_refused(refused):
-    refused(lambda: GaussianEntropy()(jnp.ones((4, 4, 4))), r"`positions` must have shape \(n, d\)")
-    refused(lambda: GaussianEntropy()(jnp.ones((3, 1))), "`positions` must hold at least 4 members")
     refused(
-        lambda: GaussianEntropy()(jnp.ones((4, 4))), "`positions` must hold more than 4 members"
+        lambda: esl.density.GaussianEntropy()(jnp.ones((4, 4, 4))),
+        r"`positions` must have shape \(n, d\)",
     )
-    refused(lambda: GaussianEntropy()(jnp.full((4, 1), jnp.nan)), "`positions` must be finite")
+    refused(
+        lambda: esl.density.GaussianEntropy()(jnp.ones((3, 1))),
+        "`positions` must hold at least 4 members",
+    )
+    refused(
+        lambda: esl.density.GaussianEntropy()(jnp.ones((4, 4))),
+        "`positions` must hold more than 4 members",
+    )
+    refused(
+        lambda: esl.density.GaussianEntropy()(jnp.full((4, 1), jnp.nan)),
+        "`positions` must be finite",
+    )
 
 
 def test_an_entropy_prints_itself():
-    assert str(Entropy(jnp.array([1.0, 3.0]), "by hand")) == "H = 2 ± 1 nats (by hand)"
+    assert str(esl.density.Entropy(jnp.array([1.0, 3.0]), "by hand")) == "H = 2 ± 1 nats (by hand)"
     said = []
-    jax.jit(lambda x: said.append(str(Entropy(x, "by hand"))))(jnp.zeros(2))
+    jax.jit(lambda x: said.append(str(esl.density.Entropy(x, "by hand"))))(jnp.zeros(2))
     assert said[0].startswith("Entropy(")

@@ -9,15 +9,11 @@ import pytest
 from scipy.linalg import solve_continuous_lyapunov
 from test_velocity import exact_halves
 
-from esljax.measures import speed_limit
-from esljax.potentials import DoubleWell
-from esljax.simulation import Langevin, simulate
-from esljax.transport import ExactTransport, GaussianTransport
-from esljax.velocity import AffineVelocity, KernelVelocity, NetworkVelocity
+import esljax as esl
 
 FLEXIBLE = {
-    "kernel": lambda: KernelVelocity(),
-    "network": lambda: NetworkVelocity(key=jax.random.key(7)),
+    "kernel": lambda: esl.KernelVelocity(),
+    "network": lambda: esl.NetworkVelocity(key=jax.random.key(7)),
 }
 
 
@@ -48,7 +44,7 @@ def test_modes_that_diffuse(name):
     velocity = FLEXIBLE[name]()(x, 0 * x, heat)
     np.testing.assert_allclose(velocity.squared, truth, rtol=0.1)
     np.testing.assert_allclose(
-        AffineVelocity()(x, 0 * x, heat).squared, 0.235294 * heat**2, rtol=0.1
+        esl.AffineVelocity()(x, 0 * x, heat).squared, 0.235294 * heat**2, rtol=0.1
     )
     assert velocity.bound == "lower"
 
@@ -61,7 +57,9 @@ CIRCULATION = {
 
 
 @pytest.mark.parametrize("case", CIRCULATION)
-@pytest.mark.parametrize("velocity", [AffineVelocity(), KernelVelocity()], ids=["affine", "kernel"])
+@pytest.mark.parametrize(
+    "velocity", [esl.AffineVelocity(), esl.KernelVelocity()], ids=["affine", "kernel"]
+)
 def test_stationary_circulation_is_all_housekeeping(velocity, case):
     """From members with exact moments."""
     stiffness, diffusion, truth = CIRCULATION[case]
@@ -79,7 +77,7 @@ def test_stationary_circulation_of_plain_samples(case):
     stiffness, diffusion, truth = CIRCULATION[case]
     covariance = solve_continuous_lyapunov(stiffness, 2 * diffusion)
     x = np.random.default_rng(0).normal(size=(400_000, 2)) @ np.linalg.cholesky(covariance).T
-    found = AffineVelocity()(
+    found = esl.AffineVelocity()(
         x.astype(np.float32), (-x @ stiffness.T).astype(np.float32), diffusion.astype(np.float32)
     )
     assert float(found.standard_error) < 0.02 * truth
@@ -94,7 +92,7 @@ def test_stationary_circulation_of_plain_samples(case):
 )
 def test_nothing_moves_at_equilibrium(name):
     x = (np.random.default_rng(1).normal(size=(2000, 2)) * 0.5**0.5).astype(np.float32)
-    found = (AffineVelocity() if name == "affine" else FLEXIBLE[name]())(x, -x, 0.5)
+    found = (esl.AffineVelocity() if name == "affine" else FLEXIBLE[name]())(x, -x, 0.5)
     # Both halves' fits err by about d²/n of the scale T k d = 1.
     assert abs(float(found.squared)) < 5 * float(found.standard_error) + 5 * 8 / 2000
     apart = found.contributions - found.gradient_contributions
@@ -105,7 +103,7 @@ def test_nothing_moves_at_equilibrium(name):
 def test_few_members_do_not_explode(seed):
     x = np.random.default_rng(seed).normal(size=(50, 5)).astype(np.float32)
     x[:, 0] += 2
-    found = KernelVelocity()(x, -x, 0.1)
+    found = esl.KernelVelocity()(x, -x, 0.1)
     assert 0.5 < float(found.squared) / (4 + 5 * 0.81) < 1.5
 
 
@@ -115,20 +113,20 @@ def test_double_well_with_noise():
     cloud = oracles_fokker_planck.FallingCloud()
     truth = cloud.numbers()
     potential, rule = (
-        DoubleWell(cloud.barrier, cloud.width),
-        Langevin(cloud.clock / 600, cloud.temperature),
+        esl.DoubleWell(cloud.barrier, cloud.width),
+        esl.Langevin(cloud.clock / 600, cloud.temperature),
     )
 
     def run(seed):
-        return simulate(
+        return esl.simulate(
             potential, rule, cloud.start(2000), steps=600, snapshots=40, key=jax.random.key(seed)
         )
 
     # One run scatters by 2 % in each number, so the mean of three.
-    report = speed_limit(
+    report = esl.speed_limit(
         [run(seed) for seed in range(3)],
-        transport=ExactTransport(),
-        velocity=KernelVelocity(),
+        transport=esl.ExactTransport(),
+        velocity=esl.KernelVelocity(),
         potential=potential,
     )
     found = (report.entropy_production, report.length_squared, report.w2_squared)
@@ -137,11 +135,11 @@ def test_double_well_with_noise():
     # Affine fields see one broad cloud and miss most of it; the chain of empirical laws adds the noise of every link.
     assert report.entropy_production_chain > 1.1 * report.entropy_production
     moments = {
-        "transport": GaussianTransport(),
-        "velocity": AffineVelocity(),
+        "transport": esl.GaussianTransport(),
+        "velocity": esl.AffineVelocity(),
         "potential": potential,
     }
-    assert speed_limit(run(0), jackknife=0, **moments).entropy_production < 0.9 * truth[0]
+    assert esl.speed_limit(run(0), jackknife=0, **moments).entropy_production < 0.9 * truth[0]
 
 
 def test_few_members_in_one_dimension_do_not_fool_the_cross_validation():
@@ -153,7 +151,7 @@ def test_few_members_in_one_dimension_do_not_fool_the_cross_validation():
 
     ratios = jax.jit(
         lambda keys: jax.lax.map(
-            lambda key: KernelVelocity()(draw(key), -draw(key), 0.1).squared / 1.7257, keys
+            lambda key: esl.KernelVelocity()(draw(key), -draw(key), 0.1).squared / 1.7257, keys
         )
     )(keys)
     assert float(jnp.min(ratios)) > 0

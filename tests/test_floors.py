@@ -35,7 +35,7 @@ FOLDERS = sorted({name.split(".")[0] for name in SOURCES if "." in name})
 FLOORS = (
     ("_types",),
     ("_checks",),
-    ("_numerics", "schedules", "sharding", "files", "figures"),
+    ("_numerics", "results", "schedules", "sharding", "files", "figures"),
     ("density", "potentials", "transport"),
     ("velocity",),
     ("simulation",),
@@ -87,7 +87,8 @@ EXTRAS = {
     "dask-jobqueue": ("cluster",),
 }
 
-LONGEST = 600
+# Of 100 columns; what is longer becomes a folder.
+LONGEST = 700
 
 
 # --- The checker --------------------------------------------------------------------------------------------------------------------------
@@ -402,7 +403,7 @@ PLANTED = [
         "import abc\nclass Rule:\n    'A rule.'\n    @abc.abstractmethod\n    def step(self): ...",
         "Rule.step has no docstring",
     ),
-    ("measures.speed_limit", "\n" * LONGEST, "has 601 lines, over 600"),
+    ("measures.speed_limit", "\n" * LONGEST, "has 701 lines, over 700"),
 ]
 
 

@@ -11,21 +11,8 @@ import oracles
 import pytest
 import systems
 
-from esljax._checks import InputError
-from esljax.density import (
-    FlowEntropy,
-    GaussianEntropy,
-    HistogramEntropy,
-    KDEEntropy,
-    NearestNeighborEntropy,
-)
-from esljax.measures import FreeEnergy, TransportedEntropy, free_energy
+import esljax as esl
 from esljax.measures.free_energy import Balance
-from esljax.potentials import Driven, FlaxLoss, FromFunction, Quadratic, mlp
-from esljax.schedules import Cosine, Linear
-from esljax.simulation import Langevin, simulate
-from esljax.transport import GaussianTransport, Mapped
-from esljax.velocity import AffineVelocity, TransportVelocity
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 
@@ -34,12 +21,15 @@ KEY = jax.random.key(7)
 
 # Each estimator, and the members it is given.
 ENTROPIES = {
-    "gaussian": (GaussianEntropy, 4000),
-    "along the velocity": (lambda: TransportedEntropy(GaussianEntropy()), 4000),
-    "neighbors": (NearestNeighborEntropy, 1000),
-    "kernels": (KDEEntropy, 1000),
-    "histogram": (HistogramEntropy, 4000),
-    "flow": (lambda: FlowEntropy(jax.random.key(5), steps=200), 500),
+    "gaussian": (esl.density.GaussianEntropy, 4000),
+    "along the velocity": (
+        lambda: esl.density.TransportedEntropy(esl.density.GaussianEntropy()),
+        4000,
+    ),
+    "neighbors": (esl.density.NearestNeighborEntropy, 1000),
+    "kernels": (esl.density.KDEEntropy, 1000),
+    "histogram": (esl.density.HistogramEntropy, 4000),
+    "flow": (lambda: esl.density.FlowEntropy(jax.random.key(5), steps=200), 500),
 }
 
 
@@ -48,7 +38,7 @@ def relaxation(d, members, steps=400):
     """O1 and its run."""
     system = systems.ornstein_uhlenbeck(d, steps)
     start = system.sample(members, jax.random.key(1))
-    return system, simulate(
+    return system, esl.simulate(
         system.potential, system.rule, start, steps=steps, snapshots=20, key=KEY
     )
 
@@ -56,14 +46,14 @@ def relaxation(d, members, steps=400):
 @functools.cache
 def trapped(members=4000, **jumps):
     """A trap that moves, stiffens and cools at a falling rate, so that every term of the books counts."""
-    potential = Driven(
-        lambda x: Quadratic(1 + x, 2 * x),
-        Linear(0.2, 1.5),
+    potential = esl.Driven(
+        lambda x: esl.Quadratic(1 + x, 2 * x),
+        esl.Linear(0.2, 1.5),
         **{"before": 0.0, "after": 2.0, **jumps},
     )
-    rule = Langevin(Cosine(4 / 400), Linear(1.5, 0.5))
+    rule = esl.Langevin(esl.Cosine(4 / 400), esl.Linear(1.5, 0.5))
     start = jax.random.normal(jax.random.key(2), (members, 1))
-    return potential, simulate(potential, rule, start, steps=400, snapshots=20, key=KEY)
+    return potential, esl.simulate(potential, rule, start, steps=400, snapshots=20, key=KEY)
 
 
 # The balance
@@ -85,7 +75,7 @@ def trapped(members=4000, **jumps):
 def test_the_books_of_relaxation_balance(name, d):
     make, members = ENTROPIES[name]
     system, path = relaxation(d, members)
-    report = free_energy(path, system.potential, entropy=make(), velocity=AffineVelocity())
+    report = esl.free_energy(path, system.potential, entropy=make(), velocity=esl.AffineVelocity())
     error = report.standard_error
     assert abs(report.residual) < 3 * error.residual < 0.05 * report.dissipation
     assert (
@@ -107,9 +97,9 @@ def test_the_books_from_a_skewed_start(name):
     rng, members = np.random.default_rng(4), 2000
     which = rng.choice(2, size=members, p=weights)
     start = np.array(means)[which] + np.sqrt(variances)[which] * rng.normal(size=members)
-    path = simulate(
-        Quadratic(1.0),
-        Langevin(1 / 400, temperature),
+    path = esl.simulate(
+        esl.Quadratic(1.0),
+        esl.Langevin(1 / 400, temperature),
         start[:, None].astype(np.float32),
         steps=400,
         snapshots=20,
@@ -119,8 +109,8 @@ def test_the_books_from_a_skewed_start(name):
     np.testing.assert_allclose(
         ends[0][2] - ends[1][2], dissipated, rtol=1e-5
     )  # the oracle balances its own books
-    report = free_energy(
-        path, Quadratic(1.0), entropy=ENTROPIES[name][0](), velocity=AffineVelocity()
+    report = esl.free_energy(
+        path, esl.Quadratic(1.0), entropy=ENTROPIES[name][0](), velocity=esl.AffineVelocity()
     )
     error, truth = report.standard_error, np.array(ends)
     gaussian = name == "gaussian"
@@ -137,7 +127,9 @@ def test_the_books_from_a_skewed_start(name):
 @pytest.mark.parametrize("name", ["gaussian", "along the velocity"])
 def test_the_books_of_a_driven_and_cooled_trap_balance(name):
     potential, path = trapped()
-    report = free_energy(path, potential, entropy=ENTROPIES[name][0](), velocity=AffineVelocity())
+    report = esl.free_energy(
+        path, potential, entropy=ENTROPIES[name][0](), velocity=esl.AffineVelocity()
+    )
     assert abs(report.residual) < 3 * report.standard_error.residual
     assert (
         min(abs(report.work), abs(report.tempering), report.dissipation)
@@ -149,8 +141,10 @@ def test_the_books_of_a_driven_and_cooled_trap_balance(name):
 def planted(fault):
     """The books of the trap with something wrong in them."""
     potential, path = trapped()
-    report = free_energy(path, potential, entropy=GaussianEntropy(), velocity=AffineVelocity())
-    values = {name: getattr(report, name) for name in FreeEnergy.__dataclass_fields__}
+    report = esl.free_energy(
+        path, potential, entropy=esl.density.GaussianEntropy(), velocity=esl.AffineVelocity()
+    )
+    values = {name: getattr(report, name) for name in esl.FreeEnergy.__dataclass_fields__}
     wrong = {
         "work of the wrong sign": lambda: {"work_of_links": -report.work_of_links},
         "work missing": lambda: {"work_of_links": 0 * report.work_of_links},
@@ -161,23 +155,25 @@ def planted(fault):
         },
     }
     if fault in wrong:
-        return FreeEnergy(**{**values, **wrong[fault]()})
+        return esl.FreeEnergy(**{**values, **wrong[fault]()})
     without = {"first jump missing": {"before": None}, "last jump of another size": {"after": 2.5}}
     if (
         fault in without
     ):  # the ends of F and the work go together, so the balance itself cannot see a jump
         other = trapped(**without[fault])[0]
-        work = free_energy(path, other, entropy=GaussianEntropy()).work_of_links
-        return FreeEnergy(**{**values, "work_of_links": work})
+        work = esl.free_energy(path, other, entropy=esl.density.GaussianEntropy()).work_of_links
+        return esl.FreeEnergy(**{**values, "work_of_links": work})
     other = {
-        "potential of another stiffness": Driven(
-            lambda x: Quadratic(1.1 + x, 2 * x), Linear(0.2, 1.5), before=0.0, after=2.0
+        "potential of another stiffness": esl.Driven(
+            lambda x: esl.Quadratic(1.1 + x, 2 * x), esl.Linear(0.2, 1.5), before=0.0, after=2.0
         ),
-        "drive of another end": Driven(
-            lambda x: Quadratic(1 + x, 2 * x), Linear(0.2, 1.6), before=0.0, after=2.0
+        "drive of another end": esl.Driven(
+            lambda x: esl.Quadratic(1 + x, 2 * x), esl.Linear(0.2, 1.6), before=0.0, after=2.0
         ),
     }
-    return free_energy(path, other[fault], entropy=GaussianEntropy(), velocity=AffineVelocity())
+    return esl.free_energy(
+        path, other[fault], entropy=esl.density.GaussianEntropy(), velocity=esl.AffineVelocity()
+    )
 
 
 FAULTS = [
@@ -203,13 +199,13 @@ def test_a_planted_fault_is_seen(fault):
 @pytest.mark.usefixtures("x64")
 def test_the_spacing_error_of_work_is_of_second_order():
     start = np.array([[0.0], [0.4], [-1.0], [0.3]])
-    driven = Driven(lambda x: Quadratic(1 + x, x**2), Linear(0.0, 2.0))
+    driven = esl.Driven(lambda x: esl.Quadratic(1 + x, x**2), esl.Linear(0.0, 2.0))
     counts = [4, 8, 16, 480]
     works = [
-        free_energy(
-            simulate(driven, Langevin(1 / 480), start, steps=480, snapshots=count, key=KEY),
+        esl.free_energy(
+            esl.simulate(driven, esl.Langevin(1 / 480), start, steps=480, snapshots=count, key=KEY),
             driven,
-            entropy=GaussianEntropy(),
+            entropy=esl.density.GaussianEntropy(),
         ).work
         for count in counts
     ]
@@ -222,26 +218,28 @@ def test_the_spacing_error_of_work_is_of_second_order():
 # Errors
 
 
-@pytest.mark.parametrize("transport", [None, GaussianTransport()])
+@pytest.mark.parametrize("transport", [None, esl.GaussianTransport()])
 def test_errors_over_members_are_the_spread_over_runs(transport):
     runs, members = 40, 200
     keys = jax.random.split(KEY, runs)
-    measured = {"velocity": AffineVelocity()} if transport is None else {"transport": transport}
+    measured = {"velocity": esl.AffineVelocity()} if transport is None else {"transport": transport}
 
     def one(key):
         start = jnp.array([2.0]) + jax.random.normal(jax.random.fold_in(key, 1), (members, 1))
-        return simulate(
-            Quadratic(1.0), Langevin(1 / 40, 0.5), start, steps=40, snapshots=4, key=key
+        return esl.simulate(
+            esl.Quadratic(1.0), esl.Langevin(1 / 40, 0.5), start, steps=40, snapshots=4, key=key
         )
 
     paths = jax.vmap(one)(keys)
-    together = free_energy(paths, Quadratic(1.0), entropy=GaussianEntropy(), **measured)
+    together = esl.free_energy(
+        paths, esl.Quadratic(1.0), entropy=esl.density.GaussianEntropy(), **measured
+    )
     assert together.errors == "spread over 40 independent runs"
     singles = [
-        free_energy(
+        esl.free_energy(
             jax.tree.map(lambda x: x[i], paths),
-            Quadratic(1.0),
-            entropy=GaussianEntropy(),
+            esl.Quadratic(1.0),
+            entropy=esl.density.GaussianEntropy(),
             **measured,
         )
         for i in range(6)
@@ -257,9 +255,9 @@ def test_errors_over_members_are_the_spread_over_runs(transport):
 
 def test_of_several_runs_the_mean():
     paths = [
-        simulate(
-            Quadratic(1.0),
-            Langevin(0.1, 0.5),
+        esl.simulate(
+            esl.Quadratic(1.0),
+            esl.Langevin(0.1, 0.5),
             np.eye(4, 2, dtype=np.float32) + i,
             steps=4,
             snapshots=2,
@@ -267,8 +265,11 @@ def test_of_several_runs_the_mean():
         )
         for i in (0, 1)
     ]
-    report = free_energy(paths, Quadratic(1.0), entropy=GaussianEntropy())
-    singles = [free_energy(path, Quadratic(1.0), entropy=GaussianEntropy()) for path in paths]
+    report = esl.free_energy(paths, esl.Quadratic(1.0), entropy=esl.density.GaussianEntropy())
+    singles = [
+        esl.free_energy(path, esl.Quadratic(1.0), entropy=esl.density.GaussianEntropy())
+        for path in paths
+    ]
     np.testing.assert_allclose(
         report.free_energy, np.mean([one.free_energy for one in singles], axis=0), rtol=1e-6
     )
@@ -285,18 +286,20 @@ def test_of_several_runs_the_mean():
 def test_energies_are_over_all_data_whatever_batches_the_run_saw():
     rng = np.random.default_rng(0)
     data = (rng.normal(size=(12, 2)).astype(np.float32), rng.integers(0, 2, 12))
-    potential = FlaxLoss(mlp(2, 3, 2), data, l2=0.1, batch_size=2)
+    potential = esl.FlaxLoss(esl.potentials.mlp(2, 3, 2), data, l2=0.1, batch_size=2)
     start = potential.init(members=40, key=jax.random.key(2))
-    path = simulate(potential, Langevin(0.1, 0.01), start, steps=4, snapshots=2, key=KEY)
-    report = free_energy(path, potential, entropy=GaussianEntropy())
+    path = esl.simulate(potential, esl.Langevin(0.1, 0.01), start, steps=4, snapshots=2, key=KEY)
+    report = esl.free_energy(path, potential, entropy=esl.density.GaussianEntropy())
     np.testing.assert_allclose(report.energy, np.mean(potential(path.positions), axis=1), rtol=1e-5)
     assert np.all(np.abs(report.energy - np.mean(path.energies, axis=1)) > 1e-4)
 
 
 def test_without_temperature_the_free_energy_is_the_energy_whatever_the_entropy():
     start = np.zeros((4, 1), np.float32)  # one point has no entropy
-    path = simulate(Quadratic(1.0, 2.0), Langevin(0.1), start, steps=20, snapshots=4, key=KEY)
-    report = free_energy(path, Quadratic(1.0, 2.0), entropy=GaussianEntropy())
+    path = esl.simulate(
+        esl.Quadratic(1.0, 2.0), esl.Langevin(0.1), start, steps=20, snapshots=4, key=KEY
+    )
+    report = esl.free_energy(path, esl.Quadratic(1.0, 2.0), entropy=esl.density.GaussianEntropy())
     np.testing.assert_allclose(report.dissipation_by_balance, 2 * (1 - 0.9**40), rtol=1e-5)
 
 
@@ -305,7 +308,9 @@ def test_without_temperature_the_free_energy_is_the_energy_whatever_the_entropy(
 
 def test_jit_and_vmap_change_nothing():
     potential, path = trapped(members=8)
-    report = functools.partial(free_energy, entropy=GaussianEntropy(), velocity=AffineVelocity())
+    report = functools.partial(
+        esl.free_energy, entropy=esl.density.GaussianEntropy(), velocity=esl.AffineVelocity()
+    )
     alone = report(path, potential)
     chex.assert_trees_all_close(
         eqx.filter_jit(report)(path, potential), alone, rtol=1e-5, atol=1e-5
@@ -331,13 +336,19 @@ def test_gradient_of_a_whole_run_is_the_central_difference(name):
 
     @jax.jit
     def value(x):
-        driven = Driven(lambda s: Quadratic(1 + s, s), Linear(0.1, x[0]), before=0.0, after=x[1])
-        path = simulate(
-            driven, Langevin(x[2], Linear(0.5, x[3])), start, steps=6, snapshots=2, key=KEY
+        driven = esl.Driven(
+            lambda s: esl.Quadratic(1 + s, s), esl.Linear(0.1, x[0]), before=0.0, after=x[1]
+        )
+        path = esl.simulate(
+            driven, esl.Langevin(x[2], esl.Linear(0.5, x[3])), start, steps=6, snapshots=2, key=KEY
         )
         return fields(
-            free_energy(
-                path, driven, entropy=ENTROPIES[name][0](), velocity=AffineVelocity(), jackknife=0
+            esl.free_energy(
+                path,
+                driven,
+                entropy=ENTROPIES[name][0](),
+                velocity=esl.AffineVelocity(),
+                jackknife=0,
             )
         )
 
@@ -352,13 +363,19 @@ def test_gradient_of_a_whole_run_is_the_central_difference(name):
 def test_memory_is_that_of_the_snapshots():
     def temporary(members):
         path = jax.eval_shape(
-            lambda: simulate(
-                FromFunction(_wide), Langevin(0.1), jnp.ones((members, 3)), steps=20, key=KEY
+            lambda: esl.simulate(
+                esl.FromFunction(_wide),
+                esl.Langevin(0.1),
+                jnp.ones((members, 3)),
+                steps=20,
+                key=KEY,
             )
         )
 
         def report(path):
-            return free_energy(path, FromFunction(_wide), entropy=GaussianEntropy())
+            return esl.free_energy(
+                path, esl.FromFunction(_wide), entropy=esl.density.GaussianEntropy()
+            )
 
         return jax.jit(report).lower(path).compile().memory_analysis().temp_size_in_bytes
 
@@ -378,7 +395,11 @@ def _wide(position):
 
 def test_print():
     potential, path = trapped(members=50)
-    said = str(free_energy(path, potential, entropy=GaussianEntropy(), velocity=AffineVelocity()))
+    said = str(
+        esl.free_energy(
+            path, potential, entropy=esl.density.GaussianEntropy(), velocity=esl.AffineVelocity()
+        )
+    )
     lines = said.splitlines()
     assert (
         lines[0]
@@ -389,15 +410,23 @@ def test_print():
     labels = ["ΔE", "Δ(TH)", "ΔF", "work", "heat", "tempering", "D", "D", "residual", "Σ"]
     assert [line.split()[0] for line in lines[13:23]] == labels
     assert all("±" in line for line in lines[2:23])
-    chain = free_energy(
-        path, potential, entropy=GaussianEntropy(), transport=GaussianTransport(), jackknife=5
+    chain = esl.free_energy(
+        path,
+        potential,
+        entropy=esl.density.GaussianEntropy(),
+        transport=esl.GaussianTransport(),
+        jackknife=5,
     )
     assert str(chain).startswith(
         "free energy by GaussianEntropy and a chain in GaussianTransport at 21 snapshots; standard errors: jackknife"
     )
     assert chain.errors == "jackknife over 5 groups of 10 of 50 members"
-    bare = free_energy(
-        path, potential, entropy=GaussianEntropy(), transport=GaussianTransport(), jackknife=0
+    bare = esl.free_energy(
+        path,
+        potential,
+        entropy=esl.density.GaussianEntropy(),
+        transport=esl.GaussianTransport(),
+        jackknife=0,
     )
     assert "no standard error to judge that by" in bare.verdict()
     assert "±" not in str(bare)
@@ -406,8 +435,8 @@ def test_print():
 
 def test_a_run_at_fixed_controls_has_no_reversible_part():
     system, path = relaxation(1, 4000)
-    said = free_energy(
-        path, system.potential, entropy=GaussianEntropy(), velocity=AffineVelocity()
+    said = esl.free_energy(
+        path, system.potential, entropy=esl.density.GaussianEntropy(), velocity=esl.AffineVelocity()
     ).verdict()
     assert "the whole drop of F is dissipation" in said
     assert "reversible" not in said
@@ -424,18 +453,18 @@ BAD = {
     },
     "`velocity` must be a velocity estimator such as AffineVelocity.*, but is 3": {"velocity": 3},
     "`velocity` must be given beside TransportedEntropy, which follows it, but is missing": {
-        "entropy": TransportedEntropy(GaussianEntropy())
+        "entropy": esl.density.TransportedEntropy(esl.density.GaussianEntropy())
     },
     "`velocity` must know its divergence, which TransportedEntropy follows, but is TransportVelocity": {
-        "entropy": TransportedEntropy(GaussianEntropy()),
-        "velocity": TransportVelocity(GaussianTransport()),
+        "entropy": esl.density.TransportedEntropy(esl.density.GaussianEntropy()),
+        "velocity": esl.TransportVelocity(esl.GaussianTransport()),
     },
     "`transport` must stand alone, .*, but is given beside AffineVelocity": {
-        "velocity": AffineVelocity(),
-        "transport": GaussianTransport(),
+        "velocity": esl.AffineVelocity(),
+        "transport": esl.GaussianTransport(),
     },
     "`transport` must be a transport between whole members, such as GaussianTransport": {
-        "transport": Mapped(GaussianTransport(), jnp.tanh)
+        "transport": esl.MappedTransport(esl.GaussianTransport(), jnp.tanh)
     },
     "`trajectory` must hold the positions of the members, but is a run observed in features": {
         "observe": jnp.tanh
@@ -455,8 +484,8 @@ def test_bad_input(sentence, refused):
         "members": 6,
         "d": 2,
         "observe": None,
-        "potential": Quadratic(1.0),
-        "entropy": GaussianEntropy(),
+        "potential": esl.Quadratic(1.0),
+        "entropy": esl.density.GaussianEntropy(),
         **BAD[sentence],
     }
     start = (
@@ -464,9 +493,9 @@ def test_bad_input(sentence, refused):
         .normal(size=(options.pop("members"), options.pop("d")))
         .astype(np.float32)
     )
-    path = simulate(
-        Quadratic(1.0),
-        Langevin(0.1, 0.1),
+    path = esl.simulate(
+        esl.Quadratic(1.0),
+        esl.Langevin(0.1, 0.1),
         start,
         steps=4,
         snapshots=2,
@@ -474,11 +503,13 @@ def test_bad_input(sentence, refused):
         observe=options.pop("observe"),
     )
     path, potential = options.pop("trajectory", path), options.pop("potential")
-    refused(lambda: free_energy(path, potential, **options), sentence)
+    refused(lambda: esl.free_energy(path, potential, **options), sentence)
 
 
 def test_a_run_that_left_the_numbers_is_refused():
     start = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
-    path = simulate(Quadratic(1.0), Langevin(1e30), start, steps=4, snapshots=2, key=KEY)
-    with pytest.raises(InputError, match="must hold finite members"):
-        free_energy(path, Quadratic(1.0), entropy=GaussianEntropy())
+    path = esl.simulate(
+        esl.Quadratic(1.0), esl.Langevin(1e30), start, steps=4, snapshots=2, key=KEY
+    )
+    with pytest.raises(esl.InputError, match="must hold finite members"):
+        esl.free_energy(path, esl.Quadratic(1.0), entropy=esl.density.GaussianEntropy())

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import expm
 
-from esljax._checks import InputError
+import esljax as esl
 from esljax._numerics import exponential, lyapunov, sqrtm
 from esljax.gaussian import (
     Law,
@@ -24,7 +24,6 @@ from esljax.gaussian import (
     speed_limit,
     w2_squared,
 )
-from esljax.schedules import Constant, Cosine, Knots, Linear, WarmupStableDecay
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -40,7 +39,7 @@ class Rule(eqx.Module):
 
 
 def constant_rule(mobility=1.0, temperature=0.1):
-    return Rule(Constant(mobility), Constant(temperature))
+    return Rule(esl.Constant(mobility), esl.Constant(temperature))
 
 
 def start(d):
@@ -89,7 +88,7 @@ MEAN = np.array([1.0, -2.0, 0.5])
 
 @pytest.mark.parametrize("d", [1, 10])
 def test_ornstein_uhlenbeck(d):
-    report = speed_limit(start(d), Trap(), Rule(Constant(0.01), Constant(0.1)), steps=100)
+    report = speed_limit(start(d), Trap(), Rule(esl.Constant(0.01), esl.Constant(0.1)), steps=100)
     sigma, length_squared, distance = oracles.O1[d]
     agree(report.entropy_production, sigma, 9)
     agree(report.length_squared, length_squared, 9)
@@ -115,7 +114,7 @@ def test_translation(x):
 @pytest.mark.parametrize("mobility", MOBILITIES)
 def test_schedules_change_only_the_clock(mobility, d):
     report = speed_limit(
-        start(d), Trap(), Rule(mobility_of(MOBILITIES[mobility]), Constant(0.1)), steps=1
+        start(d), Trap(), Rule(mobility_of(MOBILITIES[mobility]), esl.Constant(0.1)), steps=1
     )
     agree(report.entropy_production, oracles.O3_ENTROPY_PRODUCTION[d][mobility])
     agree(report.dissipation, oracles.O3_PATH[d][0])
@@ -135,7 +134,7 @@ def test_optimal_learning_rate(d):
         np.testing.assert_allclose(
             [50 * rate(s) for s in (0.0, 0.5, 1.0)], oracles.O3_OPTIMUM, rtol=2e-8
         )
-    report = speed_limit(start(d), Trap(), Rule(rate, Constant(0.1)), steps=50)
+    report = speed_limit(start(d), Trap(), Rule(rate, esl.Constant(0.1)), steps=50)
     np.testing.assert_allclose(report.entropy_production, oracles.O3_PATH[d][1], rtol=1e-6)
     np.testing.assert_allclose(report.entropy_production, report.length_squared, rtol=1e-10)
     np.testing.assert_allclose(report.learning_time, 2, rtol=2e-6)
@@ -255,18 +254,20 @@ def test_against_an_adaptive_integrator(stiffness, rate, heat):
 
 def test_corners_of_schedules_are_ends_of_panels():
     """A piecewise-linear clock equals the run on the same clock that `laws` restarts at the corner."""
-    law, trap, heat = start(1), Trap(), Constant(0.1)
-    whole = speed_limit(law, trap, Rule(Knots([0.5, 3.0, 0.2, 1.0], "linear"), heat), steps=1)
+    law, trap, heat = start(1), Trap(), esl.Constant(0.1)
+    whole = speed_limit(law, trap, Rule(esl.Knots([0.5, 3.0, 0.2, 1.0], "linear"), heat), steps=1)
     parts, sigma, length = law, 0.0, 0.0
     for rates in itertools.pairwise((0.5, 3.0, 0.2, 1.0)):
-        part = speed_limit(parts, trap, Rule(Linear(*(r / 3 for r in rates)), heat), steps=1)
+        part = speed_limit(parts, trap, Rule(esl.Linear(*(r / 3 for r in rates)), heat), steps=1)
         sigma, length = sigma + 3 * part.entropy_production, length + jnp.sqrt(part.length_squared)
-        path = laws(parts, trap, Rule(Linear(*(r / 3 for r in rates)), heat), steps=1, times=[1.0])
+        path = laws(
+            parts, trap, Rule(esl.Linear(*(r / 3 for r in rates)), heat), steps=1, times=[1.0]
+        )
         parts = Law(path.mean[0], path.covariance[0])
     np.testing.assert_allclose(
         (whole.entropy_production, whole.length_squared), (sigma, length**2), rtol=1e-11
     )
-    ramp = speed_limit(law, trap, Rule(WarmupStableDecay(2.0, 0.13, 0.29), heat), steps=1)
+    ramp = speed_limit(law, trap, Rule(esl.WarmupStableDecay(2.0, 0.13, 0.29), heat), steps=1)
     np.testing.assert_allclose(ramp.learning_time, 2 * (1 - 0.13 / 2 - 0.29 / 2), rtol=1e-12)
 
 
@@ -318,7 +319,7 @@ def test_gradients():
     for stiffness, covariance in ((np.eye(3), np.eye(3)), (NON_NORMAL, COVARIANCE)):
         root = jnp.linalg.cholesky(jnp.asarray(covariance))
         leaves = (
-            Rule(Linear(0.8, 0.3), Constant(0.2)),
+            Rule(esl.Linear(0.8, 0.3), esl.Constant(0.2)),
             jnp.asarray(MEAN),
             root,
             jnp.asarray(stiffness),
@@ -439,13 +440,13 @@ def test_speed_limit_holds(knots, heat, seed):
     random = np.random.default_rng(seed)
     factor, spring = random.normal(size=(2, 2, 2))
     law = Law(random.normal(size=2), factor @ factor.T + 0.01 * np.eye(2))
-    report = speed_limit(law, Trap(spring), Rule(Knots(knots), Linear(*heat)), steps=1)
+    report = speed_limit(law, Trap(spring), Rule(esl.Knots(knots), esl.Linear(*heat)), steps=1)
     rounding = 1e-9 * (1 + report.entropy_production)
     for part in (report.housekeeping, report.temporal, report.geometric):
         assert part >= -rounding
     assert report.learning_time * report.dissipation >= report.length_squared - rounding
     convex = spring @ spring.T + 0.1 * np.eye(2)
-    report = speed_limit(law, Trap(convex), Rule(Knots(knots), Constant(heat[0])), steps=1)
+    report = speed_limit(law, Trap(convex), Rule(esl.Knots(knots), esl.Constant(heat[0])), steps=1)
     x = np.linalg.eigvalsh(convex)[0] * report.learning_time
     assert abs(report.housekeeping) <= rounding
     assert (
@@ -456,10 +457,11 @@ def test_speed_limit_holds(knots, heat, seed):
 
 def test_float32():
     narrow = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.float32), (start(10), Trap(), Rule(Cosine(4.0), Constant(0.1)))
+        lambda x: jnp.asarray(x, jnp.float32),
+        (start(10), Trap(), Rule(esl.Cosine(4.0), esl.Constant(0.1))),
     )
     report = speed_limit(*narrow, steps=1)
-    wide = speed_limit(start(10), Trap(), Rule(Cosine(4.0), Constant(0.1)), steps=1)
+    wide = speed_limit(start(10), Trap(), Rule(esl.Cosine(4.0), esl.Constant(0.1)), steps=1)
     for name in (
         "entropy_production",
         "length_squared",
@@ -497,7 +499,7 @@ def test_jit_and_vmap():
     def report(rule, law):
         return speed_limit(law, Trap(NON_NORMAL[:2, :2]), rule, steps=7)
 
-    many = jax.vmap(lambda x: Rule(Linear(0.1 * x, 0.05), Constant(0.2 * x)))(
+    many = jax.vmap(lambda x: Rule(esl.Linear(0.1 * x, 0.05), esl.Constant(0.2 * x)))(
         jnp.array([0.5, 1.0, 2.0])
     )
     batched = jax.vmap(report, (0, None))(many, start(2))
@@ -566,7 +568,7 @@ def test_too_stiff_is_nan_where_it_cannot_be_refused():
         ),
         (
             lambda: speed_limit(
-                start(2), Trap(), Rule(Mobility(jnp.ones(2)), Constant(0.1)), steps=1
+                start(2), Trap(), Rule(Mobility(jnp.ones(2)), esl.Constant(0.1)), steps=1
             ),
             "`rule.learning_rate` must be a schedule of one number",
         ),
@@ -601,5 +603,5 @@ def test_too_stiff_is_nan_where_it_cannot_be_refused():
     ],
 )
 def test_bad_input(call, sentence):
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(esl.InputError, match=sentence):
         call()

@@ -7,75 +7,53 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from esljax.density import FlowDensity
-from esljax.measures import speed_limit
-from esljax.potentials import DoubleWell, FlaxLoss, mlp
+import esljax as esl
 from esljax.potentials.datasets import digits
-from esljax.schedules import Knots
-from esljax.simulation import Langevin, simulate
-from esljax.transport import (
-    AbstractTransport,
-    ExactTransport,
-    GaussianTransport,
-    Mapped,
-    Projected,
-    SinkhornTransport,
-    SlicedTransport,
-    Solution,
-)
-from esljax.velocity import (
-    AbstractVelocity,
-    AffineVelocity,
-    HistogramVelocity,
-    KDEVelocity,
-    KernelVelocity,
-    NetworkVelocity,
-    PathVelocity,
-    TransportVelocity,
-)
 
 KEY = jax.random.key(0)
 
 # Every transport claims TPU support; a new one joins by one row.
 TRANSPORTS = {
-    "exact": ExactTransport(),
-    "gaussian": GaussianTransport(),
-    "sliced": SlicedTransport(16, KEY),
-    "sinkhorn": SinkhornTransport(1.0),
-    "sinkhorn in blocks": SinkhornTransport(1.0, chunk=4),
-    "projected": Projected(GaussianTransport(), jnp.eye(2410)[:, :5]),
-    "mapped": Mapped(ExactTransport(), lambda member: member[:7] ** 2),
+    "exact": esl.ExactTransport(),
+    "gaussian": esl.GaussianTransport(),
+    "sliced": esl.SlicedTransport(16, KEY),
+    "sinkhorn": esl.SinkhornTransport(1.0),
+    "sinkhorn in blocks": esl.SinkhornTransport(1.0, chunk=4),
+    "projected": esl.ProjectedTransport(esl.GaussianTransport(), jnp.eye(2410)[:, :5]),
+    "mapped": esl.MappedTransport(esl.ExactTransport(), lambda member: member[:7] ** 2),
 }
 
 VELOCITIES = {
-    "affine": AffineVelocity(),
-    "kernel": KernelVelocity(landmarks=8),
-    "network": NetworkVelocity(key=KEY, iterations=20),
-    "kernel density": KDEVelocity(),
-    "histogram": HistogramVelocity(),
-    "transport": TransportVelocity(ExactTransport()),
-    "path": PathVelocity(),
+    "affine": esl.AffineVelocity(),
+    "kernel": esl.KernelVelocity(landmarks=8),
+    "network": esl.NetworkVelocity(key=KEY, iterations=20),
+    "kernel density": esl.KDEVelocity(),
+    "histogram": esl.HistogramVelocity(),
+    "transport": esl.TransportVelocity(esl.ExactTransport()),
+    "path": esl.PathVelocity(),
 }
 
 
 @pytest.fixture(scope="module")
 def problem():
-    potential = FlaxLoss(mlp(64, 32, 10), digits().train, batch_size=256, l2=1e-4)
+    potential = esl.FlaxLoss(
+        esl.potentials.mlp(64, 32, 10), digits().train, batch_size=256, l2=1e-4
+    )
     return potential, potential.init(members=8, key=KEY)
 
 
-def lowered(problem, transport: AbstractTransport | None, platform: str) -> str:
+def lowered(problem, transport: esl.AbstractTransport | None, platform: str) -> str:
     """The program of the gradient of Σ - W2² in the learning rates of a digits run; without a transport, of its final positions."""
     potential, start = problem
 
     def gap(rates):
-        path = simulate(
-            potential, Langevin(Knots(rates), 1e-7), start, steps=8, snapshots=2, key=KEY
+        path = esl.simulate(
+            potential, esl.Langevin(esl.Knots(rates), 1e-7), start, steps=8, snapshots=2, key=KEY
         )
         return (
             jnp.sum(path.final)
             if transport is None
-            else speed_limit(path, transport=transport, jackknife=0).gap
+            else esl.speed_limit(path, transport=transport, jackknife=0).gap
         )
 
     return (
@@ -95,7 +73,7 @@ def careless(text: str) -> collections.Counter[str]:
     )
 
 
-def faults(problem, transport: AbstractTransport, platform: str) -> list[str]:
+def faults(problem, transport: esl.AbstractTransport, platform: str) -> list[str]:
     try:
         text = lowered(problem, transport, platform)
     except (NotImplementedError, ValueError) as error:
@@ -104,19 +82,23 @@ def faults(problem, transport: AbstractTransport, platform: str) -> list[str]:
     return _listed(text, careless(text) - careless(lowered(problem, None, platform)))
 
 
-def faults_of_velocity(velocity: AbstractVelocity, platform: str) -> list[str]:
+def faults_of_velocity(velocity: esl.AbstractVelocity, platform: str) -> list[str]:
     """The same for Σ from velocities, in a potential that multiplies no matrices."""
-    potential = DoubleWell()
+    potential = esl.DoubleWell()
 
     def gap(rates):
         start = jax.random.normal(
             KEY, (64, 2)
         )  # enough members for every estimator to go beyond moments
-        path = simulate(
-            potential, Langevin(Knots(rates), 1e-2), start, steps=8, snapshots=2, key=KEY
+        path = esl.simulate(
+            potential, esl.Langevin(esl.Knots(rates), 1e-2), start, steps=8, snapshots=2, key=KEY
         )
-        return speed_limit(
-            path, transport=GaussianTransport(), velocity=velocity, potential=potential, jackknife=0
+        return esl.speed_limit(
+            path,
+            transport=esl.GaussianTransport(),
+            velocity=velocity,
+            potential=potential,
+            jackknife=0,
         ).gap
 
     try:
@@ -154,7 +136,7 @@ def test_the_gradient_of_a_gap_from_velocities_lowers(name, platform):
 
 def test_a_flow_is_precise_but_has_callbacks():
     # flowjax checks the values that it is made of on the host; such a program runs on its own platform and is lowered by no other.
-    flow = FlowDensity(KEY, steps=2)
+    flow = esl.density.FlowDensity(KEY, steps=2)
     traced = jax.jit(lambda x: flow.estimate(x, flow.init(x))[0].score(x[0])).trace(
         jax.random.normal(KEY, (16, 2))
     )
@@ -164,16 +146,16 @@ def test_a_flow_is_precise_but_has_callbacks():
         traced.lower(lowering_platforms=("tpu",))
 
 
-class _Rough(AbstractTransport):
+class _Rough(esl.AbstractTransport):
     """A transport that multiplies at the default precision."""
 
     is_metric = False
 
     def solve(self, x, y):
-        return Solution(jnp.sum(jnp.sin(x @ y.T)), jnp.array(True))
+        return esl.Solution(jnp.sum(jnp.sin(x @ y.T)), jnp.array(True))
 
 
-class _Talkative(AbstractTransport):
+class _Talkative(esl.AbstractTransport):
     """A transport that calls the host."""
 
     is_metric = False
@@ -181,7 +163,7 @@ class _Talkative(AbstractTransport):
     def solve(self, x, y):
         squared = jnp.sum((x - y) ** 2)
         jax.debug.print("{}", squared)
-        return Solution(squared, jnp.array(True))
+        return esl.Solution(squared, jnp.array(True))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +176,8 @@ def test_a_fault_is_seen(problem, transport, fault):
 
 
 def test_double_precision_is_seen(problem, x64):
-    potential = FlaxLoss(mlp(64, 32, 10), digits().train, batch_size=256, l2=1e-4)
+    potential = esl.FlaxLoss(
+        esl.potentials.mlp(64, 32, 10), digits().train, batch_size=256, l2=1e-4
+    )
     double = potential, potential.init(members=8, key=KEY).astype(jnp.float64)
-    assert any("f64" in fault for fault in faults(double, ExactTransport(), "cuda"))
+    assert any("f64" in fault for fault in faults(double, esl.ExactTransport(), "cuda"))

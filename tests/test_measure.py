@@ -12,21 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esljax import recordings
+import esljax as esl
 from esljax.command import cli
 from esljax.command.measure import transport_problems
-from esljax.measures import speed_limit
-from esljax.simulation import recorded
-from esljax.transport import (
-    AbstractTransport,
-    ExactTransport,
-    GaussianTransport,
-    Projected,
-    SinkhornTransport,
-    SlicedTransport,
-    Solution,
-)
-from esljax.velocity import TransportVelocity
 
 NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric")
 
@@ -127,7 +115,9 @@ def test_writes_what_it_promises(run, tmp_path, capsys):
     assert report["times"] == {"first": 0, "last": 8}
     assert report["measured"] == "positions"
     assert "The speed limit holds" in report["verdict"]
-    by_hand = speed_limit(recorded(wandering(), [0, 1, 2, 4, 8]), transport=ExactTransport())
+    by_hand = esl.speed_limit(
+        esl.from_snapshots(wandering(), [0, 1, 2, 4, 8]), transport=esl.ExactTransport()
+    )
     for name in NUMBERS:
         assert report[name] == pytest.approx(float(getattr(by_hand, name)), rel=1e-6)
         assert report["standard_error"][name] == pytest.approx(
@@ -144,13 +134,13 @@ GIVEN = np.linalg.qr(np.random.default_rng(5).normal(size=(5, 2)))[0]
 
 
 def SLICED():
-    return SlicedTransport(8, jax.random.split(jax.random.key(3))[1])
+    return esl.SlicedTransport(8, jax.random.split(jax.random.key(3))[1])
 
 
 @pytest.mark.parametrize(
     ("flags", "transport", "velocity"),
     [
-        (["--transport", "gaussian"], lambda matrix: GaussianTransport(), None),
+        (["--transport", "gaussian"], lambda matrix: esl.GaussianTransport(), None),
         (
             ["--transport", "sliced", "--directions", "8", "--seed", "3"],
             lambda matrix: SLICED(),
@@ -158,23 +148,27 @@ def SLICED():
         ),
         (
             ["--transport", "sinkhorn", "--epsilon", "3"],
-            lambda matrix: SinkhornTransport(3.0),
+            lambda matrix: esl.SinkhornTransport(3.0),
             None,
         ),
         (
             ["--velocity", "transport"],
-            lambda matrix: ExactTransport(),
-            TransportVelocity(ExactTransport()),
+            lambda matrix: esl.ExactTransport(),
+            esl.TransportVelocity(esl.ExactTransport()),
         ),
-        (["--project", "matrix.npz"], lambda matrix: Projected(ExactTransport(), GIVEN), None),
+        (
+            ["--project", "matrix.npz"],
+            lambda matrix: esl.ProjectedTransport(esl.ExactTransport(), GIVEN),
+            None,
+        ),
         (
             ["--project", "matrix.npz", "--transport", "gaussian", "--velocity", "transport"],
-            lambda matrix: Projected(GaussianTransport(), GIVEN),
-            TransportVelocity(GaussianTransport()),
+            lambda matrix: esl.ProjectedTransport(esl.GaussianTransport(), GIVEN),
+            esl.TransportVelocity(esl.GaussianTransport()),
         ),
         (
             ["--project", "pca", "--coordinates", "2"],
-            lambda matrix: Projected(ExactTransport(), matrix),
+            lambda matrix: esl.ProjectedTransport(esl.ExactTransport(), matrix),
             None,
         ),
     ],
@@ -186,8 +180,8 @@ def test_flags_are_what_speed_limit_takes(flags, transport, velocity, run, tmp_p
     report = measured(run, *flags, "--jackknife", 0, "--dtype", "float64", out=tmp_path / "out")
     pooled = wandering().reshape(-1, 5)
     principal = np.linalg.eigh(np.cov(pooled.T))[1][:, ::-1][:, :2]
-    path = recorded(wandering(), [0, 1, 2, 4, 8])
-    by_hand = speed_limit(path, transport=transport(principal), velocity=velocity, jackknife=0)
+    path = esl.from_snapshots(wandering(), [0, 1, 2, 4, 8])
+    by_hand = esl.speed_limit(path, transport=transport(principal), velocity=velocity, jackknife=0)
     for name in NUMBERS:
         assert report[name] == pytest.approx(float(getattr(by_hand, name)), rel=1e-9, abs=1e-9)
     assert report["standard_error"] is None
@@ -250,7 +244,7 @@ def test_a_folder_and_features(tmp_path):
     assert from_folder["times"] == from_file["times"]
     assert features["measured"] == "features"
     assert features["times"] is None
-    np.testing.assert_array_equal(recordings.read(tmp_path / "run").positions, positions)
+    np.testing.assert_array_equal(esl.recordings.read(tmp_path / "run").positions, positions)
 
 
 def test_numbers_not_to_be_trusted_are_exit_code_1(tmp_path, capsys):
@@ -273,7 +267,7 @@ def test_numbers_not_to_be_trusted_are_exit_code_1(tmp_path, capsys):
     assert report["transport_converged"] is False
 
 
-class Counting(AbstractTransport):
+class Counting(esl.AbstractTransport):
     """Counts the problems that are solved in earnest, by their members."""
 
     is_metric: ClassVar[bool] = True
@@ -288,7 +282,7 @@ class Counting(AbstractTransport):
         nothing = jax.pure_callback(
             count, jax.ShapeDtypeStruct((), np.float32), x, vmap_method="sequential"
         )
-        return Solution(jnp.mean(jnp.sum((x - y) ** 2, axis=1)) + nothing, jnp.asarray(True))
+        return esl.Solution(jnp.mean(jnp.sum((x - y) ** 2, axis=1)) + nothing, jnp.asarray(True))
 
     def map(self, x, y):
         return y + 0 * self.solve(x, y).squared
@@ -304,10 +298,10 @@ class Tally(collections.Counter):
 def test_problems_are_foretold(links, jackknife, debias, maps):
     members = 12
     transport = Counting(Tally())
-    path = recorded(np.float32(wandering(links=links, members=members)))
-    velocity = TransportVelocity(transport) if maps else None
+    path = esl.from_snapshots(np.float32(wandering(links=links, members=members)))
+    velocity = esl.TransportVelocity(transport) if maps else None
     jax.block_until_ready(
-        speed_limit(
+        esl.speed_limit(
             path, transport=transport, velocity=velocity, jackknife=jackknife, debias=debias
         )
     )
@@ -505,7 +499,7 @@ def test_where_it_cannot_write(run, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "Argument `out` must be a folder that can be written" in error
     assert error.count("\n") == 1
-    np.testing.assert_array_equal(recordings.read(run).positions, wandering())
+    np.testing.assert_array_equal(esl.recordings.read(run).positions, wandering())
 
 
 def test_unknown_flags_and_help(run, capsys):

@@ -7,44 +7,36 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import esljax as esl
 from esljax.command import cli
-from esljax.experiment import Problem, plan
-from esljax.measures import speed_limit
-from esljax.potentials import Driven, FlaxLoss, FromFunction, Quadratic, mlp
+from esljax.experiment import Problem
 from esljax.potentials.datasets import digits
-from esljax.schedules import Constant, Knots, Linear
-from esljax.simulation import Autodiff, ForwardMode, HessianAdjoint, Langevin, simulate
-from esljax.transport import (
-    ExactTransport,
-    GaussianTransport,
-    Projected,
-    SinkhornTransport,
-    SlicedTransport,
-)
 
 KEY = jax.random.key(0)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def test_a_driven_potential_is_planned():
-    driven = Driven(lambda center: Quadratic(1.0, center), Linear(0.0, 2.0))
+    driven = esl.Driven(lambda center: esl.Quadratic(1.0, center), esl.Linear(0.0, 2.0))
     assert (
-        plan(driven, jnp.zeros((64, 10)), steps=100).total
-        == plan(Quadratic(1.0), jnp.zeros((64, 10)), steps=100).total
+        esl.plan_memory(driven, jnp.zeros((64, 10)), steps=100).total
+        == esl.plan_memory(esl.Quadratic(1.0), jnp.zeros((64, 10)), steps=100).total
     )
 
 
 def problem(transport=None, hidden=32, batch=256, recompute=False, gradient=None, **sizes):
     data = digits()
-    potential = FlaxLoss(mlp(64, hidden, 10), data.train, batch_size=batch, l2=1e-4)
+    potential = esl.FlaxLoss(
+        esl.potentials.mlp(64, hidden, 10), data.train, batch_size=batch, l2=1e-4
+    )
     sizes = {"members": 32, "steps": 200, "snapshots": 20, **sizes}
-    transport = ExactTransport() if transport is None else transport
+    transport = esl.ExactTransport() if transport is None else transport
     return Problem(
         potential,
         data.test,
-        Constant(1e-7),
+        esl.Constant(1e-7),
         transport,
-        gradient=gradient or HessianAdjoint(checkpoint=recompute),
+        gradient=gradient or esl.HessianAdjoint(recompute=recompute),
         **sizes,
     )
 
@@ -53,7 +45,7 @@ def needed(problem: Problem, differentiated: bool) -> int:
     """What the compiler says."""
 
     def gap(rates):
-        outcome = problem.run(Knots(rates), KEY)
+        outcome = problem.run(esl.Knots(rates), KEY)
         return outcome.report.gap, (outcome.final_loss, outcome.test_accuracy)
 
     program = jax.jit(jax.value_and_grad(gap, has_aux=True) if differentiated else gap)
@@ -65,30 +57,30 @@ def needed(problem: Problem, differentiated: bool) -> int:
     "settings",
     [
         {},
-        {"steps": 800, "recompute": True, "transport": GaussianTransport()},
+        {"steps": 800, "recompute": True, "transport": esl.GaussianTransport()},
         slow({"steps": 800}),
         slow({"snapshots": 40}),
         slow({"batch": None}),
         slow({"members": 128, "hidden": 4, "steps": 100}),
-        slow({"transport": SlicedTransport(64, KEY)}),
-        slow({"transport": SinkhornTransport(1.0)}),
-        slow({"transport": SinkhornTransport(1.0, chunk=8)}),
-        slow({"transport": Projected(ExactTransport(), jnp.eye(2410)[:, :8])}),
+        slow({"transport": esl.SlicedTransport(64, KEY)}),
+        slow({"transport": esl.SinkhornTransport(1.0)}),
+        slow({"transport": esl.SinkhornTransport(1.0, chunk=8)}),
+        slow({"transport": esl.ProjectedTransport(esl.ExactTransport(), jnp.eye(2410)[:, :8])}),
         *(
             slow({"members": 512, "hidden": 2, "steps": 20, "batch": 32, "transport": transport})
             for transport in (
-                ExactTransport(),
-                GaussianTransport(),
-                SlicedTransport(64, KEY),
-                SinkhornTransport(1.0),
-                SinkhornTransport(1.0, chunk=16),
+                esl.ExactTransport(),
+                esl.GaussianTransport(),
+                esl.SlicedTransport(64, KEY),
+                esl.SinkhornTransport(1.0),
+                esl.SinkhornTransport(1.0, chunk=16),
             )
         ),
     ],
     ids=str,
 )
 def test_a_plan_is_right_within_a_half(settings, differentiated):
-    planned = problem(**settings).plan(differentiated=differentiated).total
+    planned = problem(**settings).plan_memory(differentiated=differentiated).total
     found = needed(problem(**settings), differentiated)
     # Without a gradient hardly anything of a small network is ever stored, and the plan is too careful.
     assert 1 / 1.5 < planned / found < (1.5 if differentiated else 2)
@@ -97,10 +89,10 @@ def test_a_plan_is_right_within_a_half(settings, differentiated):
 @pytest.mark.parametrize(
     ("transport", "members", "coordinates"),
     [
-        (ExactTransport(), 2048, 10),
-        (ExactTransport(), 20_000, 1),
-        (SlicedTransport(100, KEY), 2048, 10),
-        slow(SinkhornTransport(1.0, chunk=256), 10_000, 10),
+        (esl.ExactTransport(), 2048, 10),
+        (esl.ExactTransport(), 20_000, 1),
+        (esl.SlicedTransport(100, KEY), 2048, 10),
+        slow(esl.SinkhornTransport(1.0, chunk=256), 10_000, 10),
     ],
     ids=str,
 )
@@ -109,17 +101,17 @@ def test_a_plan_of_many_members_in_few_coordinates_is_right_within_a_half(
     transport, members, coordinates, differentiated
 ):
     """Where costs, orders and projections outweigh the members themselves."""
-    start, potential = jax.ShapeDtypeStruct((members, coordinates), jnp.float32), Quadratic(1.0)
+    start, potential = jax.ShapeDtypeStruct((members, coordinates), jnp.float32), esl.Quadratic(1.0)
 
     def gap(rates, start):
-        path = simulate(
-            potential, Langevin(Knots(rates), 0.01), start, steps=20, snapshots=10, key=KEY
+        path = esl.simulate(
+            potential, esl.Langevin(esl.Knots(rates), 0.01), start, steps=20, snapshots=10, key=KEY
         )
-        return speed_limit(path, transport=transport, jackknife=0).gap
+        return esl.speed_limit(path, transport=transport, jackknife=0).gap
 
     program = jax.jit(jax.value_and_grad(gap) if differentiated else gap)
     found = program.lower(jnp.full(3, 0.1), start).compile().memory_analysis().temp_size_in_bytes
-    planned = plan(
+    planned = esl.plan_memory(
         potential, start, steps=20, snapshots=10, transport=transport, differentiated=differentiated
     ).total
     assert 1 / 1.5 < planned / found < 1.5
@@ -132,7 +124,7 @@ def test_a_loop_over_layers_counts_every_layer():
         )
 
     few, many = (
-        plan(FromFunction(energy(layers)), jnp.zeros((16, 50)), steps=20).network
+        esl.plan_memory(esl.FromFunction(energy(layers)), jnp.zeros((16, 50)), steps=20).network
         for layers in (10, 1000)
     )
     assert 50 < many / few < 150
@@ -141,20 +133,24 @@ def test_a_loop_over_layers_counts_every_layer():
 def test_ways_of_differentiating_are_told_apart():
     """jax keeps what the network computed at every step, forward mode nothing of any."""
     planned = {
-        name: problem(gradient=way).plan().adjoint
-        for name, way in (("h", HessianAdjoint()), ("a", Autodiff()), ("f", ForwardMode()))
+        name: problem(gradient=way).plan_memory().adjoint
+        for name, way in (
+            ("h", esl.HessianAdjoint()),
+            ("a", esl.Autodiff()),
+            ("f", esl.ForwardMode()),
+        )
     }
     assert planned["a"] > 5 * planned["h"] > 0 == planned["f"]
 
 
 def test_devices_share_what_they_can():
-    one, eight = (problem().plan(devices=devices) for devices in (1, 8))
+    one, eight = (problem().plan_memory(devices=devices) for devices in (1, 8))
     for name in ("state", "network", "snapshots", "adjoint"):
         assert getattr(eight, name) == getattr(one, name) // 8
     assert one.transport / 8 < eight.transport < one.transport / 5
     assert eight.data == one.data
-    assert problem().plan(differentiated=False).adjoint == 0
-    assert problem(recompute=True).plan().adjoint < problem().plan().adjoint / 5
+    assert problem().plan_memory(differentiated=False).adjoint == 0
+    assert problem(recompute=True).plan_memory().adjoint < problem().plan_memory().adjoint / 5
 
 
 @pytest.mark.parametrize(
@@ -170,28 +166,33 @@ def test_devices_share_what_they_can():
 )
 def test_what_does_not_fit_is_refused_with_what_to_change(settings, remedy, refused):
     refused(
-        lambda: problem(**settings).plan().check(1e8),
+        lambda: problem(**settings).plan_memory().check(1e8),
         f"`members` must fit in 100.0 MB a device .*{remedy}.* or use more devices",
     )
 
 
 def test_bad_input_is_one_sentence(refused):
-    refused(lambda: problem().plan(devices=0), "`devices` must be an integer of at least 1")
+    refused(lambda: problem().plan_memory(devices=0), "`devices` must be an integer of at least 1")
     ensemble = jax.ShapeDtypeStruct((8, 3), jnp.float32)
     for change, sentence in (
         ({"snapshots": 30}, r"`snapshots` must divide the 100 steps"),
         ({"transport": "exact"}, "`transport` must be a transport"),
         ({"observe": lambda member: member[0]}, "`observe` must return shape"),
         ({"positions": [1.0, 2.0]}, r"`positions` must have shape \(n, d\)"),
-        ({"potential": Quadratic(jnp.ones(4))}, "`potential` must accept members of 3 coordinates"),
+        (
+            {"potential": esl.Quadratic(jnp.ones(4))},
+            "`potential` must accept members of 3 coordinates",
+        ),
     ):
-        asked = {"potential": Quadratic(1.0), "positions": ensemble, "steps": 100, **change}
+        asked = {"potential": esl.Quadratic(1.0), "positions": ensemble, "steps": 100, **change}
         refused(
-            lambda asked=asked: plan(asked.pop("potential"), asked.pop("positions"), **asked),
+            lambda asked=asked: esl.plan_memory(
+                asked.pop("potential"), asked.pop("positions"), **asked
+            ),
             sentence,
         )
     refused(
-        lambda: problem().plan(devices=3),
+        lambda: problem().plan_memory(devices=3),
         "`devices` must divide the 32 members that they share, but is 3",
     )
 

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esljax.measures import minibatch_noise
-from esljax.potentials import FlaxLoss, Quadratic, mlp
-from esljax.simulation import Langevin, simulate
+import esljax as esl
 
 KEY = jax.random.key(0)
 BATCH = 8
@@ -19,10 +17,10 @@ BATCH = 8
 def run():
     inputs = jax.random.normal(KEY, (40, 3))
     data = (inputs, (inputs[:, 0] + inputs[:, 1] ** 2 > 0.5).astype(jnp.int32))
-    potential = FlaxLoss(mlp(3, 4, 2), data, batch_size=BATCH, l2=1e-2)
-    path = simulate(
+    potential = esl.FlaxLoss(esl.potentials.mlp(3, 4, 2), data, batch_size=BATCH, l2=1e-2)
+    path = esl.simulate(
         potential,
-        Langevin(0.2, 0.0),
+        esl.Langevin(0.2, 0.0),
         potential.init(members=16, key=KEY),
         steps=20,
         snapshots=4,
@@ -52,7 +50,7 @@ def truth(potential, path):
 def test_gradient_and_noise_are_those_of_the_data(run):
     potential, path = run
     squared, variance = truth(potential, path)
-    noise = minibatch_noise(path, potential, key=jax.random.key(2), pairs=400)
+    noise = esl.minibatch_noise(path, potential, key=jax.random.key(2), pairs=400)
     # Drawn batches leave an error beside that over members, so members are compared as they are: with 400 pairs each.
     spread = np.asarray(noise.gradient_squared_error)
     scatter = np.sqrt(
@@ -73,7 +71,7 @@ def test_the_floor_is_what_steps_spread(run):
     # Four links of five steps of rate .2, each a quarter of the time.
     of_members = sum(5 * 0.2**2 * (a + b) / 2 / 0.25 for a, b in itertools.pairwise(variance))
     expected = of_members.mean()
-    noise = minibatch_noise(path, potential, key=jax.random.key(2), pairs=200)
+    noise = esl.minibatch_noise(path, potential, key=jax.random.key(2), pairs=200)
     assert abs(float(noise.floor) - expected) < 0.03 * expected
     np.testing.assert_allclose(
         noise.temperature, 0.2 * per_snapshot / (2 * path.positions.shape[2]), rtol=0.05
@@ -89,18 +87,18 @@ def test_the_floor_is_what_steps_spread(run):
 
 def test_what_has_no_batches_is_refused(run, refused):
     potential, path = run
-    smooth = simulate(
-        Quadratic(1.0), Langevin(0.1), jnp.ones((4, 2)), steps=4, snapshots=2, key=KEY
+    smooth = esl.simulate(
+        esl.Quadratic(1.0), esl.Langevin(0.1), jnp.ones((4, 2)), steps=4, snapshots=2, key=KEY
     )
     refused(
-        lambda: minibatch_noise(smooth, Quadratic(1.0), key=KEY),
+        lambda: esl.minibatch_noise(smooth, esl.Quadratic(1.0), key=KEY),
         "Argument `potential` must draw batches",
     )
     refused(
-        lambda: minibatch_noise(path, potential, key=KEY, pairs=0),
+        lambda: esl.minibatch_noise(path, potential, key=KEY, pairs=0),
         "Argument `pairs` must be an integer of at least 1",
     )
     refused(
-        lambda: minibatch_noise(path.positions, potential, key=KEY),
+        lambda: esl.minibatch_noise(path.positions, potential, key=KEY),
         "Argument `trajectory` must be one run",
     )

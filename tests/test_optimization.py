@@ -14,14 +14,8 @@ import oracles
 import pytest
 import systems
 
+import esljax as esl
 import esljax.optimization as optimization_module
-from esljax import gaussian
-from esljax._checks import InputError
-from esljax.measures import speed_limit
-from esljax.optimization import Equality, optimize
-from esljax.schedules import Cosine, Knots
-from esljax.simulation import Langevin, simulate
-from esljax.transport import GaussianTransport
 
 KEY = jax.random.key(3)
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
@@ -43,21 +37,21 @@ class EntropyProduction(eqx.Module):
     rescaled: bool = eqx.field(static=True)
 
     def __call__(self, knots, key):
-        mobility = Knots(knots.values * 2 / clock(knots)) if self.rescaled else knots
-        rule = Langevin(mobility, self.system.rule.temperature)
-        report = gaussian.speed_limit(
+        mobility = esl.Knots(knots.values * 2 / clock(knots)) if self.rescaled else knots
+        rule = esl.Langevin(mobility, self.system.rule.temperature)
+        report = esl.gaussian.speed_limit(
             self.system.law, self.system.potential, rule, steps=1, panels=4
         )
         return (
             report.entropy_production
             if self.rescaled
-            else (report.entropy_production, Equality(report.learning_time / 2 - 1))
+            else (report.entropy_production, esl.Equality(report.learning_time / 2 - 1))
         )
 
 
 def cosine_start(floor=0.02):
-    rates = Cosine(4.0).rates(64)
-    return Knots(rates + floor)
+    rates = esl.Cosine(4.0).rates(64)
+    return esl.Knots(rates + floor)
 
 
 def objective_of(d, rescaled):
@@ -75,13 +69,13 @@ class _Bare(eqx.Module):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("d", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_default_finds_the_schedule_of_constant_speed(d):
-    optimum = optimize(objective_of(d, True), cosine_start(), key=KEY, iterations=200)
+    optimum = esl.optimize(objective_of(d, True), cosine_start(), key=KEY, iterations=200)
     length_squared = oracles.O3_PATH[d][1]
     assert abs(float(optimum.value) / length_squared - 1) < 1e-4
     assert float(optimum.history.value[0]) > 2 * length_squared  # from far
     best = optimum.controls.values * 2 / clock(optimum.controls)
     exact = systems.cosine_decay(d, 1)
-    rate = gaussian.optimal_learning_rate(
+    rate = esl.gaussian.optimal_learning_rate(
         exact.law, exact.potential, temperature=0.1, learning_time=2.0, steps=1, knots=64
     )
     np.testing.assert_allclose(best, rate.values, rtol=0.03)
@@ -90,7 +84,7 @@ def test_default_finds_the_schedule_of_constant_speed(d):
 
 @pytest.mark.usefixtures("x64")
 def test_learning_time_as_a_constraint():
-    optimum = optimize(
+    optimum = esl.optimize(
         objective_of(1, False), cosine_start(), key=KEY, iterations=300, tolerance=1e-4
     )
     assert optimum.satisfied
@@ -105,7 +99,7 @@ def test_learning_time_as_a_constraint():
 
 @pytest.mark.usefixtures("x64")
 def test_lbfgs_finds_the_schedule_of_constant_speed():
-    optimum = optimize(
+    optimum = esl.optimize(
         objective_of(1, True), cosine_start(0.2), key=KEY, iterations=120, optimizer=optax.lbfgs()
     )
     assert abs(float(optimum.value) / oracles.O3_PATH[1][1] - 1) < 1e-4
@@ -118,15 +112,17 @@ def test_discrete_translation_through_the_simulation():
     start = np.full((2, 1), case.start)
 
     def report_of(rates):
-        rule = Langevin(Knots(jnp.append(rates, rates[-1]), "linear"))
-        path = simulate(
+        rule = esl.Langevin(esl.Knots(jnp.append(rates, rates[-1]), "linear"))
+        path = esl.simulate(
             case.potential, rule, start, steps=case.steps, snapshots=case.steps, key=KEY
         )
-        return speed_limit(path, transport=GaussianTransport(), jackknife=0), path.final[0, 0]
+        return esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=0), path.final[
+            0, 0
+        ]
 
     def objective(logarithms, key):
         report, end = report_of(jnp.exp(logarithms))
-        return report.entropy_production, Equality(end / (case.remaining * case.start) - 1)
+        return report.entropy_production, esl.Equality(end / (case.remaining * case.start) - 1)
 
     at_optimum, end = report_of(jnp.asarray(case.optimal_rates))
     np.testing.assert_allclose(end, case.remaining * case.start, rtol=1e-12)
@@ -134,7 +130,7 @@ def test_discrete_translation_through_the_simulation():
     assert abs(at_optimum.gap) < 1e-12 * case.w2_squared
 
     flat = np.full(case.steps, np.log(np.mean(case.optimal_rates)))
-    optimum = optimize(objective, jnp.asarray(flat), key=KEY, iterations=400, tolerance=1e-3)
+    optimum = esl.optimize(objective, jnp.asarray(flat), key=KEY, iterations=400, tolerance=1e-3)
     found, _ = report_of(jnp.exp(optimum.controls))
     assert optimum.satisfied
     assert found.gap / found.w2_squared < 1e-6
@@ -149,7 +145,7 @@ def test_discrete_translation_through_the_simulation():
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("start", [0.0, 3.0, 0.999])
 def test_an_inequality_with_a_known_multiplier(start):
-    optimum = optimize(lambda x, key: (x**2, 1 - x), start, key=KEY, iterations=400)
+    optimum = esl.optimize(lambda x, key: (x**2, 1 - x), start, key=KEY, iterations=400)
     np.testing.assert_allclose(optimum.controls, 1, atol=1e-3)
     np.testing.assert_allclose(optimum.multipliers, [2], rtol=0.02)
     assert optimum.satisfied
@@ -163,7 +159,7 @@ def test_two_constraints_one_of_them_inactive():
         x, y = point["x"], point["y"]
         return x**2 + y**2, {"active": 5 - x - 2 * y, "idle": x - 9}
 
-    optimum = optimize(
+    optimum = esl.optimize(
         objective, {"x": jnp.array(3.0), "y": jnp.array(3.0)}, key=KEY, iterations=600
     )
     np.testing.assert_allclose((optimum.controls["x"], optimum.controls["y"]), (1, 2), atol=5e-3)
@@ -177,9 +173,9 @@ def test_an_equality_beside_an_inequality():
     # min (x - 2)² + (y - 2)² with x = y and x + y ≤ 2: (1, 1), multipliers 0 and 2.
     def objective(point, key):
         x, y = point
-        return (x - 2) ** 2 + (y - 2) ** 2, (Equality(x - y), x + y - 2)
+        return (x - 2) ** 2 + (y - 2) ** 2, (esl.Equality(x - y), x + y - 2)
 
-    optimum = optimize(objective, jnp.array([0.0, 0.5]), key=KEY, iterations=600)
+    optimum = esl.optimize(objective, jnp.array([0.0, 0.5]), key=KEY, iterations=600)
     np.testing.assert_allclose(optimum.controls, [1, 1], atol=5e-3)
     np.testing.assert_allclose(optimum.multipliers, [0, 2], atol=0.06)
     assert optimum.satisfied
@@ -188,22 +184,22 @@ def test_an_equality_beside_an_inequality():
 @pytest.mark.usefixtures("x64")
 def test_an_equality_binds_from_both_sides():
     for target in (-2.0, 2.0):
-        optimum = optimize(
-            lambda x, key: (x**2, Equality(x - target)), 1.0, key=KEY, iterations=400
+        optimum = esl.optimize(
+            lambda x, key: (x**2, esl.Equality(x - target)), 1.0, key=KEY, iterations=400
         )
         np.testing.assert_allclose(optimum.controls, target, atol=2e-3)
         np.testing.assert_allclose(optimum.multipliers, [-2 * target], rtol=0.02)
 
 
 def test_constraints_that_cannot_hold_are_said_not_to():
-    optimum = optimize(lambda x, key: (x**2, (1 - x, x + 1)), 0.5, key=KEY, iterations=60)
+    optimum = esl.optimize(lambda x, key: (x**2, (1 - x, x + 1)), 0.5, key=KEY, iterations=60)
     assert not optimum.satisfied
     assert "constraints NOT satisfied, largest residual" in str(optimum)
 
 
 def test_a_candidate_is_not_kept_for_being_nearer_to_its_constraints_by_next_to_nothing():
     """The start violates by a little less than the end, whose value is far smaller."""
-    optimum = optimize(
+    optimum = esl.optimize(
         lambda x, key: (1 + 100 * x**2, 0.01 + 1e-6 * (1 - jnp.abs(x))),
         1.0,
         key=KEY,
@@ -219,7 +215,7 @@ def test_every_iteration_sees_fresh_noise_and_candidates_are_judged_on_other_key
     def noise(key):
         return 0.1 * jax.random.normal(key)
 
-    optimum = optimize(
+    optimum = esl.optimize(
         lambda x, key: (x - 1) ** 2 + noise(key), 1.0, key=KEY, iterations=30, validation=5
     )
     assert len(np.unique(optimum.history.value)) == 30
@@ -240,7 +236,7 @@ def test_a_noisy_optimum_under_a_constraint():
             0.1 * jax.random.normal(two, (16,))
         )
 
-    optimum = optimize(objective, 2.0, key=KEY, iterations=300, validation=64)
+    optimum = esl.optimize(objective, 2.0, key=KEY, iterations=300, validation=64)
     # The residual wanders by .025 an iteration, and its average over the last half of the search by .01.
     assert abs(float(optimum.controls) - 1) < 0.03
     assert abs(float(optimum.multipliers[0]) - 2) < 0.3
@@ -249,7 +245,9 @@ def test_a_noisy_optimum_under_a_constraint():
 
 def test_the_best_on_held_out_keys_is_kept():
     """A search that only gets worse returns where it began."""
-    optimum = optimize(lambda x, key: x**2, 1.0, key=KEY, iterations=20, optimizer=optax.sgd(-0.1))
+    optimum = esl.optimize(
+        lambda x, key: x**2, 1.0, key=KEY, iterations=20, optimizer=optax.sgd(-0.1)
+    )
     assert optimum.controls == 1
     assert optimum.value == 1
     assert optimum.history.value[-1] > 10
@@ -260,7 +258,7 @@ def test_same_key_same_answer():
         return jnp.sum((x - 1) ** 2) + x[0] * jax.random.normal(key)
 
     one, two, other = (
-        optimize(objective, np.zeros(2, np.float32), key=jax.random.key(k), iterations=20)
+        esl.optimize(objective, np.zeros(2, np.float32), key=jax.random.key(k), iterations=20)
         for k in (0, 0, 1)
     )
     chex.assert_trees_all_equal((one.controls, one.history), (two.controls, two.history))
@@ -272,7 +270,7 @@ def test_same_key_same_answer():
 
 def test_a_search_that_runs_into_nan_keeps_what_it_had():
     """No gradient beyond x = 2, which the search reaches in its ninth step of .1 from 1.15."""
-    optimum = optimize(
+    optimum = esl.optimize(
         lambda x, key: jnp.where(x < 2, -x, jnp.nan),
         1.15,
         key=KEY,
@@ -294,7 +292,7 @@ def test_a_search_that_runs_into_nan_keeps_what_it_had():
 
 
 def test_a_gradient_that_is_not_finite_stops_the_search():
-    optimum = optimize(
+    optimum = esl.optimize(
         lambda x, key: jnp.sqrt(jnp.maximum(x, 0)),
         0.25,
         key=KEY,
@@ -310,7 +308,7 @@ def test_a_gradient_that_explodes_stops_the_search():
     def steep(x, key):
         return jnp.where(x < 2, -x, -2 - 1e8 * (x - 2))
 
-    optimum = optimize(steep, 1.0, key=KEY, iterations=100)
+    optimum = esl.optimize(steep, 1.0, key=KEY, iterations=100)
     assert (
         "the gradient exploded to 1e+08; the likely cause is a learning rate above the stability limit"
         in optimum.message
@@ -324,9 +322,9 @@ def test_settling_on_an_optimum_is_no_explosion():
     def objective(x, key):
         return jnp.sum((x - 1) ** 2) * jnp.where(jax.random.uniform(key) < 0.1, 1.0, 1e-12)
 
-    optimum = optimize(objective, 0.0, key=KEY, iterations=60)
+    optimum = esl.optimize(objective, 0.0, key=KEY, iterations=60)
     assert optimum.message == "Ran all iterations."
-    still = optimize(
+    still = esl.optimize(
         lambda x, key: jnp.maximum(x, 0) ** 2 + jnp.where(jax.random.bernoulli(key), x, 0),
         -1.0,
         key=KEY,
@@ -341,14 +339,14 @@ def test_settling_on_an_optimum_is_no_explosion():
 )
 def test_a_start_that_is_not_finite_is_refused(objective):
     with pytest.raises(
-        InputError,
+        esl.InputError,
         match="`controls` must start where the objective and its gradient are finite, but give",
     ):
-        optimize(objective, -1.0, key=KEY, iterations=5)
+        esl.optimize(objective, -1.0, key=KEY, iterations=5)
 
 
 def test_an_objective_that_starts_at_nothing():
-    optimum = optimize(lambda x, key: (x - 1) ** 2, 1.0, key=KEY, iterations=5)
+    optimum = esl.optimize(lambda x, key: (x - 1) ** 2, 1.0, key=KEY, iterations=5)
     assert optimum.value == 0
     assert optimum.message == "Ran all iterations."
 
@@ -358,12 +356,12 @@ def test_an_interrupt_keeps_the_best_so_far():
         if iteration.iteration == 24:
             raise KeyboardInterrupt
 
-    optimum = optimize(lambda x, key: (x - 3) ** 2, 0.0, key=KEY, iterations=500, callback=stop)
+    optimum = esl.optimize(lambda x, key: (x - 3) ** 2, 0.0, key=KEY, iterations=500, callback=stop)
     assert optimum.interrupted
     assert optimum.message == "Interrupted after 25 of 500 iterations; this is the best so far."
     assert len(optimum.history.value) == 25
     assert 1.5 < optimum.controls < 3  # 25 steps of .1
-    assert not optimize(lambda x, key: x**2, 1.0, key=KEY, iterations=5).interrupted
+    assert not esl.optimize(lambda x, key: x**2, 1.0, key=KEY, iterations=5).interrupted
     assert optimum.as_interrupted().interrupted
 
 
@@ -372,7 +370,7 @@ def test_what_a_callback_raises_ends_the_search():
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        optimize(lambda x, key: x**2, 1.0, key=KEY, iterations=5, callback=fail)
+        esl.optimize(lambda x, key: x**2, 1.0, key=KEY, iterations=5, callback=fail)
 
 
 # Shapes and pytrees
@@ -395,14 +393,14 @@ class Target(eqx.Module):
 
 def test_controls_of_any_form_keep_what_is_not_a_number_to_move():
     controls = {
-        "schedule": Knots([1.0, 2.0]),
+        "schedule": esl.Knots([1.0, 2.0]),
         "pair": (0.5, 7),
         "name": "cosine",
         "count": np.arange(3),
         "nothing": None,
     }
     seen = []
-    optimum = optimize(
+    optimum = esl.optimize(
         Target(jnp.array([3.0, 4.0])), controls, key=KEY, iterations=300, callback=seen.append
     )
     np.testing.assert_allclose(optimum.controls["schedule"].values, [3, 4], rtol=0.02)
@@ -425,7 +423,7 @@ def test_controls_of_any_form_keep_what_is_not_a_number_to_move():
         == (3,)
     )
     assert [each.iteration for each in seen] == list(range(300))
-    assert isinstance(seen[-1].controls["schedule"], Knots)
+    assert isinstance(seen[-1].controls["schedule"], esl.Knots)
     np.testing.assert_allclose(seen[5].auxiliary["misfit"], seen[5].value)
     np.testing.assert_allclose(history.value[5], seen[5].value)
 
@@ -440,7 +438,7 @@ def test_one_compilation_for_a_whole_search():
     counts = []
     for iterations in (3, 30):
         traces.clear()
-        optimize(
+        esl.optimize(
             functools.partial(objective),
             2.0,
             key=KEY,
@@ -454,14 +452,14 @@ def test_one_compilation_for_a_whole_search():
 @pytest.mark.usefixtures("x64")
 def test_precision_is_that_of_the_controls():
     for dtype in (np.float32, np.float64):
-        optimum = optimize(
+        optimum = esl.optimize(
             lambda x, key: (jnp.sum(x**2), 1 - x[0]), np.ones(2, dtype), key=KEY, iterations=5
         )
         assert optimum.controls.dtype == optimum.value.dtype == optimum.residuals.dtype == dtype
 
 
 def test_without_constraints():
-    optimum = optimize(lambda x, key: (x - 3) ** 2, 0.0, key=KEY, iterations=200)
+    optimum = esl.optimize(lambda x, key: (x - 3) ** 2, 0.0, key=KEY, iterations=200)
     np.testing.assert_allclose(optimum.controls, 3, atol=1e-2)
     assert optimum.satisfied
     assert optimum.residuals.shape == (0,)
@@ -502,7 +500,7 @@ def test_bad_input(sentence, arguments, refused):
         **arguments,
     }
     objective, controls = arguments.pop("objective"), arguments.pop("controls")
-    refused(lambda: optimize(objective, controls, **arguments), sentence)
+    refused(lambda: esl.optimize(objective, controls, **arguments), sentence)
 
 
 def test_examples():

@@ -8,7 +8,7 @@ import oracles
 import pytest
 from flax import linen, nnx
 
-from esljax.potentials import DoubleWell, FlaxLoss, FromFunction, Mixture, Quadratic, mlp
+import esljax as esl
 from esljax.potentials.models import MLP
 
 POSITION = np.array([0.7, -0.4, 1.3])
@@ -46,7 +46,7 @@ class Tanh(linen.Module):
 
 
 MODELS = {
-    "nnx factory": lambda: mlp(*SIZES),
+    "nnx factory": lambda: esl.potentials.mlp(*SIZES),
     "nnx instance": lambda: MLP(SIZES, rngs=nnx.Rngs(0)),
     "linen": lambda: Tanh(),
 }
@@ -54,7 +54,7 @@ MEMBERS = 400
 
 
 def flax_loss(model="nnx factory", **options):
-    return FlaxLoss(MODELS[model](), (INPUTS, LABELS), **{"l2": 0.25, **options})
+    return esl.FlaxLoss(MODELS[model](), (INPUTS, LABELS), **{"l2": 0.25, **options})
 
 
 class Network:
@@ -103,32 +103,35 @@ def network(request):
 
 # Each potential beside its closed form.
 POTENTIALS = {
-    "quadratic, scalar": (lambda: Quadratic(2.0, 0.5), lambda x: np.sum((x - 0.5) ** 2)),
+    "quadratic, scalar": (lambda: esl.Quadratic(2.0, 0.5), lambda x: np.sum((x - 0.5) ** 2)),
     "quadratic, diagonal": (
-        lambda: Quadratic(DIAGONAL, CENTER),
+        lambda: esl.Quadratic(DIAGONAL, CENTER),
         lambda x: np.sum(DIAGONAL * (x - CENTER) ** 2) / 2,
     ),
     "quadratic, symmetric": (
-        lambda: Quadratic(MATRIX + MATRIX.T, CENTER),
+        lambda: esl.Quadratic(MATRIX + MATRIX.T, CENTER),
         lambda x: (x - CENTER) @ MATRIX @ (x - CENTER),
     ),
     "double well": (
-        lambda: DoubleWell(0.7, 1.5, 0.4),
+        lambda: esl.DoubleWell(0.7, 1.5, 0.4),
         lambda x: oracles.double_well(x, 0.7, 1.5, 0.4),
     ),
     "mixture": (
-        lambda: Mixture(MEANS, [0.5, 2.0], [1.0, 3.0]),
+        lambda: esl.Mixture(MEANS, [0.5, 2.0], [1.0, 3.0]),
         lambda x: oracles.mixture(x, MEANS, [0.5, 2.0], [1.0, 3.0]),
     ),
     "mixture, equal": (
-        lambda: Mixture(MEANS),
+        lambda: esl.Mixture(MEANS),
         lambda x: oracles.mixture(x, MEANS, [1.0, 1.0], [1.0, 1.0]),
     ),
     "function": (
-        lambda: FromFunction(lambda x: jnp.sum(x**4) + x[0]),
+        lambda: esl.FromFunction(lambda x: jnp.sum(x**4) + x[0]),
         lambda x: np.sum(x**4) + x[0],
     ),
-    "module": (lambda: FromFunction(Well(jnp.asarray(0.6))), lambda x: 0.6 * np.sum(x**2) + x[0]),
+    "module": (
+        lambda: esl.FromFunction(Well(jnp.asarray(0.6))),
+        lambda x: 0.6 * np.sum(x**2) + x[0],
+    ),
 }
 every = pytest.mark.parametrize("name", POTENTIALS)
 
@@ -191,28 +194,28 @@ def test_gradient_in_every_leaf(name, x64):
 
 
 def test_a_matrix_need_not_be_symmetric(x64):
-    potential = Quadratic(MATRIX, CENTER)
+    potential = esl.Quadratic(MATRIX, CENTER)
     energy, slope = potential.energy_and_gradient(jnp.asarray(POSITION))
     np.testing.assert_allclose(slope, MATRIX @ (POSITION - CENTER), rtol=1e-14)
     np.testing.assert_allclose(
         energy, (POSITION - CENTER) @ MATRIX @ (POSITION - CENTER) / 2, rtol=1e-14
     )
     assert not potential.conservative
-    assert Quadratic(DIAGONAL).conservative
+    assert esl.Quadratic(DIAGONAL).conservative
 
 
 def test_the_mixture_is_normalized(x64):
     grid = np.linspace(-12, 14, 4001)[:, None]
-    density = np.exp(-Mixture([[0.0], [3.0]], [0.5, 2.0], [1.0, 5.0])(jnp.asarray(grid)))
+    density = np.exp(-esl.Mixture([[0.0], [3.0]], [0.5, 2.0], [1.0, 5.0])(jnp.asarray(grid)))
     np.testing.assert_allclose(density.sum() * (grid[1, 0] - grid[0, 0]), 1, rtol=1e-12)
 
 
 def test_a_module_keeps_its_arrays_differentiable_and_a_function_has_none():
     gradient = eqx.filter_grad(lambda p: p.energy(jnp.asarray(POSITION)))(
-        FromFunction(Well(jnp.asarray(0.6)))
+        esl.FromFunction(Well(jnp.asarray(0.6)))
     )
     np.testing.assert_allclose(gradient.fn.depth, np.sum(POSITION**2), rtol=1e-6)
-    assert jax.tree.leaves(FromFunction(jnp.sum)) == []
+    assert jax.tree.leaves(esl.FromFunction(jnp.sum)) == []
 
 
 # Networks
@@ -291,7 +294,7 @@ def test_initialization_has_the_law_of_the_initializers(network):
 def test_an_instance_keeps_its_constants():
     model = MLP(SIZES, rngs=nnx.Rngs(0))
     model.layers[0].bias[...] = jnp.full(5, 0.7)
-    potential = FlaxLoss(model, (INPUTS, LABELS))
+    potential = esl.FlaxLoss(model, (INPUTS, LABELS))
     members = np.asarray(potential.init(members=3, key=jax.random.key(0)))
     biases = layout(potential, members.shape[1])[0][1]
     np.testing.assert_array_equal(members[:, biases], np.float32(0.7))
@@ -352,7 +355,7 @@ def test_equal_models_share_compiled_code(network):
 
     assert energy(first, network.start[0]) == energy(second, network.start[0])
     assert len(traces) == 1
-    other = FlaxLoss(mlp(4, 6, 3), (INPUTS, LABELS), l2=0.25)
+    other = esl.FlaxLoss(esl.potentials.mlp(4, 6, 3), (INPUTS, LABELS), l2=0.25)
     assert jax.tree.structure(first) != jax.tree.structure(other)
 
 
@@ -364,7 +367,8 @@ def test_other_losses(x64):
         return jnp.abs(outputs - labels).max(axis=1)
 
     squares, maxima = (
-        FlaxLoss(mlp(*SIZES), (INPUTS, targets), loss=loss) for loss in ("squared_error", largest)
+        esl.FlaxLoss(esl.potentials.mlp(*SIZES), (INPUTS, targets), loss=loss)
+        for loss in ("squared_error", largest)
     )
     outputs = oracles.mlp(
         [(position[kernel], position[bias]) for kernel, bias in layout(squares, 43)], INPUTS
@@ -384,7 +388,7 @@ def test_other_losses(x64):
 def test_regression_on_one_number():
     """Labels (m,) meet outputs (m, 1) without being spread over each other."""
     labels = INPUTS[:, 0] + 1
-    potential = FlaxLoss(mlp(4, 1), (INPUTS, labels), loss="squared_error")
+    potential = esl.FlaxLoss(esl.potentials.mlp(4, 1), (INPUTS, labels), loss="squared_error")
     np.testing.assert_allclose(potential.energy(jnp.zeros(5)), np.mean(labels**2), rtol=1e-6)
 
 
@@ -419,7 +423,7 @@ class LinenDropout(linen.Module):
         return linen.Dense(3)(linen.Dropout(0.5, deterministic=False)(x))
 
 
-NETWORK = mlp(*SIZES)
+NETWORK = esl.potentials.mlp(*SIZES)
 NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
 
 
@@ -427,99 +431,99 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
     ("call", "sentence"),
     [
         (
-            lambda: Quadratic(np.ones((2, 3))),
+            lambda: esl.Quadratic(np.ones((2, 3))),
             r"`stiffness` must be a scalar or have shape \(d,\) or \(d, d\), but has shape \(2, 3\)\.",
         ),
         (
-            lambda: Quadratic(np.ones((1, 2, 2))),
+            lambda: esl.Quadratic(np.ones((1, 2, 2))),
             r"`stiffness` must be a scalar or .* has shape \(1, 2, 2\)\.",
         ),
         (
-            lambda: Quadratic(1.0, np.ones((2, 2))),
+            lambda: esl.Quadratic(1.0, np.ones((2, 2))),
             r"`center` must be a scalar or have shape \(d,\), but has shape \(2, 2\)\.",
         ),
         (
-            lambda: Quadratic(np.ones(2), np.ones(3)),
+            lambda: esl.Quadratic(np.ones(2), np.ones(3)),
             r"`center` must have shape \(2,\) like the stiffness, but has shape \(3,\)\.",
         ),
         (
-            lambda: Quadratic([1.0, np.nan]),
+            lambda: esl.Quadratic([1.0, np.nan]),
             r"`stiffness` must be finite, but has 1 entries that are not, the first at index \(1,\)\.",
         ),
-        (lambda: DoubleWell(barrier=0.0), r"`barrier` must be greater than 0, but is 0\."),
-        (lambda: DoubleWell(width=-1.0), r"`width` must be greater than 0, but is -1\."),
+        (lambda: esl.DoubleWell(barrier=0.0), r"`barrier` must be greater than 0, but is 0\."),
+        (lambda: esl.DoubleWell(width=-1.0), r"`width` must be greater than 0, but is -1\."),
         (
-            lambda: Mixture([1.0]),
+            lambda: esl.Mixture([1.0]),
             r"`means` must have shape \(c, d\), one row per component, but has shape \(1,\)\.",
         ),
         (
-            lambda: Mixture(MEANS, np.ones(3)),
+            lambda: esl.Mixture(MEANS, np.ones(3)),
             r"`variances` must be a scalar or have shape \(2,\), but has shape \(3,\)\.",
         ),
-        (lambda: Mixture(MEANS, 0.0), r"`variances` must be greater than 0, but is 0\."),
+        (lambda: esl.Mixture(MEANS, 0.0), r"`variances` must be greater than 0, but is 0\."),
         (
-            lambda: Mixture(MEANS, 1.0, [1.0, -1.0]),
+            lambda: esl.Mixture(MEANS, 1.0, [1.0, -1.0]),
             r"`weights` must be greater than 0, but is an array with minimum -1\.",
         ),
         (
-            lambda: FromFunction(3.0),
+            lambda: esl.FromFunction(3.0),
             r"`fn` must be a function of one position \(d,\), but is 3\.0\.",
         ),
         (
-            lambda: FlaxLoss(lambda rngs: WithState("BatchNorm", rngs), (INPUTS, LABELS)),
+            lambda: esl.FlaxLoss(lambda rngs: WithState("BatchNorm", rngs), (INPUTS, LABELS)),
             r"`model` must keep no state .* also holds BatchStat",
         ),
         (
-            lambda: FlaxLoss(lambda rngs: WithState("Dropout", rngs), (INPUTS, LABELS)),
+            lambda: esl.FlaxLoss(lambda rngs: WithState("Dropout", rngs), (INPUTS, LABELS)),
             r"`model` must keep no state .* also holds Rng",
         ),
         (
-            lambda: FlaxLoss(WithState("BatchNorm", nnx.Rngs(0)), (INPUTS, LABELS)),
+            lambda: esl.FlaxLoss(WithState("BatchNorm", nnx.Rngs(0)), (INPUTS, LABELS)),
             r"`model` must keep no state .* also holds BatchStat",
         ),
         (
-            lambda: FlaxLoss(LinenBatchNorm(), (INPUTS, LABELS)),
+            lambda: esl.FlaxLoss(LinenBatchNorm(), (INPUTS, LABELS)),
             r"`model` must keep no state .* also holds batch_stats\.",
         ),
         (
-            lambda: FlaxLoss(LinenDropout(), (INPUTS, LABELS)),
+            lambda: esl.FlaxLoss(LinenDropout(), (INPUTS, LABELS)),
             r"`model` must keep no state .* also holds a stream of random numbers\.",
         ),
         (
-            lambda: FlaxLoss(3.0, (INPUTS, LABELS)),
+            lambda: esl.FlaxLoss(3.0, (INPUTS, LABELS)),
             r"`model` must be a Flax module or a function rngs -> nnx.Module, but is a float\.",
         ),
         (
-            lambda: FlaxLoss(lambda rngs: 3, (INPUTS, LABELS)),
+            lambda: esl.FlaxLoss(lambda rngs: 3, (INPUTS, LABELS)),
             r"`model` must be a Flax module or .*, but returns a int\.",
         ),
         (
-            lambda: FlaxLoss(mlp(7, 3), (INPUTS, LABELS)),
+            lambda: esl.FlaxLoss(esl.potentials.mlp(7, 3), (INPUTS, LABELS)),
             r"`model` must accept inputs of shape \(1, 4\), but fails on them: ",
         ),
         (
-            lambda: FlaxLoss(NETWORK, (INPUTS, LABELS + 1)),
+            lambda: esl.FlaxLoss(NETWORK, (INPUTS, LABELS + 1)),
             r"`data` must have labels from 0 to 2, .*, but has labels from 1 to 3\.",
         ),
         (
-            lambda: FlaxLoss(NETWORK, (INPUTS, LABELS - 1)),
+            lambda: esl.FlaxLoss(NETWORK, (INPUTS, LABELS - 1)),
             r"`data` must have labels from 0 to 2, .*, but has labels from -1 to 1\.",
         ),
         (
-            lambda: FlaxLoss(NETWORK, (INPUTS, LABELS + 0.0)),
+            lambda: esl.FlaxLoss(NETWORK, (INPUTS, LABELS + 0.0)),
             r"`data` must have integer labels \(m,\) .*, but has labels float32\(20,\)\.",
         ),
         (
-            lambda: FlaxLoss(NETWORK, (INPUTS, LABELS[:5])),
+            lambda: esl.FlaxLoss(NETWORK, (INPUTS, LABELS[:5])),
             r"`data` must be \(inputs .*, but has shapes \(20, 4\) and \(5,\)\.",
         ),
         (
-            lambda: FlaxLoss(NETWORK, (INPUTS[:0], LABELS[:0])),
+            lambda: esl.FlaxLoss(NETWORK, (INPUTS[:0], LABELS[:0])),
             r"`data` must be \(inputs .*, but has shapes \(0, 4\) and \(0,\)\.",
         ),
-        (lambda: FlaxLoss(NETWORK, (INPUTS,)), r"`data` must be \(inputs .*, but is 1 array\."),
+        (lambda: esl.FlaxLoss(NETWORK, (INPUTS,)), r"`data` must be \(inputs .*, but is 1 array\."),
         (
-            lambda: FlaxLoss(NETWORK, (NAN_INPUTS, LABELS)),
+            lambda: esl.FlaxLoss(NETWORK, (NAN_INPUTS, LABELS)),
             r"`data` must be finite, .* the first at index \(3, 1\)\.",
         ),
         (
@@ -539,27 +543,27 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
             r"`members` must be an integer of at least 1, but is 0\.",
         ),
         (
-            lambda: FlaxLoss(
+            lambda: esl.FlaxLoss(
                 NETWORK, (INPUTS, np.where(LABELS > 1, np.nan, 0.0)), loss="squared_error"
             ),
             r"`data` must be finite, .* the first at index \(2,\)\.",
         ),
         (
-            lambda: FlaxLoss(NETWORK, (INPUTS, np.ones((20, 2))), loss="squared_error"),
+            lambda: esl.FlaxLoss(NETWORK, (INPUTS, np.ones((20, 2))), loss="squared_error"),
             r"`data` must have labels of 3 numbers, one per output of the model, but has labels of shape \(20, 2\)\.",
         ),
         (
-            lambda: FlaxLoss(NETWORK, (INPUTS, LABELS + 0.0), loss="squared_error"),
+            lambda: esl.FlaxLoss(NETWORK, (INPUTS, LABELS + 0.0), loss="squared_error"),
             r"`data` must have labels of 3 numbers, one per output of the model, but has labels of shape \(20,\)\.",
         ),
         (
-            lambda: FlaxLoss(
+            lambda: esl.FlaxLoss(
                 NETWORK, (INPUTS, LABELS), loss=lambda outputs, labels: jnp.mean(outputs)
             ),
             r"`loss` must return one number per example, shape \(20,\), but returns shape \(\)\.",
         ),
         (
-            lambda: mlp(4, 0, 3)(nnx.Rngs(0)),
+            lambda: esl.potentials.mlp(4, 0, 3)(nnx.Rngs(0)),
             r"`sizes` must be an integer of at least 1, but is 0\.",
         ),
     ],

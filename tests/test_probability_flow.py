@@ -7,18 +7,7 @@ import oracles_fokker_planck
 import pytest
 import systems
 
-from esljax.measures import speed_limit
-from esljax.potentials import DoubleWell, Quadratic
-from esljax.schedules import Knots
-from esljax.simulation import Langevin, ProbabilityFlow, simulate
-from esljax.transport import ExactTransport, GaussianTransport
-from esljax.velocity import (
-    AffineVelocity,
-    KDEVelocity,
-    KernelVelocity,
-    PathVelocity,
-    TransportVelocity,
-)
+import esljax as esl
 
 KEY = jax.random.key(0)
 
@@ -26,7 +15,9 @@ KEY = jax.random.key(0)
 @pytest.mark.parametrize(
     ("n", "d", "steps"), [(4, 50, 6), (4, 1, 3), (9, 2, 8), (16, 5, 5), (40, 3, 12)]
 )
-@pytest.mark.parametrize("velocity", [AffineVelocity(), KDEVelocity()], ids=["affine", "kde"])
+@pytest.mark.parametrize(
+    "velocity", [esl.AffineVelocity(), esl.KDEVelocity()], ids=["affine", "kde"]
+)
 def test_the_bound_holds_on_samples(velocity, n, d, steps, x64):
     """K Σ_k mean‖Δ_k‖² ≥ W2² of the members themselves, in 300 random cases; in float64, where rounding is no excuse."""
 
@@ -37,9 +28,13 @@ def test_the_bound_holds_on_samples(velocity, n, d, steps, x64):
         start = jax.random.normal(keys[1], (n, d), jnp.float64) * jax.random.uniform(
             keys[2], (d,)
         ) + 2 * jax.random.normal(keys[3], (d,))
-        rule = ProbabilityFlow(0.5 / steps, jax.random.uniform(keys[4]), velocity)
-        path = simulate(Quadratic(stiffness), rule, start, steps=steps, snapshots=steps, key=key)
-        report = speed_limit(path, transport=ExactTransport(), velocity=PathVelocity(), jackknife=0)
+        rule = esl.ProbabilityFlow(0.5 / steps, jax.random.uniform(keys[4]), velocity)
+        path = esl.simulate(
+            esl.Quadratic(stiffness), rule, start, steps=steps, snapshots=steps, key=key
+        )
+        report = esl.speed_limit(
+            path, transport=esl.ExactTransport(), velocity=esl.PathVelocity(), jackknife=0
+        )
         action = steps * jnp.sum(
             jnp.mean(jnp.sum(jnp.diff(path.positions, axis=0) ** 2, axis=-1), axis=-1)
         )
@@ -57,8 +52,10 @@ def test_the_bound_holds_on_samples(velocity, n, d, steps, x64):
 def test_its_law_is_that_of_the_exact_ornstein_uhlenbeck_process(d):
     system = systems.ornstein_uhlenbeck(d, 100)
     start = system.sample(1000, KEY)
-    rule = ProbabilityFlow(system.rule.learning_rate, system.rule.temperature, AffineVelocity())
-    path = simulate(system.potential, rule, start, steps=100, key=KEY)
+    rule = esl.ProbabilityFlow(
+        system.rule.learning_rate, system.rule.temperature, esl.AffineVelocity()
+    )
+    path = esl.simulate(system.potential, rule, start, steps=100, key=KEY)
     # An affine map of the start, so its moments go the way of the exact equations from those of the start: no error of sampling. What is
     # left is the step, and in d = 10 the shrinkage, which takes the directions for more alike than they are by 3 %. Without the score,
     # 40 % of the variance would be missing.
@@ -72,47 +69,62 @@ def test_its_law_is_that_of_the_exact_ornstein_uhlenbeck_process(d):
 
 # Kernels wait for evidence of three standard errors, so they need more members: with 400 they end .09 away, with 100 .14.
 @pytest.mark.parametrize(
-    ("velocity", "n"), [(KDEVelocity(), 400), (KernelVelocity(), 1600)], ids=["kde", "kernel"]
+    ("velocity", "n"),
+    [(esl.KDEVelocity(), 400), (esl.KernelVelocity(), 1600)],
+    ids=["kde", "kernel"],
 )
 def test_its_law_in_a_double_well_is_that_of_langevin(velocity, n):
-    potential, steps = DoubleWell(1.0, 1.5), 40
+    potential, steps = esl.DoubleWell(1.0, 1.5), 40
     many = 0.6 * jax.random.normal(jax.random.key(1), (20000, 1)) + 0.4
     # The start is the quantiles of its law, so that the flow carries no error of sampling.
     start = jnp.quantile(many[:, 0], (jnp.arange(n) + 0.5) / n)[:, None]
-    flow = simulate(
-        potential, ProbabilityFlow(0.02, 0.3, velocity), start, steps=steps, snapshots=4, key=KEY
+    flow = esl.simulate(
+        potential,
+        esl.ProbabilityFlow(0.02, 0.3, velocity),
+        start,
+        steps=steps,
+        snapshots=4,
+        key=KEY,
     ).final
-    law = simulate(potential, Langevin(0.02, 0.3), many, steps=steps, snapshots=4, key=KEY).final
+    law = esl.simulate(
+        potential, esl.Langevin(0.02, 0.3), many, steps=steps, snapshots=4, key=KEY
+    ).final
     # Gradient descent alone, without the score, ends .21 away.
-    distance = float(jnp.sqrt(ExactTransport().squared(flow, law)))
-    cold = simulate(potential, Langevin(0.02, 0.0), start, steps=steps, snapshots=4, key=KEY).final
+    distance = float(jnp.sqrt(esl.ExactTransport().squared(flow, law)))
+    cold = esl.simulate(
+        potential, esl.Langevin(0.02, 0.0), start, steps=steps, snapshots=4, key=KEY
+    ).final
     assert distance < 0.08
-    assert float(jnp.sqrt(ExactTransport().squared(cold, law))) > 0.18
+    assert float(jnp.sqrt(esl.ExactTransport().squared(cold, law))) > 0.18
 
 
 @pytest.mark.slow
 def test_the_numbers_of_a_double_well_are_those_of_the_fokker_planck_equation():
     """Σ, L² and W2² within 3 %, from 2000 members that carry no noise: a cloud on the top falls into both wells."""
     cloud = oracles_fokker_planck.FallingCloud()
-    rule = ProbabilityFlow(cloud.clock / 200, cloud.temperature, KernelVelocity())
-    path = simulate(
-        DoubleWell(cloud.barrier, cloud.width),
+    rule = esl.ProbabilityFlow(cloud.clock / 200, cloud.temperature, esl.KernelVelocity())
+    path = esl.simulate(
+        esl.DoubleWell(cloud.barrier, cloud.width),
         rule,
         cloud.start(2000),
         steps=200,
         snapshots=200,
         key=KEY,
     )
-    report = speed_limit(path, transport=ExactTransport(), velocity=PathVelocity(), jackknife=0)
+    report = esl.speed_limit(
+        path, transport=esl.ExactTransport(), velocity=esl.PathVelocity(), jackknife=0
+    )
     found = (report.entropy_production, report.length_squared, report.w2_squared)
     np.testing.assert_allclose(found, cloud.numbers(), rtol=0.03)
 
 
 def test_no_noise_and_no_key_in_it():
-    rule = ProbabilityFlow(0.05, 0.5, AffineVelocity())
+    rule = esl.ProbabilityFlow(0.05, 0.5, esl.AffineVelocity())
     start = jax.random.normal(KEY, (8, 2))
     runs = [
-        simulate(Quadratic(1.0), rule, start, steps=10, snapshots=2, key=jax.random.key(i)).final
+        esl.simulate(
+            esl.Quadratic(1.0), rule, start, steps=10, snapshots=2, key=jax.random.key(i)
+        ).final
         for i in range(2)
     ]
     np.testing.assert_array_equal(*runs)
@@ -122,15 +134,17 @@ def test_gradients_go_through_the_flow(x64):
     start = jax.random.normal(KEY, (12, 2), jnp.float64) + 1
 
     def spread(rate):
-        path = simulate(
-            Quadratic(jnp.array([1.0, 0.4])),
-            ProbabilityFlow(rate, 0.2, AffineVelocity()),
+        path = esl.simulate(
+            esl.Quadratic(jnp.array([1.0, 0.4])),
+            esl.ProbabilityFlow(rate, 0.2, esl.AffineVelocity()),
             start,
             steps=8,
             snapshots=2,
             key=KEY,
         )
-        return speed_limit(path, transport=GaussianTransport(), jackknife=0).entropy_production
+        return esl.speed_limit(
+            path, transport=esl.GaussianTransport(), jackknife=0
+        ).entropy_production
 
     h = 1e-5
     np.testing.assert_allclose(
@@ -140,11 +154,11 @@ def test_gradients_go_through_the_flow(x64):
 
 def test_what_needs_neighbors_cannot_move_members(refused):
     refused(
-        lambda: ProbabilityFlow(0.1, 0.1, TransportVelocity(ExactTransport())),
+        lambda: esl.ProbabilityFlow(0.1, 0.1, esl.TransportVelocity(esl.ExactTransport())),
         "Argument `velocity` must estimate from one snapshot",
     )
     refused(
-        lambda: ProbabilityFlow(0.1, 0.1, "affine"),
+        lambda: esl.ProbabilityFlow(0.1, 0.1, "affine"),
         "Argument `velocity` must estimate from one snapshot",
     )
 
@@ -153,12 +167,17 @@ def test_the_gradient_keeps_positions_and_no_fits():
     """What a fit goes through grows with the square of the members; kept for every step it would outweigh all else."""
 
     def flow(rates):
-        return ProbabilityFlow(Knots(rates), 0.1, KDEVelocity())
+        return esl.ProbabilityFlow(esl.Knots(rates), 0.1, esl.KDEVelocity())
 
     def final(rates, start, steps):
         return jnp.sum(
-            simulate(
-                Quadratic(1.0), flow(rates), start, steps=steps, snapshots=1, key=jax.random.key(0)
+            esl.simulate(
+                esl.Quadratic(1.0),
+                flow(rates),
+                start,
+                steps=steps,
+                snapshots=1,
+                key=jax.random.key(0),
             ).final
         )
 

@@ -58,7 +58,7 @@ def test_measures_run():
     }
     exec(compile(example.replace("steps=200", "steps=40"), "README.md", "exec"), names)
     assert isinstance(names["books"], esl.FreeEnergy)
-    assert isinstance(names["noise"], esl.MinibatchNoise)
+    assert isinstance(names["noise"], esl.measures.MinibatchNoise)
 
 
 def test_example_is_short():

@@ -17,19 +17,8 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from esljax import InputError, recordings
-from esljax.measures import speed_limit
+import esljax as esl
 from esljax.measures.velocities import learning_clock
-from esljax.potentials import Quadratic
-from esljax.simulation import Langevin, recorded, simulate
-from esljax.transport import (
-    ExactTransport,
-    GaussianTransport,
-    Projected,
-    principal_directions,
-    random_directions,
-)
-from esljax.velocity import AffineVelocity, PathVelocity, TransportVelocity
 
 # A rigid translation by `moved` along (1, 2, -2), which has length 3.
 TIMES = np.array([100.0, 110.0, 120.0, 150.0, 200.0])
@@ -52,12 +41,12 @@ def wandering(seed=0, links=4, members=5, d=3):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "transport", [ExactTransport(), GaussianTransport()], ids=["exact", "gaussian"]
+    "transport", [esl.ExactTransport(), esl.GaussianTransport()], ids=["exact", "gaussian"]
 )
 def test_a_translation_by_hand(transport):
     """Every W2 is the distance moved, so that Σ = 9 Σ_j Δc_j²/Δs_j, whatever the cloud."""
-    path = recorded(translation(), TIMES)
-    report = speed_limit(path, transport=transport)
+    path = esl.from_snapshots(translation(), TIMES)
+    report = esl.speed_limit(path, transport=transport)
     np.testing.assert_allclose(path.times, SCALED, rtol=1e-15)
     np.testing.assert_allclose(
         report.entropy_production, 9 * np.sum(np.diff(MOVED) ** 2 / np.diff(SCALED)), rtol=1e-12
@@ -77,16 +66,16 @@ def test_velocities_on_uneven_times_by_hand():
     before, after = [0, 0, 1, 2, 3], [1, 2, 3, 4, 4]
     velocities = 3 * (MOVED[after] - MOVED[before]) / (SCALED[after] - SCALED[before])
     expected = np.sum(np.diff(SCALED) * (velocities[1:] ** 2 + velocities[:-1] ** 2) / 2)
-    path = recorded(translation(), TIMES)
-    projected = Projected(
-        ExactTransport(), np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
+    path = esl.from_snapshots(translation(), TIMES)
+    projected = esl.ProjectedTransport(
+        esl.ExactTransport(), np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0]
     )
     for transport, velocity in [
-        (ExactTransport(), TransportVelocity(ExactTransport())),
-        (GaussianTransport(), TransportVelocity(GaussianTransport())),
-        (projected, TransportVelocity(ExactTransport())),
+        (esl.ExactTransport(), esl.TransportVelocity(esl.ExactTransport())),
+        (esl.GaussianTransport(), esl.TransportVelocity(esl.GaussianTransport())),
+        (projected, esl.TransportVelocity(esl.ExactTransport())),
     ]:
-        report = speed_limit(path, transport=transport, velocity=velocity, jackknife=0)
+        report = esl.speed_limit(path, transport=transport, velocity=velocity, jackknife=0)
         np.testing.assert_allclose(report.entropy_production, expected, rtol=1e-12)
         np.testing.assert_allclose(
             report.entropy_production_chain,
@@ -98,7 +87,9 @@ def test_velocities_on_uneven_times_by_hand():
         assert report.dissipation is None
         assert report.learning_time is None
     # Members' own paths belong to links.
-    report = speed_limit(path, transport=ExactTransport(), velocity=PathVelocity(), jackknife=0)
+    report = esl.speed_limit(
+        path, transport=esl.ExactTransport(), velocity=esl.PathVelocity(), jackknife=0
+    )
     np.testing.assert_allclose(
         report.entropy_production, 9 * np.sum(np.diff(MOVED) ** 2 / np.diff(SCALED)), rtol=1e-12
     )
@@ -106,10 +97,10 @@ def test_velocities_on_uneven_times_by_hand():
 
 
 def test_what_is_not_known_is_none_and_not_printed():
-    path = recorded(translation(dtype=np.float32), TIMES)
+    path = esl.from_snapshots(translation(dtype=np.float32), TIMES)
     assert (path.rates, path.temperatures, path.energies) == (None, None, None)
     assert str(path) == "Trajectory: 6 members of 3 coordinates, recorded, 5 snapshots"
-    report = speed_limit(path, transport=ExactTransport())
+    report = esl.speed_limit(path, transport=esl.ExactTransport())
     assert (
         report.dissipation,
         report.learning_time,
@@ -127,22 +118,25 @@ def test_what_is_not_known_is_none_and_not_printed():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    "velocity", [None, TransportVelocity(ExactTransport())], ids=["chain", "velocity"]
+    "velocity", [None, esl.TransportVelocity(esl.ExactTransport())], ids=["chain", "velocity"]
 )
 def test_a_simulated_run_and_its_recording_agree(velocity):
     """At rate 1/K the clock of learning time is training time, so that nothing but D, U and the noise floor is lost."""
     start = np.random.default_rng(2).normal(size=(8, 2))
-    path = simulate(
-        Quadratic([1.0, 3.0]),
-        Langevin(0.05, 0.1),
+    path = esl.simulate(
+        esl.Quadratic([1.0, 3.0]),
+        esl.Langevin(0.05, 0.1),
         start,
         steps=20,
         snapshots=10,
         key=jax.random.key(0),
     )
-    known = speed_limit(path, transport=ExactTransport(), velocity=velocity, jackknife=0)
-    blind = speed_limit(
-        recorded(path.positions), transport=ExactTransport(), velocity=velocity, jackknife=0
+    known = esl.speed_limit(path, transport=esl.ExactTransport(), velocity=velocity, jackknife=0)
+    blind = esl.speed_limit(
+        esl.from_snapshots(path.positions),
+        transport=esl.ExactTransport(),
+        velocity=velocity,
+        jackknife=0,
     )
     for name in ("length_squared", "w2_squared", "speed", "times", "geometric"):
         np.testing.assert_allclose(getattr(blind, name), getattr(known, name), rtol=1e-12)
@@ -152,10 +146,12 @@ def test_a_simulated_run_and_its_recording_agree(velocity):
 
 
 def test_several_recorded_runs():
-    runs = [recorded(wandering(seed), TIMES) for seed in range(3)]
-    report = speed_limit(runs, transport=GaussianTransport())
+    runs = [esl.from_snapshots(wandering(seed), TIMES) for seed in range(3)]
+    report = esl.speed_limit(runs, transport=esl.GaussianTransport())
     singles = [
-        float(speed_limit(run, transport=GaussianTransport(), jackknife=0).entropy_production)
+        float(
+            esl.speed_limit(run, transport=esl.GaussianTransport(), jackknife=0).entropy_production
+        )
         for run in runs
     ]
     np.testing.assert_allclose(report.entropy_production, np.mean(singles), rtol=1e-5)
@@ -169,8 +165,8 @@ def test_derivatives_in_positions_and_times():
     positions = jnp.asarray(translation(dtype=np.float32))
 
     def sigma(scale, stretch):
-        path = recorded(scale * positions, stretch * jnp.asarray(SCALED, jnp.float32))
-        return speed_limit(path, transport=ExactTransport(), jackknife=0).entropy_production
+        path = esl.from_snapshots(scale * positions, stretch * jnp.asarray(SCALED, jnp.float32))
+        return esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0).entropy_production
 
     value, (in_scale, in_stretch) = jax.value_and_grad(sigma, (0, 1))(1.0, 1.0)
     np.testing.assert_allclose(in_scale, 2 * value, rtol=1e-5)
@@ -183,14 +179,14 @@ def test_derivatives_in_positions_and_times():
 )
 def test_numbers_of_any_kind(dtype):
     whole = np.round(wandering() * 8).astype(dtype)
-    path = recorded(whole)
+    path = esl.from_snapshots(whole)
     assert path.positions.dtype == np.float32
     np.testing.assert_array_equal(path.positions, whole.astype(np.float32))
-    assert recorded(jnp.asarray(whole.astype(np.float32)), observed=True).observed
+    assert esl.from_snapshots(jnp.asarray(whole.astype(np.float32)), observed=True).observed
 
 
 def test_step_counts_beyond_single_precision():
-    path = recorded(wandering(), 10**9 + np.array([0, 1, 2, 3, 10]))
+    path = esl.from_snapshots(wandering(), 10**9 + np.array([0, 1, 2, 3, 10]))
     np.testing.assert_allclose(path.times, [0, 0.1, 0.2, 0.3, 1], rtol=1e-6)
 
 
@@ -248,26 +244,34 @@ def _with(value, *where):
     ],
 )
 def test_bad_arrays_are_one_sentence(positions, times, sentence, refused):
-    refused(lambda: recorded(positions, times), sentence)
+    refused(lambda: esl.from_snapshots(positions, times), sentence)
 
 
 def test_drift_of_a_recorded_run_is_not_known(refused):
-    path = recorded(wandering())
+    path = esl.from_snapshots(wandering())
 
     def call():
-        return speed_limit(
-            path, transport=GaussianTransport(), velocity=AffineVelocity(), potential=Quadratic(1.0)
+        return esl.speed_limit(
+            path,
+            transport=esl.GaussianTransport(),
+            velocity=esl.AffineVelocity(),
+            potential=esl.Quadratic(1.0),
         )
 
     refused(
         call,
         r"be TransportVelocity\(...\) for a recorded run, where the drift is not known, but is AffineVelocity",
     )
-    simulated = simulate(
-        Quadratic(1.0), Langevin(0.1), wandering()[0], steps=4, snapshots=4, key=jax.random.key(0)
+    simulated = esl.simulate(
+        esl.Quadratic(1.0),
+        esl.Langevin(0.1),
+        wandering()[0],
+        steps=4,
+        snapshots=4,
+        key=jax.random.key(0),
     )
     refused(
-        lambda: speed_limit([path, simulated], transport=ExactTransport()),
+        lambda: esl.speed_limit([path, simulated], transport=esl.ExactTransport()),
         "must hold runs of one shape",
     )
 
@@ -278,7 +282,7 @@ def test_drift_of_a_recorded_run_is_not_known(refused):
 @pytest.mark.usefixtures("x64")
 def test_principal_directions_are_those_of_the_covariance(refused):
     positions = wandering(3, links=7, members=9, d=6) * np.array([1, 5, 2, 0.1, 3, 0.5])
-    matrix = np.asarray(principal_directions(positions, 3))
+    matrix = np.asarray(esl.principal_directions(positions, 3))
     values, vectors = np.linalg.eigh(np.cov(positions.reshape(-1, 6).T))
     np.testing.assert_allclose(matrix.T @ matrix, np.eye(3), atol=1e-12)
     np.testing.assert_allclose(
@@ -287,22 +291,22 @@ def test_principal_directions_are_those_of_the_covariance(refused):
     assert np.all(matrix[np.argmax(np.abs(matrix), axis=0), range(3)] > 0)
     assert values[0] < values[-1]
     refused(
-        lambda: principal_directions(positions, 7),
+        lambda: esl.principal_directions(positions, 7),
         "`coordinates` must be at most 6, the numbers in one member, but is 7",
     )
     refused(
-        lambda: principal_directions(np.zeros((2, 2, 9)), 5),
+        lambda: esl.principal_directions(np.zeros((2, 2, 9)), 5),
         "must be at most 4, the members of all snapshots together, but is 5",
     )
 
 
 def test_random_directions(refused):
-    matrix = np.asarray(random_directions(7, 3, jax.random.key(0)))
+    matrix = np.asarray(esl.random_directions(7, 3, jax.random.key(0)))
     np.testing.assert_allclose(matrix.T @ matrix, np.eye(3), atol=1e-6)
-    assert not np.allclose(matrix, random_directions(7, 3, jax.random.key(1)))
+    assert not np.allclose(matrix, esl.random_directions(7, 3, jax.random.key(1)))
     # Uniform directions: the mean of u uᵀ is 1/d, and a fixed sign of their entries would show in the mean of u.
     many = np.asarray(
-        jax.vmap(lambda key: random_directions(4, 2, key))(
+        jax.vmap(lambda key: esl.random_directions(4, 2, key))(
             jax.random.split(jax.random.key(2), 4000)
         )
     )
@@ -312,8 +316,8 @@ def test_random_directions(refused):
         np.broadcast_to(np.eye(4) / 4, (2, 4, 4)),
         atol=5 * 0.25 / 60,
     )
-    refused(lambda: random_directions(3, 4, jax.random.key(0)), "must be at most 3")
-    refused(lambda: random_directions(3, 2, 0), "`key` must be made by")
+    refused(lambda: esl.random_directions(3, 4, jax.random.key(0)), "must be at most 3")
+    refused(lambda: esl.random_directions(3, 2, 0), "`key` must be made by")
 
 
 # Files of snapshots
@@ -331,7 +335,7 @@ def test_arrays_come_back_as_stored(form, tmp_path):
     for k, (name, times) in enumerate([("positions", TIMES), ("features", None)]):
         path = tmp_path / f"{k}.{form}"
         save(path, **{name: wandering()}, **({} if times is None else {"times": times}))
-        recording = recordings.read(path)
+        recording = esl.recordings.read(path)
         np.testing.assert_array_equal(recording.positions, wandering())
         assert recording.observed == (name == "features")
         assert recording.times is None if times is None else np.array_equal(recording.times, TIMES)
@@ -341,7 +345,7 @@ def test_zarr_is_an_extra(tmp_path, monkeypatch, refused):
     save_zarr(tmp_path / "run.zarr", positions=wandering())
     monkeypatch.setitem(sys.modules, "zarr", None)
     refused(
-        lambda: recordings.read(tmp_path / "run.zarr"),
+        lambda: esl.recordings.read(tmp_path / "run.zarr"),
         r"unless zarr is installed \(pip install 'esljax\[zarr\]'\), but is ",
     )
 
@@ -426,7 +430,7 @@ def test_checkpoints(form, dtype, tmp_path, request):
     (tmp_path / "run" / "run7_member_0" / "5.orbax-checkpoint-tmp-1700").mkdir()
     (tmp_path / "run" / "notes_2.txt").write_text("not a checkpoint")
     (tmp_path / "run" / "run7_member_0" / "metrics_5.json").write_text("{}")
-    recording = recordings.read(tmp_path / "run")
+    recording = esl.recordings.read(tmp_path / "run")
     np.testing.assert_array_equal(recording.positions, expected)
     np.testing.assert_array_equal(recording.times, [5, 20])
     assert recording.positions.dtype == (np.float64 if dtype == np.float64 else np.float32)
@@ -436,12 +440,12 @@ def test_checkpoints(form, dtype, tmp_path, request):
 def test_numbers_order_members_and_times(tmp_path):
     """By size rather than by name: 100 comes after 20, and member 10 after member 1."""
     expected = save_folder(tmp_path, "npz")
-    recording = recordings.read(tmp_path)
+    recording = esl.recordings.read(tmp_path)
     np.testing.assert_array_equal(recording.positions, expected)
     np.testing.assert_array_equal(recording.times, [0, 20, 100])
     for file in tmp_path.rglob("*_100.npz"):
         file.rename(file.with_name("epoch_2.5.npz"))
-    np.testing.assert_array_equal(recordings.read(tmp_path).times, [0, 2.5, 20])
+    np.testing.assert_array_equal(esl.recordings.read(tmp_path).times, [0, 2.5, 20])
 
 
 @pytest.mark.usefixtures("x64")
@@ -453,9 +457,9 @@ def test_all_forms_give_the_same_numbers(tmp_path):
     save_zarr(tmp_path / "run.zarr", positions=positions.astype(np.float32), times=[0, 20, 100])
     numbers = []
     for name in ("npz", "safetensors", "orbax", "run.npz", "run.zarr"):
-        recording = recordings.read(tmp_path / name)
-        report = speed_limit(
-            recorded(recording.positions, recording.times), transport=ExactTransport()
+        recording = esl.recordings.read(tmp_path / name)
+        report = esl.speed_limit(
+            esl.from_snapshots(recording.positions, recording.times), transport=esl.ExactTransport()
         )
         numbers.append(
             [
@@ -565,9 +569,9 @@ def break_folder(kind, folder):
 )
 def test_broken_folders_are_one_sentence(kind, sentence, tmp_path, refused):
     save_folder(tmp_path / "run", "npz")
-    recordings.read(tmp_path / "run")
+    esl.recordings.read(tmp_path / "run")
     break_folder(kind, tmp_path / "run")
-    refused(lambda: recordings.read(tmp_path / "run"), sentence)
+    refused(lambda: esl.recordings.read(tmp_path / "run"), sentence)
 
 
 class Bomb:
@@ -581,11 +585,13 @@ def test_pickles_are_never_loaded(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     for name in ("run.pt", "run.pkl", "run.npz", "run.PTH"):
         Path(name).write_bytes(pickle.dumps(Bomb()))
-        refused(lambda name=name: recordings.read(name), "pickle|cut short or something else")
+        refused(lambda name=name: esl.recordings.read(name), "pickle|cut short or something else")
     np.savez("objects.npz", positions=np.array([Bomb()], object))
-    refused(lambda: recordings.read("objects.npz"), "a pickle runs whatever code it carries")
+    refused(lambda: esl.recordings.read("objects.npz"), "a pickle runs whatever code it carries")
     np.savez("matrix.npz", matrix=np.array([[Bomb()]], object))
-    refused(lambda: recordings.read_matrix("matrix.npz"), "a pickle runs whatever code it carries")
+    refused(
+        lambda: esl.recordings.read_matrix("matrix.npz"), "a pickle runs whatever code it carries"
+    )
     assert not Path("exploded").exists()
     pickle.loads(Path("run.pt").read_bytes())
     assert Path("exploded").exists(), "it would have been seen"
@@ -593,26 +599,27 @@ def test_pickles_are_never_loaded(tmp_path, monkeypatch, refused):
 
 def test_other_files_are_one_sentence(tmp_path, refused):
     refused(
-        lambda: recordings.read(tmp_path / "none.npz"),
+        lambda: esl.recordings.read(tmp_path / "none.npz"),
         "`recording` must be a file or folder, but .*none.npz does not exist",
     )
-    refused(lambda: recordings.read(tmp_path / "none.zarr"), "does not exist")
+    refused(lambda: esl.recordings.read(tmp_path / "none.zarr"), "does not exist")
     (tmp_path / "run.csv").write_text("1,2")
     refused(
-        lambda: recordings.read(tmp_path / "run.csv"),
+        lambda: esl.recordings.read(tmp_path / "run.csv"),
         "be .npz, .zarr or a folder of checkpoints, but is ",
     )
     for k, arrays in enumerate([{}, {"weights": wandering()}]):
         np.savez(tmp_path / f"{k}.npz", **arrays)
         refused(
-            lambda k=k: recordings.read(tmp_path / f"{k}.npz"),
+            lambda k=k: esl.recordings.read(tmp_path / f"{k}.npz"),
             "hold either `positions` or `features`, but .* holds neither",
         )
     np.savez(tmp_path / "both.npz", positions=wandering(), features=wandering())
-    refused(lambda: recordings.read(tmp_path / "both.npz"), "holds both")
+    refused(lambda: esl.recordings.read(tmp_path / "both.npz"), "holds both")
     (tmp_path / "folder.npz").mkdir()
     refused(
-        lambda: recordings.read(tmp_path / "folder.npz"), "has no folder with a number in its name"
+        lambda: esl.recordings.read(tmp_path / "folder.npz"),
+        "has no folder with a number in its name",
     )
 
 
@@ -627,11 +634,11 @@ def test_other_files_are_one_sentence(tmp_path, refused):
 )
 def test_bad_matrices_are_one_sentence(matrix, sentence, tmp_path, refused):
     np.savez(tmp_path / "matrix.npz", matrix=matrix)
-    refused(lambda: recordings.read_matrix(tmp_path / "matrix.npz"), sentence)
+    refused(lambda: esl.recordings.read_matrix(tmp_path / "matrix.npz"), sentence)
     np.savez(tmp_path / "other.npz", other=matrix)
-    refused(lambda: recordings.read_matrix(tmp_path / "other.npz"), "holds none")
+    refused(lambda: esl.recordings.read_matrix(tmp_path / "other.npz"), "holds none")
     refused(
-        lambda: recordings.read_matrix(tmp_path / "missing.npz"),
+        lambda: esl.recordings.read_matrix(tmp_path / "missing.npz"),
         "be 'pca', 'random', 'none' or an .npz file",
     )
 
@@ -650,9 +657,9 @@ SAFE = safetensors.numpy.save(flat(parameters(0, 0)))
 def read_quietly(path):
     """Either a recording or the one error; whatever else is raised fails the test."""
     try:
-        recording = recordings.read(path)
-        recorded(recording.positions, recording.times, observed=recording.observed)
-    except InputError as error:
+        recording = esl.recordings.read(path)
+        esl.from_snapshots(recording.positions, recording.times, observed=recording.observed)
+    except esl.InputError as error:
         return str(error)
     return None
 

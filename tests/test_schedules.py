@@ -12,42 +12,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import esljax as esl
 import esljax.schedules as schedules_module
-from esljax.schedules import (
-    AbstractSchedule,
-    Constant,
-    Cosine,
-    Exponential,
-    FromOptax,
-    Knots,
-    Linear,
-    WarmupStableDecay,
-    as_schedule,
-)
+from esljax.schedules import as_schedule
 
 TABLE = [0.3, 0.7, 0.1, 0.2]
 OPTAX = optax.warmup_cosine_decay_schedule(0.1, 0.9, 5, 25, 0.05)
 
 # Every class with skewed numbers, beside its formula in NumPy. Functions, so that no array is made before a test chooses its precision.
 SCHEDULES = {
-    "constant": (lambda: Constant(0.3), lambda s: 0.3 + 0 * s),
-    "linear": (lambda: Linear(0.3, 0.7), lambda s: 0.3 + 0.4 * s),
-    "cosine": (lambda: Cosine(0.7, 0.1), lambda s: 0.1 + 0.3 * (1 + np.cos(np.pi * s))),
-    "exponential": (lambda: Exponential(0.7, 0.01), lambda s: 0.7 * np.exp(s * np.log(0.01 / 0.7))),
+    "constant": (lambda: esl.Constant(0.3), lambda s: 0.3 + 0 * s),
+    "linear": (lambda: esl.Linear(0.3, 0.7), lambda s: 0.3 + 0.4 * s),
+    "cosine": (lambda: esl.Cosine(0.7, 0.1), lambda s: 0.1 + 0.3 * (1 + np.cos(np.pi * s))),
+    "exponential": (
+        lambda: esl.Exponential(0.7, 0.01),
+        lambda s: 0.7 * np.exp(s * np.log(0.01 / 0.7)),
+    ),
     "wsd": (
-        lambda: WarmupStableDecay(0.7, 0.13, 0.29, 0.05, 0.02),
+        lambda: esl.WarmupStableDecay(0.7, 0.13, 0.29, 0.05, 0.02),
         lambda s: np.interp(s, [0, 0.13, 0.71, 1], [0.05, 0.7, 0.7, 0.02]),
     ),
     "log-linear knots": (
-        lambda: Knots(TABLE),
+        lambda: esl.Knots(TABLE),
         lambda s: np.exp(np.interp(s, np.linspace(0, 1, 4), np.log(TABLE))),
     ),
     "linear knots": (
-        lambda: Knots(TABLE, "linear"),
+        lambda: esl.Knots(TABLE, "linear"),
         lambda s: np.interp(s, np.linspace(0, 1, 4), TABLE),
     ),
     "optax": (
-        lambda: FromOptax(OPTAX, 25),
+        lambda: esl.FromOptax(OPTAX, 25),
         lambda s: oracles.warmup_cosine(25 * s, 0.1, 0.9, 5, 25, 0.05),
     ),
 }
@@ -60,9 +54,9 @@ def test_the_table_holds_every_class():
     final = {
         cls
         for _, cls in inspect.getmembers(schedules_module, inspect.isclass)
-        if issubclass(cls, AbstractSchedule)
+        if issubclass(cls, esl.AbstractSchedule)
     }
-    assert {type(make()) for make, _ in SCHEDULES.values()} == final - {AbstractSchedule}
+    assert {type(make()) for make, _ in SCHEDULES.values()} == final - {esl.AbstractSchedule}
 
 
 @every
@@ -175,15 +169,15 @@ def test_slope_in_time_is_the_central_difference(name, x64):
 
 def test_from_optax_reads_the_function_at_the_count():
     np.testing.assert_allclose(
-        FromOptax(OPTAX, 25).rates(25), [OPTAX(count) for count in range(25)], rtol=1e-6
+        esl.FromOptax(OPTAX, 25).rates(25), [OPTAX(count) for count in range(25)], rtol=1e-6
     )
     np.testing.assert_allclose(
-        FromOptax(OPTAX, 25).rates(5), [OPTAX(count) for count in range(0, 25, 5)], rtol=1e-6
+        esl.FromOptax(OPTAX, 25).rates(5), [OPTAX(count) for count in range(0, 25, 5)], rtol=1e-6
     )
     # Steps down at every count: a rounded count on the wrong side of one would read the value before.
     stairs = optax.piecewise_constant_schedule(1.0, {count: 0.9 for count in range(1, 49)})
     np.testing.assert_allclose(
-        FromOptax(stairs, 49).rates(49), [stairs(count) for count in range(49)], rtol=1e-6
+        esl.FromOptax(stairs, 49).rates(49), [stairs(count) for count in range(49)], rtol=1e-6
     )
 
 
@@ -191,15 +185,15 @@ def test_from_optax_reads_the_function_at_the_count():
 def test_a_table_of_knots_is_exact_at_every_step(steps):
     """K+1 knots at k/K give back their values in the default precision, however k/K is rounded."""
     table = np.random.default_rng(steps).uniform(0.1, 5.0, steps + 1).astype(np.float32)
-    np.testing.assert_array_equal(Knots(table, "linear").rates(steps), table[:-1])
-    np.testing.assert_allclose(Knots(table).rates(steps), table[:-1], rtol=1e-6)
-    np.testing.assert_allclose(Knots(table).values, table, rtol=1e-6)
+    np.testing.assert_array_equal(esl.Knots(table, "linear").rates(steps), table[:-1])
+    np.testing.assert_allclose(esl.Knots(table).rates(steps), table[:-1], rtol=1e-6)
+    np.testing.assert_allclose(esl.Knots(table).values, table, rtol=1e-6)
 
 
 @settings(max_examples=50, deadline=None, database=None)
 @given(logs=st.lists(st.floats(-30, 30), min_size=2, max_size=6), s=st.floats(0, 1))
 def test_log_linear_knots_stay_positive_and_between_their_neighbors(logs, s):
-    value = Knots(np.exp(logs))(s)
+    value = esl.Knots(np.exp(logs))(s)
     left = min(int(s * (len(logs) - 1)), len(logs) - 2)
     low, high = sorted(np.exp(logs[left : left + 2]))
     assert value > 0
@@ -207,7 +201,7 @@ def test_log_linear_knots_stay_positive_and_between_their_neighbors(logs, s):
 
 
 def test_log_linear_parameters_are_logarithms():
-    schedule = Knots(TABLE)
+    schedule = esl.Knots(TABLE)
     np.testing.assert_allclose(schedule.parameters, np.log(TABLE), rtol=1e-6)
     moved = jax.tree.map(lambda x: x - 100.0, schedule)
     assert bool(jnp.all(moved.rates(9) >= 0))
@@ -217,7 +211,7 @@ def test_log_linear_parameters_are_logarithms():
 
 
 def test_as_schedule():
-    cosine = Cosine(1.0)
+    cosine = esl.Cosine(1.0)
     assert as_schedule(cosine) is cosine
     assert as_schedule(2).rates(1).item() == 2.0
 
@@ -226,54 +220,54 @@ def test_as_schedule():
     ("call", "sentence"),
     [
         (
-            lambda: Constant(1.0).rates(0),
+            lambda: esl.Constant(1.0).rates(0),
             r"Argument `steps` must be an integer of at least 1, but is 0\.",
         ),
         (
-            lambda: Constant(1.0).rates(2.0),
+            lambda: esl.Constant(1.0).rates(2.0),
             r"Argument `steps` must be an integer of at least 1, but is 2\.0\.",
         ),
         (
-            lambda: Constant(1.0).rates(True),
+            lambda: esl.Constant(1.0).rates(True),
             r"Argument `steps` must be an integer of at least 1, but is True\.",
         ),
-        (lambda: Exponential(0.0, 1.0), r"Argument `start` must be greater than 0, but is 0\."),
-        (lambda: Exponential(1.0, -1.0), r"Argument `end` must be greater than 0, but is -1\."),
+        (lambda: esl.Exponential(0.0, 1.0), r"Argument `start` must be greater than 0, but is 0\."),
+        (lambda: esl.Exponential(1.0, -1.0), r"Argument `end` must be greater than 0, but is -1\."),
         (
-            lambda: WarmupStableDecay(1.0, warmup=0.0),
+            lambda: esl.WarmupStableDecay(1.0, warmup=0.0),
             r"Argument `warmup` must be greater than 0, but is 0\.",
         ),
         (
-            lambda: WarmupStableDecay(1.0, decay=-0.1),
+            lambda: esl.WarmupStableDecay(1.0, decay=-0.1),
             r"Argument `decay` must be greater than 0, but is -0\.1\.",
         ),
         (
-            lambda: WarmupStableDecay(1.0, 0.6, 0.5),
+            lambda: esl.WarmupStableDecay(1.0, 0.6, 0.5),
             r"Argument `decay` must leave warmup \+ decay at most 1, but makes it 1\.1\.",
         ),
         (
-            lambda: Knots([1.0]),
+            lambda: esl.Knots([1.0]),
             r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape \(1,\)\.",
         ),
         (
-            lambda: Knots([[1.0, 2.0]]),
+            lambda: esl.Knots([[1.0, 2.0]]),
             r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape \(1, 2\)\.",
         ),
         (
-            lambda: Knots([1.0, 0.0]),
+            lambda: esl.Knots([1.0, 0.0]),
             r"Argument `values` must be greater than 0, but is an array with minimum 0\.",
         ),
-        (lambda: Knots([1.0, np.nan]), r"Argument `values` must be greater than 0"),
+        (lambda: esl.Knots([1.0, np.nan]), r"Argument `values` must be greater than 0"),
         (
-            lambda: Knots([1.0, 2.0], "cubic"),
+            lambda: esl.Knots([1.0, 2.0], "cubic"),
             r"Argument `interpolation` must be one of 'log-linear', 'linear', but is 'cubic'\.",
         ),
         (
-            lambda: FromOptax(OPTAX, 0),
+            lambda: esl.FromOptax(OPTAX, 0),
             r"Argument `steps` must be an integer of at least 1, but is 0\.",
         ),
         (
-            lambda: FromOptax(0.1, 10),
+            lambda: esl.FromOptax(0.1, 10),
             r"Argument `fn` must be a function of the count, but is 0\.1\.",
         ),
     ],
@@ -283,4 +277,4 @@ def test_bad_input_is_one_sentence(call, sentence, refused):
 
 
 def test_knots_may_touch_zero_when_linear():
-    np.testing.assert_allclose(Knots([1.0, 0.0], "linear").rates(4), [1.0, 0.75, 0.5, 0.25])
+    np.testing.assert_allclose(esl.Knots([1.0, 0.0], "linear").rates(4), [1.0, 0.75, 0.5, 0.25])

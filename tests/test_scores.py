@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 
-from esljax.velocity import AffineVelocity, FlowVelocity, HistogramVelocity, KDEVelocity, Snapshot
+import esljax as esl
 
 # Every class. Functions, so that no array is made before a test chooses its precision.
 VELOCITIES = {
-    "kde": lambda: KDEVelocity(),
-    "histogram": lambda: HistogramVelocity(),
-    "flow": lambda: FlowVelocity(jax.random.key(0), steps=2),
+    "kde": lambda: esl.KDEVelocity(),
+    "histogram": lambda: esl.HistogramVelocity(),
+    "flow": lambda: esl.FlowVelocity(jax.random.key(0), steps=2),
 }
 # The flow compiles for tens of seconds.
 every = pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def snapshot(n=41, d=2, seed=0, dtype=np.float32):
     )
     drift = -x + np.roll(np.sin(x), 1, axis=1)
     diffusion = np.eye(d) * 0.2 + 0.1
-    return Snapshot(*(jnp.asarray(part, dtype) for part in (x, drift, diffusion)))
+    return esl.velocity.Snapshot(*(jnp.asarray(part, dtype) for part in (x, drift, diffusion)))
 
 
 def once(velocity, given):
@@ -155,7 +155,7 @@ def test_two_modes_that_diffuse_freely(name):
     """σ = 3.993714. The Gaussian closure answers .235; Silverman's bandwidth, .9."""
     truth = of_two_modes()
     np.testing.assert_allclose(truth, 3.993714, rtol=1e-6)
-    velocity = FlowVelocity(jax.random.key(0)) if name == "flow" else VELOCITIES[name]()
+    velocity = esl.FlowVelocity(jax.random.key(0)) if name == "flow" else VELOCITIES[name]()
     ratios, errors = [], []
     for seed in range(1 if name == "flow" else 6):
         rng = np.random.default_rng(seed)
@@ -165,7 +165,7 @@ def test_two_modes_that_diffuse_freely(name):
         answer = velocity(x, jnp.zeros_like(x), 1.0)
         ratios.append(float(answer.squared) / truth)
         errors.append(float(answer.standard_error) / truth)
-        assert float(AffineVelocity()(x, jnp.zeros_like(x), 1.0).squared) < 0.1 * truth
+        assert float(esl.AffineVelocity()(x, jnp.zeros_like(x), 1.0).squared) < 0.1 * truth
     assert -0.1 < np.mean(ratios) - 1 < 3 * np.mean(errors) / np.sqrt(len(ratios))
     # What `standard_error` says is what comes out over seeds.
     if name != "flow":
@@ -211,7 +211,7 @@ def test_means_stay_below_and_follow_a_drift_that_is_not_linear(name):
     answer = VELOCITIES[name]()(x.astype(np.float32), force(x).astype(np.float32), 0.5)
     error = float(answer.standard_error)
     assert -0.1 * truth - 5 * error < float(answer.squared) - truth < 5 * error
-    below = AffineVelocity()(x.astype(np.float32), force(x).astype(np.float32), 0.5).squared
+    below = esl.AffineVelocity()(x.astype(np.float32), force(x).astype(np.float32), 0.5).squared
     assert float(below) < 0.9 * truth
     assert float(below) < float(answer.squared)
 
@@ -239,7 +239,9 @@ def test_few_members_in_many_dimensions_fall_back_on_their_moments():
     """A Gaussian displaced in 10 dimensions: 400 members know little of their density, and the answer is the affine one."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 10)).astype(np.float32)
-    answer, affine = (velocity(x, 1 - x, 1.0) for velocity in (KDEVelocity(), AffineVelocity()))
+    answer, affine = (
+        velocity(x, 1 - x, 1.0) for velocity in (esl.KDEVelocity(), esl.AffineVelocity())
+    )
     np.testing.assert_allclose(affine.squared, 10, rtol=0.1)
     np.testing.assert_allclose(answer.squared, affine.squared, rtol=0.02)
 
@@ -251,7 +253,7 @@ def test_few_members_are_answered_by_their_affine_field(name, n):
     given = snapshot(n=n)
     answer, affine = (
         velocity(given.positions, given.drift, given.diffusion)
-        for velocity in (VELOCITIES[name](), AffineVelocity())
+        for velocity in (VELOCITIES[name](), esl.AffineVelocity())
     )
     assert np.isfinite(float(answer.squared))
     assert np.isclose(answer.squared, affine.squared, rtol=1e-5) == (n < 32)
@@ -266,7 +268,7 @@ def test_what_each_estimator_says_of_itself():
         assert answer.divergence is not None
         assert velocity.needs_drift
         assert not velocity.moments_only
-    assert "leave-one-out" in str(KDEVelocity()(given.positions, given.drift, given.diffusion))
+    assert "leave-one-out" in str(esl.KDEVelocity()(given.positions, given.drift, given.diffusion))
     assert "bins" in str(answer)
 
 
@@ -274,17 +276,20 @@ def test_what_each_estimator_says_of_itself():
 
 
 def test_bad_input_is_refused(refused):
-    refused(lambda: FlowVelocity(0), "`key` must be made by `jax.random.key`")
+    refused(lambda: esl.FlowVelocity(0), "`key` must be made by `jax.random.key`")
     refused(
-        lambda: FlowVelocity(jax.random.key(0), steps=0), "`steps` must be an integer of at least 1"
+        lambda: esl.FlowVelocity(jax.random.key(0), steps=0),
+        "`steps` must be an integer of at least 1",
     )
     given = snapshot(d=4)
     refused(
-        lambda: HistogramVelocity()(given.positions, given.drift, given.diffusion),
+        lambda: esl.HistogramVelocity()(given.positions, given.drift, given.diffusion),
         "`positions` must have at most 3 coordinates",
     )
     for name in ("kde", "histogram"):
         refused(
-            lambda name=name: once(VELOCITIES[name](), Snapshot(given.positions[:, :2])),
+            lambda name=name: once(
+                VELOCITIES[name](), esl.velocity.Snapshot(given.positions[:, :2])
+            ),
             "`snapshot` must carry the drift",
         )

@@ -15,14 +15,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from esljax import sharding
-from esljax.files import Checkpoints
-from esljax.optimization import optimize
-from esljax.potentials import Quadratic
-from esljax.schedules import Knots
-from esljax.sharding import choose_mesh, map_pairs, member_mesh, shard_members
-from esljax.simulation import Langevin, simulate
-from esljax.transport import ExactTransport, GaussianTransport, SinkhornTransport
+import esljax as esl
+from esljax.sharding import choose_mesh, map_pairs, shard_members
 
 PROGRAM = Path(__file__).with_name("sharded_program.py")
 # float32 sums in another order: a few units in the last place.
@@ -108,18 +102,18 @@ def test_what_two_processes_have_saved_is_taken_up_by_one(devices, processes):
     # As `simulate` of the program has it.
     key = jax.random.key(0)
     trap, rule = (
-        Quadratic(jnp.linspace(1.0, 3.0, 5)),
-        Langevin(Knots(jnp.array([0.1, 0.2, 0.3])), 0.01),
+        esl.Quadratic(jnp.linspace(1.0, 3.0, 5)),
+        esl.Langevin(esl.Knots(jnp.array([0.1, 0.2, 0.3])), 0.01),
     )
     start = np.asarray(jax.random.normal(key, (16, 5)))
-    path = simulate(
+    path = esl.simulate(
         trap,
         rule,
         start,
         steps=20,
         snapshots=10,
         key=key,
-        checkpoints=Checkpoints(folder, resume=True),
+        checkpoints=esl.Checkpoints(folder, resume=True),
     )
     np.testing.assert_allclose(path.positions, processes["2 saved"], rtol=0, atol=ROUNDING)
     np.testing.assert_array_equal(
@@ -167,24 +161,26 @@ def on_one_device() -> jax.Array:
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: member_mesh(0), "`devices` must be between 1 and 1"),
-        (lambda: member_mesh(2), "`devices` must be between 1 and 1"),
+        (lambda: esl.member_mesh(0), "`devices` must be between 1 and 1"),
+        (lambda: esl.member_mesh(2), "`devices` must be between 1 and 1"),
         (
-            lambda: member_mesh(2.0),
+            lambda: esl.member_mesh(2.0),
             "`devices` must be a number of devices, or devices themselves, but is 2.0",
         ),
         (
-            lambda: member_mesh("cpu"),
+            lambda: esl.member_mesh("cpu"),
             "`devices` must be a number of devices, or devices themselves, but is .cpu.",
         ),
-        (lambda: member_mesh([]), "`devices` must name at least one device"),
+        (lambda: esl.member_mesh([]), "`devices` must name at least one device"),
         (
-            lambda: member_mesh(jax.devices() * 2),
+            lambda: esl.member_mesh(jax.devices() * 2),
             "`devices` must name at least one device, each once",
         ),
         (lambda: choose_mesh("cpu", on_one_device()), "`mesh` must be a jax.sharding.Mesh"),
         (
-            lambda: optimize(lambda x, key: x**2, 1.0, key=jax.random.key(0), iterations=1, mesh=2),
+            lambda: esl.optimize(
+                lambda x, key: x**2, 1.0, key=jax.random.key(0), iterations=1, mesh=2
+            ),
             "`mesh` must be a jax.sharding.Mesh",
         ),
     ],
@@ -194,7 +190,7 @@ def test_bad_input_is_one_sentence(call, sentence, refused):
 
 
 def test_members_that_cannot_be_shared_evenly_are_refused(refused, monkeypatch):
-    mesh = member_mesh()
+    mesh = esl.member_mesh()
     monkeypatch.setattr(type(mesh), "size", property(lambda self: 4), raising=False)
     refused(
         lambda: choose_mesh(mesh, on_one_device()),
@@ -213,9 +209,9 @@ def test_a_mesh_of_one_changes_nothing():
     start = on_one_device()
 
     def run(mesh):
-        return simulate(
-            Quadratic(1.0),
-            Langevin(0.1, 0.1),
+        return esl.simulate(
+            esl.Quadratic(1.0),
+            esl.Langevin(0.1, 0.1),
             start,
             steps=4,
             snapshots=2,
@@ -223,7 +219,7 @@ def test_a_mesh_of_one_changes_nothing():
             mesh=mesh,
         )
 
-    plain, meshed = run(None), run(member_mesh(1))
+    plain, meshed = run(None), run(esl.member_mesh(1))
     np.testing.assert_array_equal(plain.positions, meshed.positions)
     assert plain.mesh is None
     assert "on 1 devices" not in str(plain)
@@ -235,7 +231,7 @@ def test_a_mesh_of_one_changes_nothing():
 @pytest.mark.parametrize("meshed", [True, False])
 def test_pairs_are_mapped_in_order(at_once, in_turn, meshed, monkeypatch):
     """On a mesh and off it, together, one by one, and two by two (the last of them with one that is solved already)."""
-    monkeypatch.setattr(sharding, "AT_ONCE", at_once)
+    monkeypatch.setattr(esl.sharding, "AT_ONCE", at_once)
     snapshots = jnp.arange(24.0).reshape(4, 3, 2)
 
     def function(scale, x, y):
@@ -248,7 +244,7 @@ def test_pairs_are_mapped_in_order(at_once, in_turn, meshed, monkeypatch):
             snapshots,
             [0, 2, 1],
             [3, 1, 1],
-            member_mesh(1) if meshed else None,
+            esl.member_mesh(1) if meshed else None,
             in_turn=in_turn,
         )
 
@@ -258,13 +254,13 @@ def test_pairs_are_mapped_in_order(at_once, in_turn, meshed, monkeypatch):
 
 
 def test_how_many_pairs_are_solved_at_once():
-    together = functools.partial(sharding.side_by_side, in_turn=False, platform="gpu")
+    together = functools.partial(esl.sharding.side_by_side, in_turn=False, platform="gpu")
     assert together(31, 32, 2410) == 31
     assert together(31, 100_000, 10) == 1
     assert together(31, 2048, 2048) == 16
     assert together(4, 10**6, 10) == 1
-    assert sharding.side_by_side(31, 8, 2, in_turn=True, platform="cpu") == 1
-    assert sharding.side_by_side(31, 8, 2, in_turn=True, platform="tpu") == 31
+    assert esl.sharding.side_by_side(31, 8, 2, in_turn=True, platform="cpu") == 1
+    assert esl.sharding.side_by_side(31, 8, 2, in_turn=True, platform="tpu") == 31
 
 
 def test_pairs_that_wait_leave_little_to_the_reverse_sweep(monkeypatch):
@@ -273,7 +269,7 @@ def test_pairs_that_wait_leave_little_to_the_reverse_sweep(monkeypatch):
     first = np.arange(20)
 
     def needed(transport, at_once):
-        monkeypatch.setattr(sharding, "AT_ONCE", at_once)
+        monkeypatch.setattr(esl.sharding, "AT_ONCE", at_once)
 
         def squared(x):
             return jnp.sum(
@@ -291,7 +287,11 @@ def test_pairs_that_wait_leave_little_to_the_reverse_sweep(monkeypatch):
             x
         ).compile().memory_analysis().temp_size_in_bytes / (20 * 64 * 50 * 4)
 
-    for transport in (SinkhornTransport(1.0, chunk=8), SinkhornTransport(1.0), ExactTransport()):
+    for transport in (
+        esl.SinkhornTransport(1.0, chunk=8),
+        esl.SinkhornTransport(1.0),
+        esl.ExactTransport(),
+    ):
         assert needed(transport, 1) < 6.5 < needed(transport, 2**26)
 
 
@@ -306,7 +306,7 @@ def test_a_cpu_factorizes_no_stacks():
         return jnp.sum(
             map_pairs(
                 solve,
-                GaussianTransport(),
+                esl.GaussianTransport(),
                 positions,
                 [0, 1, 2, 3],
                 [1, 2, 3, 4],
@@ -326,12 +326,12 @@ def test_a_cpu_factorizes_no_stacks():
         assert len(results) >= 3
         return {result.count(",") + 1 for result in results}
 
-    assert ranks(GaussianTransport().in_turn) == {2}
+    assert ranks(esl.GaussianTransport().in_turn) == {2}
     assert ranks(False) == {3}
 
 
 def test_sharding_of_an_axis_within_and_outside_of_jit():
-    mesh, x = member_mesh(1), jnp.zeros((2, 3))
+    mesh, x = esl.member_mesh(1), jnp.zeros((2, 3))
     for placed in (
         shard_members(x, mesh, axis=1),
         jax.jit(lambda x: shard_members(x, mesh, axis=1))(x),

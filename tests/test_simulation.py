@@ -13,27 +13,16 @@ import oracles
 import pytest
 import systems
 
+import esljax as esl
 import esljax.simulation.loop as simulation_module
-from esljax import gaussian
-from esljax._checks import InputError
-from esljax.potentials import DoubleWell, FlaxLoss, FromFunction, Quadratic, mlp
-from esljax.schedules import Constant, Knots, Linear
-from esljax.simulation import (
-    Autodiff,
-    ForwardMode,
-    HessianAdjoint,
-    Langevin,
-    group_length,
-    simulate,
-)
 
 KEY = jax.random.key(7)
 RNG = np.random.default_rng(5)
 
 
-def rates_of(values) -> Knots:
+def rates_of(values) -> esl.Knots:
     """A schedule with exactly these rates at the steps of a run."""
-    return Knots(np.append(values, values[-1]), "linear")
+    return esl.Knots(np.append(values, values[-1]), "linear")
 
 
 # One step
@@ -43,7 +32,9 @@ def rates_of(values) -> Knots:
 def test_without_noise_it_is_gradient_descent():
     k, eta, steps = 0.7, 0.3, 12
     start = RNG.normal(size=(4, 3))
-    path = simulate(Quadratic(k), Langevin(eta), start, steps=steps, snapshots=steps, key=KEY)
+    path = esl.simulate(
+        esl.Quadratic(k), esl.Langevin(eta), start, steps=steps, snapshots=steps, key=KEY
+    )
     closed = start * (1 - eta * k) ** np.arange(steps + 1)[:, None, None]
     np.testing.assert_allclose(path.positions, closed, rtol=1e-12)
     np.testing.assert_allclose(path.energies, k * np.sum(closed**2, axis=2) / 2, rtol=1e-12)
@@ -54,8 +45,8 @@ def test_every_step_reads_its_own_rate():
     system = systems.non_symmetric(6)
     rates = np.array([0.1, 0.4, 0.0, 0.2, 0.3, 0.05])
     start = RNG.normal(size=(3, 2))
-    path = simulate(
-        system.potential, Langevin(rates_of(rates)), start, steps=6, snapshots=2, key=KEY
+    path = esl.simulate(
+        system.potential, esl.Langevin(rates_of(rates)), start, steps=6, snapshots=2, key=KEY
     )
     truth = oracles.linear_descent(
         start, system.potential.stiffness, np.asarray(system.potential.center), rates
@@ -69,8 +60,8 @@ def test_stationary_variance_of_the_discrete_step():
     k, temperature, eta, steps, members = 2.0, 0.3, 0.4, 16, 100_000
     truth = oracles.discrete_stationary_variance(k, temperature, eta)
     start = np.sqrt(truth) * np.random.default_rng(0).normal(size=(members, 1)).astype(np.float32)
-    end = simulate(
-        Quadratic(k), Langevin(eta, temperature), start, steps=steps, snapshots=1, key=KEY
+    end = esl.simulate(
+        esl.Quadratic(k), esl.Langevin(eta, temperature), start, steps=steps, snapshots=1, key=KEY
     ).final
     error = truth * np.sqrt(2 / members)
     # Noise without its factor 2 would be off by half, a step without the correction 1 - kη/2 by 40 %, and the tolerance is 2 %.
@@ -81,9 +72,9 @@ def test_stationary_variance_of_the_discrete_step():
 
 def test_the_noise_is_normal_and_independent_across_steps_members_and_coordinates():
     members, d = 4000, 3
-    path = simulate(
-        Quadratic(0.0),
-        Langevin(0.5, 1.0),
+    path = esl.simulate(
+        esl.Quadratic(0.0),
+        esl.Langevin(0.5, 1.0),
         np.zeros((members, d), np.float32),
         steps=4,
         snapshots=4,
@@ -110,8 +101,8 @@ def test_moments_follow_the_exact_law(name):
         name, lambda d, steps: systems.non_symmetric(steps)
     )(2 - (name != "non-symmetric"), steps)
     start = system.sample(members, jax.random.key(1))
-    path = simulate(system.potential, system.rule, start, steps=steps, snapshots=4, key=KEY)
-    laws = gaussian.laws(
+    path = esl.simulate(system.potential, system.rule, start, steps=steps, snapshots=4, key=KEY)
+    laws = esl.gaussian.laws(
         system.law, system.potential, system.rule, steps=steps, times=np.arange(5) / 4
     )
     for positions, mean, covariance in zip(path.positions, laws.mean, laws.covariance, strict=True):
@@ -133,8 +124,13 @@ def test_weak_order_one():
     start = (start - start.mean()) / start.std()
     biases = []
     for count in steps:
-        end = simulate(
-            Quadratic(1.0), Langevin(2 / count, 1.0), start, steps=int(count), snapshots=1, key=KEY
+        end = esl.simulate(
+            esl.Quadratic(1.0),
+            esl.Langevin(2 / count, 1.0),
+            start,
+            steps=int(count),
+            snapshots=1,
+            key=KEY,
         ).final
         biases.append(np.var(np.asarray(end)) - 1)
     # To leading order the bias is η/2 (1 - e^{-4}); its next order bends the fit to 1.1, its standard error (.0032 of .031) by .05.
@@ -152,9 +148,9 @@ def test_order_one_along_the_flow_of_the_double_well():
     wells, steps = systems.Wells(), np.array([50, 100, 200, 400])
     errors = []
     for count in steps:
-        path = simulate(
+        path = esl.simulate(
             wells.potential,
-            Langevin(wells.time / count),
+            esl.Langevin(wells.time / count),
             wells.start(9),
             steps=int(count),
             snapshots=2,
@@ -177,8 +173,8 @@ def test_temperature_fills_both_wells():
         .choice(grid, size=(members, 1), p=weight / weight.sum())
         .astype(np.float32)
     )
-    end = simulate(
-        DoubleWell(), Langevin(0.01, temperature), start, steps=100, snapshots=1, key=KEY
+    end = esl.simulate(
+        esl.DoubleWell(), esl.Langevin(0.01, temperature), start, steps=100, snapshots=1, key=KEY
     ).final
     assert (
         abs(np.mean(np.asarray(end) ** 2) - second)
@@ -191,13 +187,18 @@ def test_temperature_fills_both_wells():
 
 @pytest.mark.parametrize("snapshots", [1, 3, 12])
 def test_times_positions_energies_and_final(snapshots):
-    potential = DoubleWell(0.4, 1.1, 2.0)
+    potential = esl.DoubleWell(0.4, 1.1, 2.0)
     start = RNG.normal(size=(5, 3)).astype(np.float32)
-    path = simulate(
-        potential, Langevin(Linear(0.1, 0.01), 0.05), start, steps=12, snapshots=snapshots, key=KEY
+    path = esl.simulate(
+        potential,
+        esl.Langevin(esl.Linear(0.1, 0.01), 0.05),
+        start,
+        steps=12,
+        snapshots=snapshots,
+        key=KEY,
     )
-    every = simulate(
-        potential, Langevin(Linear(0.1, 0.01), 0.05), start, steps=12, snapshots=12, key=KEY
+    every = esl.simulate(
+        potential, esl.Langevin(esl.Linear(0.1, 0.01), 0.05), start, steps=12, snapshots=12, key=KEY
     )
     np.testing.assert_allclose(path.times, np.arange(snapshots + 1) / snapshots, rtol=1e-6)
     assert path.positions.shape == (snapshots + 1, 5, 3)
@@ -222,7 +223,13 @@ class Radius(eqx.Module):
 def test_observed_features_are_those_of_the_positions():
     start = RNG.normal(size=(5, 3)).astype(np.float32)
     run = functools.partial(
-        simulate, Quadratic(1.0), Langevin(0.1, 0.05), start, steps=12, snapshots=4, key=KEY
+        esl.simulate,
+        esl.Quadratic(1.0),
+        esl.Langevin(0.1, 0.05),
+        start,
+        steps=12,
+        snapshots=4,
+        key=KEY,
     )
     full, seen = run(), run(observe=Radius(jnp.array(2.0)))
     np.testing.assert_allclose(
@@ -232,7 +239,7 @@ def test_observed_features_are_those_of_the_positions():
     np.testing.assert_allclose(seen.energies, full.energies, rtol=1e-6)
     assert seen.observed
     assert str(seen) == "Trajectory: 5 members of 2 features, 12 steps, 5 snapshots"
-    for gradient in (HessianAdjoint(checkpoint=True), ForwardMode(most=1)):
+    for gradient in (esl.HessianAdjoint(recompute=True), esl.ForwardMode(most=1)):
         slope = jax.grad(
             lambda scale: jnp.sum(run(observe=Radius(scale), gradient=gradient).positions)
         )(2.0)
@@ -242,7 +249,7 @@ def test_observed_features_are_those_of_the_positions():
 def test_energies_of_minibatches_are_those_that_the_next_step_sees():
     potential = network(batch_size=3, dtype=np.float32)
     start = potential.init(members=4, key=jax.random.key(2))
-    path = simulate(potential, Langevin(0.0), start, steps=600, snapshots=600, key=KEY)
+    path = esl.simulate(potential, esl.Langevin(0.0), start, steps=600, snapshots=600, key=KEY)
     # Nothing moves, so all that changes from row to row is the batch.
     assert np.ptp(np.asarray(path.energies), axis=0).min() > 0
     assert not np.any(path.energies[-1] == path.energies[0])
@@ -256,20 +263,23 @@ def test_energies_of_minibatches_are_those_that_the_next_step_sees():
 def network(batch_size=None, dtype=np.float64):
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.normal(size=(12, 2)), dtype)
-    return FlaxLoss(
-        mlp(2, 3, 2), (inputs, jnp.asarray(rng.integers(0, 2, 12))), l2=0.1, batch_size=batch_size
+    return esl.FlaxLoss(
+        esl.potentials.mlp(2, 3, 2),
+        (inputs, jnp.asarray(rng.integers(0, 2, 12))),
+        l2=0.1,
+        batch_size=batch_size,
     )
 
 
 def test_numbers_do_not_depend_on_snapshots_recomputation_or_more_members():
-    potential, rule = network(4, np.float32), Langevin(0.3, 0.01)
+    potential, rule = network(4, np.float32), esl.Langevin(0.3, 0.01)
     start = potential.init(members=6, key=jax.random.key(2))
-    run = functools.partial(simulate, potential, rule, steps=24, key=KEY)
+    run = functools.partial(esl.simulate, potential, rule, steps=24, key=KEY)
     truth = run(start, snapshots=4)
     for other in (
         run(start, snapshots=24),
-        run(start, snapshots=2, gradient=HessianAdjoint(checkpoint=True)),
-        run(start, snapshots=2, gradient=ForwardMode()),
+        run(start, snapshots=2, gradient=esl.HessianAdjoint(recompute=True)),
+        run(start, snapshots=2, gradient=esl.ForwardMode()),
     ):
         np.testing.assert_allclose(other.final, truth.final, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
@@ -285,8 +295,10 @@ def test_members_and_steps_have_noise_and_batches_of_their_own():
     batches = np.asarray(potential.draw(jax.random.key(0), 5))
     assert len({tuple(row) for row in batches}) == 5
     start = jnp.broadcast_to(potential.init(members=1, key=jax.random.key(2)), (3, 17))
-    for rule in (Langevin(0.3), Langevin(1e-6, 1.0)):
-        path = np.asarray(simulate(potential, rule, start, steps=2, snapshots=2, key=KEY).positions)
+    for rule in (esl.Langevin(0.3), esl.Langevin(1e-6, 1.0)):
+        path = np.asarray(
+            esl.simulate(potential, rule, start, steps=2, snapshots=2, key=KEY).positions
+        )
         first, second = path[1] - path[0], path[2] - path[1]
         for one, other in [(first[0], first[1]), (first[1], first[2]), (first[0], second[0])]:
             assert np.abs(one - other).max() > 0.1 * np.abs(one).max()
@@ -295,9 +307,9 @@ def test_members_and_steps_have_noise_and_batches_of_their_own():
 # Gradients
 
 SYSTEMS = {
-    "double well": lambda: (DoubleWell(0.7, 0.9, 2.0), RNG.normal(size=(3, 2))),
+    "double well": lambda: (esl.DoubleWell(0.7, 0.9, 2.0), RNG.normal(size=(3, 2))),
     "non-symmetric": lambda: (
-        Quadratic(np.array([[1.0, 2.0], [-1.5, 0.7]]), np.array([0.5, -1.0])),
+        esl.Quadratic(np.array([[1.0, 2.0], [-1.5, 0.7]]), np.array([0.5, -1.0])),
         RNG.normal(size=(3, 2)),
     ),
     "minibatches": lambda: (
@@ -306,11 +318,11 @@ SYSTEMS = {
     ),
 }
 MODES = [
-    HessianAdjoint(),
-    HessianAdjoint(checkpoint=True),
-    Autodiff(),
-    Autodiff(checkpoint=True),
-    ForwardMode(),
+    esl.HessianAdjoint(),
+    esl.HessianAdjoint(recompute=True),
+    esl.Autodiff(),
+    esl.Autodiff(recompute=True),
+    esl.ForwardMode(),
 ]
 
 
@@ -335,7 +347,9 @@ def value_and_gradient(arguments, gradient):
     def value(arguments):
         potential, rule, positions = arguments
         return scalar_of(
-            simulate(potential, rule, positions, steps=12, snapshots=3, key=KEY, gradient=gradient)
+            esl.simulate(
+                potential, rule, positions, steps=12, snapshots=3, key=KEY, gradient=gradient
+            )
         )
 
     return value(arguments)
@@ -343,7 +357,7 @@ def value_and_gradient(arguments, gradient):
 
 def arguments_of(name):
     potential, positions = SYSTEMS[name]()
-    rule = Langevin(Knots([0.05, 0.2, 0.1]), Linear(0.3, 0.1))
+    rule = esl.Langevin(esl.Knots([0.05, 0.2, 0.1]), esl.Linear(0.3, 0.1))
     return jax.tree.map(
         lambda x: jnp.asarray(x, float) if eqx.is_inexact_array(x) else x,
         (potential, rule, jnp.asarray(positions)),
@@ -364,7 +378,7 @@ def test_all_ways_of_differentiating_agree_with_each_other_and_with_central_diff
 
     moving, fixed = eqx.partition(arguments, eqx.is_inexact_array)
     value = jax.jit(
-        lambda moving: value_and_gradient(eqx.combine(moving, fixed), HessianAdjoint())[0]
+        lambda moving: value_and_gradient(eqx.combine(moving, fixed), esl.HessianAdjoint())[0]
     )
     rng, leaves = np.random.default_rng(11), len(jax.tree.leaves(moving))
     for chosen in range(
@@ -391,18 +405,18 @@ def test_all_ways_of_differentiating_agree_with_each_other_and_with_central_diff
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        ("non-symmetric", Autodiff(checkpoint=True)),
-        ("minibatches", Autodiff()),
-        ("minibatches", ForwardMode()),
+        ("non-symmetric", esl.Autodiff(recompute=True)),
+        ("minibatches", esl.Autodiff()),
+        ("minibatches", esl.ForwardMode()),
     ],
 )
 def test_forward_mode(name, mode):
     potential, rule, positions = arguments_of(name)
 
     def ends(values):
-        run = simulate(
+        run = esl.simulate(
             potential,
-            rule.replace(learning_rate=Knots(values)),
+            rule.replace(learning_rate=esl.Knots(values)),
             positions,
             steps=12,
             snapshots=3,
@@ -422,9 +436,9 @@ def test_forward_mode(name, mode):
 
 
 def _ends_by_adjoint(potential, rule, positions, values):
-    return simulate(
+    return esl.simulate(
         potential,
-        rule.replace(learning_rate=Knots(values)),
+        rule.replace(learning_rate=esl.Knots(values)),
         positions,
         steps=12,
         snapshots=3,
@@ -437,20 +451,21 @@ def test_what_a_way_cannot_do_it_refuses():
 
     def energy(x, mode):
         return jnp.sum(
-            simulate(
-                DoubleWell(), Langevin(0.1), x, steps=4, snapshots=2, key=KEY, gradient=mode
+            esl.simulate(
+                esl.DoubleWell(), esl.Langevin(0.1), x, steps=4, snapshots=2, key=KEY, gradient=mode
             ).energies
         )
 
     with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(lambda x: energy(x, HessianAdjoint()), (start,), (start,))
+        jax.jvp(lambda x: energy(x, esl.HessianAdjoint()), (start,), (start,))
     with pytest.raises(
-        InputError, match=r"ForwardMode for so many numbers, but would push 12 tangents, over 11"
+        esl.InputError,
+        match=r"ForwardMode for so many numbers, but would push 12 tangents, over 11",
     ):
-        jax.grad(energy)(start, ForwardMode(most=11))
+        jax.grad(energy)(start, esl.ForwardMode(most=11))
     chex.assert_trees_all_close(
-        jax.grad(energy)(start, ForwardMode(most=12)),
-        jax.grad(energy)(start, HessianAdjoint()),
+        jax.grad(energy)(start, esl.ForwardMode(most=12)),
+        jax.grad(energy)(start, esl.HessianAdjoint()),
         rtol=1e-4,
         atol=1e-6,
     )
@@ -461,9 +476,9 @@ def test_gradient_is_finite_without_noise_and_without_motion(mode):
     start = RNG.normal(size=(3, 2)).astype(np.float32)
 
     def value(rate, temperature):
-        run = simulate(
-            DoubleWell(),
-            Langevin(rate, temperature),
+        run = esl.simulate(
+            esl.DoubleWell(),
+            esl.Langevin(rate, temperature),
             start,
             steps=4,
             snapshots=2,
@@ -481,14 +496,14 @@ def test_second_derivatives_through_autodiff():
 
     def value(rate):
         return jnp.sum(
-            simulate(
-                Quadratic(1.0),
-                Langevin(rate),
+            esl.simulate(
+                esl.Quadratic(1.0),
+                esl.Langevin(rate),
                 start,
                 steps=2,
                 snapshots=1,
                 key=KEY,
-                gradient=Autodiff(),
+                gradient=esl.Autodiff(),
             ).final
             ** 2
         )
@@ -504,7 +519,9 @@ def test_vmap_is_a_loop_and_jit_changes_nothing():
     start = RNG.normal(size=(4, 2)).astype(np.float32)
 
     def run(key):
-        return simulate(DoubleWell(), Langevin(0.1, 0.1), start, steps=8, snapshots=4, key=key)
+        return esl.simulate(
+            esl.DoubleWell(), esl.Langevin(0.1, 0.1), start, steps=8, snapshots=4, key=key
+        )
 
     keys = jax.random.split(KEY, 3)
     loop = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[run(key) for key in keys])
@@ -513,12 +530,16 @@ def test_vmap_is_a_loop_and_jit_changes_nothing():
     rates = jnp.array([0.1, 0.2])
     swept = jax.vmap(
         lambda rate: (
-            simulate(DoubleWell(), Langevin(rate), start, steps=4, snapshots=2, key=KEY).final
+            esl.simulate(
+                esl.DoubleWell(), esl.Langevin(rate), start, steps=4, snapshots=2, key=KEY
+            ).final
         )
     )(rates)
     np.testing.assert_allclose(
         swept[1],
-        simulate(DoubleWell(), Langevin(0.2), start, steps=4, snapshots=2, key=KEY).final,
+        esl.simulate(
+            esl.DoubleWell(), esl.Langevin(0.2), start, steps=4, snapshots=2, key=KEY
+        ).final,
         rtol=1e-5,
     )
     assert (
@@ -534,9 +555,11 @@ def test_new_numbers_do_not_compile_anew():
         calls.append(None)
         return jnp.sum(position**2) / 2
 
-    potential, start = FromFunction(spied), np.ones((2, 2), np.float32)
+    potential, start = esl.FromFunction(spied), np.ones((2, 2), np.float32)
     for rate, temperature in [(0.1, 0.0), (0.2, 0.3)]:
-        simulate(potential, Langevin(rate, temperature), start, steps=4, snapshots=2, key=KEY)
+        esl.simulate(
+            potential, esl.Langevin(rate, temperature), start, steps=4, snapshots=2, key=KEY
+        )
         if rate == 0.1:
             traced = len(calls)
     assert len(calls) == traced
@@ -545,14 +568,19 @@ def test_new_numbers_do_not_compile_anew():
 @pytest.mark.usefixtures("x64")
 def test_single_precision_stays_single():
     start = RNG.normal(size=(3, 17)).astype(np.float32)
-    for potential in (DoubleWell(), network(4, np.float32)):
-        path = simulate(
-            potential, Langevin(Knots([0.1, 0.2]), 0.1), start, steps=4, snapshots=2, key=KEY
+    for potential in (esl.DoubleWell(), network(4, np.float32)):
+        path = esl.simulate(
+            potential,
+            esl.Langevin(esl.Knots([0.1, 0.2]), 0.1),
+            start,
+            steps=4,
+            snapshots=2,
+            key=KEY,
         )
         assert {x.dtype for x in jax.tree.leaves(path)} == {np.dtype(np.float32)}
         slope = jax.grad(
             lambda x: jnp.sum(
-                simulate(potential, Langevin(0.1), x, steps=4, snapshots=2, key=KEY).final
+                esl.simulate(potential, esl.Langevin(0.1), x, steps=4, snapshots=2, key=KEY).final
             )
         )(start)
         assert slope.dtype == np.float32
@@ -563,9 +591,9 @@ def memory(steps, gradient, snapshots=20):
 
     def value(rate):
         return jnp.sum(
-            simulate(
-                DoubleWell(),
-                Langevin(rate, 0.1),
+            esl.simulate(
+                esl.DoubleWell(),
+                esl.Langevin(rate, 0.1),
                 start,
                 steps=steps,
                 snapshots=snapshots,
@@ -579,17 +607,19 @@ def memory(steps, gradient, snapshots=20):
 
 def test_memory_of_the_gradient_grows_with_the_root_of_the_steps():
     state = 64 * 250 * 4
-    few, many = (memory(steps, HessianAdjoint(checkpoint=True)) for steps in (100, 1600))
+    few, many = (memory(steps, esl.HessianAdjoint(recompute=True)) for steps in (100, 1600))
     assert many < 6 * few
     assert many < 250 * state  # 2√K = 80 states, the snapshots, and what one step needs
-    assert memory(1600, HessianAdjoint()) > 1600 * state  # what it saves
+    assert memory(1600, esl.HessianAdjoint()) > 1600 * state  # what it saves
 
 
 @pytest.mark.slow
 def test_memory_of_the_other_ways():
     state = 64 * 250 * 4
-    assert memory(1600, Autodiff(checkpoint=True)) < 6 * memory(100, Autodiff(checkpoint=True))
-    assert memory(1600, ForwardMode()) < 100 * state
+    assert memory(1600, esl.Autodiff(recompute=True)) < 6 * memory(
+        100, esl.Autodiff(recompute=True)
+    )
+    assert memory(1600, esl.ForwardMode()) < 100 * state
 
 
 @pytest.mark.parametrize(
@@ -597,13 +627,13 @@ def test_memory_of_the_other_ways():
     [(1600, 20, 40), (100, 20, 5), (200, 20, 10), (7, 7, 1), (1024, 1, 32), (14, 2, 7)],
 )
 def test_groups(steps, snapshots, length):
-    assert group_length(steps, snapshots) == length
+    assert esl.simulation.group_length(steps, snapshots) == length
 
 
 # Bad input
 
 GOOD = {
-    "rule": Langevin(0.1, 0.1),
+    "rule": esl.Langevin(0.1, 0.1),
     "positions": np.ones((3, 2), np.float32),
     "steps": 10,
     "snapshots": 5,
@@ -629,20 +659,20 @@ BAD = {
     r"`snapshots` must divide the 10 steps \(such as 2 or 5\), but is 3": {"snapshots": 3},
     "`snapshots` must divide the 10 steps .*, but is 20": {"snapshots": 20},
     "`learning_rate` must be at least 0 and not NaN, but has the value -0.1": {
-        "rule": Langevin(-0.1, 0.1)
+        "rule": esl.Langevin(-0.1, 0.1)
     },
-    "`learning_rate` must be finite": {"rule": Langevin(np.nan, 0.1)},
+    "`learning_rate` must be finite": {"rule": esl.Langevin(np.nan, 0.1)},
     "`learning_rate` must be one number at each training time": {
-        "rule": Langevin(Constant(np.ones(3)), 0.1)
+        "rule": esl.Langevin(esl.Constant(np.ones(3)), 0.1)
     },
     "`temperature` must be at least 0 and not NaN, but has the value": {
-        "rule": Langevin(0.1, Linear(0.1, -0.1))
+        "rule": esl.Langevin(0.1, esl.Linear(0.1, -0.1))
     },
-    "`temperature` must be finite": {"rule": Langevin(0.1, np.inf)},
+    "`temperature` must be finite": {"rule": esl.Langevin(0.1, np.inf)},
     r"`rule` must be a rule such as Langevin\(learning_rate, temperature\), but is a float": {
         "rule": 0.1
     },
-    "`rule` must be a rule": {"rule": Langevin},
+    "`rule` must be a rule": {"rule": esl.Langevin},
     r"`gradient` must be HessianAdjoint\(\), Autodiff\(\) or ForwardMode\(\), but is 'reverse'": {
         "gradient": "reverse"
     },
@@ -650,7 +680,7 @@ BAD = {
         "potential": lambda x: 0.0
     },
     r"`potential` must accept members of 2 coordinates, but fails on them": {
-        "potential": Quadratic(np.eye(3))
+        "potential": esl.Quadratic(np.eye(3))
     },
     "`key` must be made by `jax.random.key`": {"key": 0},
     "`observe` must be a function of one member": {"observe": 3},
@@ -662,19 +692,19 @@ BAD = {
 
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_input(sentence, refused):
-    arguments = {"potential": Quadratic(1.0), "key": KEY, **GOOD, **BAD[sentence]}
+    arguments = {"potential": esl.Quadratic(1.0), "key": KEY, **GOOD, **BAD[sentence]}
     potential, rule, positions = (
         arguments.pop(name) for name in ("potential", "rule", "positions")
     )
-    refused(lambda: simulate(potential, rule, positions, **arguments), sentence)
+    refused(lambda: esl.simulate(potential, rule, positions, **arguments), sentence)
 
 
 def test_under_a_transformation_bad_values_come_out_as_nan():
     start = np.ones((3, 2), np.float32)
     end = jax.jit(
         lambda rate: (
-            simulate(
-                Quadratic(1.0), Langevin(rate, 0.1), start, steps=4, snapshots=2, key=KEY
+            esl.simulate(
+                esl.Quadratic(1.0), esl.Langevin(rate, 0.1), start, steps=4, snapshots=2, key=KEY
             ).final
         )
     )(-0.1)
@@ -682,5 +712,5 @@ def test_under_a_transformation_bad_values_come_out_as_nan():
 
 
 def test_examples():
-    names = {"Quadratic": Quadratic, "Langevin": Langevin, "simulate": simulate}
+    names = {"Quadratic": esl.Quadratic, "Langevin": esl.Langevin, "simulate": esl.simulate}
     assert doctest.testmod(simulation_module, extraglobs=names).failed == 0

@@ -12,9 +12,8 @@ from ott.geometry.geometry import Geometry
 from ott.solvers.linear import solve
 from ott.solvers.linear.acceleration import Momentum
 
+import esljax as esl
 import esljax.transport.sinkhorn as sinkhorn_module
-from esljax._checks import InputError
-from esljax.transport import ExactTransport, SinkhornTransport
 
 matrix_and_blocks = pytest.mark.parametrize("chunk", [None, 4])
 
@@ -33,7 +32,7 @@ def clouds(n, m, d=3, dtype=np.float64):
 @pytest.mark.parametrize(("n", "m", "d"), [(6, 6, 2), (5, 9, 3)])
 def test_it_is_the_debiased_entropic_cost(chunk, n, m, d, x64):
     x, y = clouds(n, m, d)
-    solution = eqx.filter_jit(SinkhornTransport(0.7, threshold=1e-10, chunk=chunk).solve)(
+    solution = eqx.filter_jit(esl.SinkhornTransport(0.7, threshold=1e-10, chunk=chunk).solve)(
         jnp.asarray(x), jnp.asarray(y)
     )
     assert solution.converged
@@ -41,7 +40,7 @@ def test_it_is_the_debiased_entropic_cost(chunk, n, m, d, x64):
 
 
 def test_reference_o15(x64):
-    transport = SinkhornTransport(0.1, threshold=1e-6)
+    transport = esl.SinkhornTransport(0.1, threshold=1e-6)
     coarse, fine = (
         transport.squared(*(oracles.quantile_midpoints(k, k + 1, n) for k in (0, 1)))
         for n in (100, 200)
@@ -58,7 +57,7 @@ def test_a_translation_costs_its_square_whatever_epsilon(chunk, epsilon):
     x, _ = clouds(40, 1, dtype=np.float32)
     shift = np.array([0.3, -0.4, 1.2], np.float32)
     value, gradient = jax.value_and_grad(
-        SinkhornTransport(epsilon, threshold=1e-5, chunk=chunk).squared, 1
+        esl.SinkhornTransport(epsilon, threshold=1e-5, chunk=chunk).squared, 1
     )(x, x + shift)
     np.testing.assert_allclose(value, 1.69, rtol=1e-4)
     np.testing.assert_allclose(gradient, np.tile(2 * shift / 40, (40, 1)), atol=2e-5)
@@ -67,9 +66,9 @@ def test_a_translation_costs_its_square_whatever_epsilon(chunk, epsilon):
 def test_it_tends_to_exact_and_reports_failure(x64):
     x, y = clouds(8, 8)
     np.testing.assert_allclose(
-        SinkhornTransport(0.005).squared(x, y), ExactTransport().squared(x, y), rtol=1e-2
+        esl.SinkhornTransport(0.005).squared(x, y), esl.ExactTransport().squared(x, y), rtol=1e-2
     )
-    few = eqx.filter_jit(SinkhornTransport(0.005, max_iterations=10).solve)(
+    few = eqx.filter_jit(esl.SinkhornTransport(0.005, max_iterations=10).solve)(
         jnp.asarray(x), jnp.asarray(y)
     )
     assert np.isfinite(few.squared)
@@ -93,7 +92,7 @@ def test_its_iterations_are_those_of_ott(symmetric, x64):
     theirs = solve(geometry, threshold=threshold, **turns)
     assert errors[1] <= threshold
     for chunk in (None, 7):
-        transport = SinkhornTransport(0.5, threshold=threshold, chunk=chunk)
+        transport = esl.SinkhornTransport(0.5, threshold=threshold, chunk=chunk)
         g, reached = sinkhorn_module._potential(
             transport, jnp.asarray(x), jnp.asarray(y), symmetric
         )
@@ -110,9 +109,9 @@ def test_blocks_give_the_numbers_of_the_matrix(chunk, x64):
 
     def everything(chunk):
         def squared(epsilon, x, y):
-            return SinkhornTransport(epsilon, threshold=1e-10, chunk=chunk).squared(x, y)
+            return esl.SinkhornTransport(epsilon, threshold=1e-10, chunk=chunk).squared(x, y)
 
-        transport = SinkhornTransport(0.4, threshold=1e-10, chunk=chunk)
+        transport = esl.SinkhornTransport(0.4, threshold=1e-10, chunk=chunk)
         return jax.jit(
             lambda x, y: (jax.value_and_grad(squared, (0, 1, 2))(0.4, x, y), transport.map(x, y))
         )(x, y)
@@ -128,7 +127,7 @@ def test_epsilon_has_a_gradient(chunk, x64):
     x, y = clouds(5, 7)
 
     def value(epsilon):
-        return SinkhornTransport(epsilon, threshold=1e-13, chunk=chunk).squared(x, y)
+        return esl.SinkhornTransport(epsilon, threshold=1e-13, chunk=chunk).squared(x, y)
 
     both = jax.jit(
         lambda epsilon: (value(epsilon), jax.grad(value)(epsilon), jax.jacfwd(value)(epsilon))
@@ -148,7 +147,7 @@ def test_blocks_of_unequal_problems_under_vmap_are_a_loop(x64):
     @jax.jit
     def run(scale):
         return jax.value_and_grad(
-            lambda x: SinkhornTransport(0.5, threshold=1e-2, chunk=4).squared(x, y)
+            lambda x: esl.SinkhornTransport(0.5, threshold=1e-2, chunk=4).squared(x, y)
         )(scale * x)
 
     alone = jax.tree.map(lambda *of: np.stack(of), *(run(scale) for scale in scales))
@@ -160,7 +159,7 @@ def test_blocks_of_unequal_problems_under_vmap_are_a_loop(x64):
 
 def test_blocks_hold_no_matrix():
     """Compiled, not run: temporary memory is a few blocks, so that it doubles with n and is no quarter of one matrix."""
-    transport = SinkhornTransport(1.0, chunk=256)
+    transport = esl.SinkhornTransport(1.0, chunk=256)
 
     def temporary(fn, n):
         cloud = jax.ShapeDtypeStruct((n, 10), np.float32)
@@ -175,7 +174,7 @@ def test_blocks_hold_no_matrix():
 def test_blocks_of_float32_lower_for_a_tpu_without_float64(x64):
     """Where double precision is allowed, nothing in between asks for it: on a TPU it is emulated, and takes minutes to compile."""
     x, y = clouds(12, 9, dtype=np.float32)
-    transport = SinkhornTransport(jnp.float32(0.5), chunk=4)
+    transport = esl.SinkhornTransport(jnp.float32(0.5), chunk=4)
     lowered = (
         jax.jit(jax.grad(transport.squared, (0, 1)))
         .trace(x, y)
@@ -202,12 +201,12 @@ def test_blocks_of_float32_lower_for_a_tpu_without_float64(x64):
 )
 def test_blocks_refuse_derivatives_of_the_potential(derivative, refused):
     x = jnp.asarray(clouds(3, 3)[0])
-    derivative(SinkhornTransport(0.5), x)
+    derivative(esl.SinkhornTransport(0.5), x)
     with pytest.raises(
-        InputError,
+        esl.InputError,
         match="`chunk` must be None for second derivatives and for derivatives of `map`, but is 2",
     ):
-        derivative(SinkhornTransport(0.5, chunk=2), x)
+        derivative(esl.SinkhornTransport(0.5, chunk=2), x)
 
 
 # Bad input and documentation
@@ -216,30 +215,30 @@ def test_blocks_refuse_derivatives_of_the_potential(derivative, refused):
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: SinkhornTransport(0.0), r"`epsilon` must be greater than 0, but is 0\."),
-        (lambda: SinkhornTransport(-1.0), r"`epsilon` must be greater than 0, but is -1\."),
+        (lambda: esl.SinkhornTransport(0.0), r"`epsilon` must be greater than 0, but is 0\."),
+        (lambda: esl.SinkhornTransport(-1.0), r"`epsilon` must be greater than 0, but is -1\."),
         (
-            lambda: SinkhornTransport([1.0, 2.0]),
+            lambda: esl.SinkhornTransport([1.0, 2.0]),
             r"`epsilon` must be one number, but has shape \(2,\)\.",
         ),
         (
-            lambda: SinkhornTransport(1.0, threshold=0.0),
+            lambda: esl.SinkhornTransport(1.0, threshold=0.0),
             r"`threshold` must be greater than 0, but is 0\.",
         ),
         (
-            lambda: SinkhornTransport(1.0, max_iterations=0),
+            lambda: esl.SinkhornTransport(1.0, max_iterations=0),
             r"`max_iterations` must be an integer of at least 1, but is 0\.",
         ),
         (
-            lambda: SinkhornTransport(1.0, chunk=0),
+            lambda: esl.SinkhornTransport(1.0, chunk=0),
             r"`chunk` must be an integer of at least 1, but is 0\.",
         ),
         (
-            lambda: SinkhornTransport(1.0, chunk=64.0),
+            lambda: esl.SinkhornTransport(1.0, chunk=64.0),
             r"`chunk` must be an integer of at least 1, but is 64\.0\.",
         ),
         (
-            lambda: SinkhornTransport(1.0, chunk=True),
+            lambda: esl.SinkhornTransport(1.0, chunk=True),
             r"`chunk` must be an integer of at least 1, but is True\.",
         ),
     ],

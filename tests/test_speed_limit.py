@@ -16,35 +16,22 @@ import systems
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esljax._checks import InputError
-from esljax.measures import Split, average, speed_limit
+import esljax as esl
 from esljax.measures.report import split
-from esljax.potentials import Quadratic
-from esljax.simulation import Langevin, Trajectory, simulate
-from esljax.transport import (
-    AbstractTransport,
-    ExactTransport,
-    GaussianTransport,
-    Mapped,
-    Projected,
-    SinkhornTransport,
-    SlicedTransport,
-    Solution,
-)
 
 D = 3
 METRICS = {
-    "exact": lambda: ExactTransport(),
-    "gaussian": lambda: GaussianTransport(),
-    "sliced": lambda: SlicedTransport(2, jax.random.key(3)),
-    "mapped": lambda: Mapped(ExactTransport(), jnp.tanh),
-    "projected": lambda: Projected(
-        GaussianTransport(), np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]])
+    "exact": lambda: esl.ExactTransport(),
+    "gaussian": lambda: esl.GaussianTransport(),
+    "sliced": lambda: esl.SlicedTransport(2, jax.random.key(3)),
+    "mapped": lambda: esl.MappedTransport(esl.ExactTransport(), jnp.tanh),
+    "projected": lambda: esl.ProjectedTransport(
+        esl.GaussianTransport(), np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]])
     ),
 }
 NUMBERS = tuple(
     name
-    for name in Split.__dataclass_fields__
+    for name in esl.measures.Split.__dataclass_fields__
     if "debiased" not in name and not name.startswith("gap_")
 )
 
@@ -54,7 +41,7 @@ def trajectory(positions, rates=None, temperature=0.0, observed=False):
     positions = jnp.asarray(positions)
     links = positions.shape[0] - 1
     rates = np.full(links, 1 / links) if rates is None else rates
-    return Trajectory(
+    return esl.Trajectory(
         times=jnp.arange(links + 1, dtype=positions.dtype) / links,
         positions=positions,
         energies=jnp.zeros(positions.shape[:2], positions.dtype),
@@ -81,7 +68,7 @@ def random_path(seed, links=4, n=5, d=D, spread=1.0, dtype=np.float64):
 @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([1e-6, 1e-2, 1.0, 1e3]))
 def test_the_chain_obeys_the_limit_exactly(name, seed, spread):
     positions = random_path(seed, spread=spread)
-    report = speed_limit(trajectory(positions), transport=METRICS[name](), jackknife=0)
+    report = esl.speed_limit(trajectory(positions), transport=METRICS[name](), jackknife=0)
     sigma, length_squared, distance = (
         report.entropy_production,
         report.length_squared,
@@ -120,7 +107,7 @@ def test_the_chain_obeys_the_limit_exactly(name, seed, spread):
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([1e-3, 1.0]))
 def test_single_precision_never_reports_a_violation(name, seed, spread):
-    report = speed_limit(
+    report = esl.speed_limit(
         trajectory(random_path(seed, spread=spread, dtype=np.float32)),
         transport=METRICS[name](),
         jackknife=0,
@@ -134,13 +121,13 @@ def test_a_straight_path_at_constant_speed_is_at_the_limit():
     start = random_path(0)[0]
     straight = start + np.linspace(0, 1, 9)[:, None, None] * np.array([1.0, 2.0, -2.0])
     for name in ("exact", "gaussian", "sliced"):
-        report = speed_limit(trajectory(straight), transport=METRICS[name](), jackknife=0)
+        report = esl.speed_limit(trajectory(straight), transport=METRICS[name](), jackknife=0)
         if name != "sliced":
             np.testing.assert_allclose(report.w2_squared, 9, rtol=1e-12)
         assert abs(report.gap) < 1e-12 * report.w2_squared
         assert "holds" in report.verdict()  # rounding of either sign is no violation
     uneven = start + (np.linspace(0, 1, 9) ** 2)[:, None, None] * np.array([1.0, 2.0, -2.0])
-    report = speed_limit(trajectory(uneven), transport=ExactTransport(), jackknife=0)
+    report = esl.speed_limit(trajectory(uneven), transport=esl.ExactTransport(), jackknife=0)
     # Displacements (2j+1)/64 of length 3: Σ = 9 · 8 Σ(2j+1)²/64² = 9 · 8 · 680/4096.
     np.testing.assert_allclose(report.entropy_production, 9 * 8 * 680 / 4096, rtol=1e-12)
     assert abs(report.geometric) < 1e-12
@@ -151,8 +138,12 @@ def test_a_straight_path_at_constant_speed_is_at_the_limit():
 def test_dissipation_and_learning_time():
     positions = random_path(3, links=3, n=4)
     rates = np.array([0.3, 0.1, 0.0, 0.0, 0.2, 0.5])
-    report = speed_limit(trajectory(positions, rates), transport=ExactTransport(), jackknife=0)
-    squares = np.array([ExactTransport().squared(a, b) for a, b in itertools.pairwise(positions)])
+    report = esl.speed_limit(
+        trajectory(positions, rates), transport=esl.ExactTransport(), jackknife=0
+    )
+    squares = np.array(
+        [esl.ExactTransport().squared(a, b) for a, b in itertools.pairwise(positions)]
+    )
     np.testing.assert_allclose(report.learning_time, 1.1)
     np.testing.assert_allclose(report.dissipation, squares[0] / 0.4 + squares[2] / 0.7, rtol=1e-12)
     np.testing.assert_allclose(report.entropy_production, 3 * np.sum(squares), rtol=1e-12)
@@ -160,9 +151,9 @@ def test_dissipation_and_learning_time():
 
 def test_refinement_is_the_chain_of_every_second_snapshot():
     positions = random_path(1, links=6, dtype=np.float32)
-    for transport in (ExactTransport(), GaussianTransport()):
-        fine = speed_limit(trajectory(positions), transport=transport, jackknife=0)
-        coarse = speed_limit(trajectory(positions[::2]), transport=transport, jackknife=0)
+    for transport in (esl.ExactTransport(), esl.GaussianTransport()):
+        fine = esl.speed_limit(trajectory(positions), transport=transport, jackknife=0)
+        coarse = esl.speed_limit(trajectory(positions[::2]), transport=transport, jackknife=0)
         np.testing.assert_allclose(
             fine.entropy_production_coarse, coarse.entropy_production, rtol=1e-6
         )
@@ -194,10 +185,10 @@ def test_ornstein_uhlenbeck(case, d, transport):
     links, steps, members = 8, 400, 20_000 if d == 1 else 8_000
     system = {"O1": systems.ornstein_uhlenbeck, "O3": systems.cosine_decay}[case](d, steps)
     start = system.sample(members, jax.random.key(0))
-    path = simulate(
+    path = esl.simulate(
         system.potential, system.rule, start, steps=steps, snapshots=links, key=jax.random.key(1)
     )
-    report = speed_limit(path, transport=METRICS[transport](), jackknife=20)
+    report = esl.speed_limit(path, transport=METRICS[transport](), jackknife=20)
 
     rates = np.concatenate([[0], np.cumsum(np.asarray(path.rates, float))])
     moments = oracles.ornstein_uhlenbeck_moments(1.0, 0.1, 1.0, 2.0, d, rates[:: steps // links])
@@ -232,15 +223,15 @@ def test_ornstein_uhlenbeck(case, d, transport):
 def test_double_well_without_noise():
     """The order on the line never changes, so the chain is that of the members with themselves, and the flow is known."""
     wells, steps, links = systems.Wells(), 2000, 10
-    path = simulate(
+    path = esl.simulate(
         wells.potential,
-        Langevin(wells.time / steps),
+        esl.Langevin(wells.time / steps),
         wells.start(9),
         steps=steps,
         snapshots=links,
         key=jax.random.key(0),
     )
-    report = speed_limit(path, transport=ExactTransport(), jackknife=0)
+    report = esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
     truth = oracles.chain_of_pairs(wells.path(9, np.asarray(path.times)), np.asarray(path.times))
     np.testing.assert_allclose(
         (report.entropy_production, report.length_squared, report.w2_squared), truth, rtol=1e-3
@@ -257,7 +248,7 @@ def test_double_well_without_noise():
 
 def test_circulation_is_invisible_to_a_chain():
     system = systems.non_symmetric(200)
-    path = simulate(
+    path = esl.simulate(
         system.potential,
         system.rule,
         system.sample(4000, jax.random.key(0)),
@@ -265,7 +256,7 @@ def test_circulation_is_invisible_to_a_chain():
         snapshots=10,
         key=jax.random.key(1),
     )
-    report = speed_limit(path, transport=GaussianTransport(), jackknife=20)
+    report = esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=20)
     tolerance = 5 * float(report.standard_error.length_squared) + 0.02 * system.length_squared
     assert abs(float(report.length_squared) - system.length_squared) < tolerance
     assert system.entropy_production - float(report.entropy_production) > 10 * float(
@@ -281,14 +272,14 @@ def test_circulation_is_invisible_to_a_chain():
 )
 def test_jackknife_errors_are_the_spread_over_runs(d, transport, groups):
     system, runs, members = systems.ornstein_uhlenbeck(d, 20), 400, 65
-    report_of = functools.partial(speed_limit, transport=METRICS[transport](), jackknife=groups)
+    report_of = functools.partial(esl.speed_limit, transport=METRICS[transport](), jackknife=groups)
 
     @jax.jit
     def reports(keys):
         def one(key):
             start = system.sample(members, jax.random.fold_in(key, 0))
             return report_of(
-                simulate(
+                esl.simulate(
                     system.potential,
                     system.rule,
                     start,
@@ -321,17 +312,21 @@ def runs_of(count=3):
     keys = jax.random.split(jax.random.key(0), count)
 
     def run(key):
-        return simulate(Quadratic(1.0), Langevin(0.1, 0.1), start, steps=8, snapshots=4, key=key)
+        return esl.simulate(
+            esl.Quadratic(1.0), esl.Langevin(0.1, 0.1), start, steps=8, snapshots=4, key=key
+        )
 
     return [run(key) for key in keys], jax.vmap(run)(keys)
 
 
 def test_several_runs_are_the_average_of_single_ones():
     singles, stacked = runs_of()
-    alone = [speed_limit(one, transport=GaussianTransport(), jackknife=0) for one in singles]
+    alone = [
+        esl.speed_limit(one, transport=esl.GaussianTransport(), jackknife=0) for one in singles
+    ]
     for together in (
-        speed_limit(singles, transport=GaussianTransport()),
-        speed_limit(stacked, transport=GaussianTransport()),
+        esl.speed_limit(singles, transport=esl.GaussianTransport()),
+        esl.speed_limit(stacked, transport=esl.GaussianTransport()),
     ):
         for name in NUMBERS:
             values = np.array([getattr(one, name) for one in alone])
@@ -348,15 +343,17 @@ def test_several_runs_are_the_average_of_single_ones():
         assert together.errors == "spread over 3 independent runs"
         assert "Several runs" not in together.verdict()
     chex.assert_trees_all_close(
-        split(average(jax.tree.map(lambda *x: jnp.stack(x), *alone))), split(together), rtol=1e-5
+        split(esl.measures.average(jax.tree.map(lambda *x: jnp.stack(x), *alone))),
+        split(together),
+        rtol=1e-5,
     )
 
 
 def test_no_errors_where_none_can_be_taken():
     for members, groups in [(2, 32), (5, 0), (5, 1)]:
-        report = speed_limit(
+        report = esl.speed_limit(
             trajectory(random_path(0, n=members, dtype=np.float32)),
-            transport=ExactTransport(),
+            transport=esl.ExactTransport(),
             jackknife=groups,
         )
         assert report.standard_error is None
@@ -370,9 +367,9 @@ def test_no_errors_where_none_can_be_taken():
 def test_noise_floor_is_the_chain_of_pure_noise():
     """Nothing but noise in d ≫ n: every member is its own best partner, and Σ is the floor, to a relative error of sqrt(2/Jnd)."""
     members, d, links = 6, 4000, 5
-    rule = Langevin(rates := 0.02, 0.3)
-    path = simulate(
-        Quadratic(0.0),
+    rule = esl.Langevin(rates := 0.02, 0.3)
+    path = esl.simulate(
+        esl.Quadratic(0.0),
         rule,
         np.zeros((members, d), np.float32),
         steps=20,
@@ -385,7 +382,7 @@ def test_noise_floor_is_the_chain_of_pure_noise():
         path,
         path.positions + 10 * jax.random.normal(jax.random.key(1), (members, d)),
     )
-    report = speed_limit(path, transport=ExactTransport(), jackknife=0)
+    report = esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
     np.testing.assert_allclose(report.noise_floor, links * 2 * d * 0.3 * rates * 20, rtol=1e-5)
     assert abs(float(report.entropy_production / report.noise_floor) - 1) < 5 * np.sqrt(
         2 / (links * members * d)
@@ -398,7 +395,7 @@ def test_noise_floor_is_the_chain_of_pure_noise():
 
 def test_noise_that_is_reassigned_is_not_called_dominant():
     system = systems.ornstein_uhlenbeck(1, 40)
-    path = simulate(
+    path = esl.simulate(
         system.potential,
         system.rule,
         system.sample(500, jax.random.key(0)),
@@ -406,7 +403,7 @@ def test_noise_that_is_reassigned_is_not_called_dominant():
         snapshots=20,
         key=jax.random.key(1),
     )
-    report = speed_limit(path, transport=ExactTransport(), jackknife=0)
+    report = esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
     assert float(report.noise_floor) > float(report.entropy_production)  # 2·T·U·J = 4 against 2
     assert report.identity_fraction == 0
     assert "noise-dominated" not in report.verdict()
@@ -416,20 +413,20 @@ def test_noise_that_is_reassigned_is_not_called_dominant():
 def test_noise_floor_only_where_it_is_known():
     positions = random_path(0, dtype=np.float32)
     assert (
-        speed_limit(
-            trajectory(positions, temperature=1.0), transport=GaussianTransport(), jackknife=0
+        esl.speed_limit(
+            trajectory(positions, temperature=1.0), transport=esl.GaussianTransport(), jackknife=0
         ).noise_floor
         is None
     )
     assert (
-        speed_limit(
+        esl.speed_limit(
             trajectory(positions, temperature=1.0, observed=True),
-            transport=ExactTransport(),
+            transport=esl.ExactTransport(),
             jackknife=0,
         ).noise_floor
         is None
     )
-    quiet = speed_limit(trajectory(positions), transport=ExactTransport(), jackknife=0)
+    quiet = esl.speed_limit(trajectory(positions), transport=esl.ExactTransport(), jackknife=0)
     assert quiet.noise_floor == 0
     assert "noise" not in quiet.verdict().replace("sampling noise", "")
 
@@ -439,12 +436,12 @@ def test_identity_fraction_counts_links():
     start = np.arange(4.0, dtype=np.float32)[:, None] * 10
     positions = start + 0.1 * np.arange(5, dtype=np.float32)[:, None, None]
     positions[3:, [0, 1]] = positions[3:, [1, 0]]
-    report = speed_limit(trajectory(positions), transport=ExactTransport(), jackknife=0)
+    report = esl.speed_limit(trajectory(positions), transport=esl.ExactTransport(), jackknife=0)
     assert report.identity_fraction == 0.75
     np.testing.assert_allclose(report.entropy_production, 0.16, rtol=1e-5)
     assert (
-        speed_limit(
-            trajectory(positions), transport=GaussianTransport(), jackknife=0
+        esl.speed_limit(
+            trajectory(positions), transport=esl.GaussianTransport(), jackknife=0
         ).identity_fraction
         is None
     )
@@ -455,38 +452,44 @@ def test_identity_fraction_counts_links():
 
 def test_an_approximate_transport_is_flagged():
     positions = random_path(0, dtype=np.float32)
-    report = speed_limit(trajectory(positions), transport=SinkhornTransport(5.0), jackknife=0)
+    report = esl.speed_limit(
+        trajectory(positions), transport=esl.SinkhornTransport(5.0), jackknife=0
+    )
     assert not report.is_bound
     assert report.converged
     assert "not a metric" in report.verdict()
     assert "did not converge" not in report.verdict()
     assert (
         "not a metric"
-        not in speed_limit(
-            trajectory(positions), transport=GaussianTransport(), jackknife=0
+        not in esl.speed_limit(
+            trajectory(positions), transport=esl.GaussianTransport(), jackknife=0
         ).verdict()
     )
-    mapped = speed_limit(
-        trajectory(positions), transport=Mapped(SinkhornTransport(5.0), jnp.tanh), jackknife=0
+    mapped = esl.speed_limit(
+        trajectory(positions),
+        transport=esl.MappedTransport(esl.SinkhornTransport(5.0), jnp.tanh),
+        jackknife=0,
     )
     assert not mapped.is_bound
 
 
 def test_a_transport_that_did_not_converge_is_reported():
-    hard = SinkhornTransport(1e-3, threshold=1e-6, max_iterations=10)
-    report = speed_limit(trajectory(random_path(0, dtype=np.float32)), transport=hard, jackknife=0)
+    hard = esl.SinkhornTransport(1e-3, threshold=1e-6, max_iterations=10)
+    report = esl.speed_limit(
+        trajectory(random_path(0, dtype=np.float32)), transport=hard, jackknife=0
+    )
     assert not report.converged
     assert "A transport problem did not converge: do not trust these numbers." in report.verdict()
 
 
-class ShortSighted(AbstractTransport):
+class ShortSighted(esl.AbstractTransport):
     """Converges for near ensembles only."""
 
     is_metric: ClassVar[bool] = True
 
     def solve(self, x, y):
         squared = jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
-        return Solution(squared, squared < 4)
+        return esl.Solution(squared, squared < 4)
 
 
 @pytest.mark.parametrize(
@@ -496,7 +499,9 @@ class ShortSighted(AbstractTransport):
 def test_one_problem_that_did_not_converge_is_enough(snapshots, converged):
     positions = np.float32(snapshots)[:, None, None] * np.ones((3, 4, 1), np.float32)
     assert (
-        bool(speed_limit(trajectory(positions), transport=ShortSighted(), jackknife=0).converged)
+        bool(
+            esl.speed_limit(trajectory(positions), transport=ShortSighted(), jackknife=0).converged
+        )
         == converged
     )
 
@@ -507,7 +512,7 @@ def test_one_run_that_did_not_converge_shows_in_the_average():
         for step in (3, 1)
     )
     for runs, converged in [([far, near], False), ([near, near], True)]:
-        report = speed_limit(runs, transport=ShortSighted())
+        report = esl.speed_limit(runs, transport=ShortSighted())
         assert report.converged.shape == ()
         assert bool(report.converged) == converged
 
@@ -516,15 +521,18 @@ def test_an_increment_below_rounding_leaves_no_nan():
     """A Sinkhorn divergence of almost nothing may round to less than nothing."""
     start = random_path(0, n=8, dtype=np.float32)[0] * 10
     positions = start + 1e-6 * np.arange(9, dtype=np.float32)[:, None, None]
-    report = speed_limit(trajectory(positions), transport=SinkhornTransport(20.0), jackknife=0)
-    squares = [SinkhornTransport(20.0).squared(a, b) for a, b in itertools.pairwise(positions)]
+    report = esl.speed_limit(
+        trajectory(positions), transport=esl.SinkhornTransport(20.0), jackknife=0
+    )
+    squares = [esl.SinkhornTransport(20.0).squared(a, b) for a, b in itertools.pairwise(positions)]
     assert min(squares) < 0  # or this test shows nothing
     chex.assert_tree_all_finite((report.length_squared, report.temporal, report.speed))
 
 
 def planted(**values):
-    report = speed_limit(
-        trajectory(random_path(0, dtype=np.float32), temperature=0.0), transport=ExactTransport()
+    report = esl.speed_limit(
+        trajectory(random_path(0, dtype=np.float32), temperature=0.0),
+        transport=esl.ExactTransport(),
     )
     names = tuple(values)
     return eqx.tree_at(
@@ -568,7 +576,7 @@ def test_verdicts():
     )
 
 
-class Counting(AbstractTransport):
+class Counting(esl.AbstractTransport):
     """How often it is traced, to tell whether a second call compiles again."""
 
     is_metric: ClassVar[bool] = True
@@ -576,7 +584,7 @@ class Counting(AbstractTransport):
 
     def solve(self, x, y):
         self.traces.append(1)
-        return Solution(jnp.mean((x - y) ** 2), jnp.asarray(True))
+        return esl.Solution(jnp.mean((x - y) ** 2), jnp.asarray(True))
 
 
 class Traces(list):
@@ -586,14 +594,14 @@ class Traces(list):
 def test_a_second_call_compiles_nothing():
     transport = Counting(Traces())
     for seed in (0, 1):
-        speed_limit(trajectory(random_path(seed, dtype=np.float32)), transport=transport)
+        esl.speed_limit(trajectory(random_path(seed, dtype=np.float32)), transport=transport)
         counted = len(transport.traces) if seed == 0 else counted
     assert len(transport.traces) == counted > 0
 
 
 def test_nothing_moved():
     still = np.broadcast_to(random_path(0, dtype=np.float32)[0], (4, 5, D))
-    report = speed_limit(trajectory(still), transport=ExactTransport())
+    report = esl.speed_limit(trajectory(still), transport=esl.ExactTransport())
     assert report.entropy_production == report.w2_squared == report.gap == 0
     assert "Nothing moved" in report.verdict()
     assert np.isfinite(float(report.standard_error.gap))
@@ -640,7 +648,7 @@ def test_jit_and_vmap_change_nothing(name):
     paths = [trajectory(random_path(seed, dtype=np.float32)) for seed in (0, 1)]
 
     def report_of(path):
-        return speed_limit(path, transport=transport, jackknife=3)
+        return esl.speed_limit(path, transport=transport, jackknife=3)
 
     alone = [report_of(path) for path in paths]
     chex.assert_trees_all_close(eqx.filter_jit(report_of)(paths[0]), alone[0], rtol=1e-4, atol=1e-4)
@@ -659,7 +667,7 @@ def test_gradient_is_the_central_difference(name):
     transport, positions = METRICS[name](), random_path(4)
 
     def numbers(positions):
-        report = speed_limit(trajectory(positions), transport=transport, jackknife=0)
+        report = esl.speed_limit(trajectory(positions), transport=transport, jackknife=0)
         return jnp.stack([getattr(report, name) for name in NUMBERS])
 
     jacobian = jax.jit(jax.jacrev(numbers))(positions)
@@ -677,7 +685,9 @@ def test_gradient_is_finite_where_nothing_moves():
     for name in ("exact", "gaussian", "sliced"):
         slope = jax.grad(
             lambda x: (
-                speed_limit(trajectory(x), transport=METRICS[name](), jackknife=0).length_squared
+                esl.speed_limit(
+                    trajectory(x), transport=METRICS[name](), jackknife=0
+                ).length_squared
             )
         )(still)
         chex.assert_tree_all_finite(slope)
@@ -688,10 +698,17 @@ def test_gradient_of_a_whole_run_in_the_learning_rate():
     start = np.array([[2.0], [2.0]], np.float32)
 
     def sigma(rate):
-        path = simulate(
-            Quadratic(1.0), Langevin(rate), start, steps=4, snapshots=4, key=jax.random.key(0)
+        path = esl.simulate(
+            esl.Quadratic(1.0),
+            esl.Langevin(rate),
+            start,
+            steps=4,
+            snapshots=4,
+            key=jax.random.key(0),
         )
-        return speed_limit(path, transport=GaussianTransport(), jackknife=0).entropy_production
+        return esl.speed_limit(
+            path, transport=esl.GaussianTransport(), jackknife=0
+        ).entropy_production
 
     rate, h = 0.3, 1e-4
 
@@ -712,30 +729,30 @@ def test_a_run_that_left_the_numbers_is_refused_with_the_snapshot():
     positions[2:, 1] = np.nan
     positions[3:, 4, 0] = np.inf
     sentence = r"must hold finite members, but 2 of them are not at the end, the first from snapshot 2 on; the likely cause is a learning rate"
-    with pytest.raises(InputError, match=sentence):
-        speed_limit(trajectory(positions), transport=ExactTransport())
+    with pytest.raises(esl.InputError, match=sentence):
+        esl.speed_limit(trajectory(positions), transport=esl.ExactTransport())
     good = random_path(1, dtype=np.float32)
-    with pytest.raises(InputError, match=sentence):
-        speed_limit([trajectory(good), trajectory(positions)], transport=ExactTransport())
-    lost = eqx.filter_jit(lambda path: speed_limit(path, transport=ExactTransport(), jackknife=0))(
-        trajectory(positions)
-    )
+    with pytest.raises(esl.InputError, match=sentence):
+        esl.speed_limit([trajectory(good), trajectory(positions)], transport=esl.ExactTransport())
+    lost = eqx.filter_jit(
+        lambda path: esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
+    )(trajectory(positions))
     assert np.isnan(lost.entropy_production)
     assert not lost.converged
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        diverged = simulate(
-            Quadratic(1.0),
-            Langevin(1e3),
+        diverged = esl.simulate(
+            esl.Quadratic(1.0),
+            esl.Langevin(1e3),
             np.ones((3, 1), np.float32),
             steps=40,
             snapshots=20,
             key=jax.random.key(0),
         )
     with pytest.raises(
-        InputError, match=r"from snapshot 7 on"
+        esl.InputError, match=r"from snapshot 7 on"
     ):  # 10^39 is beyond single precision after 13 steps
-        speed_limit(diverged, transport=ExactTransport())
+        esl.speed_limit(diverged, transport=esl.ExactTransport())
 
 
 BAD = {
@@ -772,8 +789,8 @@ BAD = {
 def test_bad_input(sentence, refused):
     path = trajectory(random_path(0, dtype=np.float32))
     refused(
-        lambda: speed_limit(
-            **{"trajectory": path, "transport": ExactTransport(), **BAD[sentence](path)}
+        lambda: esl.speed_limit(
+            **{"trajectory": path, "transport": esl.ExactTransport(), **BAD[sentence](path)}
         ),
         sentence,
     )

@@ -15,10 +15,8 @@ import pytest
 import zarr
 
 import esljax as esl
-from esljax import executors
 from esljax.experiment import comparison, runs
 from esljax.figures import plot_study
-from esljax.study import run_study
 from esljax.study import store as study_store
 
 BASE = esl.RunConfig(data="moons", hidden=(4,), members=8, steps=10, snapshots=5, batch_size=32)
@@ -43,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 def grid_store(tmp_path_factory):
     """A study of 24 runs in two shapes, in tasks of at most 8 runs: (its path, the progress that it told)."""
     path, seen = tmp_path_factory.mktemp("grid") / "grid.zarr", []
-    run_study(esl.Study(BASE, grid=GRID), path, task_size=8, watch=seen.append)
+    esl.study.run_study(esl.study.Study(BASE, grid=GRID), path, task_size=8, watch=seen.append)
     return path, seen
 
 
@@ -83,8 +81,8 @@ def test_a_run_is_the_simulation_that_it_says():
 
 def test_a_study_holds_the_same_bits_as_each_run_alone(grid_store):
     """In tasks of eight, with padding, beside other rates, schedules and seeds."""
-    results = esl.open_study(grid_store[0])
-    study = esl.Study(BASE, grid=GRID)
+    results = esl.study.open_study(grid_store[0])
+    study = esl.study.Study(BASE, grid=GRID)
     for index in (0, 9, 13, 22):
         config = study.point(index)
         outcome = esl.run(config)
@@ -101,16 +99,18 @@ def test_a_study_holds_the_same_bits_as_each_run_alone(grid_store):
 @pytest.mark.parametrize("listed", [False, True])
 def test_no_number_depends_on_how_it_was_batched(listed, grid_store, tmp_path):
     """Other tasks and other company: the same bits, because one run after another goes through the same operations."""
-    first = esl.open_study(grid_store[0]).load()
-    study = esl.Study(BASE, grid=GRID)
+    first = esl.study.open_study(grid_store[0]).load()
+    study = esl.study.Study(BASE, grid=GRID)
     if listed:
-        study = esl.Study(
+        study = esl.study.Study(
             BASE,
             points=[
                 {name: getattr(study.point(i), name) for name in GRID} for i in reversed(range(24))
             ],
         )
-    second = run_study(study, tmp_path / "second.zarr", task_size=8 if listed else 3).load()
+    second = esl.study.run_study(
+        study, tmp_path / "second.zarr", task_size=8 if listed else 3
+    ).load()
     for name in QUANTITIES:
         theirs = second[name].values[::-1] if listed else second[name].values.reshape(-1)
         np.testing.assert_array_equal(first[name].values.reshape(-1), theirs, err_msg=name)
@@ -118,9 +118,9 @@ def test_no_number_depends_on_how_it_was_batched(listed, grid_store, tmp_path):
 
 def test_side_by_side_is_the_same_to_rounding(grid_store, tmp_path):
     """Four at a time are vectorized in another order of additions: single precision, ten steps; differences are off by their terms'."""
-    first = esl.open_study(grid_store[0]).sel(members=8).load()
-    second = run_study(
-        esl.Study(BASE, grid={name: GRID[name] for name in ("rate", "schedule", "seed")}),
+    first = esl.study.open_study(grid_store[0]).sel(members=8).load()
+    second = esl.study.run_study(
+        esl.study.Study(BASE, grid={name: GRID[name] for name in ("rate", "schedule", "seed")}),
         tmp_path / "s.zarr",
         width=4,
     )
@@ -137,7 +137,7 @@ def test_all_slices_of_a_shape_share_one_program(tmp_path, monkeypatch):
     plain = runs._one
     monkeypatch.setattr(runs, "_one", lambda *given: traced.append(1) or plain(*given))
     base, counts = dataclasses.replace(BASE, members=7), []
-    study = esl.Study(
+    study = esl.study.Study(
         base,
         grid={
             "rate": [0.1, 0.2],
@@ -146,7 +146,7 @@ def test_all_slices_of_a_shape_share_one_program(tmp_path, monkeypatch):
             "seed": range(3),
         },
     )
-    run_study(
+    esl.study.run_study(
         study,
         tmp_path / "study.zarr",
         task_size=5,
@@ -159,7 +159,9 @@ def test_all_slices_of_a_shape_share_one_program(tmp_path, monkeypatch):
 
 def test_jackknife_errors_are_those_of_the_run(tmp_path):
     base = dataclasses.replace(BASE, members=6, jackknife=6)
-    results = run_study(esl.Study(base, grid={"seed": [2]}), tmp_path / "study.zarr")
+    results = esl.study.run_study(
+        esl.study.Study(base, grid={"seed": [2]}), tmp_path / "study.zarr"
+    )
     errors = esl.run(dataclasses.replace(base, seed=2)).report.standard_error
     for name in (
         "entropy_production",
@@ -171,14 +173,16 @@ def test_jackknife_errors_are_those_of_the_run(tmp_path):
     ):
         assert float(results[f"{name}_error"][0]) == float(getattr(errors, name)) > 0
         assert "standard error" in results[f"{name}_error"].attrs["long_name"]
-    assert esl.summarize(results)[0].errors["gap"] == float(errors.gap)
+    assert esl.study.summarize(results)[0].errors["gap"] == float(errors.gap)
 
 
 @pytest.mark.parametrize("transport", ["sliced", "sinkhorn", "gaussian"])
 def test_every_transport_is_that_of_its_point(transport, tmp_path):
     """ε differs within a task; the directions of the sliced transport are drawn from the seed."""
     base = dataclasses.replace(BASE, transport=transport, directions=3, seed=4)
-    results = run_study(esl.Study(base, grid={"epsilon": [0.5, 2.0]}), tmp_path / "study.zarr")
+    results = esl.study.run_study(
+        esl.study.Study(base, grid={"epsilon": [0.5, 2.0]}), tmp_path / "study.zarr"
+    )
     problem = runs.make_problem(base, esl.ExactTransport())
     run_key, transport_key = jax.random.split(jax.random.key(4))
     found = []
@@ -205,8 +209,8 @@ def test_every_transport_is_that_of_its_point(transport, tmp_path):
 
 
 def test_double_precision_stays_within_its_runs(tmp_path):
-    results = run_study(
-        esl.Study(BASE, grid={"dtype": ["float32", "float64"]}), tmp_path / "study.zarr"
+    results = esl.study.run_study(
+        esl.study.Study(BASE, grid={"dtype": ["float32", "float64"]}), tmp_path / "study.zarr"
     )
     single, double = results["w2_squared"].values
     assert single == np.float32(single)
@@ -251,7 +255,7 @@ def test_width_is_one_on_a_cpu_and_what_fits_elsewhere():
 
 def test_the_store_is_labelled(grid_store):
     path, _ = grid_store
-    results = esl.open_study(path)
+    results = esl.study.open_study(path)
     assert dict(results.sizes) == DIMENSIONS
     assert {name: list(results[name].values) for name in GRID} == GRID
     assert set(results.data_vars) == QUANTITIES | {"converged", "done", "reason"}
@@ -266,7 +270,9 @@ def test_the_store_is_labelled(grid_store):
     np.testing.assert_allclose(
         results["gap"], results["entropy_production"] - results["w2_squared"], rtol=1e-4, atol=1e-6
     )
-    assert esl.Study.from_dict(tomllib.loads(results.attrs["study"])) == esl.Study(BASE, grid=GRID)
+    assert esl.study.Study.from_dict(tomllib.loads(results.attrs["study"])) == esl.study.Study(
+        BASE, grid=GRID
+    )
     assert json.loads(results.attrs["versions"])["jax"] == jax.__version__
     assert set(results.attrs) == {"version", "study", "task_size", "created", "versions", "commit"}
     assert json.loads((path / "zarr.json").read_text())["zarr_format"] == 3
@@ -282,7 +288,7 @@ def test_progress_is_told_task_by_task(grid_store):
     assert all(progress.runs == 24 and progress.failed == 0 for progress in seen)
 
 
-class Counting(executors.InProcess):
+class Counting(esl.study.executors.InProcess):
     """Keeps the points that it ran, and ends where it is told to."""
 
     def __init__(self, most=10**9):
@@ -296,7 +302,7 @@ class Counting(executors.InProcess):
         return super().submit(fn, *args)
 
 
-class Idle(executors.InProcess):
+class Idle(esl.study.executors.InProcess):
     """For what is refused before anything runs."""
 
     def submit(self, fn, /, *args) -> Future:
@@ -304,18 +310,20 @@ class Idle(executors.InProcess):
 
 
 def test_a_stopped_study_goes_on_where_it_was(grid_store, tmp_path):
-    study, first, second = esl.Study(BASE, grid=GRID), Counting(most=2), Counting()
+    study, first, second = esl.study.Study(BASE, grid=GRID), Counting(most=2), Counting()
     with pytest.raises(KeyboardInterrupt):
-        run_study(study, tmp_path / "study.zarr", task_size=8, executor=first)
-    half = esl.open_study(tmp_path / "study.zarr").load()
+        esl.study.run_study(study, tmp_path / "study.zarr", task_size=8, executor=first)
+    half = esl.study.open_study(tmp_path / "study.zarr").load()
     assert int((half["done"] == 1).sum()) == len(first.points) == 16
     assert np.isnan(half["gap"].values[half["done"].values == 0]).all()
     # The task size is the store's.
-    results = run_study(study, tmp_path / "study.zarr", executor=second).load()
+    results = esl.study.run_study(study, tmp_path / "study.zarr", executor=second).load()
     assert len(second.points) == 8
     assert not set(first.points) & set(second.points)
-    same(results, esl.open_study(grid_store[0]).load())
-    assert run_study(study, tmp_path / "study.zarr", executor=(third := Counting())).equals(results)
+    same(results, esl.study.open_study(grid_store[0]).load())
+    assert esl.study.run_study(
+        study, tmp_path / "study.zarr", executor=(third := Counting())
+    ).equals(results)
     assert third.points == []
 
 
@@ -328,7 +336,7 @@ def same(results, others):
 @pytest.mark.parametrize("written", [0, 1, 7, 11, 12])
 def test_what_is_done_is_on_disk(written, grid_store, tmp_path, monkeypatch):
     """The writer ends between any two files of a task: no run counts as done whose numbers are not there."""
-    study, calls = esl.Study(BASE, grid=GRID), []
+    study, calls = esl.study.Study(BASE, grid=GRID), []
     plain = zarr.Array.set_coordinate_selection
 
     def dies(self, *given, **more):
@@ -340,27 +348,30 @@ def test_what_is_done_is_on_disk(written, grid_store, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(zarr.Array, "set_coordinate_selection", dies)
         with pytest.raises(KeyboardInterrupt):
-            run_study(study, tmp_path / "study.zarr", task_size=8)
-    assert not (esl.open_study(tmp_path / "study.zarr")["done"] != 0).any()
-    same(run_study(study, tmp_path / "study.zarr").load(), esl.open_study(grid_store[0]).load())
+            esl.study.run_study(study, tmp_path / "study.zarr", task_size=8)
+    assert not (esl.study.open_study(tmp_path / "study.zarr")["done"] != 0).any()
+    same(
+        esl.study.run_study(study, tmp_path / "study.zarr").load(),
+        esl.study.open_study(grid_store[0]).load(),
+    )
 
 
 def test_a_failed_run_is_kept_with_its_reason(tmp_path):
-    study = esl.Study(BASE, points=[{"seed": 1}, {"rate": 1e30}, {"seed": 2}])
-    results = run_study(study, tmp_path / "study.zarr")
+    study = esl.study.Study(BASE, points=[{"seed": 1}, {"rate": 1e30}, {"seed": 2}])
+    results = esl.study.run_study(study, tmp_path / "study.zarr")
     assert results["done"].values.tolist() == [1, 2, 1]
     assert results["reason"].values.tolist()[::2] == ["", ""]
     assert "diverged: the final loss is nan" in str(results["reason"].values[1])
     assert np.isfinite(results["gap"].values[[0, 2]]).all()
     assert results["rate"].values.tolist() == [0.25, 1e30, 0.25]
-    assert [(group.settings, group.runs) for group in esl.summarize(results)] == [
+    assert [(group.settings, group.runs) for group in esl.study.summarize(results)] == [
         ({"rate": 0.25}, 2),
         ({"rate": 1e30}, 0),
     ]
 
 
 def test_a_failed_task_is_kept_and_run_again_if_asked(tmp_path, monkeypatch):
-    study = esl.Study(BASE, grid={"members": [5, 6], "seed": [0, 1]})
+    study = esl.study.Study(BASE, grid={"members": [5, 6], "seed": [0, 1]})
     plain = runs.make_problem
 
     def breaks(config, *given):
@@ -370,12 +381,17 @@ def test_a_failed_task_is_kept_and_run_again_if_asked(tmp_path, monkeypatch):
 
     runs._problem.cache_clear()
     monkeypatch.setattr(runs, "make_problem", breaks)
-    results = run_study(study, tmp_path / "study.zarr")
+    results = esl.study.run_study(study, tmp_path / "study.zarr")
     assert results["done"].values.tolist() == [[2, 2], [1, 1]]
     assert set(results["reason"].values[0]) == {"MemoryError: no room"}
     monkeypatch.setattr(runs, "make_problem", plain)
-    assert run_study(study, tmp_path / "study.zarr")["done"].values.tolist() == [[2, 2], [1, 1]]
-    again = run_study(study, tmp_path / "study.zarr", retry=True, executor=(counting := Counting()))
+    assert esl.study.run_study(study, tmp_path / "study.zarr")["done"].values.tolist() == [
+        [2, 2],
+        [1, 1],
+    ]
+    again = esl.study.run_study(
+        study, tmp_path / "study.zarr", retry=True, executor=(counting := Counting())
+    )
     assert again["done"].values.tolist() == [[1, 1], [1, 1]]
     assert (again["reason"] == "").all()
     assert [point.members for point in counting.points] == [5, 5]
@@ -384,12 +400,12 @@ def test_a_failed_task_is_kept_and_run_again_if_asked(tmp_path, monkeypatch):
 def test_a_study_is_extended_by_the_runs_of_another(grid_store, tmp_path):
     """Of a larger grid only what is new is run, and the numbers are those of a study that reused nothing."""
     path, _ = grid_store
-    larger = esl.Study(
+    larger = esl.study.Study(
         dataclasses.replace(BASE, rate=0.1),
         grid={"members": [6], "schedule": ["cosine", "constant"], "seed": [1, 2, 3]},
     )
-    fresh = run_study(larger, tmp_path / "fresh.zarr").load()
-    results = run_study(
+    fresh = esl.study.run_study(larger, tmp_path / "fresh.zarr").load()
+    results = esl.study.run_study(
         larger, tmp_path / "study.zarr", reuse=[path], executor=(counting := Counting())
     )
     assert {(point.schedule, point.seed) for point in counting.points} == {
@@ -399,20 +415,20 @@ def test_a_study_is_extended_by_the_runs_of_another(grid_store, tmp_path):
     same(results.load(), fresh)
     reused = json.loads(results.attrs["reused"])
     assert list(reused) == [str(path)]
-    assert reused[str(path)]["created"] == esl.open_study(path).attrs["created"]
+    assert reused[str(path)]["created"] == esl.study.open_study(path).attrs["created"]
     assert "reused" not in fresh.attrs
     # Of runs that were not asked for standard errors there are none.
     rows = study_store.StudyStore(path, zarr.open_group(path, mode="r")).read(
         np.array([3]), ("gap", "gap_error")
     )
-    assert rows.numbers["gap"] == esl.open_study(path)["gap"].values.reshape(-1)[3]
+    assert rows.numbers["gap"] == esl.study.open_study(path)["gap"].values.reshape(-1)[3]
     assert np.isnan(rows.numbers["gap_error"])
 
 
 def test_what_failed_is_not_reused(tmp_path):
-    failing = esl.Study(BASE, points=[{"rate": 1e30}, {"rate": 0.1}])
-    run_study(failing, tmp_path / "failing.zarr")
-    again = run_study(
+    failing = esl.study.Study(BASE, points=[{"rate": 1e30}, {"rate": 0.1}])
+    esl.study.run_study(failing, tmp_path / "failing.zarr")
+    again = esl.study.run_study(
         failing,
         tmp_path / "again.zarr",
         reuse=[tmp_path / "failing.zarr"],
@@ -424,20 +440,20 @@ def test_what_failed_is_not_reused(tmp_path):
 
 def test_stores_that_cannot_be_reused_are_refused(grid_store, tmp_path, refused):
     path, _ = grid_store
-    study = esl.Study(BASE, grid={"seed": [1]})
+    study = esl.study.Study(BASE, grid={"seed": [1]})
     refused(
-        lambda: run_study(study, tmp_path / "s.zarr", reuse=path),
+        lambda: esl.study.run_study(study, tmp_path / "s.zarr", reuse=path),
         "Argument `reuse` must be a list of stores",
     )
     refused(
-        lambda: run_study(study, tmp_path / "s.zarr", reuse=[tmp_path / "no.zarr"]),
+        lambda: esl.study.run_study(study, tmp_path / "s.zarr", reuse=[tmp_path / "no.zarr"]),
         "must be the store of a study, but there is nothing",
     )
     shutil.copytree(path, tmp_path / "old.zarr")
     about = zarr.open_group(tmp_path / "old.zarr").attrs
     about["versions"] = json.dumps({**json.loads(about["versions"]), "jax": "0.1"})
     refused(
-        lambda: run_study(
+        lambda: esl.study.run_study(
             study, tmp_path / "s.zarr", reuse=[tmp_path / "old.zarr"], executor=Idle()
         ),
         f"Argument `reuse` must be a store made with the versions .*old.zarr was made with jax 0.1 there and {jax.__version__} here",
@@ -446,14 +462,14 @@ def test_stores_that_cannot_be_reused_are_refused(grid_store, tmp_path, refused)
 
 def test_memory_is_foretold_once_a_shape(tmp_path, monkeypatch):
     """A study of very many runs starts at once."""
-    plans, plain = [], comparison.Problem.plan
+    plans, plain = [], comparison.Problem.plan_memory
     monkeypatch.setattr(
         comparison.Problem,
         "plan",
         lambda self, **more: plans.append(self.members) or plain(self, **more),
     )
     runs._memory.cache_clear()
-    study = esl.Study(BASE, grid={"members": [6, 8], "rate": [0.1, 0.2], "seed": range(20)})
+    study = esl.study.Study(BASE, grid={"members": [6, 8], "rate": [0.1, 0.2], "seed": range(20)})
     study_store.check_memory(study, study.slices(4))
     assert plans == [6, 8]
 
@@ -462,78 +478,82 @@ def test_another_study_is_refused(grid_store, refused, tmp_path):
     path, _ = grid_store
     other = {**GRID, "rate": [0.1, 0.4, 1.7]}
     refused(
-        lambda: run_study(esl.Study(BASE, grid=other), path),
+        lambda: esl.study.run_study(esl.study.Study(BASE, grid=other), path),
         r"Argument `out` must be the store of this study .*, but .* grid.rate, \[0.1",
     )
     refused(
-        lambda: run_study(esl.Study(dataclasses.replace(BASE, l2=0.5), grid=GRID), path),
+        lambda: esl.study.run_study(
+            esl.study.Study(dataclasses.replace(BASE, l2=0.5), grid=GRID), path
+        ),
         "differs in base.l2, 0.0001 there and 0.5 here",
     )
     refused(
-        lambda: run_study(esl.Study(BASE, grid=dict(reversed(GRID.items()))), path),
+        lambda: esl.study.run_study(esl.study.Study(BASE, grid=dict(reversed(GRID.items()))), path),
         "differs in the order of its dimensions",
     )
     refused(
-        lambda: run_study(esl.Study(BASE, points=[{"seed": 1}]), path),
+        lambda: esl.study.run_study(esl.study.Study(BASE, points=[{"seed": 1}]), path),
         "differs in points, absent there and .*seed",
     )
     (tmp_path / "file.zarr").write_text("precious")
     refused(
-        lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "file.zarr"),
+        lambda: esl.study.run_study(esl.study.Study(BASE, grid=GRID), tmp_path / "file.zarr"),
         "must be the store of a study",
     )
     zarr.create_group(tmp_path / "other.zarr")
     refused(
-        lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "other.zarr"),
+        lambda: esl.study.run_study(esl.study.Study(BASE, grid=GRID), tmp_path / "other.zarr"),
         "must be the store of a study",
     )
     refused(
-        lambda: esl.open_study(tmp_path / "nothing.zarr"),
+        lambda: esl.study.open_study(tmp_path / "nothing.zarr"),
         "must be the store of a study, but there is nothing at",
     )
     refused(
-        lambda: run_study(esl.Study(BASE, grid=GRID), tmp_path / "no" / "s.zarr"),
+        lambda: esl.study.run_study(esl.study.Study(BASE, grid=GRID), tmp_path / "no" / "s.zarr"),
         "Argument `out` must be in a folder",
     )
     assert (tmp_path / "file.zarr").read_text() == "precious"
 
 
 def test_wrong_types_are_refused(tmp_path, refused):
-    study = esl.Study(BASE, grid=GRID)
-    refused(lambda: run_study(GRID, tmp_path / "s.zarr"), "Argument `study` must be a Study")
+    study = esl.study.Study(BASE, grid=GRID)
     refused(
-        lambda: run_study(study, tmp_path / "s.zarr", task_size=0),
+        lambda: esl.study.run_study(GRID, tmp_path / "s.zarr"), "Argument `study` must be a Study"
+    )
+    refused(
+        lambda: esl.study.run_study(study, tmp_path / "s.zarr", task_size=0),
         "Argument `task_size` must be an integer of at least 1",
     )
     refused(
-        lambda: run_study(study, tmp_path / "s.zarr", width=-1),
+        lambda: esl.study.run_study(study, tmp_path / "s.zarr", width=-1),
         "Argument `width` must be an integer of at least 1",
     )
     refused(
-        lambda: run_study(study, tmp_path / "s.zarr", executor=4),
+        lambda: esl.study.run_study(study, tmp_path / "s.zarr", executor=4),
         "Argument `executor` must be a concurrent.futures.Executor",
     )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_does_not_fit_is_refused(tmp_path, refused, monkeypatch):
-    study = esl.Study(BASE, grid={"seed": range(100_000)})
+    study = esl.study.Study(BASE, grid={"seed": range(100_000)})
     usage = type("Usage", (), {"free": 5e6})
     with monkeypatch.context() as patched:
         patched.setattr(study_store.shutil, "disk_usage", lambda path: usage)
         refused(
-            lambda: run_study(study, tmp_path / "s.zarr", executor=Idle()),
+            lambda: esl.study.run_study(study, tmp_path / "s.zarr", executor=Idle()),
             "Argument `out` must have room for 100,000 runs, about .* has 5.0 MB left",
         )
     with monkeypatch.context() as patched:
         patched.setattr(study_store, "memory_of_the_machine", lambda: 2e7)
         refused(
-            lambda: run_study(study, tmp_path / "s.zarr", executor=Idle()),
+            lambda: esl.study.run_study(study, tmp_path / "s.zarr", executor=Idle()),
             r"`grid` must fit in memory, here 20.0 MB, but its 100,000 runs need",
         )
-    vast = esl.Study(BASE, grid={"members": [8, 10_000_000]})
+    vast = esl.study.Study(BASE, grid={"members": [8, 10_000_000]})
     refused(
-        lambda: run_study(vast, tmp_path / "v.zarr"),
+        lambda: esl.study.run_study(vast, tmp_path / "v.zarr"),
         "Argument `members` must fit in memory, .* 10000000 members .* need about",
     )
     assert not (tmp_path / "s.zarr").exists()
@@ -541,7 +561,7 @@ def test_what_does_not_fit_is_refused(tmp_path, refused, monkeypatch):
 
 def test_one_writer_at_a_time(tmp_path, refused):
     """A second writer is refused while the first lives, and takes over when it has been killed."""
-    study, lock = esl.Study(BASE, grid={"seed": [0]}), tmp_path / "study.zarr.lock"
+    study, lock = esl.study.Study(BASE, grid={"seed": [0]}), tmp_path / "study.zarr.lock"
     hold = (
         "import sys, time; from pathlib import Path; from esljax.files.storage import locked\n"
         f"with locked(Path({str(lock)!r}), 'out'): print('held', flush=True); time.sleep(600)"
@@ -550,7 +570,7 @@ def test_one_writer_at_a_time(tmp_path, refused):
     try:
         assert holder.stdout.readline() == "held\n"
         refused(
-            lambda: run_study(study, tmp_path / "study.zarr"),
+            lambda: esl.study.run_study(study, tmp_path / "study.zarr"),
             f"Argument `out` must have no other writer, but process {holder.pid} of {platform.node()} is writing it",
         )
         assert not (tmp_path / "study.zarr").exists()
@@ -558,21 +578,21 @@ def test_one_writer_at_a_time(tmp_path, refused):
         holder.kill()
         holder.communicate()
     assert json.loads(lock.read_text())["pid"] == holder.pid, "left behind"
-    assert (run_study(study, tmp_path / "study.zarr")["done"] == 1).all()
+    assert (esl.study.run_study(study, tmp_path / "study.zarr")["done"] == 1).all()
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
     refused(
-        lambda: run_study(study, tmp_path / "study.zarr"),
+        lambda: esl.study.run_study(study, tmp_path / "study.zarr"),
         "process 1 of elsewhere says it is writing it; .* delete .*study.zarr.lock",
     )
     assert lock.exists()
 
 
 def test_leftovers_of_a_killed_writer_are_cleared(tmp_path):
-    study = esl.Study(BASE, grid={"seed": [0]})
+    study = esl.study.Study(BASE, grid={"seed": [0]})
     (tmp_path / "study.zarr.123.part").mkdir()
-    run_study(study, tmp_path / "study.zarr")
+    esl.study.run_study(study, tmp_path / "study.zarr")
     (tmp_path / "study.zarr" / "gap" / "c" / "0.abc.partial").write_text("half")
-    run_study(study, tmp_path / "study.zarr")
+    esl.study.run_study(study, tmp_path / "study.zarr")
     assert [path.name for path in tmp_path.iterdir()] == ["study.zarr"]
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -580,7 +600,7 @@ def test_leftovers_of_a_killed_writer_are_cleared(tmp_path):
 def test_without_the_extra_it_says_what_to_install(tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "zarr", None)
     refused(
-        lambda: run_study(esl.Study(BASE, grid={"seed": [0]}), tmp_path / "s.zarr"),
+        lambda: esl.study.run_study(esl.study.Study(BASE, grid={"seed": [0]}), tmp_path / "s.zarr"),
         r"zarr, which is not installed: pip install",
     )
     monkeypatch.setitem(sys.modules, "distributed", None)
@@ -589,7 +609,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, refused, monkeypatc
             esl.InputError,
             match=r"distributed, which is not installed: pip install 'esljax\[cluster\]'",
         ),
-        executors.scheduler("x"),
+        esl.study.executors.scheduler("x"),
     ):
         pass
 
@@ -598,8 +618,8 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, refused, monkeypatc
 
 
 def test_means_are_over_the_seeds(grid_store):
-    results = esl.open_study(grid_store[0])
-    groups = esl.summarize(results)
+    results = esl.study.open_study(grid_store[0])
+    groups = esl.study.summarize(results)
     assert len(groups) == 12
     for group in (groups[0], groups[7]):
         stored = results.sel(**group.settings)["gap"].values
@@ -617,12 +637,12 @@ def test_means_are_over_the_seeds(grid_store):
     ],
 )
 def test_figures(grid, rows, scales, grid_store, tmp_path):
-    results = esl.open_study(grid_store[0])
+    results = esl.study.open_study(grid_store[0])
     fixed = {"schedule": "constant", "members": 8, "rate": 0.1, "seed": 3}
     some = results.sel({name: values for name, values in grid.items()}).sel(
         {name: fixed[name] for name in fixed if name not in grid}, drop=True
     )
-    figure = plot_study(esl.summarize(some))
+    figure = plot_study(esl.study.summarize(some))
     figure.savefig(tmp_path / "figure.png")
     panels = figure.axes
     assert len(panels) == 3 * rows

@@ -17,10 +17,8 @@ import numpy as np
 import pytest
 
 import esljax as esl
-from esljax import executors
 from esljax.command import cli
 from esljax.experiment import runs
-from esljax.study import run_study
 from esljax.study import store as study_store
 
 SMALL = """
@@ -68,7 +66,7 @@ def command(*arguments):
 
 def same(path, other):
     """Every number, reason and mark of two stores is the same, bit for bit."""
-    found, wanted = esl.open_study(path).load(), esl.open_study(other).load()
+    found, wanted = esl.study.open_study(path).load(), esl.study.open_study(other).load()
     assert set(found.variables) == set(wanted.variables)
     for name in wanted.variables:
         np.testing.assert_array_equal(found[name].values, wanted[name].values, err_msg=name)
@@ -80,7 +78,7 @@ def same(path, other):
 def test_run_writes_its_store_beside_the_file(small, capsys):
     code, folder = small
     assert code == 0
-    results = esl.open_study(folder / "study.zarr")
+    results = esl.study.open_study(folder / "study.zarr")
     assert dict(results.sizes) == {"rate": 3, "seed": 8}
     assert (results["done"] == 1).all()
     assert results.attrs["task_size"] == 6
@@ -101,7 +99,7 @@ def test_show(small, capsys):
     _, folder = small
     assert cli.main(["study", "show", str(folder / "study.toml"), "--rows", "2"]) == 0
     said = capsys.readouterr().out
-    gap = esl.open_study(folder / "study.zarr")["gap"].sel(rate=0.1)
+    gap = esl.study.open_study(folder / "study.zarr")["gap"].sel(rate=0.1)
     row = next(line.split() for line in said.splitlines() if line.startswith("0.1 "))
     assert row[1] == "8"
     value, error = re.fullmatch(r"([\d.]+)\((\d+)\)", row[5]).groups()
@@ -184,7 +182,7 @@ def test_failed_runs_are_told_and_the_exit_code_is_1(tmp_path, capsys):
 )
 def test_bad_input_is_one_sentence(arguments, sentence, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(executors, "_PATIENCE", 1)
+    monkeypatch.setattr(esl.study.executors, "_PATIENCE", 1)
     (tmp_path / "study.toml").write_text(SMALL)
     (tmp_path / "bad.toml").write_text("[base]\nrates = 3")
     assert cli.main(["study", *arguments]) == 2
@@ -209,7 +207,7 @@ def begun(store, process, least=1):
     """Wait until a process has finished some runs of a store."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if store.exists() and int((esl.open_study(store)["done"] != 0).sum()) >= least:
+        if store.exists() and int((esl.study.open_study(store)["done"] != 0).sum()) >= least:
             return
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -258,7 +256,7 @@ def killed_again_and_again(folder, environment, kills):
         )
         # Some while it starts or makes the store, most in the middle of its tasks.
         if random.random() < 0.8:
-            done = int((esl.open_study(store)["done"] != 0).sum()) if store.exists() else 0
+            done = int((esl.study.open_study(store)["done"] != 0).sum()) if store.exists() else 0
             begun(store, process, least=min(done + random.randrange(4), 23))
         time.sleep(random.uniform(0, 0.3))
         process.kill()
@@ -308,7 +306,7 @@ def test_processes_of_this_machine_give_the_same_bits(whole, tmp_path, environme
     same(tmp_path / "study.zarr", whole)
 
 
-class Dying(executors.InProcess):
+class Dying(esl.study.executors.InProcess):
     """A pool whose worker dies at its second task."""
 
     def submit(self, fn, /, *args):
@@ -321,14 +319,14 @@ class Dying(executors.InProcess):
 
 
 def test_a_pool_that_ends_early_is_told(small, tmp_path):
-    study = esl.Study.from_toml(small[1] / "study.toml")
+    study = esl.study.Study.from_toml(small[1] / "study.toml")
     with pytest.raises(
-        esl.LostWorkersError,
+        esl.study.LostWorkersError,
         match=r"The workers ended before the study did \(a child died\); what is done is kept",
     ):
-        run_study(study, tmp_path / "study.zarr", task_size=6, executor=Dying())
-    assert int((esl.open_study(tmp_path / "study.zarr")["done"] == 1).sum()) == 6
-    run_study(study, tmp_path / "study.zarr")
+        esl.study.run_study(study, tmp_path / "study.zarr", task_size=6, executor=Dying())
+    assert int((esl.study.open_study(tmp_path / "study.zarr")["done"] == 1).sum()) == 6
+    esl.study.run_study(study, tmp_path / "study.zarr")
     same(tmp_path / "study.zarr", small[1] / "study.zarr")
 
 
@@ -387,7 +385,7 @@ def test_a_dask_worker_that_is_killed_costs_nothing_but_time(
 ):
     """Two real workers, one killed by SIGKILL with a task in its hands: every run is there, written once, with the bits of this process."""
     address, workers = dask_cluster
-    study = esl.Study.from_dict(tomllib.loads(LONG))
+    study = esl.study.Study.from_dict(tomllib.loads(LONG))
     written, killed = [], []
     plain = study_store.StudyStore.write
     monkeypatch.setattr(
@@ -401,8 +399,10 @@ def test_a_dask_worker_that_is_killed_costs_nothing_but_time(
             workers[0].kill()
             killed.append(progress.fresh)
 
-    with executors.scheduler(address) as executor:
-        run_study(study, tmp_path / "study.zarr", executor=executor, task_size=1, watch=watch)
+    with esl.study.executors.scheduler(address) as executor:
+        esl.study.run_study(
+            study, tmp_path / "study.zarr", executor=executor, task_size=1, watch=watch
+        )
     assert killed
     assert killed[0] < 24
     assert workers[0].wait(timeout=10) == -signal.SIGKILL
@@ -445,7 +445,7 @@ def machine(tmp_path, environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", f"{tmp_path}:{environment['PATH']}")
-    monkeypatch.setattr(executors, "_RENEWAL", 1)
+    monkeypatch.setattr(esl.study.executors, "_RENEWAL", 1)
     with dask.config.set(
         {
             "jobqueue.slurm": {**dask.config.get("jobqueue.slurm"), **JOBS},
@@ -489,9 +489,9 @@ def test_slurm_jobs_whose_time_is_up_are_sent_again(whole, machine):
             for job in ended:
                 os.killpg(job, signal.SIGKILL)
 
-    with executors.slurm(2) as executor:
-        run_study(
-            esl.Study.from_dict(tomllib.loads(LONG)),
+    with esl.study.executors.slurm(2) as executor:
+        esl.study.run_study(
+            esl.study.Study.from_dict(tomllib.loads(LONG)),
             machine / "study.zarr",
             executor=executor,
             task_size=1,
@@ -513,7 +513,7 @@ def test_what_slurm_refuses_is_told_in_its_words(machine):
             esl.InputError,
             match="that sbatch takes, but sbatch: error: invalid partition specified: day",
         ),
-        executors.slurm(2),
+        esl.study.executors.slurm(2),
     ):
         pass
 
@@ -523,7 +523,7 @@ def test_ctrl_c_while_it_waits_for_jobs(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(executors, "slurm", waiting)
+    monkeypatch.setattr(esl.study.executors, "slurm", waiting)
     (tmp_path / "study.toml").write_text(SMALL)
     assert cli.main(["study", "run", "study.toml", "--slurm", "1"]) == 130
     assert capsys.readouterr().err.startswith(
@@ -533,11 +533,11 @@ def test_ctrl_c_while_it_waits_for_jobs(tmp_path, monkeypatch, capsys):
 
 @LEFT
 def test_jobs_that_do_not_come_are_told_of(machine, monkeypatch):
-    monkeypatch.setattr(executors, "_PATIENCE", 0.1)
+    monkeypatch.setattr(esl.study.executors, "_PATIENCE", 0.1)
     put(machine / "sbatch", "#!/bin/sh\necho Submitted batch job 7\n")
     with (
         pytest.warns(UserWarning, match="No job of SLURM has brought a worker yet"),
-        executors.slurm(1),
+        esl.study.executors.slurm(1),
     ):
         pass
 

@@ -19,7 +19,7 @@ GRID = {
 
 
 def test_a_grid_is_every_combination():
-    study = esl.Study(
+    study = esl.study.Study(
         BASE, grid={"rate": np.array([0.1, 0.2]), "hidden": [(4,), (3, 2)], "seed": range(3)}
     )
     assert study.dimensions == {"rate": 2, "hidden": 2, "seed": 3}
@@ -33,7 +33,7 @@ def test_a_grid_is_every_combination():
 
 
 def test_points_are_as_listed():
-    study = esl.Study(BASE, points=[{"rate": 0.3}, {"seed": 4, "members": 6}])
+    study = esl.study.Study(BASE, points=[{"rate": 0.3}, {"seed": 4, "members": 6}])
     assert study.dimensions == {"point": 2}
     assert [dataclasses.asdict(study.point(i)) for i in range(2)] == [
         dataclasses.asdict(BASE) | {"rate": 0.3},
@@ -49,10 +49,10 @@ def test_points_are_as_listed():
 @pytest.mark.parametrize("task_size", [1, 2, 5, 8, 1000])
 @pytest.mark.parametrize("listed", [False, True])
 def test_slices_hold_every_run_once_and_one_shape_each(task_size, listed):
-    study = esl.Study(BASE, grid=GRID)
+    study = esl.study.Study(BASE, grid=GRID)
     if listed:
         fields = ("rate", "members", "schedule", "seed")
-        study = esl.Study(
+        study = esl.study.Study(
             BASE,
             points=[{name: getattr(study.point(i), name) for name in fields} for i in range(24)],
         )
@@ -68,7 +68,7 @@ def test_slices_hold_every_run_once_and_one_shape_each(task_size, listed):
 
 
 def test_a_task_of_a_grid_is_one_chunk():
-    study = esl.Study(BASE, grid=GRID)
+    study = esl.study.Study(BASE, grid=GRID)
     for task_size in (1, 3, 5, 100):
         chunk = np.array(study.chunks(task_size))
         for part in study.slices(task_size):
@@ -93,7 +93,7 @@ seed = {range = [5, 8]}
 
 def test_toml(tmp_path):
     (tmp_path / "study.toml").write_text(TOML)
-    study = esl.Study.from_toml(tmp_path / "study.toml")
+    study = esl.study.Study.from_toml(tmp_path / "study.toml")
     assert study.base == esl.RunConfig(data="moons", hidden=(4,), temperature=0.0)
     assert study.grid == {
         "rate": (0.05, 0.1, 0.2, 0.4, 0.8),
@@ -102,15 +102,15 @@ def test_toml(tmp_path):
         "hidden": ((4,), (8, 8)),
         "seed": (5, 6, 7),
     }
-    again = esl.Study.from_dict(study.as_dict())
+    again = esl.study.Study.from_dict(study.as_dict())
     assert again == study
     assert study.difference(again) is None
     (tmp_path / "points.toml").write_text(
         "[[points]]\nrate = 0.1\n[[points]]\nhidden = [3]\nseed = 2\n"
     )
-    study = esl.Study.from_toml(tmp_path / "points.toml")
+    study = esl.study.Study.from_toml(tmp_path / "points.toml")
     assert study.points == ({"rate": 0.1}, {"hidden": (3,), "seed": 2})
-    assert esl.Study.from_dict(study.as_dict()) == study
+    assert esl.study.Study.from_dict(study.as_dict()) == study
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_toml(tmp_path):
     ids=str,
 )
 def test_what_cannot_be_is_refused(given, sentence, refused):
-    refused(lambda: esl.Study(**{"base": BASE, **given}), sentence)
+    refused(lambda: esl.study.Study(**{"base": BASE, **given}), sentence)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,9 @@ def test_what_cannot_be_is_refused(given, sentence, refused):
     ids=str,
 )
 def test_a_base_that_cannot_be_is_refused(field, sentence, refused):
-    refused(lambda: esl.Study(dataclasses.replace(BASE, **field), grid={"seed": [0]}), sentence)
+    refused(
+        lambda: esl.study.Study(dataclasses.replace(BASE, **field), grid={"seed": [0]}), sentence
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,4 +239,4 @@ def test_a_base_that_cannot_be_is_refused(field, sentence, refused):
 )
 def test_what_a_file_cannot_say(content, sentence, tmp_path, refused):
     (tmp_path / "study.toml").write_text(content)
-    refused(lambda: esl.Study.from_toml(tmp_path / "study.toml"), sentence)
+    refused(lambda: esl.study.Study.from_toml(tmp_path / "study.toml"), sentence)

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
+import esljax as esl
 from esljax.figures import plot_study
-from esljax.study import Group
 
 
 def group(settings, gap=1.0, error=0.1, runs=4, failed=0, unconverged=0):
     """A group whose Σ and W2² go with its gap."""
     means = {"entropy_production": 5 * abs(gap) + gap, "w2_squared": 5 * abs(gap), "gap": gap}
     errors = dict.fromkeys(means, error)
-    return Group(settings, runs, runs + failed, failed, unconverged, means, errors)
+    return esl.study.Group(settings, runs, runs + failed, failed, unconverged, means, errors)
 
 
 def grid(gap=lambda **settings: 1.0, **values):

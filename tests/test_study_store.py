@@ -9,12 +9,10 @@ import pytest
 import zarr
 
 import esljax as esl
-from esljax import executors
 from esljax.command import cli
 from esljax.experiment import runs
 from esljax.files import storage
 from esljax.study import run as study_run
-from esljax.study import run_study
 from esljax.study import store as study_store
 
 SETTINGS = {
@@ -52,11 +50,11 @@ def written(path, study, *, done=None, **more) -> study_store.StudyStore:
 def folder(tmp_path):
     """A study of six runs, all of them done."""
     describe(tmp_path)
-    written(tmp_path / "study.zarr", esl.Study.from_toml(tmp_path / "study.toml"))
+    written(tmp_path / "study.zarr", esl.study.Study.from_toml(tmp_path / "study.toml"))
     return tmp_path
 
 
-class Idle(executors.InProcess):
+class Idle(esl.study.executors.InProcess):
     """For what must not run anything."""
 
     def submit(self, fn, /, *args):
@@ -75,21 +73,23 @@ def test_other_versions_do_not_go_on(folder, refused):
     """Their numbers would stand beside these as if they were of one kind."""
     attributes = zarr.open_group(folder / "study.zarr").attrs
     attributes["versions"] = json.dumps({**json.loads(attributes["versions"]), "flax": "0.1"})
-    study = esl.Study.from_toml(folder / "study.toml")
+    study = esl.study.Study.from_toml(folder / "study.toml")
     refused(
-        lambda: run_study(study, folder / "study.zarr", executor=Idle()),
+        lambda: esl.study.run_study(study, folder / "study.zarr", executor=Idle()),
         "`out` must be a store made with the versions that are here, but .*study.zarr was made with flax 0.1 there and .* here",
     )
 
 
 def test_a_commit_that_goes_on_is_named(folder, monkeypatch):
     monkeypatch.setattr(storage, "commit", lambda: "abc")
-    run_study(esl.Study.from_toml(folder / "study.toml"), folder / "study.zarr", executor=Idle())
-    first, second = esl.open_study(folder / "study.zarr").attrs["commit"].split(", ")
+    esl.study.run_study(
+        esl.study.Study.from_toml(folder / "study.toml"), folder / "study.zarr", executor=Idle()
+    )
+    first, second = esl.study.open_study(folder / "study.zarr").attrs["commit"].split(", ")
     assert second == "abc" != first
 
 
-class Elsewhere(executors.InProcess):
+class Elsewhere(esl.study.executors.InProcess):
     """A worker that has another jax."""
 
     def submit(self, fn, task, versions, /):
@@ -97,25 +97,27 @@ class Elsewhere(executors.InProcess):
 
 
 def test_a_worker_with_other_versions_takes_no_part(tmp_path):
-    study = esl.Study(BASE, grid={"seed": [1]})
-    with pytest.raises(esl.LostWorkersError, match=r"a worker has jax .* there and 0\.1 here"):
-        run_study(study, tmp_path / "study.zarr", executor=Elsewhere())
-    assert int(esl.open_study(tmp_path / "study.zarr")["done"].sum()) == study_store.TO_DO
+    study = esl.study.Study(BASE, grid={"seed": [1]})
+    with pytest.raises(
+        esl.study.LostWorkersError, match=r"a worker has jax .* there and 0\.1 here"
+    ):
+        esl.study.run_study(study, tmp_path / "study.zarr", executor=Elsewhere())
+    assert int(esl.study.open_study(tmp_path / "study.zarr")["done"].sum()) == study_store.TO_DO
 
 
 def test_what_is_refused_leaves_no_store(folder, refused):
-    vast = esl.Study(BASE, grid={"members": [6, 10_000_000]})
+    vast = esl.study.Study(BASE, grid={"members": [6, 10_000_000]})
     refused(
-        lambda: run_study(vast, folder / "new.zarr", executor=Idle()),
+        lambda: esl.study.run_study(vast, folder / "new.zarr", executor=Idle()),
         "`members` must fit in memory",
     )
-    study = esl.Study(BASE, grid={"seed": [9]})
+    study = esl.study.Study(BASE, grid={"seed": [9]})
     for other, sentence in (
         ("nowhere.zarr", "there is nothing at"),
         ("study.zarr", "differs in grid.seed"),
     ):
         refused(
-            lambda other=other: run_study(
+            lambda other=other: esl.study.run_study(
                 study, folder / "new.zarr", reuse=[folder / other], executor=Idle()
             ),
             sentence,
@@ -124,10 +126,10 @@ def test_what_is_refused_leaves_no_store(folder, refused):
 
 
 def test_a_refused_retry_forgets_nothing(folder, refused):
-    study = esl.Study(BASE, grid={"seed": [1, 2]})
+    study = esl.study.Study(BASE, grid={"seed": [1, 2]})
     written(folder / "failed.zarr", study, reasons=("diverged", "diverged"))
     refused(
-        lambda: run_study(
+        lambda: esl.study.run_study(
             study,
             folder / "failed.zarr",
             retry=True,
@@ -137,14 +139,15 @@ def test_a_refused_retry_forgets_nothing(folder, refused):
         "there is nothing at",
     )
     assert (
-        esl.open_study(folder / "failed.zarr")["done"].values.tolist() == [study_store.FAILED] * 2
+        esl.study.open_study(folder / "failed.zarr")["done"].values.tolist()
+        == [study_store.FAILED] * 2
     )
 
 
 def test_a_grown_grid_is_told_how_to_go_on(folder, refused):
     refused(
-        lambda: run_study(
-            esl.Study(BASE, grid={"rate": [0.1, 0.4], "seed": [3, 1, 2, 4]}),
+        lambda: esl.study.run_study(
+            esl.study.Study(BASE, grid={"rate": [0.1, 0.4], "seed": [3, 1, 2, 4]}),
             folder / "study.zarr",
             executor=Idle(),
         ),
@@ -154,16 +157,19 @@ def test_a_grown_grid_is_told_how_to_go_on(folder, refused):
 
 def test_a_link_to_a_store_is_the_store(folder, refused):
     (folder / "link.zarr").symlink_to(folder / "study.zarr")
-    study = esl.Study.from_toml(folder / "study.toml")
+    study = esl.study.Study.from_toml(folder / "study.toml")
     with storage.locked(study_store.lock_path(folder / "study.zarr"), "out"):
         refused(
-            lambda: run_study(study, folder / "link.zarr", executor=Idle()),
+            lambda: esl.study.run_study(study, folder / "link.zarr", executor=Idle()),
             "`out` must have no other writer",
         )
     assert study_store.lock_path(folder / "link.zarr") == study_store.lock_path(
         folder / "study.zarr"
     )
-    refused(lambda: run_study(study, "/", executor=Idle()), "`out` must be a folder of its own")
+    refused(
+        lambda: esl.study.run_study(study, "/", executor=Idle()),
+        "`out` must be a folder of its own",
+    )
 
 
 # --- What is read -------------------------------------------------------------------------------------------------------------------------
@@ -178,17 +184,22 @@ def test_coordinates_come_in_the_order_of_the_study(tmp_path):
         "batch_size": [8, 4],
         "seed": [0],
     }
-    written(tmp_path / "study.zarr", esl.Study(BASE, grid=grid))
-    results = esl.open_study(tmp_path / "study.zarr")
+    written(tmp_path / "study.zarr", esl.study.Study(BASE, grid=grid))
+    results = esl.study.open_study(tmp_path / "study.zarr")
     assert list(results.coords) == list(results.sizes) == list(grid)
-    assert list(esl.summarize(results)[0].settings) == ["temperature", "rate", "l2", "batch_size"]
+    assert list(esl.study.summarize(results)[0].settings) == [
+        "temperature",
+        "rate",
+        "l2",
+        "batch_size",
+    ]
     assert all(isinstance(value, str | int) for value in results.attrs.values()), (
         "as other formats want them"
     )
 
 
 def test_runs_that_were_not_solved_are_told(folder, capsys):
-    study = esl.Study.from_toml(folder / "study.toml")
+    study = esl.study.Study.from_toml(folder / "study.toml")
     shutil.rmtree(folder / "study.zarr")
     store = written(folder / "study.zarr", study)
     store.write(np.array([1, 2]), rows(2, converged=False))
@@ -248,7 +259,7 @@ def test_no_digit_is_cut_off(folder, capsys):
     }
     written(
         folder / "study.zarr",
-        esl.Study(BASE, points=[{**point, "dtype": "float64"} for point in (one, two)]),
+        esl.study.Study(BASE, points=[{**point, "dtype": "float64"} for point in (one, two)]),
     )
     _, shown, told = said("show", folder, capsys)
     title, heading, row, *_ = shown.splitlines()

@@ -15,34 +15,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import esljax as esl
 import esljax.transport.coordinates as transport_module
-from esljax._checks import InputError
-from esljax.transport import (
-    ExactTransport,
-    GaussianTransport,
-    Mapped,
-    Projected,
-    SinkhornTransport,
-    SlicedTransport,
-)
 
 D = 3
 MATRIX = np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]], np.float32)
 
 # Every class, for members of D coordinates. Functions, so that no array is made before a test chooses its precision.
 TRANSPORTS = {
-    "exact": lambda: ExactTransport(),
-    "gaussian": lambda: GaussianTransport(),
-    "sliced": lambda: SlicedTransport(2 * D, jax.random.key(3)),
-    "sinkhorn": lambda: SinkhornTransport(0.5, threshold=1e-5),
-    "sinkhorn in blocks": lambda: SinkhornTransport(0.5, threshold=1e-5, chunk=2),
-    "mapped": lambda: Mapped(GaussianTransport(), jnp.tanh),
-    "projected": lambda: Projected(GaussianTransport(), MATRIX),
+    "exact": lambda: esl.ExactTransport(),
+    "gaussian": lambda: esl.GaussianTransport(),
+    "sliced": lambda: esl.SlicedTransport(2 * D, jax.random.key(3)),
+    "sinkhorn": lambda: esl.SinkhornTransport(0.5, threshold=1e-5),
+    "sinkhorn in blocks": lambda: esl.SinkhornTransport(0.5, threshold=1e-5, chunk=2),
+    "mapped": lambda: esl.MappedTransport(esl.GaussianTransport(), jnp.tanh),
+    "projected": lambda: esl.ProjectedTransport(esl.GaussianTransport(), MATRIX),
 }
 # Where the error of the iterations must not be seen.
 TIGHT = {
-    "sinkhorn": lambda: SinkhornTransport(0.5, threshold=1e-12),
-    "sinkhorn in blocks": lambda: SinkhornTransport(0.5, threshold=1e-12, chunk=2),
+    "sinkhorn": lambda: esl.SinkhornTransport(0.5, threshold=1e-12),
+    "sinkhorn in blocks": lambda: esl.SinkhornTransport(0.5, threshold=1e-12, chunk=2),
 }
 METRICS = [name for name in TRANSPORTS if name not in TIGHT]
 every = pytest.mark.parametrize("name", TRANSPORTS)
@@ -105,7 +97,7 @@ def test_squared_alone_compiles_once_even_for_new_parameters():
 
     x, y = clouds(5, 5)
     for epsilon in (0.5, 0.7):
-        Mapped(SinkhornTransport(epsilon), spy).squared(x, y)
+        esl.MappedTransport(esl.SinkhornTransport(epsilon), spy).squared(x, y)
     assert len(calls) == 2  # one trace of each cloud
 
 
@@ -189,7 +181,7 @@ def test_the_matrix_of_a_projection_has_a_gradient(x64):
     x, y = clouds(5, 7, dtype=np.float64)
 
     def by_matrix(matrix):
-        return Projected(GaussianTransport(), matrix).squared(x, y)
+        return esl.ProjectedTransport(esl.GaussianTransport(), matrix).squared(x, y)
 
     matrix, direction = MATRIX.astype(np.float64), np.cos(np.arange(6.0)).reshape(3, 2)
     slope = np.sum(jax.grad(by_matrix)(matrix) * direction)
@@ -219,7 +211,7 @@ def test_a_lost_member_gives_nan_and_returns(name, d):
         assert not converged
         assert np.isnan(gradient).all()
         if not np.isfinite(bad):
-            with pytest.raises(InputError, match="`x` must be finite"):
+            with pytest.raises(esl.InputError, match="`x` must be finite"):
                 transport.squared(x, y)
 
 
@@ -253,7 +245,7 @@ def _triples(n, d):
 @pytest.mark.parametrize("shape", [(6, 3), (2, 3), (6, 1)])
 def test_metric_axioms(name, shape):
     transport = (
-        Projected(GaussianTransport(), MATRIX[: shape[1]])
+        esl.ProjectedTransport(esl.GaussianTransport(), MATRIX[: shape[1]])
         if name == "projected"
         else TRANSPORTS[name]()
     )
@@ -275,9 +267,9 @@ def test_metric_axioms(name, shape):
 
 
 def test_the_divergence_does_not_claim_to_be_a_metric():
-    assert not SinkhornTransport(0.5).is_metric
-    assert not Mapped(SinkhornTransport(0.5), jnp.tanh).is_metric
-    assert not Projected(SinkhornTransport(0.5), MATRIX).is_metric
+    assert not esl.SinkhornTransport(0.5).is_metric
+    assert not esl.MappedTransport(esl.SinkhornTransport(0.5), jnp.tanh).is_metric
+    assert not esl.ProjectedTransport(esl.SinkhornTransport(0.5), MATRIX).is_metric
 
 
 @every
@@ -301,7 +293,7 @@ def test_invariance_under_permutation_and_translation(name):
 @pytest.mark.parametrize(("n", "d"), [(1, 2), (30, 5), (9, 20)])
 def test_exact_is_the_linear_program(n, d, x64):
     x, y = clouds(n, n, d, np.float64)
-    value = ExactTransport().squared(x, y)
+    value = esl.ExactTransport().squared(x, y)
     np.testing.assert_allclose(value, oracles.assignment(x, y), rtol=1e-12)
     np.testing.assert_allclose(value, oracles.linear_program(x, y), rtol=1e-9)
 
@@ -310,21 +302,21 @@ def test_exact_is_the_linear_program(n, d, x64):
 def test_exact_in_one_dimension_takes_any_sizes(n, m, x64):
     x, y = clouds(n, m, 1, np.float64)
     np.testing.assert_allclose(
-        ExactTransport().squared(x, y), oracles.one_dimensional(x, y), rtol=1e-12
+        esl.ExactTransport().squared(x, y), oracles.one_dimensional(x, y), rtol=1e-12
     )
 
 
 def test_coincident_members_cost_nothing():
     rng = np.random.default_rng(0)
     x = (10 + 1e-3 * rng.normal(size=(200, 2))).astype(np.float32)
-    assert ExactTransport().squared(x, x[rng.permutation(200)]) == 0
+    assert esl.ExactTransport().squared(x, x[rng.permutation(200)]) == 0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30, 1e15])
 def test_an_assignment_whose_costs_overflow_is_not_trusted(bad):
     x, y = clouds(64, 64)
     x[5] = y[5] = bad  # partners, so that the answer would be finite where they are
-    solution = eqx.filter_jit(ExactTransport().solve)(jnp.asarray(x), jnp.asarray(y))
+    solution = eqx.filter_jit(esl.ExactTransport().solve)(jnp.asarray(x), jnp.asarray(y))
     assert bool(solution.converged) == bool(np.isfinite(solution.squared)) == (bad == 1e15)
 
 
@@ -334,14 +326,16 @@ def test_an_assignment_whose_costs_overflow_is_not_trusted(bad):
 @pytest.mark.parametrize(("n", "m", "d"), [(8, 8, 3), (9, 20, 4), (50, 11, 10)])
 def test_gaussian_is_bures(n, m, d, x64):
     x, y = clouds(n, m, d, np.float64)
-    np.testing.assert_allclose(GaussianTransport().squared(x, y), oracles.bures(x, y), rtol=1e-9)
+    np.testing.assert_allclose(
+        esl.GaussianTransport().squared(x, y), oracles.bures(x, y), rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(4, 7, 10), (3, 30, 10), (30, 3, 10), (1, 5, 4)])
 def test_gaussian_of_rank_deficient_clouds(n, m, d, x64):
     x, y = clouds(n, m, d, np.float64)
     np.testing.assert_allclose(
-        GaussianTransport().squared(x, y), oracles.bures_of_singular(x, y), rtol=1e-6
+        esl.GaussianTransport().squared(x, y), oracles.bures_of_singular(x, y), rtol=1e-6
     )
 
 
@@ -351,7 +345,7 @@ def test_gaussian_reference_o14(x64):
     )  # covariance diag(1, 4)
     rotation = np.array([[1.0, -1.0], [1.0, 1.0]]) / np.sqrt(2)
     np.testing.assert_allclose(
-        GaussianTransport().squared(x, np.tile(x @ rotation.T, (3, 1))),
+        esl.GaussianTransport().squared(x, np.tile(x @ rotation.T, (3, 1))),
         10 - 2 * np.sqrt(20.5),
         rtol=1e-12,
     )
@@ -360,10 +354,10 @@ def test_gaussian_reference_o14(x64):
 def test_lower_bounds_of_exact(x64):
     for seed in range(20):
         x, y = clouds(8, 8, dtype=np.float64, seed=seed)
-        exact = ExactTransport().squared(x, y)
-        assert GaussianTransport().squared(x, y) < exact
-        assert SlicedTransport(D, jax.random.key(seed)).squared(x, y) < exact
-        assert SlicedTransport(3 * D, jax.random.key(seed)).squared(x, y) < exact
+        exact = esl.ExactTransport().squared(x, y)
+        assert esl.GaussianTransport().squared(x, y) < exact
+        assert esl.SlicedTransport(D, jax.random.key(seed)).squared(x, y) < exact
+        assert esl.SlicedTransport(3 * D, jax.random.key(seed)).squared(x, y) < exact
 
 
 # Sliced
@@ -371,7 +365,7 @@ def test_lower_bounds_of_exact(x64):
 
 def test_sliced_is_the_mean_over_its_orthonormal_directions(x64):
     x, y = clouds(6, 9, dtype=np.float64)
-    transport = SlicedTransport(2 * D + 1, jax.random.key(0))
+    transport = esl.SlicedTransport(2 * D + 1, jax.random.key(0))
     directions = np.asarray(transport._draw(D))
     for block in (directions[:, :D], directions[:, D : 2 * D]):
         np.testing.assert_allclose(block.T @ block, np.eye(D), atol=1e-12)
@@ -383,15 +377,17 @@ def test_sliced_is_the_mean_over_its_orthonormal_directions(x64):
 
 def test_sliced_directions_depend_on_the_key_alone(request):
     x, y = clouds(6, 9)
-    values = [SlicedTransport(4, jax.random.key(seed)).squared(x, y) for seed in (0, 0, 1)]
+    values = [esl.SlicedTransport(4, jax.random.key(seed)).squared(x, y) for seed in (0, 0, 1)]
     assert values[0] == values[1]
     assert abs(values[2] - values[0]) > 1e-3
     np.testing.assert_allclose(
-        SlicedTransport(2 * D, jax.random.key(0)).squared(x, x + 1), D, rtol=1e-5
+        esl.SlicedTransport(2 * D, jax.random.key(0)).squared(x, x + 1), D, rtol=1e-5
     )
     request.getfixturevalue("x64")
     np.testing.assert_allclose(
-        SlicedTransport(4, jax.random.key(0)).squared(x.astype(np.float64), y), values[0], rtol=1e-5
+        esl.SlicedTransport(4, jax.random.key(0)).squared(x.astype(np.float64), y),
+        values[0],
+        rtol=1e-5,
     )
 
 
@@ -427,12 +423,14 @@ def test_a_small_step_far_from_the_origin_survives_float32(name):
 
 def test_wrappers_measure_the_image():
     x, y = clouds(6, 6)
-    exact = ExactTransport()
-    linear = Mapped(exact, lambda member: member @ MATRIX).squared(x, y)
+    exact = esl.ExactTransport()
+    linear = esl.MappedTransport(exact, lambda member: member @ MATRIX).squared(x, y)
     np.testing.assert_allclose(linear, exact.squared(x @ MATRIX, y @ MATRIX), rtol=1e-5)
-    np.testing.assert_allclose(linear, Projected(exact, MATRIX).squared(x, y), rtol=1e-5)
+    np.testing.assert_allclose(
+        linear, esl.ProjectedTransport(exact, MATRIX).squared(x, y), rtol=1e-5
+    )
     orthonormal = np.linalg.qr(MATRIX)[0]
-    assert Projected(exact, orthonormal).squared(x, y) < exact.squared(x, y)
+    assert esl.ProjectedTransport(exact, orthonormal).squared(x, y) < exact.squared(x, y)
 
 
 # Bad input
@@ -442,41 +440,44 @@ def test_wrappers_measure_the_image():
     ("call", "sentence"),
     [
         (
-            lambda x: SlicedTransport(0, jax.random.key(0)),
+            lambda x: esl.SlicedTransport(0, jax.random.key(0)),
             r"`directions` must be an integer of at least 1, but is 0\.",
         ),
-        (lambda x: SlicedTransport(3, 0), r"`key` must be made by `jax.random.key`, but is 0\."),
         (
-            lambda x: Projected(ExactTransport(), np.ones(3)),
+            lambda x: esl.SlicedTransport(3, 0),
+            r"`key` must be made by `jax.random.key`, but is 0\.",
+        ),
+        (
+            lambda x: esl.ProjectedTransport(esl.ExactTransport(), np.ones(3)),
             r"`matrix` must have shape \(d, p\), but has shape \(3,\)\.",
         ),
         (
-            lambda x: Projected(ExactTransport(), np.ones((4, 1))).squared(x, x),
+            lambda x: esl.ProjectedTransport(esl.ExactTransport(), np.ones((4, 1))).squared(x, x),
             r"`matrix` must have shape \(3, p\).*but has shape \(4, 1\)\.",
         ),
         (
-            lambda x: Mapped(ExactTransport(), jnp.sum).squared(x, x),
+            lambda x: esl.MappedTransport(esl.ExactTransport(), jnp.sum).squared(x, x),
             r"`map` must return shape \(p,\) for one member, but returns shape \(\)\.",
         ),
         (
-            lambda x: ExactTransport().squared(x, x[:, :2]),
+            lambda x: esl.ExactTransport().squared(x, x[:, :2]),
             r"`y` must have 3 coordinates per member, as `x` has, but has 2\.",
         ),
         (
-            lambda x: ExactTransport().squared(x[0], x),
+            lambda x: esl.ExactTransport().squared(x[0], x),
             r"`x` must have shape \(n, d\), one row per member, but has shape \(3,\)\.",
         ),
         (
-            lambda x: ExactTransport().squared(x, x[:0]),
+            lambda x: esl.ExactTransport().squared(x, x[:0]),
             r"`y` must hold at least 1 members, but holds 0\.",
         ),
         (
-            lambda x: ExactTransport().squared(x, x[:2]),
+            lambda x: esl.ExactTransport().squared(x, x[:2]),
             r"`y` must hold 5 members.*`SinkhornTransport` take unequal sizes\), but holds 2\.",
         ),
-        (lambda x: jax.jit(ExactTransport().squared)(x, x[:2]), r"`y` must hold 5 members"),
+        (lambda x: jax.jit(esl.ExactTransport().squared)(x, x[:2]), r"`y` must hold 5 members"),
         (
-            lambda x: jax.jit(GaussianTransport().squared)(x, x[:, :2]),
+            lambda x: jax.jit(esl.GaussianTransport().squared)(x, x[:, :2]),
             r"`y` must have 3 coordinates",
         ),
     ],

@@ -9,31 +9,21 @@ import oracles
 import pytest
 import systems
 
-from esljax.measures import speed_limit
-from esljax.simulation import simulate
-from esljax.transport import ExactTransport, GaussianTransport, Mapped, Projected
-from esljax.velocity import (
-    AffineVelocity,
-    KernelVelocity,
-    NetworkVelocity,
-    PathVelocity,
-    Snapshot,
-    TransportVelocity,
-)
+import esljax as esl
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 
 VELOCITIES = {
-    "affine": lambda: AffineVelocity(),
-    "kernel": lambda: KernelVelocity(
+    "affine": lambda: esl.AffineVelocity(),
+    "kernel": lambda: esl.KernelVelocity(
         landmarks=8, bandwidths=(0.5, 2.0), penalties=(1e-3, 1e-1), folds=2
     ),
-    "network": lambda: NetworkVelocity(
+    "network": lambda: esl.NetworkVelocity(
         key=jax.random.key(0), width=4, depth=1, iterations=4, rounds=2
     ),
-    "exact maps": lambda: TransportVelocity(ExactTransport()),
-    "Gaussian maps": lambda: TransportVelocity(GaussianTransport()),
-    "paths": lambda: PathVelocity(),
+    "exact maps": lambda: esl.TransportVelocity(esl.ExactTransport()),
+    "Gaussian maps": lambda: esl.TransportVelocity(esl.GaussianTransport()),
+    "paths": lambda: esl.PathVelocity(),
 }
 VARIATIONAL = ("affine", "kernel", "network")
 
@@ -44,7 +34,7 @@ def snapshot(seed, n=24, d=2, dtype=np.float32):
     x = rng.gamma(2.0, size=(n, d)) @ np.array([[1.0, 0.4], [-0.3, 0.8]])[:d, :d]
     drift = -(x**2) + np.roll(x, 1, axis=1)
     arrays = (x, drift, np.full((), 0.3), x - 0.1 * drift, x + 0.1 * drift, np.full((), 0.2))
-    return Snapshot(*(jnp.asarray(a, dtype) for a in arrays))
+    return esl.velocity.Snapshot(*(jnp.asarray(a, dtype) for a in arrays))
 
 
 def estimate(velocity, snapshot):
@@ -120,13 +110,13 @@ def test_finite_values_and_gradients_at_the_edges(name, case):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     "velocity",
-    [AffineVelocity(), pytest.param("kernel", marks=pytest.mark.slow)],
+    [esl.AffineVelocity(), pytest.param("kernel", marks=pytest.mark.slow)],
     ids=["affine", "kernel"],
 )
 def test_gradients_are_finite_differences(velocity):
     # One bandwidth and one penalty, so that the choice does not jump.
     velocity = (
-        KernelVelocity(landmarks=6, bandwidths=(1.0,), penalties=(1e-2,))
+        esl.KernelVelocity(landmarks=6, bandwidths=(1.0,), penalties=(1e-2,))
         if velocity == "kernel"
         else velocity
     )
@@ -159,16 +149,16 @@ def test_gradients_are_finite_differences(velocity):
 def test_cross_fitting_bounds_from_below(name, n, law):
     """The mean over repetitions is at most the truth, where a fit that is judged by its own members is above it by 2 d²/n and more."""
     velocity = (
-        AffineVelocity()
+        esl.AffineVelocity()
         if name == "affine"
-        else KernelVelocity(landmarks=20, penalties=(1e-4, 1e-2))
+        else esl.KernelVelocity(landmarks=20, penalties=(1e-4, 1e-2))
     )
 
     def once(key):
         which, spread = jax.random.split(key)
         x = jax.random.normal(spread, (n, 3 if law == "normal" else 1))
         x = x if law == "normal" else x / 2 + 2 * jnp.sign(jax.random.normal(which, (n, 1)))
-        return estimate(velocity, Snapshot(x, 0 * x, jnp.ones(()))).squared
+        return estimate(velocity, esl.velocity.Snapshot(x, 0 * x, jnp.ones(()))).squared
 
     truth = 3.0 if law == "normal" else 3.993714  # T² E‖∇log q‖² of free diffusion
     found = np.asarray(
@@ -192,7 +182,7 @@ def test_affine_is_exact_for_its_own_moments(diffusion):
     """Linear drift -K θ of a normal law: v = -K (θ - c) - D ∇log q and its gradient part, from members whose halves have exact moments."""
     stiffness, covariance = np.array([[1.0, 2.0], [-1.5, 0.7]]), np.array([[1.0, 0.3], [0.3, 0.5]])
     x = exact_halves(4000, [2.0, 1.0], covariance)
-    velocity = AffineVelocity()(x, -x @ stiffness.T, diffusion)
+    velocity = esl.AffineVelocity()(x, -x @ stiffness.T, diffusion)
     matrix = diffusion * np.eye(2) if np.ndim(diffusion) < 2 else diffusion
     slope = -stiffness + matrix @ np.linalg.inv(covariance)
     mean = -stiffness @ [2.0, 1.0]
@@ -225,10 +215,10 @@ def exact_halves(n, mean, covariance):
 def test_differences_of_laws_and_of_paths():
     given = snapshot(2)
     moved = (np.asarray(given.after) - given.before) / 0.2
-    np.testing.assert_allclose(estimate(PathVelocity(), given).values, moved, rtol=1e-6)
+    np.testing.assert_allclose(estimate(esl.PathVelocity(), given).values, moved, rtol=1e-6)
     # Translated together, each member goes to itself, in both transports.
     shift = jnp.array([0.3, -0.1])
-    translated = Snapshot(
+    translated = esl.velocity.Snapshot(
         given.positions,
         before=given.positions - shift,
         after=given.positions + shift,
@@ -241,21 +231,21 @@ def test_differences_of_laws_and_of_paths():
         )
         np.testing.assert_allclose(velocity.squared, 16 * 0.1, rtol=1e-3)
     # Members that trade places move no mass, but they move.
-    traded = Snapshot(
+    traded = esl.velocity.Snapshot(
         given.positions,
         before=given.positions,
         after=given.positions[::-1],
         elapsed=jnp.asarray(0.5),
     )
     assert estimate(VELOCITIES["exact maps"](), traded).squared < 1e-9
-    assert estimate(PathVelocity(), traded).squared > 1
+    assert estimate(esl.PathVelocity(), traded).squared > 1
     still = eqx.tree_at(lambda s: s.elapsed, translated, jnp.zeros(()))
-    assert estimate(PathVelocity(), still).squared == 0
+    assert estimate(esl.PathVelocity(), still).squared == 0
 
 
 def test_bad_input(refused):
     x = np.zeros((8, 2), np.float32)
-    for velocity in (AffineVelocity(), KernelVelocity()):
+    for velocity in (esl.AffineVelocity(), esl.KernelVelocity()):
         refused(
             lambda velocity=velocity: velocity(x[:3], x[:3], 1.0),
             "`positions` must hold at least 4 members, but holds 3",
@@ -277,7 +267,7 @@ def test_bad_input(refused):
             "`drift` must be finite",
         )
     refused(
-        lambda: PathVelocity()(x, x, 1.0),
+        lambda: esl.PathVelocity()(x, x, 1.0),
         "be an estimator that works on one snapshot, but is PathVelocity",
     )
 
@@ -290,13 +280,13 @@ def test_ornstein_uhlenbeck(d):
     """O1 within 3 %; the chain, which sees one link at a time, stays below by what the spacing hides."""
     system, n = systems.ornstein_uhlenbeck(d, 400), 20_000
     x = exact_halves(n, 2 * np.eye(d)[0], np.eye(d)).astype(np.float32)
-    path = simulate(
+    path = esl.simulate(
         system.potential, system.rule, x, steps=400, snapshots=20, key=jax.random.key(1)
     )
-    report = speed_limit(
+    report = esl.speed_limit(
         path,
-        transport=GaussianTransport(),
-        velocity=AffineVelocity(),
+        transport=esl.GaussianTransport(),
+        velocity=esl.AffineVelocity(),
         potential=system.potential,
         jackknife=8,
     )
@@ -319,13 +309,13 @@ def test_housekeeping_is_what_a_chain_does_not_see():
     x = exact_halves(20_000, np.asarray(system.law.mean), np.asarray(system.law.covariance)).astype(
         np.float32
     )
-    path = simulate(
+    path = esl.simulate(
         system.potential, system.rule, x, steps=400, snapshots=20, key=jax.random.key(1)
     )
-    report = speed_limit(
+    report = esl.speed_limit(
         path,
-        transport=GaussianTransport(),
-        velocity=AffineVelocity(),
+        transport=esl.GaussianTransport(),
+        velocity=esl.AffineVelocity(),
         potential=system.potential,
         jackknife=8,
     )
@@ -346,7 +336,7 @@ def test_housekeeping_is_what_a_chain_does_not_see():
 
 def test_unmatched_pairs_are_refused(refused):
     system = systems.ornstein_uhlenbeck(1, 8)
-    path = simulate(
+    path = esl.simulate(
         system.potential,
         system.rule,
         system.sample(8, jax.random.key(0)),
@@ -356,24 +346,26 @@ def test_unmatched_pairs_are_refused(refused):
     )
 
     def call(**kwargs):
-        return lambda: speed_limit(path, **{"potential": system.potential, **kwargs})
+        return lambda: esl.speed_limit(path, **{"potential": system.potential, **kwargs})
 
-    affine, kernel = AffineVelocity(), KernelVelocity()
+    affine, kernel = esl.AffineVelocity(), esl.KernelVelocity()
     refused(
-        call(transport=ExactTransport(), velocity=affine),
+        call(transport=esl.ExactTransport(), velocity=affine),
         r"be GaussianTransport\(\) beside AffineVelocity",
     )
     refused(
-        call(transport=Projected(ExactTransport(), np.eye(1)), velocity=affine),
+        call(transport=esl.ProjectedTransport(esl.ExactTransport(), np.eye(1)), velocity=affine),
         r"be GaussianTransport\(\) beside AffineVelocity",
     )
     refused(
-        call(transport=ExactTransport(), velocity=kernel, potential=None),
+        call(transport=esl.ExactTransport(), velocity=kernel, potential=None),
         "whose gradient KernelVelocity needs",
     )
     refused(
-        call(transport=Mapped(ExactTransport(), jnp.tanh), velocity=kernel),
-        "is KernelVelocity in a Mapped transport",
+        call(transport=esl.MappedTransport(esl.ExactTransport(), jnp.tanh), velocity=kernel),
+        "is KernelVelocity in a MappedTransport",
     )
-    refused(call(transport=ExactTransport(), velocity=None), "be given together with a velocity")
-    refused(call(transport=ExactTransport(), velocity="kernel"), "be a velocity estimator")
+    refused(
+        call(transport=esl.ExactTransport(), velocity=None), "be given together with a velocity"
+    )
+    refused(call(transport=esl.ExactTransport(), velocity="kernel"), "be a velocity estimator")

@@ -31,8 +31,8 @@ from esljax.transport import (
     AbstractTransport,
     ExactTransport,
     GaussianTransport,
-    Mapped,
-    Projected,
+    MappedTransport,
+    ProjectedTransport,
     SinkhornTransport,
     SlicedTransport,
 )
@@ -402,9 +402,11 @@ CHECKS: Sequence[Check] = (
     _gradient("Gaussian", GaussianTransport),
     _gradient("sliced", lambda: SlicedTransport(6, jax.random.key(3))),
     _gradient("Sinkhorn", lambda: SinkhornTransport(2.0, threshold=1e-11)),
-    _gradient("mapped", lambda: Mapped(GaussianTransport(), jnp.tanh)),
+    _gradient("mapped", lambda: MappedTransport(GaussianTransport(), jnp.tanh)),
     _gradient(
         "projected",
-        lambda: Projected(GaussianTransport(), np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]])),
+        lambda: ProjectedTransport(
+            GaussianTransport(), np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]])
+        ),
     ),
 )

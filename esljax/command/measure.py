@@ -21,12 +21,12 @@ from esljax.figures import plot_speed_limit
 from esljax.files import read, read_matrix, storage
 from esljax.measures import SpeedLimit, compared, jackknife_groups, speed_limit
 from esljax.sharding import map_pairs
-from esljax.simulation import Trajectory, recorded
+from esljax.simulation import Trajectory, from_snapshots
 from esljax.transport import (
     AbstractTransport,
     ExactTransport,
     GaussianTransport,
-    Projected,
+    ProjectedTransport,
     SinkhornTransport,
     principal_directions,
     random_directions,
@@ -102,11 +102,11 @@ def measure(config: MeasureConfig, tell: Callable[[str], None] | None = None) ->
     positions = recording.positions
     if jnp.issubdtype(positions.dtype, np.floating):
         positions = positions.astype(jnp.result_type(float))
-    path = recorded(positions, recording.times, observed=recording.observed)
+    path = from_snapshots(positions, recording.times, observed=recording.observed)
     projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
     inner = config.make_transport(sliced_key)
     matrix = _projection(config, path, projection_key)
-    transport = inner if matrix is None else Projected(inner, matrix)
+    transport = inner if matrix is None else ProjectedTransport(inner, matrix)
     velocity = None
     if config.velocity == "transport" and isinstance(
         inner, ExactTransport | GaussianTransport | SinkhornTransport

@@ -117,7 +117,7 @@ def plan_command(config: PlanConfig) -> int:
     config.check()
     enable(config.dtype)
     devices = config.devices or jax.device_count()
-    planned = _problem(config, jax.random.key(config.seed)).plan(devices=devices)
+    planned = _problem(config, jax.random.key(config.seed)).plan_memory(devices=devices)
     if not config.quiet:
         print(planned)
     planned.check(memory_of_a_device() if config.memory is None else config.memory * 1e9)
@@ -171,7 +171,7 @@ def _compare(config: OptimizeConfig, progress: "_Progress", kept: Path) -> _Resu
     data_key, match_key, search_key, judge_key = jax.random.split(jax.random.key(config.seed), 4)
     mesh = _mesh(config)
     problem = _problem(config, data_key, mesh)
-    problem.plan(devices=1 if mesh is None else mesh.size).check(memory_of_a_device())
+    problem.plan_memory(devices=1 if mesh is None else mesh.size).check(memory_of_a_device())
     match_keys = jax.random.split(match_key, config.match_runs)
     judge_keys = jax.random.split(judge_key, config.judge_runs)
     learning_time = config.rate * config.steps

@@ -9,11 +9,12 @@ from esljax.density.entropy import (
     HistogramEntropy,
     KDEEntropy,
     NearestNeighborEntropy,
+    TransportedEntropy,
 )
 from esljax.density.flow import FlowDensity
 from esljax.density.gaussian import GaussianDensity
 from esljax.density.histogram import HistogramDensity
-from esljax.density.kernel import KernelDensity
+from esljax.density.kernel import KDEDensity
 
 __all__ = [
     "BLOCK",
@@ -29,7 +30,8 @@ __all__ = [
     "GaussianEntropy",
     "HistogramDensity",
     "HistogramEntropy",
+    "KDEDensity",
     "KDEEntropy",
-    "KernelDensity",
     "NearestNeighborEntropy",
+    "TransportedEntropy",
 ]

@@ -50,7 +50,7 @@ class AbstractSmoother(eqx.Module):
 
 
 class AbstractDensity(eqx.Module):
-    """A way to fit a density to an ensemble. Calls look like `KernelDensity().fit(positions).log_density(x)`."""
+    """A way to fit a density to an ensemble. Calls look like `KDEDensity().fit(positions).log_density(x)`."""
 
     # Whether a fit takes every fifth member, the first included, only to stop by.
     spares_a_fifth: ClassVar[bool] = False
@@ -81,7 +81,7 @@ class AbstractDensity(eqx.Module):
         **Example:**
 
             >>> import jax
-            >>> density = KernelDensity().fit(jax.random.normal(jax.random.key(0), (2000, 1)))
+            >>> density = KDEDensity().fit(jax.random.normal(jax.random.key(0), (2000, 1)))
             >>> abs(float(density.log_density(jax.numpy.zeros(1))) + 0.919) < 0.1  # -½ log(2π)
             True
         """

@@ -18,7 +18,7 @@ from esljax._types import Array, ArrayLike, Float, Key, Scalar
 from esljax.density.base import BLOCK, Frame
 from esljax.density.flow import FlowDensity
 from esljax.density.histogram import HistogramDensity
-from esljax.density.kernel import KernelDensity
+from esljax.density.kernel import KDEDensity
 
 
 class Entropy(eqx.Module):
@@ -173,7 +173,7 @@ class NearestNeighborEntropy(AbstractEntropy):
 
 
 class KDEEntropy(AbstractEntropy):
-    """-log q̂_{-i} at each member i, with kernels around all the others (`KernelDensity`): too high by what kernels smear, in expectation,
+    """-log q̂_{-i} at each member i, with kernels around all the others (`KDEDensity`): too high by what kernels smear, in expectation,
     but for the little that one bandwidth learns from the members that it is judged by. O(n²).
 
     **Differentiation:** forward and reverse, of every order, at the bandwidth found.
@@ -181,7 +181,7 @@ class KDEEntropy(AbstractEntropy):
     """
 
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
-        density = KernelDensity()
+        density = KDEDensity()
         return Entropy(
             -density.with_left_out(positions)[1],
             f"leave-one-out, {density.note}; high by what kernels smear",
@@ -240,3 +240,15 @@ class FlowEntropy(AbstractEntropy):
             even, jax.vmap(odds.log_density)(positions), jax.vmap(evens.log_density)(positions)
         )
         return Entropy(-logs, f"an upper bound in expectation: {density.note}")
+
+
+class TransportedEntropy(eqx.Module):
+    """H(s) = H(0) + ∫ E[∇·v] ds, the entropy of the start, carried along by the velocity that `free_energy` is given.
+
+    What the estimator gets wrong about the start is then wrong by the same amount at all times. The velocity must know its divergence, and
+    is fitted anew without each group of the jackknife, as an error of the field is an error of H.
+
+    **Args:** `start`: the estimator of H(0).
+    """
+
+    start: AbstractEntropy

@@ -17,7 +17,7 @@ from esljax.density.base import BLOCK, AbstractDensity, AbstractLogDensity, Abst
 _RELATIVE_BANDWIDTHS = 2.0 ** np.arange(-5.0, 1.01, 0.25)
 
 
-class KernelDensity(AbstractDensity):
+class KDEDensity(AbstractDensity):
     r"""Gaussian kernels around the members, of the covariance of the ensemble times h²: smooth, O(n²), for few dimensions.
 
         q̂(θ) = (1/n) Σ_j N(θ; θ_j, h² C),    h = argmax Σ_i log q̂_{-i}(θ_i) over a logarithmic grid of 25 values,
@@ -83,7 +83,7 @@ def _reference_bandwidth(n: int, d: int, derivatives: int) -> float:
 
 
 class Kernels(AbstractLogDensity, AbstractSmoother):
-    """What `KernelDensity` fits."""
+    """What `KDEDensity` fits."""
 
     frame: Frame
     members: Float[Array, "n d"]

@@ -9,7 +9,13 @@ from esljax.experiment.comparison import (
     ratio,
     usual_shapes,
 )
-from esljax.experiment.memory import Plan, memory_of_a_device, memory_of_the_machine, plan, size
+from esljax.experiment.memory import (
+    Plan,
+    memory_of_a_device,
+    memory_of_the_machine,
+    plan_memory,
+    size,
+)
 from esljax.experiment.runs import (
     NUMBERS,
     QUANTITIES,
@@ -68,7 +74,7 @@ __all__ = [
     "memory_of_the_machine",
     "names",
     "plain",
-    "plan",
+    "plan_memory",
     "ratio",
     "read_toml",
     "run",

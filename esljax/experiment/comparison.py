@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from esljax._checks import InputError, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Keys, Scalar
-from esljax.experiment.memory import Plan, plan
+from esljax.experiment.memory import Plan, plan_memory
 from esljax.measures import SpeedLimit, average, speed_limit
 from esljax.potentials import Examples, FlaxLoss
 from esljax.schedules import (
@@ -98,12 +98,12 @@ class Problem(eqx.Module):
         )
         return replicate(outcome, self.mesh)
 
-    def plan(self, *, devices: int = 1, differentiated: bool = True) -> Plan:
+    def plan_memory(self, *, devices: int = 1, differentiated: bool = True) -> Plan:
         """The memory that one run takes on each device, with its gradient if `differentiated`."""
         start = jax.eval_shape(
             lambda key: self.potential.init(members=self.members, key=key), jax.random.key(0)
         )
-        return plan(
+        return plan_memory(
             self.potential,
             jax.ShapeDtypeStruct(start.shape, self.potential.inputs.dtype),
             steps=self.steps,

@@ -33,8 +33,8 @@ from esljax.transport import (
     AbstractTransport,
     ExactTransport,
     GaussianTransport,
-    Mapped,
-    Projected,
+    MappedTransport,
+    ProjectedTransport,
     SinkhornTransport,
     SlicedTransport,
     coordinates,
@@ -101,7 +101,7 @@ _REMEDIES = {
 }
 
 
-def plan(
+def plan_memory(
     potential: AbstractPotential | Driven,
     positions: Any,
     *,
@@ -128,7 +128,7 @@ def plan(
         >>> import jax, jax.numpy as jnp
         >>> from esljax import Quadratic
         >>> ensemble = jax.ShapeDtypeStruct((64, 1000), jnp.float32)
-        >>> plan(Quadratic(1.0), ensemble, steps=100, transport=ExactTransport(), devices=4).check(1e9).adjoint
+        >>> plan_memory(Quadratic(1.0), ensemble, steps=100, transport=ExactTransport(), devices=4).check(1e9).adjoint
         12800000
     """
     check_positive_int("devices", devices)
@@ -165,7 +165,7 @@ def plan(
     of_batch = _on_the_way(potential, member, batch)
     network = max(of_batch, _on_the_way(potential, member, None) // 2)
     step += mine * of_batch if isinstance(gradient, Autodiff) else 0
-    adjoint = steps // length * state + length * step if gradient.checkpoint else steps * step
+    adjoint = steps // length * state + length * step if gradient.recompute else steps * step
     adjoint = 0 if isinstance(gradient, ForwardMode) else adjoint
     return Plan(
         devices=devices,
@@ -212,11 +212,11 @@ def _pairs(
 
 def _pair(transport: AbstractTransport, n: int, d: int, differentiated: bool) -> float | int:
     """How many numbers one problem holds."""
-    if isinstance(transport, Projected | Mapped):
+    if isinstance(transport, ProjectedTransport | MappedTransport):
         compared = jax.eval_shape(
             lambda x: coordinates(transport, x)[0], jax.ShapeDtypeStruct((1, n, d), np.float32)
         )
-        while isinstance(transport, Projected | Mapped):
+        while isinstance(transport, ProjectedTransport | MappedTransport):
             transport = transport.transport
         return (4 if differentiated else 2) * n * d + _pair(
             transport, n, compared.shape[2], differentiated

@@ -101,7 +101,7 @@ def make_problem(
         snapshots=config.snapshots,
         jackknife=jackknife,
         mesh=mesh,
-        gradient=HessianAdjoint(checkpoint=recompute),
+        gradient=HessianAdjoint(recompute=recompute),
     )
 
 
@@ -297,7 +297,7 @@ def _reason(numbers: dict[str, float]) -> str:
 def _memory(shape: RunConfig) -> int:
     try:
         with jax.enable_x64(shape.dtype == "float64"):
-            return _problem(shape, shape.dtype).plan(differentiated=False).total
+            return _problem(shape, shape.dtype).plan_memory(differentiated=False).total
     except Exception:
         # What cannot even be made takes nothing; its task will say why.
         return 0

@@ -37,7 +37,7 @@ _FILES = (".npz", ".safetensors")
 
 
 class Recording(NamedTuple):
-    """The members of a run at J+1 snapshots, as they were stored; `esljax.recorded` makes a `Trajectory` of it."""
+    """The members of a run at J+1 snapshots, as they were stored; `esljax.from_snapshots` makes a `Trajectory` of it."""
 
     positions: np.ndarray
     """Shape (J+1, n, d), or the features (J+1, n, p) of an observed run."""
@@ -51,7 +51,7 @@ def read(path: str | Path) -> Recording:
     """Read a training run from `.npz`, `.zarr` or a folder of checkpoints.
 
     **Args:** `path`: the file or folder, laid out as this module describes.
-    **Returns:** `Recording`. Shapes and values are checked by `esljax.recorded`, not here.
+    **Returns:** `Recording`. Shapes and values are checked by `esljax.from_snapshots`, not here.
     **Raises:** `InputError` for what is missing, broken, pickled, or different from one checkpoint to the next.
 
     **Example:**

@@ -2,12 +2,13 @@
 
 from esljax.measures.chain import compared
 from esljax.measures.diagnosis import Evidence, Finding
-from esljax.measures.free_energy import FreeEnergy, TransportedEntropy, free_energy
+from esljax.measures.free_energy import Balance, FreeEnergy, free_energy
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
 from esljax.measures.report import Interval, SpeedLimit, Split, average, concise, jackknife_groups
 from esljax.measures.speed_limit import speed_limit
 
 __all__ = [
+    "Balance",
     "Evidence",
     "Finding",
     "FreeEnergy",
@@ -15,7 +16,6 @@ __all__ = [
     "MinibatchNoise",
     "SpeedLimit",
     "Split",
-    "TransportedEntropy",
     "average",
     "compared",
     "concise",

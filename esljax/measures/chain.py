@@ -22,8 +22,8 @@ from esljax.simulation import Trajectory
 from esljax.transport import (
     AbstractTransport,
     ExactTransport,
-    Mapped,
-    Projected,
+    MappedTransport,
+    ProjectedTransport,
     SinkhornTransport,
     coordinates,
 )
@@ -182,7 +182,7 @@ def _evidence(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:
 def _doubled_epsilon(transport: AbstractTransport) -> AbstractTransport | None:
     if isinstance(transport, SinkhornTransport):
         return eqx.tree_at(lambda t: t.epsilon, transport, 2 * transport.epsilon)
-    if isinstance(transport, Mapped | Projected):
+    if isinstance(transport, MappedTransport | ProjectedTransport):
         inner = _doubled_epsilon(transport.transport)
         return None if inner is None else eqx.tree_at(lambda t: t.transport, transport, inner)
     return None
@@ -192,7 +192,7 @@ def _named(transport: AbstractTransport) -> str:
     name = type(transport).__name__
     return (
         f"{name} {_named(transport.transport)}"
-        if isinstance(transport, Mapped | Projected)
+        if isinstance(transport, MappedTransport | ProjectedTransport)
         else name
     )
 

@@ -29,26 +29,19 @@ import numpy as np
 
 from esljax._checks import known, refuse
 from esljax._types import Array, Float
-from esljax.density import AbstractEntropy
+from esljax.density import AbstractEntropy, TransportedEntropy
 from esljax.measures.report import jackknife_groups
 from esljax.measures.velocities import learning_clock, member_rates
 from esljax.potentials import AbstractPotential, Driven
 from esljax.sharding import bring, map_pairs
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
-from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
+from esljax.transport import (
+    AbstractTransport,
+    GaussianTransport,
+    MappedTransport,
+    ProjectedTransport,
+)
 from esljax.velocity import AbstractVelocity
-
-
-class TransportedEntropy(eqx.Module):
-    """H(s) = H(0) + ∫ E[∇·v] ds, the entropy of the start, carried along by the velocity that `free_energy` is given.
-
-    What the estimator gets wrong about the start is then wrong by the same amount at all times. The velocity must know its divergence, and
-    is fitted anew without each group of the jackknife, as an error of the field is an error of H.
-
-    **Args:** `start`: the estimator of H(0).
-    """
-
-    start: AbstractEntropy
 
 
 class Balance(eqx.Module):
@@ -582,7 +575,8 @@ def _check(
             f"is given beside {type(velocity).__name__}",
         )
     if transport is not None and (
-        not isinstance(transport, AbstractTransport) or isinstance(transport, Mapped | Projected)
+        not isinstance(transport, AbstractTransport)
+        or isinstance(transport, MappedTransport | ProjectedTransport)
     ):
         raise refuse(
             "transport",

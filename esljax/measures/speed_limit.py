@@ -17,7 +17,12 @@ from esljax.measures.velocities import MemberRates, from_velocities, member_rate
 from esljax.potentials import AbstractPotential, Driven
 from esljax.sharding import AnyMesh, bring, replicate
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
-from esljax.transport import AbstractTransport, GaussianTransport, Mapped, Projected
+from esljax.transport import (
+    AbstractTransport,
+    GaussianTransport,
+    MappedTransport,
+    ProjectedTransport,
+)
 from esljax.velocity import AbstractVelocity
 
 
@@ -37,7 +42,7 @@ def speed_limit(
     - `trajectory`: one run, or several: a sequence, or one made by `jax.vmap(simulate)` with positions (runs, J+1, n, d).
     - `transport`: the geometry in which Σ, L² and W2² are all taken, so that they are a matched pair.
     - `velocity`: what to make Σ from, in place of the chain, which then stands beside it. It works in the coordinates that the transport
-      measures in (a `Projected` transport projects the members, their drift and their noise), so that Σ and W2² belong together.
+      measures in (a `ProjectedTransport` transport projects the members, their drift and their noise), so that Σ and W2² belong together.
     - `potential`: Φ, whose gradient over all data is the drift that velocities need; finite differences between snapshots need none.
     - `jackknife`: of one run, the most groups of members left out in turn for the standard errors; 0 for none. Each group repeats the whole
       chain. The errors of several runs are taken over the runs.
@@ -144,8 +149,8 @@ def _check_pair(
             "velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}"
         )
     inner, mapped = transport, False
-    while isinstance(inner, Mapped | Projected):
-        inner, mapped = inner.transport, mapped or isinstance(inner, Mapped)
+    while isinstance(inner, MappedTransport | ProjectedTransport):
+        inner, mapped = inner.transport, mapped or isinstance(inner, MappedTransport)
     name, measure = type(velocity).__name__, type(inner).__name__
     if velocity.moments_only and not isinstance(inner, GaussianTransport):
         raise refuse(
@@ -168,7 +173,7 @@ def _check_pair(
             f"is {potential!r}",
         )
     if trajectory.observed or mapped:
-        what = "an observed run" if trajectory.observed else "a Mapped transport"
+        what = "an observed run" if trajectory.observed else "a MappedTransport"
         raise refuse(
             "velocity",
             "be TransportVelocity(...) in features, where the drift is not known",

@@ -3,7 +3,7 @@
 from esljax.simulation.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
 from esljax.simulation.loop import check_functions, check_links, group_length, simulate
 from esljax.simulation.rules import AbstractRule, Controls, Langevin, ProbabilityFlow
-from esljax.simulation.trajectory import Trajectory, check_runs, on_devices, recorded, stack
+from esljax.simulation.trajectory import Trajectory, check_runs, from_snapshots, on_devices, stack
 
 __all__ = [
     "AbstractGradient",
@@ -18,9 +18,9 @@ __all__ = [
     "check_functions",
     "check_links",
     "check_runs",
+    "from_snapshots",
     "group_length",
     "on_devices",
-    "recorded",
     "simulate",
     "stack",
 ]

@@ -27,7 +27,7 @@ from esljax.potentials import AbstractPotential
 class AbstractGradient(eqx.Module):
     """A way to differentiate a run."""
 
-    checkpoint: eqx.AbstractVar[bool]
+    recompute: eqx.AbstractVar[bool]
     """Whether to keep about 2√K states and recompute the others, instead of keeping all K."""
 
     @abc.abstractmethod
@@ -44,11 +44,11 @@ class AbstractGradient(eqx.Module):
 class HessianAdjoint(AbstractGradient):
     """Reverse mode by Hessian-vector products: the cheapest gradient in many numbers.
 
-    Keeps the positions of every step, or with `checkpoint=True` about 2√K of them at the price of running forward twice.
+    Keeps the positions of every step, or with `recompute=True` about 2√K of them at the price of running forward twice.
     Supports `jax.grad` and `jax.vjp`; forward mode is refused by JAX (use `ForwardMode`).
     """
 
-    checkpoint: bool = eqx.field(static=True, default=False)
+    recompute: bool = eqx.field(static=True, default=False)
 
     def kick(
         self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key
@@ -61,9 +61,9 @@ class HessianAdjoint(AbstractGradient):
 
 class Autodiff(AbstractGradient):
     """JAX's own differentiation of every operation. Forward and reverse, any order; reverse mode keeps what the model computed at every
-    step, or with `checkpoint=True` about 2√K times as much."""
+    step, or with `recompute=True` about 2√K times as much."""
 
-    checkpoint: bool = eqx.field(static=True, default=False)
+    recompute: bool = eqx.field(static=True, default=False)
 
     def kick(
         self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key
@@ -82,7 +82,7 @@ class ForwardMode(AbstractGradient):
     """
 
     most: int = eqx.field(static=True, default=256)
-    checkpoint: bool = eqx.field(static=True, default=False, init=False)
+    recompute: bool = eqx.field(static=True, default=False, init=False)
 
     def kick(
         self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key

@@ -135,13 +135,13 @@ def _scan(
     def link(positions, k_and_controls):
         """The steps between two snapshots, in groups that are recomputed one at a time."""
         start, inside = positions, k_and_controls[0].shape[0]
-        length = group_length(steps, steps // inside) if gradient.checkpoint else inside
+        length = group_length(steps, steps // inside) if gradient.recompute else inside
         grouped = jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), k_and_controls)
 
         def group(positions, xs):
             return jax.lax.scan(step, positions, xs)
 
-        group = jax.checkpoint(group, prevent_cse=False) if gradient.checkpoint else group
+        group = jax.checkpoint(group, prevent_cse=False) if gradient.recompute else group
         positions, energies = jax.lax.scan(group, positions, grouped)
         return positions, (_features(observe, start), energies[0, 0])
 

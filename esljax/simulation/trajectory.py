@@ -45,7 +45,7 @@ class Trajectory(eqx.Module):
         return f"Trajectory: {several}{members} members of {numbers} {kind}, {steps}, {snapshots} snapshots{where}"
 
 
-def recorded(
+def from_snapshots(
     positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False
 ) -> Trajectory:
     """A run that something else has made, as a `Trajectory` without learning rates, temperatures and energies.
@@ -67,7 +67,7 @@ def recorded(
     **Example:**
 
         >>> import numpy as np
-        >>> print(recorded(np.random.default_rng(0).normal(size=(5, 8, 2)), times=[0, 10, 20, 50, 100]))
+        >>> print(from_snapshots(np.random.default_rng(0).normal(size=(5, 8, 2)), times=[0, 10, 20, 50, 100]))
         Trajectory: 8 members of 2 coordinates, recorded, 5 snapshots
     """
     name = "features" if observed else "positions"

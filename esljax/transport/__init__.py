@@ -2,8 +2,8 @@
 
 from esljax.transport.base import AbstractTransport, Solution
 from esljax.transport.coordinates import (
-    Mapped,
-    Projected,
+    MappedTransport,
+    ProjectedTransport,
     coordinates,
     principal_directions,
     random_directions,
@@ -17,8 +17,8 @@ __all__ = [
     "AbstractTransport",
     "ExactTransport",
     "GaussianTransport",
-    "Mapped",
-    "Projected",
+    "MappedTransport",
+    "ProjectedTransport",
     "SinkhornTransport",
     "SlicedTransport",
     "Solution",

@@ -3,7 +3,7 @@ r"""Transports: the squared 2-Wasserstein distance between two ensembles of equa
     W2²(x, y) = min_P Σ_ij P_ij |x_i - y_j|²          P ≥ 0 with row sums 1/n and column sums 1/m
 
 `ExactTransport` solves this; `GaussianTransport` and `SlicedTransport` are lower bounds of it that are metrics themselves;
-`SinkhornTransport` (in `sinkhorn`) is a smooth approximation and no metric. `Mapped` and `Projected` measure any of them in other
+`SinkhornTransport` (in `sinkhorn`) is a smooth approximation and no metric. `MappedTransport` and `ProjectedTransport` measure any of them in other
 coordinates. With a
 metric, dist = sqrt(squared), the chain identities of the speed limit hold on samples exactly:
 

@@ -28,7 +28,7 @@ class _Elsewhere(AbstractTransport):
         return self.transport.in_turn
 
 
-class Mapped(_Elsewhere):
+class MappedTransport(_Elsewhere):
     """Another transport, of the features `map(θ)` of each member: a metric on laws of features, blind to what the map does not see.
 
     **Args:** `transport`: any other. `map`: from one member, shape (d,), to its features, shape (p,); a pytree or a function of jax.
@@ -38,7 +38,7 @@ class Mapped(_Elsewhere):
     **Example:**
 
         >>> import jax.numpy as jnp
-        >>> norm = Mapped(ExactTransport(), lambda member: jnp.linalg.norm(member, keepdims=True))
+        >>> norm = MappedTransport(ExactTransport(), lambda member: jnp.linalg.norm(member, keepdims=True))
         >>> float(norm.squared(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 7.0]])))
         4.0
     """
@@ -55,7 +55,7 @@ class Mapped(_Elsewhere):
 def principal_directions(
     positions: Float[ArrayLike, "*many d"], coordinates: int
 ) -> Float[Array, "d p"]:
-    """The orthonormal directions along which all these members together vary most, as columns: a matrix for `Projected`.
+    """The orthonormal directions along which all these members together vary most, as columns: a matrix for `ProjectedTransport`.
 
     A run is measured in one fixed set of coordinates, so fit it once, to all its snapshots together; a fit of each snapshot would compare
     laws in different spaces.
@@ -79,7 +79,7 @@ def principal_directions(
 
 
 def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]:
-    """Orthonormal directions that know nothing of the data, as columns: a matrix for `Projected`. Uniform, and the same in every precision.
+    """Orthonormal directions that know nothing of the data, as columns: a matrix for `ProjectedTransport`. Uniform, and the same in every precision.
 
     **Args:** `d`: numbers in one member. `coordinates`: p, at most d. `key`: what they are drawn from.
     **Returns:** shape (d, p). **Raises:** `InputError` if p is out of range or `key` not a key.
@@ -114,7 +114,7 @@ def _check_coordinates(coordinates: int, d: int, members: int) -> None:
         )
 
 
-class Projected(_Elsewhere):
+class ProjectedTransport(_Elsewhere):
     """Another transport, of the coordinates θ @ `matrix`. With orthonormal columns every metric here then bounds its full self from below.
 
     **Args:** `transport`: any other. `matrix`: shape (d, p), a leaf of the pytree.
@@ -124,7 +124,7 @@ class Projected(_Elsewhere):
     **Example:**
 
         >>> import jax.numpy as jnp
-        >>> first = Projected(ExactTransport(), jnp.array([[1.0], [0.0]]))
+        >>> first = ProjectedTransport(ExactTransport(), jnp.array([[1.0], [0.0]]))
         >>> float(first.squared(jnp.array([[1.0, 9.0]]), jnp.array([[4.0, 0.0]])))
         9.0
     """
@@ -151,8 +151,8 @@ def coordinates(
 ) -> tuple[Array, Array | None]:
     """What the transport compares in the end, (J+1, n, p), and the matrix (d, p) that led there if it is a projection."""
     matrix = None
-    while isinstance(transport, Mapped | Projected):
-        if isinstance(transport, Projected):
+    while isinstance(transport, MappedTransport | ProjectedTransport):
+        if isinstance(transport, ProjectedTransport):
             step = transport.matrix.astype(positions.dtype)
             matrix = step if matrix is None else product(matrix, step)
             positions = product(positions, step)

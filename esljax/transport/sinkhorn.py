@@ -36,7 +36,7 @@ class SinkhornTransport(AbstractTransport):
     `chunk`: None keeps the (n, m) costs, twice or more; a number makes them anew in every iteration for that many members at a time, with
     the same answers, in memory for two or three times `chunk` rows of them instead, and none that grows with nm. A CPU is fastest where a
     block stays in its cache, `chunk` times m at two or three million: 256 for m = 10 000, 32 for 100 000. An accelerator wants more.
-    `Projected` is a way to cheaper costs where d is large. The time grows with nm either way, and roughly with 1/ε.
+    `ProjectedTransport` is a way to cheaper costs where d is large. The time grows with nm either way, and roughly with 1/ε.
     **Raises:** `InputError` if ε or `threshold` is not positive or `max_iterations` or `chunk` not a positive integer.
     **Differentiation:** forward and reverse in x, y and ε, by the envelope theorem, and again: second derivatives solve one dense (m, m)
     linear system, good to m of a thousand or two, and are refused with a `chunk`. The error of the gradient is of the order of `threshold`.

@@ -32,7 +32,7 @@ from esljax.density import (
     FlowDensity,
     Frame,
     HistogramDensity,
-    KernelDensity,
+    KDEDensity,
 )
 from esljax.velocity.affine import AffineVelocity
 from esljax.velocity.base import (
@@ -108,14 +108,14 @@ class KDEVelocity(AbstractDensityVelocity):
 
         m(θ) = Σ_j p_j(θ) r_j,    p_j(θ) ∝ N(θ; θ_j, h² C), Σ_j p_j = 1,
 
-    r_j being what the affine drift misses at member j, and h and C the bandwidth and the covariance of `KernelDensity`. O(n²).
+    r_j being what the affine drift misses at member j, and h and C the bandwidth and the covariance of `KDEDensity`. O(n²).
 
     **Differentiation:** forward and reverse, of every order, at the bandwidth found.
     """
 
     @property
     def density(self) -> AbstractDensity:
-        return KernelDensity(for_score=True)
+        return KDEDensity(for_score=True)
 
 
 class HistogramVelocity(AbstractDensityVelocity):
@@ -199,7 +199,7 @@ def _field(law: AbstractLogDensity, snapshot: Snapshot) -> _Field:
     smoother = (
         law
         if isinstance(law, AbstractSmoother)
-        else KernelDensity(for_score=True).estimate(snapshot.positions, None)[0]
+        else KDEDensity(for_score=True).estimate(snapshot.positions, None)[0]
     )
     return _Field(frame, offset, slope, smoother.smooth(snapshot.positions, rest), law, diffusion)
 
