@@ -142,7 +142,7 @@ def test_lists_of_names_are_true():
 
 
 def test_a_module_that_moved_says_where_it_went():
-    with pytest.raises(ImportError, match="Module esljax.dynamics has become part"):
+    with pytest.raises(ImportError, match=r"Module esljax\.dynamics has become part"):
         from esljax import dynamics  # noqa: F401
 
 
