@@ -76,12 +76,17 @@ def released():
 
 
 @pytest.fixture
-def x64():
-    """Double precision within one test."""
+def precision_restored():
+    """Whatever the command line of a test has chosen, the next one starts as this one did."""
     before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
+
+
+@pytest.fixture
+def x64(precision_restored):
+    """Double precision within one test."""
+    jax.config.update("jax_enable_x64", True)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import scipy.linalg
 import scipy.optimize
 import scipy.special
 import scipy.stats
+from oracles import central_difference as central_difference
 
 
 def squared_distances(x, y):
@@ -79,10 +80,6 @@ def sinkhorn_divergence(x, y, epsilon):
 def quantile_midpoints(mean, std, n):
     """n points of equal weight for N(mean, std²), shape (n, 1)."""
     return mean + std * scipy.stats.norm.ppf((np.arange(n) + 0.5) / n)[:, None]
-
-
-def central_difference(fn, x, direction, h=1e-5):
-    return (fn(x + h * direction) - fn(x - h * direction)) / (2 * h)
 
 
 def _moments(x, y):

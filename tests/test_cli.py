@@ -11,7 +11,6 @@ import sys
 import time
 import tomllib
 
-import jax
 import pytest
 
 from esljax.command import cli
@@ -27,7 +26,7 @@ knots = 5
 iterations = 12
 judge_runs = 3
 """
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_all", "precision_restored")
 NAMES = {
     "constant",
     "linear_decay",
@@ -47,13 +46,6 @@ NUMBERS = {
     "test_accuracy",
     "learning_time",
 }
-
-
-@pytest.fixture(autouse=True)
-def _restore_precision():
-    before = jax.config.jax_enable_x64
-    yield
-    jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
 
 from esljax.command import cli
 from esljax.files import TERMINATED, alone
 
+pytestmark = pytest.mark.usefixtures("precision_restored")
 SMALL = """
 data = "moons"
 hidden = [4]
@@ -226,10 +226,3 @@ def test_two_processes_share_a_run(folder, environment):
         assert shared["entropy_production"] == pytest.approx(
             schedule["entropy_production"], rel=1e-4
         )
-
-
-@pytest.fixture(autouse=True)
-def _restore_precision():
-    before = jax.config.jax_enable_x64
-    yield
-    jax.config.update("jax_enable_x64", before)
