@@ -7,6 +7,7 @@ import re
 import signal
 
 import caching
+import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -24,6 +25,11 @@ if jax.__version__.startswith("0.10."):
 # Tracing makes many objects and no garbage: looked through at every 700th, as is the default, they
 # cost a tenth of the time.
 gc.set_threshold(100_000, 20, 100)
+# Examples compile, and cores may be busy with other work.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
 
 
 def pytest_addoption(parser):

@@ -12,6 +12,8 @@ import pytest
 # Seconds of one test, with its share of what the file prepares, where no run has measured it.
 TYPICAL: dict[str, float] = {}
 OTHERS = 0.5
+# Files in the summary.
+SHOWN = 10
 
 
 def longest_first(items: list[pytest.Item], seconds: Mapping[str, float]) -> list[pytest.Item]:
@@ -48,3 +50,14 @@ class Recorder:
             part = self.path.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(self.known | self.measured, indent=0), encoding="utf-8")
             part.replace(self.path)
+
+    def pytest_terminal_summary(self, terminalreporter) -> None:
+        """Print the files that took longest."""
+        total: dict[str, float] = defaultdict(float)
+        for test, seconds in self.measured.items():
+            total[test.partition("::")[0]] += seconds
+        slowest = sorted(total.items(), key=lambda item: -item[1])[:SHOWN]
+        if len(slowest) > 1:
+            terminalreporter.section(f"slowest {len(slowest)} of {len(total)} files")
+            for file, seconds in slowest:
+                terminalreporter.write_line(f"{seconds:7.1f}s {file}")

@@ -12,6 +12,7 @@ import time
 import tomllib
 
 import pytest
+from processes import PATIENCE
 
 from esljax.command import cli
 
@@ -252,7 +253,7 @@ def test_interrupting_the_optimization_keeps_the_best_so_far(tmp_path):
         env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
     )
     os.close(theirs)
-    seen, sent, deadline = "", False, time.monotonic() + 240
+    seen, sent, deadline = "", False, time.monotonic() + PATIENCE
     try:
         while time.monotonic() < deadline:
             if select.select([ours], [], [], 1)[0]:
@@ -263,7 +264,7 @@ def test_interrupting_the_optimization_keeps_the_best_so_far(tmp_path):
             if not sent and re.search(r"optimizing ([5-9]|\d\d)/100000", seen):
                 process.send_signal(signal.SIGINT)
                 sent = True
-        code = process.wait(timeout=120)
+        code = process.wait(timeout=PATIENCE)
     finally:
         process.kill()
         process.wait()

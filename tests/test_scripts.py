@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jupytext
 import pytest
+from processes import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -55,7 +56,7 @@ def test_scripts(script, tmp_path):
     if script.stem == "compile_tpu":
         pytest.importorskip("libtpu")
     command = [sys.executable, str(script), "--smoke", "--out", "numbers.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 3, "a table"
     numbers = json.loads((tmp_path / "numbers.json").read_text())
