@@ -76,14 +76,18 @@ def _deliver_signals():
 
 @pytest.fixture(autouse=True, scope="module")
 def released():
-    """What one file has compiled is no use to the next: kept, it grows to gigabytes and to more mappings than a process may have."""
+    """Drop the programs of a file at its end.
+
+    The next file has no use for them. Kept, they grow to gigabytes and to more mappings than a
+    process may have.
+    """
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def precision_restored():
-    """Whatever the command line of a test has chosen, the next one starts as this one did."""
+    """Undo the precision that a command line chose."""
     before = jax.config.jax_enable_x64
     yield
     jax.config.update("jax_enable_x64", before)
@@ -91,15 +95,16 @@ def precision_restored():
 
 @pytest.fixture
 def x64(precision_restored):
-    """Double precision within one test."""
+    """Compute in double precision within one test."""
     jax.config.update("jax_enable_x64", True)
 
 
 @pytest.fixture
 def refused(request):
-    """A check that a call is refused by `InputError` with a sentence.
+    """Return a check that a call raises `InputError` with one sentence.
 
-    Where the run checks annotations (`--jaxtyping-packages`), a value of the wrong type does not get as far as its sentence.
+    Where the run checks annotations (`--jaxtyping-packages`), a value of the wrong type does not
+    get as far as its sentence.
     """
     annotations = request.config.getoption("jaxtyping_packages", None)
 
@@ -109,10 +114,10 @@ def refused(request):
         ) as caught:
             call()
         if isinstance(caught.value, esl.InputError):
-            said = str(caught.value)
-            assert re.search(sentence, said)
-            assert said.count(". ") == 0
-            assert "\n" not in said
+            message = str(caught.value)
+            assert re.search(sentence, message)
+            assert message.count(". ") == 0
+            assert "\n" not in message
 
     return check
 
@@ -126,14 +131,14 @@ def _hardly_optimized():
 
 @pytest.fixture
 def quick_compilation():
-    """For tests that compile much and compute little."""
+    """Optimize little: for tests that compile much and compute little."""
     with _hardly_optimized():
         yield
 
 
 @pytest.fixture(scope="module")
 def quick_compilation_of_all():
-    """The same for all of a file and its fixtures."""
+    """Optimize little in all of a file and its fixtures."""
     with _hardly_optimized():
         yield
 
