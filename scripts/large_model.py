@@ -4,9 +4,9 @@
         [--out FILE.json]
 
 Digits, two hidden layers, 8 members, minibatches of 64, 50 steps, 10 links, `observe` = the
-outputs on 20 held-out images (200 numbers); `HessianAdjoint(recompute=True)`. The table holds the temporary
-memory that the compiler counts, the memory that `esl.plan_memory` predicts, and the most that this
-process has held so far.
+outputs on 20 held-out images (200 numbers); `HessianAdjoint(recompute=True)`. The table holds the
+temporary memory that the compiler counts, the memory that `esl.plan_memory` predicts, and the
+most that this process has held so far.
 """
 
 import resource

@@ -4,8 +4,8 @@
         [--out FILE.json]
 
 float32, two shifted Gaussian clouds in d = 10, ε = .05 of the mean squared distance. The table
-holds the temporary memory that the compiler counts and that of one (n, n) matrix. For an accelerator:
-`--n 100000 --chunk 1024`.
+holds the temporary memory that the compiler counts and that of one (n, n) matrix. For an
+accelerator: `--n 100000 --chunk 1024`.
 """
 
 import statistics

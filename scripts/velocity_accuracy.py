@@ -3,9 +3,10 @@
     python scripts/velocity_accuracy.py [--smoke] [--out FILE.json]
 
 Ornstein-Uhlenbeck (k = 1, T = .1, from N(2e₁, I)) at several learning times, two modes that
-diffuse, and stationary circulation, from fresh members of the exact law. Each row is one estimate with its
-standard error, its ratio to the truth, and the bound that it claims. The row `true velocity`
-averages the exact velocity over the same members: its error is that of their number alone.
+diffuse, and stationary circulation, from fresh members of the exact law. Each row is one estimate
+with its standard error, its ratio to the truth, and the bound that it claims. The row `true
+velocity` averages the exact velocity over the same members: its error is that of their number
+alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
