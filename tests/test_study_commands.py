@@ -334,7 +334,7 @@ def test_a_pool_that_ends_early_is_told(small, tmp_path):
 
 
 @pytest.fixture
-def dask_cluster(tmp_path, environment):
+def dask_cluster(tmp_path, environment, monkeypatch):
     """A scheduler and two workers in processes of their own: (address, workers)."""
     file, dask = tmp_path / "scheduler.json", [sys.executable, "-m", "dask"]
     quiet = {
@@ -374,6 +374,7 @@ def dask_cluster(tmp_path, environment):
                 name,
             ]
             processes.append(subprocess.Popen([*dask, *worker], **quiet))
+        monkeypatch.setattr(esl.study.executors, "_PATIENCE", PATIENCE)
         yield json.loads(file.read_text())["address"], processes[1:]
     finally:
         for process in processes:
@@ -447,6 +448,7 @@ def machine(tmp_path, environment, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", f"{tmp_path}:{environment['PATH']}")
     monkeypatch.setattr(esl.study.executors, "_RENEWAL", 1)
+    monkeypatch.setattr(esl.study.executors, "_PATIENCE", PATIENCE)
     with dask.config.set(
         {
             "jobqueue.slurm": {**dask.config.get("jobqueue.slurm"), **JOBS},
