@@ -23,7 +23,7 @@ import timing
 from jax.flatten_util import ravel_pytree
 
 import esljax as esl
-from esljax.command.cli import main as esljax_main
+from esljax.command import main as esljax_main
 
 
 def train(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import timing
 
-from esljax.command.cli import main as esljax_main
+from esljax.command import main as esljax_main
 
 
 def problem(

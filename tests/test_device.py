@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import esljax as esl
-from esljax.potentials.datasets import digits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,7 +64,7 @@ def run(potential, start, rates, steps=20, snapshots=10):
 
 def network(members=16):
     potential = esl.FlaxLoss(
-        esl.potentials.mlp(64, 32, 10), digits().train, batch_size=256, l2=1e-4
+        esl.models.mlp(64, 32, 10), esl.datasets.digits().train, batch_size=256, l2=1e-4
     )
     return potential, potential.init(members=members, key=KEY)
 
