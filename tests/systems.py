@@ -33,6 +33,12 @@ class LinearSystem:
             + jax.random.normal(key, (members, self.law.mean.size), self.law.mean.dtype) @ root.T
         )
 
+    def run(self, start: Any, snapshots: int, key: Any) -> esl.Trajectory:
+        """Simulate all steps of the system from members (n, d)."""
+        return esl.simulate(
+            self.potential, self.rule, start, steps=self.steps, snapshots=snapshots, key=key
+        )
+
 
 def ornstein_uhlenbeck(d: int, steps: int) -> LinearSystem:
     """O1: k = 1, T = .1, from N(2e₁, I), for U = 1 at a constant rate."""

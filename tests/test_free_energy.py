@@ -39,9 +39,7 @@ def relaxation(d, members, steps=400):
     """O1 and its run."""
     system = systems.ornstein_uhlenbeck(d, steps)
     start = system.sample(members, jax.random.key(1))
-    return system, esl.simulate(
-        system.potential, system.rule, start, steps=steps, snapshots=20, key=KEY
-    )
+    return system, system.run(start, 20, KEY)
 
 
 @functools.cache

@@ -100,7 +100,7 @@ def test_moments_follow_the_exact_law(name):
         name, lambda d, steps: systems.non_symmetric(steps)
     )(2 - (name != "non-symmetric"), steps)
     start = system.sample(members, jax.random.key(1))
-    path = esl.simulate(system.potential, system.rule, start, steps=steps, snapshots=4, key=KEY)
+    path = system.run(start, 4, KEY)
     laws = esl.gaussian.laws(
         system.law, system.potential, system.rule, steps=steps, times=np.arange(5) / 4
     )
