@@ -139,3 +139,7 @@ def _zstd() -> Any:
 
         return zstandard.ZstdDecompressor()
     return zstd
+
+
+if __name__ == "__main__":  # for a shell: env $(python tests/caching.py) COMMAND
+    print(*(f"{name}={value}" for name, value in settings(folder()).items()), sep="\n")
