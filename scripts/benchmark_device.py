@@ -1,9 +1,11 @@
-"""What a device does: member-steps a second, gradients, and distances between two snapshots, each against the number of members.
+"""Benchmark a device: member-steps a second, gradients and distances against the members.
 
-    python scripts/benchmark_device.py [--members 32 128 512 2048] [--points 128 512 2048] [--smoke] [--out FILE.json]
+    python scripts/benchmark_device.py [--members 32 128 512 2048] [--points 128 512 2048]
+        [--smoke] [--out FILE.json]
 
-The digits MLP (d = 2410, minibatches of 256, 100 steps, 10 links) and two Gaussian clouds in 10 dimensions. Floor: the bare scan of
-`benchmark_simulation.py`. Memory is the compiler's account of the program; beside it stands what `esl.plan_memory` foretold.
+The digits MLP (d = 2410, minibatches of 256, 100 steps, 10 links) and two Gaussian clouds in 10
+dimensions. The floor is the bare scan of `benchmark_simulation.py`. The table holds the memory that
+the compiler counts and the memory that `esl.plan_memory` predicts.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,10 @@ LINKS = 10
 
 
 def run(members: int, steps: int, rounds: int) -> dict[str, float]:
-    """Member-steps a second of a run, as a share of the bare scan, with the network in bfloat16; then the gradient of its whole gap."""
+    """Time a run, as a share of the bare scan too, and the gradient of its gap.
+
+    The run is also timed with the network in bfloat16.
+    """
     data, key = esl.datasets.digits(), jax.random.key(1)
     networks = {
         dtype: esl.FlaxLoss(
@@ -80,7 +85,7 @@ def run(members: int, steps: int, rounds: int) -> dict[str, float]:
 
 
 def distance(points: int, rounds: int) -> dict[str, float]:
-    """Seconds for W2² and its gradient in every transport."""
+    """Return the seconds of W2² and its gradient in every transport."""
     x, y = (jax.random.normal(jax.random.key(seed), (points, 10)) + seed / 2 for seed in (0, 1))
     transports = {
         "exact": esl.ExactTransport(),
@@ -110,14 +115,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         default=[128, 512, 2048],
         help="members of either ensemble of a distance",
     )
-    asked = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     members, points, steps, rounds = (
-        ([4], [16], 20, 1) if asked.smoke else (asked.members, asked.points, 100, 5)
+        ([4], [16], 20, 1) if arguments.smoke else (arguments.members, arguments.points, 100, 5)
     )
 
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; medians of {rounds}\n")
     print(
-        "| members | member-steps / s | of the bare scan | in bfloat16 / s | gradient, s | memory, MB | planned, MB |"
+        "| members | member-steps / s | of the bare scan | in bfloat16 / s "
+        "| gradient, s | memory, MB | planned, MB |"
     )
     print("|---|---|---|---|---|---|---|")
     runs = {}
@@ -125,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         runs[str(n)] = row = run(n, steps, rounds)
         speed, share, rounded, seconds, memory, planned = row.values()
         print(
-            f"| {n} | {speed:,.0f} | {share:.3f} | {rounded:,.0f} | {seconds:.3g} | {memory:.0f} | {planned:.0f} |",
+            f"| {n} | {speed:,.0f} | {share:.3f} | {rounded:,.0f} "
+            f"| {seconds:.3g} | {memory:.0f} | {planned:.0f} |",
             flush=True,
         )
     print("\nSeconds for W2² and its gradient:\n")
@@ -135,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if len(distances) == 1:
             print(f"| members | {' | '.join(row)} |\n|{'---|' * (len(row) + 1)}")
         print(f"| {n} | {' | '.join(f'{seconds:.3g}' for seconds in row.values())} |", flush=True)
-    timing.write(asked.out, {"runs": runs, "distances": distances})
+    timing.write(arguments.out, {"runs": runs, "distances": distances})
     return {"runs": runs, "distances": distances}
 
 

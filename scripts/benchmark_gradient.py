@@ -1,10 +1,11 @@
-"""The gradient of Σ through the whole digits run, with respect to the knots of the schedule: time and memory of each way of taking it.
+"""Time and memory of each way to differentiate Σ of the digits run in the knots of its schedule.
 
     python scripts/benchmark_gradient.py [--smoke] [--out FILE.json] [--growth]
 
-Time is that of value and gradient together, as a multiple of the forward run of the same length; memory is what the compiled program
-allocates besides its arguments and results. `--growth` adds K = 1000 and 5000 steps (minutes). A way that would need more than
-`MOST_MEMORY` is compiled, its memory is reported, and it is not run.
+Times are those of value and gradient together, also as multiples of the forward run of the same
+length. Memory is what the compiled program allocates besides its arguments and results. `--growth`
+adds K = 1000 and 5000 steps (minutes). A way that needs more than `MOST_MEMORY` is compiled and its
+memory reported, but it is not run.
 """
 
 from collections.abc import Sequence

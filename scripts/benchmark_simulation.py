@@ -1,9 +1,10 @@
-"""What `simulate` costs beside a hand-written scan of the same map: same arrays, same calls for noise and batches, same snapshots.
+"""Compare `simulate` with a hand-written scan of the same map, noise, batches and snapshots.
 
     python scripts/benchmark_simulation.py [--smoke] [--out FILE.json]
 
-Two systems: the digits MLP (32 members, d = 2410, minibatch 256, 200 steps) and a quadratic (1024 members, d = 10, 1000 steps). Both
-contenders return snapshots and energies at 21 times, from one compiled call each.
+Two systems: the digits MLP (32 members, d = 2410, minibatch 256, 200 steps) and a quadratic (1024
+members, d = 10, 1000 steps). Both contenders return snapshots and energies at 21 times, from one
+compiled call each.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import esljax as esl
 
 
 def systems(smoke: bool) -> dict[str, tuple[Any, Any, int, float]]:
-    """Potential, ensemble, steps and temperature of each system."""
+    """Return potential, ensemble, steps and temperature of each system."""
     digits = esl.datasets.digits()
     network = esl.FlaxLoss(esl.models.mlp(64, 32, 10), digits.train, batch_size=256, l2=1e-4)
     quadratic = esl.Quadratic(jnp.linspace(0.5, 2.0, 10))
@@ -41,7 +42,7 @@ def systems(smoke: bool) -> dict[str, tuple[Any, Any, int, float]]:
 def bare_scan(
     potential: Any, temperature: float, steps: int, links: int
 ) -> Callable[[Any, Any, Any], Any]:
-    """The loop that a user would write for this one rule, with nothing of the package but the potential."""
+    """Return the loop that a user would write for this one rule, given only the potential."""
 
     def step(key, positions, k, rate):
         step_key = jax.random.fold_in(key, k)
@@ -101,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{'system':<22}{'simulate':>12}{'bare scan':>12}{'ratio':>8}{'largest difference':>22}")
     for name, row in table.items():
         print(
-            f"{name:<22}{row['simulate']:>10.4f} s{row['bare scan']:>10.4f} s{row['ratio']:>8.3f}{row['largest difference']:>22.2e}"
+            f"{name:<22}{row['simulate']:>10.4f} s{row['bare scan']:>10.4f} s"
+            f"{row['ratio']:>8.3f}{row['largest difference']:>22.2e}"
         )
     timing.write(arguments.out, {"seconds": table})
     return table

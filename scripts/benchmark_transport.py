@@ -1,8 +1,9 @@
-"""Seconds per transport between two ensembles of n members in d = 10, beside scipy's assignment and POT's linear program.
+"""Time every transport between two ensembles in d = 10, beside solvers of SciPy and POT.
 
     python scripts/benchmark_transport.py [--smoke] [--out FILE.json]
 
-float32, two shifted Gaussian clouds. scipy and POT are given the cost matrix for free, and work in float64.
+float32, two shifted Gaussian clouds. SciPy solves an assignment and POT a linear program; both get
+the cost matrix for free and work in float64.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,11 +1,13 @@
-"""Compile the gradient of the whole gap for real TPU slices, on a machine without one: memory of each chip, and what chips tell each other.
+"""Compile the gradient of the gap for TPU slices without one: memory of a chip and collectives.
 
     pip install '.[tpu-compile]'
-    python scripts/compile_tpu.py [--members 256] [--topologies v5e:2x2 v5e:16x16] [--points 100000] [--smoke] [--out FILE.json]
+    python scripts/compile_tpu.py [--members 256] [--topologies v5e:2x2 v5e:16x16]
+        [--points 100000] [--smoke] [--out FILE.json]
 
-The digits run of `esljax optimize`, its members shared by the chips of the slice, in every transport; and one distance between very large
-ensembles in ten dimensions, with its gradient, on one chip. Nothing is run: this is what the compiler of the TPU makes of the programs and
-says of them. Install it into an environment of its own: beside it jax looks for a TPU whenever it starts.
+The chips of the slice share the members of the digits run of `esljax optimize`, in every transport.
+One distance between very large ensembles in ten dimensions, with its gradient, is compiled for one
+chip. Nothing runs: the compiler of the TPU reports on its programs. Install it into an environment
+of its own, because jax looks for a TPU at every start once it is installed.
 """
 
 import collections
@@ -42,7 +44,7 @@ _COLLECTIVES = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-sc
 
 
 def compiled(topology: str, members: int, steps: int, transport: Any) -> dict[str, Any]:
-    """What the compiler says of value and gradient of Σ - W2² on one slice; `transport` None for the run alone."""
+    """Describe value and gradient of Σ - W2² on one slice, or the run alone without a transport."""
     devices = get_topology_desc(topology_name=topology, platform="tpu").devices
     mesh = Mesh(np.asarray(devices), ("members",), axis_types=(AxisType.Auto,))
     potential = esl.FlaxLoss(
@@ -73,7 +75,7 @@ def compiled(topology: str, members: int, steps: int, transport: Any) -> dict[st
 
 
 def compiled_transport(topology: str, points: int, chunk: int) -> dict[str, Any]:
-    """What the compiler says of the Sinkhorn divergence of two ensembles (points, 10), and its gradient, on one chip of a slice."""
+    """Describe the Sinkhorn divergence of ensembles (points, 10), and its gradient, on one chip."""
     chip = get_topology_desc(topology_name=topology, platform="tpu").devices[0]
     ensemble = jax.ShapeDtypeStruct((points, 10), jnp.float32, sharding=SingleDeviceSharding(chip))
     transport = esl.SinkhornTransport(2.0, chunk=chunk)
@@ -114,39 +116,46 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         help="members of the very large ensembles",
     )
     parser.add_argument(
-        "--chunk", type=int, default=1024, help="those whose distances are held at a time"
+        "--chunk", type=int, default=1024, help="members whose distances are held at a time"
     )
-    asked = parser.parse_args(argv)
-    topologies, transports = asked.topologies, {"run alone": None, **TRANSPORTS}
-    if asked.smoke:
+    arguments = parser.parse_args(argv)
+    topologies, transports = arguments.topologies, {"run alone": None, **TRANSPORTS}
+    if arguments.smoke:
         topologies, transports = topologies[:1], {"run alone": None, "sliced": TRANSPORTS["sliced"]}
-    found = []
+    table = []
     print(
-        "| slice | chips | program | MB a chip | collectives | compiled in |\n|---|---|---|---|---|---|"
+        "| slice | chips | program | MB a chip | collectives | compiled in |\n"
+        "|---|---|---|---|---|---|"
     )
 
     def show(name: str, row: dict[str, Any]) -> None:
-        said = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items()) or "none"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in row["collectives"].items())
         print(
-            f"| {row['topology']} | {row['chips']} | {name} | {row['megabytes']:.1f} | {said} | {row['seconds']:.0f} s |",
+            f"| {row['topology']} | {row['chips']} | {name} | {row['megabytes']:.1f} "
+            f"| {kinds or 'none'} | {row['seconds']:.0f} s |",
             flush=True,
         )
-        found.append({"program": name, **row})
+        table.append({"program": name, **row})
 
     for topology in topologies:
         for name, transport in transports.items():
             show(
                 name,
-                compiled(topology, asked.members, 20 if asked.smoke else asked.steps, transport),
+                compiled(
+                    topology,
+                    arguments.members,
+                    20 if arguments.smoke else arguments.steps,
+                    transport,
+                ),
             )
-    for points in [256] if asked.smoke else asked.points:
-        chunk = min(asked.chunk, points // 4)
+    for points in [256] if arguments.smoke else arguments.points:
+        chunk = min(arguments.chunk, points // 4)
         show(
             f"sinkhorn of {points} members in blocks of {chunk}",
             compiled_transport(topologies[0], points, chunk),
         )
-    timing.write(asked.out, {"table": found})
-    return found
+    timing.write(arguments.out, {"table": table})
+    return table
 
 
 if __name__ == "__main__":

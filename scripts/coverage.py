@@ -1,10 +1,12 @@
-"""How often the nominal 95 % intervals cover the truth: Σ, W2² and the gap of an Ornstein-Uhlenbeck process, over many repetitions.
+"""Count how often 95 % intervals cover Σ, W2² and the gap of an Ornstein-Uhlenbeck process.
 
     python scripts/coverage.py [--smoke] [--out FILE.json] [--repetitions 400] [--only NAMES]
 
-Each row names an estimator and its estimand: the numbers of the exact laws of the simulated map (Euler-Maruyama with K steps), for a chain
-with the chain's own links. A coverage of 95 % has an error of 1.1 % over 400 repetitions, so an interval that is right lies between 92
-and 98 %. Raw estimates of few members in several dimensions carry a bias of the order of their error; that they fail is part of the table.
+Each row names an estimator and its estimand: the numbers of the exact laws of the simulated map
+(Euler-Maruyama with K steps), for a chain with the chain's own links. A coverage of 95 % has an
+error of 1.1 % over 400 repetitions, so a correct interval covers 92 to 98 %. Raw estimates of few
+members in several dimensions carry a bias of the order of their error; that they fail is part of
+the table.
 """
 
 import itertools
@@ -23,7 +25,7 @@ K, J, TIME, TEMPERATURE, SHIFT = 100, 20, 1.0, 0.1, 2.0
 
 
 def truth(d: int) -> dict[str, float]:
-    """Of the laws of the map itself: every coordinate is N(m_k, S_k), and only the first has a mean."""
+    """Return the numbers of the exact laws N(m_k, S_k); only the first coordinate has a mean."""
     h = TIME / K
     mean = SHIFT * (1 - h) ** np.arange(K + 1)
     variance = np.empty(K + 1)
@@ -38,19 +40,22 @@ def truth(d: int) -> dict[str, float]:
     at = np.arange(0, K + 1, K // J)
     rate = mean**2 + d * (root - TEMPERATURE / root) ** 2
     chain, whole = J * sum(squared(i, j) for i, j in itertools.pairwise(at)), squared(0, K)
-    # Of a smooth integrand, the mean over the midpoints of the steps.
+    # The integrand is smooth: its mean over the midpoints of the steps.
     velocity = TIME**2 * float(np.mean((rate[1:] + rate[:-1]) / 2))
     return {"chain": chain, "velocity": velocity, "w2_squared": whole}
 
 
 def cases(n: int, d: int, chosen: Sequence[str]) -> list[tuple[str, esl.AbstractTransport, Any]]:
-    """The rows whose names begin with one of `chosen`. Laws are Gaussian, so every velocity may stand beside the Bures distance."""
-    found = [
+    """Return the cases whose names begin with one of `chosen`.
+
+    Laws are Gaussian, so every velocity may stand beside the Bures distance.
+    """
+    known = [
         ("Gaussian chain", esl.GaussianTransport(), None),
         ("affine velocity", esl.GaussianTransport(), esl.AffineVelocity()),
         ("kernel velocity", esl.GaussianTransport(), esl.KernelVelocity()),
         ("kde velocity", esl.GaussianTransport(), esl.KDEVelocity()),
-        # Smaller and quicker than by default, so that 400 repetitions take minutes rather than hours.
+        # Smaller and quicker than the default: 400 repetitions take minutes rather than hours.
         (
             "network velocity (width 16, 100 iterations)",
             esl.GaussianTransport(),
@@ -58,16 +63,16 @@ def cases(n: int, d: int, chosen: Sequence[str]) -> list[tuple[str, esl.Abstract
         ),
     ]
     if d == 1 or n <= 50:
-        found.append(("exact chain", esl.ExactTransport(), None))
+        known.append(("exact chain", esl.ExactTransport(), None))
     if d <= 3:
-        found.append(("histogram velocity", esl.GaussianTransport(), esl.HistogramVelocity()))
-    return [case for case in found if any(case[0].startswith(name) for name in chosen)]
+        known.append(("histogram velocity", esl.GaussianTransport(), esl.HistogramVelocity()))
+    return [case for case in known if any(case[0].startswith(name) for name in chosen)]
 
 
 def rows(
     name: str, d: int, velocity: Any, report: esl.SpeedLimit
 ) -> list[tuple[str, str, np.ndarray, np.ndarray, np.ndarray, float]]:
-    """Name, quantity, estimates, lower and upper ends (repetitions,), and the estimand."""
+    """Return name, quantity, estimates, lower and upper ends (repetitions,), and the estimand."""
     exact = truth(d)
     sigma = exact["chain" if velocity is None else "velocity"]
     gap = sigma - exact["w2_squared"]
@@ -84,10 +89,10 @@ def rows(
         }
     else:
         del wanted["w2_squared"]
-    found = []
+    table = []
     for number, value in wanted.items():
         interval = report.interval(number)
-        found.append(
+        table.append(
             (
                 name,
                 number,
@@ -97,7 +102,7 @@ def rows(
                 value,
             )
         )
-    return found
+    return table
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -113,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     potential, rule = esl.Quadratic(1.0), esl.Langevin(TIME / K, TEMPERATURE)
     table = []
     print(
-        f"{'d':>2}{'n':>5}  {'estimator':<45}{'number':<30}{'truth':>9}{'mean':>9}{'bias/error':>12}{'width':>8}{'coverage':>10}"
+        f"{'d':>2}{'n':>5}  {'estimator':<45}{'number':<30}{'truth':>9}{'mean':>9}"
+        f"{'bias/error':>12}{'width':>8}{'coverage':>10}"
     )
     for d in (1, 5):
         for n in sizes:
@@ -143,9 +149,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
                     return jax.lax.map(one, keys)
 
-                found = reports(jax.random.split(jax.random.key(10 * d + n), repetitions))
+                report = reports(jax.random.split(jax.random.key(10 * d + n), repetitions))
                 for estimator, number, values, lower, upper, value in rows(
-                    name, d, velocity, found
+                    name, d, velocity, report
                 ):
                     row = {
                         "d": d,
@@ -159,10 +165,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                         "width": float(np.mean(upper - lower)),
                     }
                     table.append(row)
-                    told = "" if 0.92 <= row["coverage"] <= 0.98 else "  *"
+                    mark = "" if 0.92 <= row["coverage"] <= 0.98 else "  *"
                     print(
-                        f"{d:>2}{n:>5}  {estimator:<45}{number:<30}{value:>9.4f}{row['mean']:>9.4f}{row['bias']:>12.2f}{row['width']:>8.3f}"
-                        f"{100 * row['coverage']:>8.1f} %{told}",
+                        f"{d:>2}{n:>5}  {estimator:<45}{number:<30}{value:>9.4f}{row['mean']:>9.4f}"
+                        f"{row['bias']:>12.2f}{row['width']:>8.3f}"
+                        f"{100 * row['coverage']:>8.1f} %{mark}",
                         flush=True,
                     )
     timing.write(arguments.out, {"coverage": table, "repetitions": repetitions})

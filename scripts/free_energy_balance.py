@@ -1,11 +1,12 @@
-"""Do the books of the free energy balance, and do the drives of least work do it?
+"""Check that books of the free energy balance, and that drives of least work need the least.
 
     python scripts/free_energy_balance.py [--smoke] [--out FILE.json]
 
-First table: every entropy estimator on the Ornstein-Uhlenbeck relaxation from N(2 e₁, I) at T = .1 in one and two dimensions, with D from
-the affine velocity, which is exact there: D by balance, D measured, and the residual in standard errors. Second table: the work of moving
-and stiffening a trap at T = 1 in unit time, by drives of least work and, for the first, a straight one, beside the references (Schmiedl and
-Seifert, PRL 98, 108301 (2007)).
+First table: every entropy estimator on the Ornstein-Uhlenbeck relaxation from N(2 e₁, I) at T = .1
+in one and two dimensions, with D from the affine velocity, which is exact there: D by balance, D
+measured, and the residual in standard errors. Second table: the work of moving and stiffening a
+trap at T = 1 in unit time, by drives of least work and, for the first, a straight one, beside the
+references (Schmiedl and Seifert, PRL 98, 108301 (2007)).
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def entropies(smoke: bool) -> dict[str, Any]:
 
 
 def drives() -> dict[str, tuple[esl.Driven, float]]:
-    """Potential and reference work of each."""
+    """Return potential and reference work of each drive."""
 
     def moving(center):
         return esl.Quadratic(1.0, center)
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     members, steps, links = (64, 20, 4) if smoke else (4000, 400, 20)
     balance: dict[str, Any] = {}
     print(
-        f"{'entropy':<20}{'d':>3}{'D (exact)':>12}{'D by balance':>22}{'D measured':>22}{'residual':>20}"
+        f"{'entropy':<20}{'d':>3}{'D (exact)':>12}"
+        f"{'D by balance':>22}{'D measured':>22}{'residual':>20}"
     )
     for d, exact in list(DISSIPATION.items())[: 1 if smoke else 2]:
         potential, rule = esl.Quadratic(1.0), esl.Langevin(1 / steps, 0.1)
@@ -93,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     works: dict[str, Any] = {}
     many = members if smoke else 5 * members
     print(
-        f"\n{'drive':<28}{'work (reference)':>18}{'work':>20}{'Σ':>18}{'W2²':>18}{'final width':>13}"
+        f"\n{'drive':<28}{'work (reference)':>18}{'work':>20}"
+        f"{'Σ':>18}{'W2²':>18}{'final width':>13}"
     )
     for name, (potential, reference) in drives().items():
         start = jax.random.normal(jax.random.key(4), (many, 1))

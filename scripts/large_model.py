@@ -1,10 +1,12 @@
-"""Networks of up to a million parameters, measured by what they answer: seconds and memory of a run and of the gradient of its gap.
+"""Time networks of up to a million parameters, measured by their outputs: a run and its gradient.
 
-    python scripts/large_model.py [--smoke] [--hidden 32 150 440 960] [--members 8] [--out FILE.json]
+    python scripts/large_model.py [--smoke] [--hidden 32 150 440 960] [--members 8]
+        [--out FILE.json]
 
-Digits, two hidden layers, 8 members, minibatches of 64, 50 steps, 10 links, `observe` = the outputs on 20 held-out images (200 numbers);
-`HessianAdjoint(recompute=True)`. Memory is the compiler's account of the program's temporary memory, what `esl.plan_memory` foretold, and the
-most that this process has held so far, whatever for.
+Digits, two hidden layers, 8 members, minibatches of 64, 50 steps, 10 links, `observe` = the
+outputs on 20 held-out images (200 numbers); `HessianAdjoint(recompute=True)`. The table holds the
+temporary memory that the compiler counts, the memory that `esl.plan_memory` predicts, and the
+most that this process has held so far.
 """
 
 import resource
@@ -85,13 +87,13 @@ def row(hidden: int, members: int, steps: int, rounds: int) -> dict[str, float]:
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         1024 if sys.platform == "darwin" else 1
     )
-    found = jax.jit(report)(rates)
+    measured = jax.jit(report)(rates)
     return {
         **numbers,
         "planned_megabytes": planned.total / 1e6,
         "process_megabytes": kilobytes * 1024e-6,
-        "entropy_production": float(found.entropy_production),
-        "w2_squared": float(found.w2_squared),
+        "entropy_production": float(measured.entropy_production),
+        "w2_squared": float(measured.w2_squared),
     }
 
 

@@ -1,9 +1,11 @@
-"""Seconds and memory of the Sinkhorn divergence between two ensembles too large for the matrix of their distances, in d = 10.
+"""Time the Sinkhorn divergence of ensembles too large for the matrix of their distances.
 
-    python scripts/large_transport.py [--smoke] [--n 1000 3000 10000] [--chunk 256] [--rounds 3] [--out FILE.json]
+    python scripts/large_transport.py [--smoke] [--n 1000 3000 10000] [--chunk 256] [--rounds 3]
+        [--out FILE.json]
 
-float32, two shifted Gaussian clouds, ε = .05 of the mean squared distance. Memory is the temporary memory of the compiled program, as the
-compiler counts it; beside it stands what one (n, n) matrix would take. For an accelerator: `--n 100000 --chunk 1024`.
+float32, two shifted Gaussian clouds in d = 10, ε = .05 of the mean squared distance. The table
+holds the temporary memory that the compiler counts and that of one (n, n) matrix. For an
+accelerator: `--n 100000 --chunk 1024`.
 """
 
 import statistics
@@ -91,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float | bool]
         numbers = table[str(n)] = row(n, 10, chunk, rounds)
         megabytes, value, value_mb, gradient, gradient_mb, squared, converged = numbers.values()
         print(
-            f"{n:>16}{megabytes:>16.4g}{value:>16.3g}{value_mb:>16.3g}{gradient:>16.3g}{gradient_mb:>16.3g}{squared:>16.4f}{converged!s:>16}",
+            f"{n:>16}{megabytes:>16.4g}{value:>16.3g}{value_mb:>16.3g}"
+            f"{gradient:>16.3g}{gradient_mb:>16.3g}{squared:>16.4f}{converged!s:>16}",
             flush=True,
         )
     print(f"d = 10, blocks of {chunk} members, medians of {rounds}")

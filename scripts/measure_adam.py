@@ -1,10 +1,11 @@
-"""An ensemble of networks trained by plain optax Adam, saved as snapshots and held against the speed limit by `esljax measure`.
+"""Train networks by plain optax Adam, save snapshots, and measure them by `esljax measure`.
 
     python scripts/measure_adam.py [--smoke] [--out FILE.json]
 
-Nothing of the training is esljax's: a Flax network, optax and a scan. What it writes is one .npz file with `positions` (21, 32, 2410) and
-`times` (21,), closer together at first, where Adam moves fastest. It is measured twice: as it is, where each member is its own best
-partner, and by its moments in ten principal coordinates.
+The training uses nothing of esljax: a Flax network, optax and a scan. It writes one .npz file with
+`positions` (21, 32, 2410) and `times` (21,), closer together at first, where Adam moves fastest.
+The file is measured twice: as it is, where each member is its own best partner, and by its moments
+in ten principal coordinates.
 """
 
 import itertools
@@ -22,13 +23,13 @@ import timing
 from jax.flatten_util import ravel_pytree
 
 import esljax as esl
-from esljax.command.cli import main as esljax_main
+from esljax.command import main as esljax_main
 
 
 def train(
     members: int, steps: int, snapshots: int, rate: float = 1e-3, batch: int = 128
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Snapshots (J+1, n, d), the steps at which they were taken, and the mean test accuracy at the end."""
+    """Return snapshots (J+1, n, d), their steps, and the mean test accuracy at the end."""
     data = esl.datasets.digits()
     make = esl.models.mlp(64, 32, 10)
     graph, example = nnx.split(make(nnx.Rngs(0)))

@@ -1,9 +1,10 @@
-"""An ensemble of logistic regressions trained by stochastic gradient descent in NumPy alone, held against the speed limit.
+"""Train logistic regressions by stochastic gradients in NumPy alone, and measure them.
 
     python scripts/measure_numpy.py [--smoke] [--out FILE.json]
 
-For users of other frameworks: whatever can write an array can be measured. The snapshots are checkpoints in a folder,
-numpy-run/member_000/step_000000.npz and so on, one file for each member and time.
+For users of other frameworks: any program that writes arrays can be measured. The snapshots are
+checkpoints in a folder, numpy-run/member_000/step_000000.npz and so on, one file for each member
+and time.
 """
 
 import json
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 import timing
 
-from esljax.command.cli import main as esljax_main
+from esljax.command import main as esljax_main
 
 
 def problem(
     rng: np.random.Generator, examples: int = 400, features: int = 5
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two overlapping classes."""
+    """Draw two overlapping classes."""
     labels = rng.integers(0, 2, examples)
     return rng.normal(size=(examples, features)) + np.where(labels, 0.7, -0.7)[:, None], labels
 
@@ -28,7 +29,7 @@ def problem(
 def train(
     folder: Path, members: int, steps: int, every: int, rate: float = 0.05, batch: int = 32
 ) -> float:
-    """Write a checkpoint of every member at every `every`-th step; the mean training accuracy at the end."""
+    """Write a checkpoint of every member each `every` steps; return the final training accuracy."""
     inputs, labels = problem(np.random.default_rng(0))
     right = []
     for member in range(members):

@@ -1,4 +1,4 @@
-"""How every benchmark here measures: compile first, block, interleave, at least .1 s a measurement, medians."""
+"""Measure for every benchmark here: compile first, block, interleave, last .1 s, take medians."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ LEAST = 0.1
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """One measurement: repeat the call until it has lasted at least `LEAST` seconds."""
+    """Return the seconds of one call, repeated until `LEAST` seconds have passed."""
     start, repeats = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < LEAST or not repeats:
         jax.block_until_ready(call())
@@ -25,7 +25,10 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """The median over rounds in which all contenders take turns, so that a disturbance of the machine falls on all alike."""
+    """Return medians over rounds in which all contenders take turns.
+
+    So a disturbance of the machine falls on all alike.
+    """
     for call in calls.values():
         jax.block_until_ready(call())
     measured = [{name: seconds(call) for name, call in calls.items()} for _ in range(rounds)]
@@ -42,7 +45,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def write(out: Path | None, numbers: Any) -> None:
-    """The numbers with what they were measured on."""
+    """Write the numbers, and the machine and versions that gave them."""
     if out is not None:
         device = jax.devices()[0]
         about = {

@@ -1,10 +1,12 @@
-"""The rate σ of entropy production by every velocity estimator, beside the truth.
+"""Compare the rate σ of entropy production by every velocity estimator with the truth.
 
     python scripts/velocity_accuracy.py [--smoke] [--out FILE.json]
 
-Ornstein-Uhlenbeck (k = 1, T = .1, from N(2e₁, I)) at several learning times, two modes that diffuse, and stationary circulation, from
-fresh members of the exact law: each row is one estimate with its standard error, its ratio to the truth, and what it claims to bound. The
-row `true velocity` is the exact velocity averaged over the same members: what their number alone leaves.
+Ornstein-Uhlenbeck (k = 1, T = .1, from N(2e₁, I)) at several learning times, two modes that
+diffuse, and stationary circulation, from fresh members of the exact law. Each row is one estimate
+with its standard error, its ratio to the truth, and the bound that it claims. The row `true
+velocity` averages the exact velocity over the same members: its error is that of their number
+alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +32,7 @@ ESTIMATORS: dict[str, Callable[[bool], esl.AbstractVelocity]] = {
 
 
 def cases(n: int, smoke: bool) -> Iterator[tuple[str, Any, Any, Any, Any, float]]:
-    """Name, positions, drift, diffusion, exact velocity, σ."""
+    """Yield name, positions, drift, diffusion, exact velocity and σ of each case."""
     rng = np.random.default_rng(0)
     for d in (1, 2) if smoke else (1, 2, 10):
         for u in (0.0,) if smoke else (0.0, 0.5, 1.0):
@@ -84,15 +86,16 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             }
         )
         print(
-            f"{case:<36}{'true velocity':<14}{sample:>10.4g}{'':>10}{truth:>10.4g}{sample / truth:>8.3f}"
+            f"{case:<36}{'true velocity':<14}{sample:>10.4g}{'':>10}"
+            f"{truth:>10.4g}{sample / truth:>8.3f}"
         )
         for name, make in ESTIMATORS.items():
             if name == "histogram" and x.shape[1] > 3:
                 continue
-            found = make(arguments.smoke)(
+            velocity = make(arguments.smoke)(
                 x.astype(np.float32), drift.astype(np.float32), np.float32(diffusion)
             )
-            sigma, error = float(found.squared), float(found.standard_error)
+            sigma, error = float(velocity.squared), float(velocity.standard_error)
             row = {
                 "case": case,
                 "estimator": name,
@@ -101,9 +104,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 "truth": truth,
                 "ratio": sigma / truth,
             }
-            rows.append({**row, "bound": found.bound})
+            rows.append({**row, "bound": velocity.bound})
             print(
-                f"{case:<36}{name:<14}{sigma:>10.4g}{error:>10.2g}{truth:>10.4g}{sigma / truth:>8.3f}  {found.bound}",
+                f"{case:<36}{name:<14}{sigma:>10.4g}{error:>10.2g}"
+                f"{truth:>10.4g}{sigma / truth:>8.3f}  {velocity.bound}",
                 flush=True,
             )
     timing.write(arguments.out, {"members": members, "rows": rows})

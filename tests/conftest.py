@@ -1,47 +1,110 @@
-"""Fixtures that every test file may use."""
+"""Options, order and fixtures of all tests."""
 
 import contextlib
 import gc
 import os
 import re
+import signal
 
+import caching
+import hypothesis
 import jax
 import jaxtyping
 import pytest
+from durations import Recorder, longest_first
 
 import esljax as esl
 
 # Several test processes share one accelerator: none may take all of its memory at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Half of the tests' time is compilation. The CPU compiler of jax 0.10 spends much of that on emitters of fused loops, which it can do
-# without (44 tests of free energies took 38 s instead of 62); jax 0.12 ends at such a flag. `XLA_FLAGS= pytest` compiles as users do.
+# Half of the tests' time is compilation. The CPU compiler of jax 0.10 spends much of that on
+# emitters of fused loops, which it can do without (44 tests of free energies took 38 s instead of
+# 62); jax 0.12 ends at such a flag. `XLA_FLAGS= pytest` compiles as users do.
 if jax.__version__.startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
-# Tracing makes many objects and no garbage: looked through at every 700th, as is the default, they cost a tenth of the time.
+# Tracing makes many objects and no garbage: looked through at every 700th, as is the default, they
+# cost a tenth of the time.
 gc.set_threshold(100_000, 20, 100)
+# Examples compile, and cores may be busy with other work.
+hypothesis.settings.register_profile(
+    "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("patient")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile everything anew instead of keeping programs between runs",
+    )
+
+
+def pytest_configure(config):
+    _deliver_signals()
+    if config.getoption("no_compilation_cache"):
+        caching.disable()
+    # A folder that was chosen outside is used as it is; workers inherit ours.
+    elif not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        try:
+            caching.enable(caching.folder())
+        except OSError as error:
+            warning = UserWarning(f"The tests run without a compilation cache: {error}")
+            config.issue_config_time_warning(warning, stacklevel=1)
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(caching.folder() / "durations.json"))
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        items[:] = longest_first(items, config.workerinput["seconds"])
+
+
+def _deliver_signals():
+    """Give signals back to this process and its children where the shell let them be ignored.
+
+    A script starts its background processes with SIGINT ignored, `nohup` ignores SIGHUP, and
+    children inherit that. A signal with a handler is at its default in a child.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # this process still outlives its terminal
 
 
 @pytest.fixture(autouse=True, scope="module")
 def released():
-    """What one file has compiled is no use to the next: kept, it grows to gigabytes and to more mappings than a process may have."""
+    """Drop the programs of a file at its end.
+
+    The next file has no use for them. Kept, they grow to gigabytes and to more mappings than a
+    process may have.
+    """
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
-def x64():
-    """Double precision within one test."""
+def precision_restored():
+    """Undo the precision that a command line chose."""
     before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture
-def refused(request):
-    """A check that a call is refused by `InputError` with a sentence.
+def x64(precision_restored):
+    """Compute in double precision within one test."""
+    jax.config.update("jax_enable_x64", True)
 
-    Where the run checks annotations (`--jaxtyping-packages`), a value of the wrong type does not get as far as its sentence.
+
+@pytest.fixture
+def refused(request):
+    """Return a check that a call raises `InputError` with one sentence.
+
+    Where the run checks annotations (`--jaxtyping-packages`), a value of the wrong type does not
+    get as far as its sentence.
     """
     annotations = request.config.getoption("jaxtyping_packages", None)
 
@@ -51,10 +114,10 @@ def refused(request):
         ) as caught:
             call()
         if isinstance(caught.value, esl.InputError):
-            said = str(caught.value)
-            assert re.search(sentence, said)
-            assert said.count(". ") == 0
-            assert "\n" not in said
+            message = str(caught.value)
+            assert re.search(sentence, message)
+            assert message.count(". ") == 0
+            assert "\n" not in message
 
     return check
 
@@ -68,25 +131,30 @@ def _hardly_optimized():
 
 @pytest.fixture
 def quick_compilation():
-    """For tests that compile much and compute little."""
+    """Optimize little: for tests that compile much and compute little."""
     with _hardly_optimized():
         yield
 
 
 @pytest.fixture(scope="module")
 def quick_compilation_of_all():
-    """The same for all of a file and its fixtures."""
+    """Optimize little in all of a file and its fixtures."""
     with _hardly_optimized():
         yield
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """Of processes that a test starts: compiled hardly optimized, and once for all of them."""
-    return {
-        **os.environ,
+def environment(request, tmp_path_factory):
+    """Return the environment of processes that a test starts: compiled hardly optimized, and once.
+
+    Such processes are killed while they write a program and print to a stderr that tests read, so
+    they keep silent about programs that they cannot read.
+    """
+    silent = os.environ.get("PYTHONWARNINGS"), caching.SILENT
+    settings = {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "PYTHONWARNINGS": ",".join(filter(None, silent)),
     }
+    if request.config.getoption("no_compilation_cache"):
+        settings |= caching.settings(tmp_path_factory.mktemp("compiled"))
+    return {**os.environ, **settings}

@@ -1,8 +1,11 @@
-"""What test_sharding.py runs in processes of its own: the same numbers on meshes of several sizes, into an .npz file.
+"""The program that test_sharding.py runs in processes of their own.
+
+It writes the same numbers on meshes of several sizes into an .npz file.
 
     python sharded_program.py OUT.npz MESHES DEVICES [ADDRESS PROCESSES INDEX]
 
-MESHES is a list such as 1,8 of the devices to share the members; DEVICES is how many fake CPU devices each process has.
+MESHES lists how many devices share the members, such as 1,8. DEVICES is the number of fake CPU
+devices of each process.
 """
 
 import functools
@@ -16,7 +19,10 @@ import jax
 def collectives(function, *arguments) -> list[str]:
     """The operations between devices in a compiled program, each as "name result"."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
-    pattern = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(?:-start)?\("
+    kinds = (
+        "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    )
+    pattern = rf"= (.*?) ({kinds})(?:-start)?\("
     return [f"{name} {result}" for result, name in re.findall(pattern, text)]
 
 
@@ -52,7 +58,7 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         "affine": (esl.GaussianTransport(), esl.AffineVelocity(), trap),
         "transport": (esl.ExactTransport(), esl.TransportVelocity(esl.ExactTransport()), None),
     }
-    found = {}
+    results = {}
 
     def simulate(potential, rates, start, mesh, checkpoints=None):
         rule = esl.Langevin(esl.Knots(rates), 0.01)
@@ -98,8 +104,8 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         }
         for name, path in paths.items():
             assert path.positions.sharding.shard_shape(path.positions.shape)[1] == 16 // size
-            found[f"{size} positions {name}"] = process_allgather(path.positions, tiled=True)
-            found[f"{size} energies {name}"] = process_allgather(path.energies, tiled=True)
+            results[f"{size} positions {name}"] = process_allgather(path.positions, tiled=True)
+            results[f"{size} energies {name}"] = process_allgather(path.energies, tiled=True)
         for name, transport in transports.items():
             if processes and name in ("sliced", "sinkhorn"):
                 continue  # what crosses processes is the same for all
@@ -107,7 +113,7 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             report = esl.speed_limit(
                 paths["trap"], transport=transport, jackknife=8 * full, debias=full
             )
-            found[f"{size} report {name}"] = np.array(numbers(report))
+            results[f"{size} report {name}"] = np.array(numbers(report))
             assert str(report)
             assert report.diagnose() is not None
         for name, (transport, velocity, potential) in velocities.items():
@@ -118,11 +124,11 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
                 potential=potential,
                 jackknife=0,
             )
-            found[f"{size} velocity {name}"] = np.array(
+            results[f"{size} velocity {name}"] = np.array(
                 [report.entropy_production, report.length_squared, report.w2_squared]
             )
         report = esl.speed_limit(paths["network"], transport=esl.ExactTransport(), jackknife=0)
-        found[f"{size} network exact"] = np.array(
+        results[f"{size} network exact"] = np.array(
             [report.entropy_production, report.length_squared, report.w2_squared]
         )
         for name in ("exact",) if processes else ("exact", "gaussian", "sliced"):
@@ -133,7 +139,7 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
                     )
                 )
             )
-            found[f"{size} gradient {name}"] = np.asarray(slope(rates))
+            results[f"{size} gradient {name}"] = np.asarray(slope(rates))
         slope = jax.jit(
             jax.grad(
                 functools.partial(
@@ -141,14 +147,15 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
                 )
             )
         )
-        found[f"{size} gradient network"] = np.asarray(slope(rates))
-        # A recording lies nowhere in particular, and a run in an objective where the optimization is told to spread it.
-        recording = esl.from_snapshots(found[f"{size} positions trap"])
+        results[f"{size} gradient network"] = np.asarray(slope(rates))
+        # A recording is on no devices in particular; a run in an objective is on those that the
+        # optimization gets.
+        recording = esl.from_snapshots(results[f"{size} positions trap"])
         report = esl.speed_limit(
             recording, transport=esl.GaussianTransport(), jackknife=0, mesh=mesh
         )
         assert len(report.gap.sharding.device_set) == size
-        found[f"{size} report recorded"] = np.array(
+        results[f"{size} report recorded"] = np.array(
             [report.entropy_production, report.length_squared, report.w2_squared]
         )
 
@@ -163,8 +170,9 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         optimum = esl.optimize(
             objective, jnp.log(rates), key=key, iterations=2, rounds=1, mesh=mesh
         )
-        found[f"{size} optimum"] = np.asarray(optimum.controls)
-        # The judge, the shapes and the step; arrays that come back from the devices otherwise than they went there would compile again.
+        results[f"{size} optimum"] = np.asarray(optimum.controls)
+        # The judge, the shapes and the step. Arrays that come back from the devices with another
+        # placement would compile again.
         assert len(traced) == 3
 
     if processes:
@@ -175,12 +183,12 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             esl.member_mesh(),
             esl.Checkpoints(Path(out).parent / "checkpoints", every=0),
         )
-        found["2 saved"] = process_allgather(saved.positions, tiled=True)
+        results["2 saved"] = process_allgather(saved.positions, tiled=True)
     if not processes:
-        # Controls that were found on other devices come to those of the run.
+        # Controls from other devices come to those of the run.
         moved = simulate(trap, replicate(rates, esl.member_mesh(4)), points, esl.member_mesh(8))
-        np.testing.assert_array_equal(moved.positions, found["8 positions trap"])
-        # What was put somewhere stays there; what was not goes everywhere.
+        np.testing.assert_array_equal(moved.positions, results["8 positions trap"])
+        # An array with a placement keeps it; one without goes everywhere.
         assert choose_mesh(None, jax.device_put(points, jax.devices()[1])) is None
         assert choose_mesh(None, jax.numpy.asarray(points)).size == len(jax.devices())
         mesh = esl.member_mesh()
@@ -190,17 +198,19 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
                 jax.jit(lambda start: simulate(trap, rates, start, None))(points),
             ):
                 assert path.positions.sharding.shard_shape(path.positions.shape)[1] == 2
-                np.testing.assert_array_equal(path.positions, found["8 positions trap"])
-        # What `jit` returned knows its devices by its arrays alone; it is measured on them, or on others.
+                np.testing.assert_array_equal(path.positions, results["8 positions trap"])
+        # A result of `jit` knows its devices by its arrays alone; it is measured on them, or on
+        # others.
         for there in (None, esl.member_mesh(3)):
             report = esl.speed_limit(
                 path, transport=esl.GaussianTransport(), jackknife=0, mesh=there
             )
             assert len(report.gap.sharding.device_set) == (8 if there is None else 3)
             np.testing.assert_allclose(
-                report.entropy_production, found["8 report recorded"][0], rtol=1e-6
+                report.entropy_production, results["8 report recorded"][0], rtol=1e-6
             )
-        # What came into `jit` from a mesh stays on it; under a mesh that is set a gradient need not be compiled.
+        # An argument of `jit` stays on its mesh. Under a mesh that is set, a gradient need not be
+        # compiled.
         spread = shard_members(points, mesh)
         path = jax.jit(lambda start: simulate(trap, rates, start, None))(spread)
         assert path.mesh.size == 8
@@ -222,32 +232,33 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         def measure(path):
             return esl.speed_limit(path, transport=esl.SinkhornTransport(1.0, chunk=4), jackknife=0)
 
-        found["collectives of a sinkhorn report"] = collectives(measure, path)
-        found["refusals"] = []
+        results["collectives of a sinkhorn report"] = collectives(measure, path)
+        results["refusals"] = []
         for set_mesh in (mesh, jax.make_mesh((8,), ("members",))):
             with jax.set_mesh(set_mesh):
                 try:
                     simulate(trap, rates, points, esl.member_mesh(4))
                 except esl.InputError as error:
-                    found["refusals"].append(str(error))
+                    results["refusals"].append(str(error))
         start = shard_members(weights, mesh)
-        # A run needs no word between devices, its gradient one sum at the end, and distances only the turn of the history.
+        # A run needs no message between devices, its gradient one sum at the end, and distances
+        # only the turn of the history.
         path = jax.jit(lambda start: simulate(network, rates, start, mesh))(start)
-        found["collectives of a run"] = collectives(
+        results["collectives of a run"] = collectives(
             lambda start: simulate(network, rates, start, mesh).positions, start
         )
 
         def final(rates, start):
             return jnp.sum(simulate(network, rates, start, mesh).final)
 
-        found["collectives of a gradient"] = collectives(jax.grad(final), rates, start)
+        results["collectives of a gradient"] = collectives(jax.grad(final), rates, start)
 
         def measure(path):
             return esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=8, debias=True)
 
-        found["collectives of distances"] = collectives(measure, path)
+        results["collectives of distances"] = collectives(measure, path)
     if not processes or processes[2] == "0":
-        np.savez(out, **found)
+        np.savez(out, **results)
 
 
 if __name__ == "__main__":

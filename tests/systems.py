@@ -1,4 +1,4 @@
-"""Systems whose laws are known, for every test of the particle code: what runs, where it starts, and what must come out."""
+"""Systems whose laws are known: a potential, a rule, a start and the numbers that must come out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,12 @@ class LinearSystem:
         return (
             self.law.mean
             + jax.random.normal(key, (members, self.law.mean.size), self.law.mean.dtype) @ root.T
+        )
+
+    def run(self, start: Any, snapshots: int, key: Any) -> esl.Trajectory:
+        """Simulate all steps of the system from members (n, d)."""
+        return esl.simulate(
+            self.potential, self.rule, start, steps=self.steps, snapshots=snapshots, key=key
         )
 
 
@@ -91,7 +97,10 @@ def non_symmetric(steps: int) -> LinearSystem:
 
 @dataclass(frozen=True)
 class Translation:
-    """Gradient descent of a point in Φ = k θ²/2, with the rates that spend the least Σ on shrinking it to the fraction `remaining`."""
+    """Gradient descent of a point in Φ = k θ²/2.
+
+    `optimal_rates` spend the least Σ on shrinking it to the fraction `remaining`.
+    """
 
     k: float = 1.5
     start: float = 3.0
@@ -113,7 +122,10 @@ class Translation:
 
 @dataclass(frozen=True)
 class Wells:
-    """Members on a line falling into the two wells, without noise: the order on the line never changes, so the flow is the transport."""
+    """Members on a line that fall into two wells without noise.
+
+    Their order on the line never changes, so the flow is the transport.
+    """
 
     barrier: float = 0.5
     width: float = 1.5

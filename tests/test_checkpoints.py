@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from processes import PATIENCE
 
 import esljax as esl
 from esljax.files import TERMINATED, session
@@ -426,7 +427,7 @@ def finish(out: Path, folder: Path, environment: dict[str, str], *more: str) -> 
         env=environment,
         check=True,
         stdout=subprocess.DEVNULL,
-        timeout=300,
+        timeout=PATIENCE,
     )
 
 

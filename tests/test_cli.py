@@ -11,8 +11,8 @@ import sys
 import time
 import tomllib
 
-import jax
 import pytest
+from processes import PATIENCE
 
 from esljax.command import cli
 
@@ -27,7 +27,7 @@ knots = 5
 iterations = 12
 judge_runs = 3
 """
-pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_all", "precision_restored")
 NAMES = {
     "constant",
     "linear_decay",
@@ -47,13 +47,6 @@ NUMBERS = {
     "test_accuracy",
     "learning_time",
 }
-
-
-@pytest.fixture(autouse=True)
-def _restore_precision():
-    before = jax.config.jax_enable_x64
-    yield
-    jax.config.update("jax_enable_x64", before)
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +253,7 @@ def test_interrupting_the_optimization_keeps_the_best_so_far(tmp_path):
         env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
     )
     os.close(theirs)
-    seen, sent, deadline = "", False, time.monotonic() + 240
+    seen, sent, deadline = "", False, time.monotonic() + PATIENCE
     try:
         while time.monotonic() < deadline:
             if select.select([ours], [], [], 1)[0]:
@@ -271,7 +264,7 @@ def test_interrupting_the_optimization_keeps_the_best_so_far(tmp_path):
             if not sent and re.search(r"optimizing ([5-9]|\d\d)/100000", seen):
                 process.send_signal(signal.SIGINT)
                 sent = True
-        code = process.wait(timeout=120)
+        code = process.wait(timeout=PATIENCE)
     finally:
         process.kill()
         process.wait()

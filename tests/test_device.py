@@ -1,4 +1,4 @@
-"""The accelerator beside the CPU of its own machine: the same numbers to rounding, the same bits twice, the memory that was planned.
+"""An accelerator against the CPU of its machine: numbers to rounding, equal bits, planned memory.
 
 pytest -m gpu -n 1
 """
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import esljax as esl
-from esljax.potentials.datasets import digits
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,12 +27,12 @@ TRANSPORTS = {
 
 
 def on(platform, function, *arguments):
-    """What the function, compiled for the first device of a platform, answers."""
+    """Return the result of the function, compiled for the first device of a platform."""
     device = jax.devices(platform)[0]
     with jax.default_device(device):
-        found = jax.jit(function)(*jax.device_put(arguments, device))
-        assert {x.device for x in jax.tree.leaves(found)} == {device}
-        return jax.tree.map(np.asarray, found)
+        result = jax.jit(function)(*jax.device_put(arguments, device))
+        assert {x.device for x in jax.tree.leaves(result)} == {device}
+        return jax.tree.map(np.asarray, result)
 
 
 def same_on_both(function, *arguments, rounding):
@@ -47,7 +46,7 @@ def same_on_both(function, *arguments, rounding):
 
 @pytest.fixture
 def full_precision():
-    """Networks multiply as coarsely as their device likes; here they are compared."""
+    """Multiply as a CPU does: by default each device rounds in its own way."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -65,7 +64,7 @@ def run(potential, start, rates, steps=20, snapshots=10):
 
 def network(members=16):
     potential = esl.FlaxLoss(
-        esl.potentials.mlp(64, 32, 10), digits().train, batch_size=256, l2=1e-4
+        esl.models.mlp(64, 32, 10), esl.datasets.digits().train, batch_size=256, l2=1e-4
     )
     return potential, potential.init(members=members, key=KEY)
 
@@ -94,7 +93,7 @@ def test_distances_and_their_gradients_are_those_of_the_cpu(name):
     "name", [name for name, transport in TRANSPORTS.items() if transport.is_metric]
 )
 def test_small_increments_are_those_of_the_cpu(name):
-    """Neighbouring snapshots, far from the origin: what one coarse product of an accelerator would drown."""
+    """One coarse product would drown the increment of snapshots that are far from the origin."""
     x = jax.random.normal(KEY, (64, 10)) + 10
     same_on_both(TRANSPORTS[name].squared, x, x + 0.01 * jnp.sin(x), rounding=1e-3)
 
@@ -134,7 +133,7 @@ def test_the_planned_memory_is_what_the_compiler_asks_for(members):
 
     needed = jax.jit(jax.grad(gap)).lower(RATES).compile().memory_analysis().temp_size_in_bytes
     planned = esl.plan_memory(potential, start, steps=100, snapshots=10, transport=transport).total
-    # Every compiler fuses in its own way; a plan is there to say whether a run fits.
+    # Every compiler fuses in its own way; a plan answers whether a run fits.
     assert 1 / 2 < planned / needed < 2
 
 
@@ -143,5 +142,6 @@ def test_a_hundred_thousand_members_are_transported():
     x, y = (jax.random.normal(jax.random.key(seed), (n, 10)) + seed * shift for seed in range(2))
     solved = jax.jit(esl.SinkhornTransport(2.0, chunk=1024).solve)(x, y)
     assert solved.converged
-    # The divergence of two equal clouds apart by a shift is the shift squared, but for the sample means.
+    # The divergence of two equal clouds that a shift separates is the shift squared, but for the
+    # sample means.
     assert abs(solved.squared - 10 * shift**2) < 5 * np.sqrt(4 * 10 * shift**2 * 2 / n) + 10 * 2 / n

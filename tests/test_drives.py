@@ -9,17 +9,11 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from ensembles import MODES
 
 import esljax as esl
 
 KEY = jax.random.key(7)
-MODES = [
-    esl.HessianAdjoint(),
-    esl.HessianAdjoint(recompute=True),
-    esl.Autodiff(),
-    esl.Autodiff(recompute=True),
-    esl.ForwardMode(),
-]
 
 
 def trap(center):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from ensembles import skewed
 
 import esljax as esl
 
@@ -24,16 +25,6 @@ every = pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=pytest.mark.slow if name == "flow" else ()) for name in ESTIMATORS],
 )
-
-
-def skewed(n, d=2, seed=0):
-    """Correlated, of unequal widths, and skewed in the first coordinate, so that signs and axes matter."""
-    rng = np.random.default_rng(seed)
-    mix = np.eye(d) + 0.5 * np.tri(d, k=-1)
-    return jnp.asarray(
-        np.column_stack([rng.gamma(4.0, size=n), *(rng.normal(size=(d - 1, n)) * 3.0)]) @ mix.T,
-        jnp.float32,
-    )
 
 
 # Contracts

@@ -1,7 +1,8 @@
-"""The architecture as one readable table, and the checks that hold the source against it.
+"""The architecture as one readable table, and checks that the source keeps to it.
 
-A module imports only from lower floors, and each third-party library is met only within its fence. The checks read source text, so that
-each is also fed a planted breach here: a check that cannot fail is no check.
+A module imports only from lower floors, and only the rooms in its fence import a third-party
+library. The checks read source text, so each is also given a planted breach here: a check that
+cannot fail is no check.
 """
 
 import ast
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def _name(path: Path) -> str:
-    """The name of a module below the package: `transport.exact` for a file, `transport` for a door."""
+    """Return the name below the package: `transport.exact` for a file, `transport` for a door."""
     parts = path.relative_to(ROOT / "esljax").with_suffix("").parts
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
@@ -31,7 +32,7 @@ SOURCES = {
 }
 FOLDERS = sorted({name.split(".")[0] for name in SOURCES if "." in name})
 
-# From the ground up: a room imports only from the floors below its own. A room is a folder or a single file.
+# From the ground up: a room, a folder or a single file, imports only from the floors below its own.
 FLOORS = (
     ("_types",),
     ("_checks",),
@@ -47,10 +48,10 @@ FLOORS = (
     ("__main__", "__init__"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# Whoever opens the package sees all of it at once.
+# All of the package is seen at one glance.
 MOST_ROOMS = 22
 
-# What every module may use beside the standard library, and who alone may use the rest.
+# Libraries that every module may use, and the only rooms that may use each of the others.
 EVERYWHERE = {"jax", "numpy", "equinox"}
 FENCES = {
     "jaxtyping": {"_types"},
@@ -71,7 +72,7 @@ FENCES = {
     "distributed": {"study"},
     "dask_jobqueue": {"study"},
 }
-# Where the name to install is another.
+# Names to install, where they differ.
 DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "ott": "ott-jax",
@@ -79,7 +80,7 @@ DISTRIBUTIONS = {
     "orbax": "orbax-checkpoint",
     "dask_jobqueue": "dask-jobqueue",
 }
-# What only extras install, and which.
+# Libraries that only extras install, and which extras.
 EXTRAS = {
     "zarr": ("zarr", "studies"),
     "xarray": ("studies",),
@@ -87,15 +88,15 @@ EXTRAS = {
     "dask-jobqueue": ("cluster",),
 }
 
-# Of 100 columns; what is longer becomes a folder.
+# Lines of a module; a longer one becomes a folder.
 LONGEST = 700
 
 
-# --- The checker --------------------------------------------------------------------------------------------------------------------------
+# --- The checker ----------------------------------------------------------------------------------
 
 
 def breaches(module: str, source: str) -> list[str]:
-    """What is wrong with one file, such as "transport.exact", or with a door, such as "transport", in sentences."""
+    """Return sentences on the breaches of a file ("transport.exact") or a door ("transport")."""
     tree = ast.parse(source)
     rules = (
         _misplaced,
@@ -111,13 +112,14 @@ def breaches(module: str, source: str) -> list[str]:
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
-    """Every module that a file imports, anywhere in it, by its full name."""
+    """Yield the full name of every module that a file imports, anywhere in it."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             name = "." * node.level + (node.module or "")
-            # `from esljax import gaussian` imports a module, `from esljax import simulate` the whole package.
+            # `from esljax import gaussian` imports a module, `from esljax import simulate` the
+            # whole package.
             names = [f"{name}.{alias.name}" for alias in node.names]
             yield from (
                 full if name in ("equinox", "jax", "esljax") or _file(full) else name
@@ -126,18 +128,18 @@ def imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _file(name: str) -> bool:
-    """Whether this is the full name of a file within a room."""
+    """Return whether this is the full name of a file within a room."""
     return name.startswith("esljax.") and name.partition(".")[2] in SOURCES and name.count(".") == 2
 
 
 def within(tree: ast.Module) -> set[str]:
-    """The modules of the package that a file imports: rooms by their doors, or files in rooms."""
-    found = set()
+    """Return the modules of the package that a file imports: rooms by their doors, or files."""
+    modules = set()
     for name in imports(tree):
         if name.split(".")[0] == "esljax":
             part = name.partition(".")[2]
-            found.add(part if part.split(".")[0] in FLOOR else "__init__")
-    return found
+            modules.add(part if part.split(".")[0] in FLOOR else "__init__")
+    return modules
 
 
 def room(module: str) -> str:
@@ -145,13 +147,13 @@ def room(module: str) -> str:
 
 
 def exported(folder: str) -> list[str]:
-    """The names that a door lists."""
+    """Return the names that a door lists."""
     lists = [node.value for node in ast.parse(SOURCES[folder]).body if isinstance(node, ast.Assign)]
     return [name for listed in lists for name in ast.literal_eval(listed)]
 
 
 def cycle(sources: dict[str, str]) -> list[str]:
-    """A cycle of imports, or nothing."""
+    """Return a cycle of imports, or nothing."""
     edges = {module: within(ast.parse(source)) & set(sources) for module, source in sources.items()}
     try:
         graphlib.TopologicalSorter(edges).prepare()
@@ -184,7 +186,7 @@ def _upward(module: str, tree: ast.Module, source: str) -> Iterator[str]:
 
 
 def _past_the_door(module: str, tree: ast.Module, source: str) -> Iterator[str]:
-    """Rooms are entered by their doors from outside, and never from inside."""
+    """Files outside a room import its door; files inside import each other."""
     for other in sorted(within(tree)):
         if (
             "." in other
@@ -247,7 +249,8 @@ def _sinks(module: str, tree: ast.Module, source: str) -> Iterator[str]:
     for node in _public(tree.body):
         for function in _public(node.body) if isinstance(node, ast.ClassDef) else (node,):
             if not isinstance(function, ast.ClassDef) and function.args.kwarg is not None:
-                yield f"{function.name} takes **{function.args.kwarg.arg}, which swallows misspelled names"
+                sink = function.args.kwarg.arg
+                yield f"{function.name} takes **{sink}, which swallows misspelled names"
 
 
 def _undocumented(module: str, tree: ast.Module, source: str) -> Iterator[str]:
@@ -257,7 +260,7 @@ def _undocumented(module: str, tree: ast.Module, source: str) -> Iterator[str]:
         if not ast.get_docstring(node):
             yield f"{node.name} has no docstring"
         for method in _public(node.body) if isinstance(node, ast.ClassDef) else ():
-            # What overrides an abstract method inherits what is said there.
+            # An override of an abstract method inherits its docstring.
             if any(
                 ast.unparse(mark).endswith("abstractmethod") for mark in method.decorator_list
             ) and not ast.get_docstring(method):
@@ -269,7 +272,7 @@ def _too_long(module: str, tree: ast.Module, source: str) -> Iterator[str]:
         yield f"has {len(source.splitlines())} lines, over {LONGEST}: make it a folder along a noun"
 
 
-# --- The package --------------------------------------------------------------------------------------------------------------------------
+# --- The package ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -282,7 +285,7 @@ def test_no_cycle():
 
 
 def test_the_map_names_what_exists():
-    """No floor and no fence for what is gone, and no fence wider than its use."""
+    """Every floor and fence names an existing room, and no fence is wider than its use."""
     assert set(FLOOR) == {room(module) for module in SOURCES}
     assert len(FLOOR) == sum(map(len, FLOORS)) <= MOST_ROOMS
     used = {
@@ -296,7 +299,7 @@ def test_the_map_names_what_exists():
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_door_only_opens(folder):
-    """It holds imports of its own files and a list of names, and no public function bears its name."""
+    """It imports its own files and lists names, and no public function has its name."""
     docstring, *statements = ast.parse(SOURCES[folder]).body
     assert isinstance(docstring, ast.Expr)
     assert all(isinstance(node, ast.ImportFrom | ast.Assign) for node in statements)
@@ -325,7 +328,7 @@ def _libraries(source: str) -> set[str]:
     return {name.split(".")[0] for name in imports(ast.parse(source))}
 
 
-# --- The checker catches what it should ---------------------------------------------------------------------------------------------------
+# --- The checker catches what it should -----------------------------------------------------------
 
 PLANTED = [
     (
@@ -409,7 +412,7 @@ PLANTED = [
 
 @pytest.mark.parametrize(("module", "source", "sentence"), PLANTED)
 def test_a_planted_breach_is_seen(module, source, sentence):
-    assert any(re.search(sentence, said) for said in breaches(module, '"""A module."""\n' + source))
+    assert any(re.search(sentence, one) for one in breaches(module, '"""A module."""\n' + source))
 
 
 def test_a_module_without_a_docstring_is_seen():
@@ -429,7 +432,8 @@ def test_a_planted_cycle_is_seen():
 
 def test_what_is_allowed_passes():
     source = (
-        '"""A module."""\nimport math\nimport jax.numpy as jnp\nimport optax\nfrom esljax._types import Array\n'
+        '"""A module."""\nimport math\nimport jax.numpy as jnp\nimport optax\n'
+        "from esljax._types import Array\n"
         "from esljax.density import Frame\nfrom esljax.velocity.base import Velocity\n"
         "def _inner(**options): ...\nclass Found:\n    'Is.'\n    def solve(self, *args): ...\n"
     )

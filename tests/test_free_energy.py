@@ -1,6 +1,7 @@
 """The free-energy monitor: books that balance on known laws and not on planted faults, calibrated errors, and honest words."""
 
 import functools
+import operator
 
 import chex
 import equinox as eqx
@@ -38,9 +39,7 @@ def relaxation(d, members, steps=400):
     """O1 and its run."""
     system = systems.ornstein_uhlenbeck(d, steps)
     start = system.sample(members, jax.random.key(1))
-    return system, esl.simulate(
-        system.potential, system.rule, start, steps=steps, snapshots=20, key=KEY
-    )
+    return system, system.run(start, 20, KEY)
 
 
 @functools.cache
@@ -237,7 +236,7 @@ def test_errors_over_members_are_the_spread_over_runs(transport):
     assert together.errors == "spread over 40 independent runs"
     singles = [
         esl.free_energy(
-            jax.tree.map(lambda x: x[i], paths),
+            jax.tree.map(operator.itemgetter(i), paths),
             esl.Quadratic(1.0),
             entropy=esl.density.GaussianEntropy(),
             **measured,

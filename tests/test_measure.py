@@ -16,14 +16,8 @@ import esljax as esl
 from esljax.command import cli
 from esljax.command.measure import transport_problems
 
+pytestmark = pytest.mark.usefixtures("precision_restored")
 NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric")
-
-
-@pytest.fixture(autouse=True)
-def _restore_precision():
-    before = jax.config.jax_enable_x64
-    yield
-    jax.config.update("jax_enable_x64", before)
 
 
 def wandering(links=4, members=6, d=5, seed=0):

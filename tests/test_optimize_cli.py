@@ -8,12 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
+from processes import PATIENCE
 
 from esljax.command import cli
 from esljax.files import TERMINATED, alone
 
+pytestmark = pytest.mark.usefixtures("precision_restored")
 SMALL = """
 data = "moons"
 hidden = [4]
@@ -47,7 +48,7 @@ def command(folder: Path, out: str, *more: str) -> list[str]:
 
 def finish(folder: Path, out: str, environment: dict[str, str], *more: str) -> None:
     assert subprocess.run(
-        command(folder, out, "--quiet", *more), env=environment, timeout=300
+        command(folder, out, "--quiet", *more), env=environment, timeout=PATIENCE
     ).returncode in (0, 1)
 
 
@@ -216,20 +217,14 @@ def test_two_processes_share_a_run(folder, environment):
         for index in range(2)
     ]
     try:
-        assert {process.wait(timeout=300) for process in started} <= {0, 1}
+        assert {process.wait(timeout=PATIENCE) for process in started} <= {0, 1}
     finally:
         for process in started:
             process.kill()
+            process.wait()
     for name, schedule in report(folder, "undisturbed")["schedules"].items():
         shared = report(folder, "shared")["schedules"][name]
         assert shared["learning_rates"] == pytest.approx(schedule["learning_rates"], rel=1e-4)
         assert shared["entropy_production"] == pytest.approx(
             schedule["entropy_production"], rel=1e-4
         )
-
-
-@pytest.fixture(autouse=True)
-def _restore_precision():
-    before = jax.config.jax_enable_x64
-    yield
-    jax.config.update("jax_enable_x64", before)

@@ -1,4 +1,4 @@
-"""Every script runs in its smallest size, and every notebook is the twin of its script form."""
+"""Every script runs in its smallest size, and every notebook equals its script."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jupytext
 import pytest
+from processes import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -14,7 +15,8 @@ SCRIPTS = sorted(
     for path in (ROOT / "scripts").glob("*.py")
     if "def main(" in path.read_text(encoding="utf-8")
 )
-# Most of these compile every estimator, for a minute or two each; benchmarks compile several ways of doing one thing.
+# Most of these compile every estimator, for a minute or two each; benchmarks compile several ways
+# of doing one thing.
 LONG = {
     "benchmark_device",
     "benchmark_gradient",
@@ -26,7 +28,7 @@ LONG = {
     "study_scaling",
     "velocity_accuracy",
 }
-# What `esljax measure` says it reads, and how often it is called.
+# The line that `esljax measure` prints about its input, and how many times it runs.
 MEASUREMENTS = {
     "measure_adam": ("5 snapshots of 4 members, 2410 parameters each", 2),
     "measure_numpy": ("4 snapshots of 5 members, 6 parameters each", 1),
@@ -55,15 +57,15 @@ def test_scripts(script, tmp_path):
     if script.stem == "compile_tpu":
         pytest.importorskip("libtpu")
     command = [sys.executable, str(script), "--smoke", "--out", "numbers.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 3, "a table"
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert set(numbers["about"]) == {"jax", "python", "device", "cores"}
-    assert all(found["exit_code"] == 0 for found in dictionaries(numbers, "exit_code"))
+    assert all(one["exit_code"] == 0 for one in dictionaries(numbers, "exit_code"))
     if script.stem in MEASUREMENTS:
-        said, times = MEASUREMENTS[script.stem]
-        assert done.stdout.count(said) == times
+        line, times = MEASUREMENTS[script.stem]
+        assert done.stdout.count(line) == times
         reports = list(dictionaries(numbers, "w2_squared"))
         assert len(reports) >= times
         # Chains in a metric obey the limit on samples.
@@ -74,7 +76,7 @@ def test_scripts(script, tmp_path):
 
 
 def dictionaries(numbers, key):
-    """Every dictionary in nested ones that has this key and a number under it."""
+    """Yield every dictionary among nested ones that holds a number under this key."""
     if isinstance(numbers, dict):
         if isinstance(numbers.get(key), int | float):
             yield numbers

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from processes import PATIENCE
 
 import esljax as esl
 from esljax.sharding import choose_mesh, map_pairs, shard_members
@@ -38,7 +39,7 @@ def devices(tmp_path_factory, compiled) -> dict[str, np.ndarray]:
     """One process with eight fake devices."""
     out = tmp_path_factory.mktemp("devices") / "found.npz"
     subprocess.run(
-        [sys.executable, PROGRAM, out, "1,8", "8"], env=compiled, check=True, timeout=600
+        [sys.executable, PROGRAM, out, "1,8", "8"], env=compiled, check=True, timeout=PATIENCE
     )
     return dict(np.load(out))
 
@@ -53,10 +54,11 @@ def processes(tmp_path_factory, compiled) -> dict[str, np.ndarray]:
     asked = [sys.executable, PROGRAM, out, "2", "1", address, "2"]
     started = [subprocess.Popen([*asked, str(index)], env=compiled) for index in range(2)]
     try:
-        assert [process.wait(timeout=600) for process in started] == [0, 0]
+        assert [process.wait(timeout=PATIENCE) for process in started] == [0, 0]
     finally:
         for process in started:
             process.kill()
+            process.wait()
     return {**np.load(out), "checkpoints": out.parent / "checkpoints"}
 
 

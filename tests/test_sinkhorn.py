@@ -1,7 +1,8 @@
 """The Sinkhorn divergence: its numbers, with a matrix and in blocks of rows. What holds for every transport is in test_transport."""
 
-import doctest
+import functools
 
+import ensembles
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,8 @@ from ott.solvers.linear.acceleration import Momentum
 import esljax as esl
 import esljax.transport.sinkhorn as sinkhorn_module
 
+clouds = functools.partial(ensembles.clouds, dtype=np.float64)
 matrix_and_blocks = pytest.mark.parametrize("chunk", [None, 4])
-
-
-def clouds(n, m, d=3, dtype=np.float64):
-    rng = np.random.default_rng(0)
-    return rng.normal(size=(n, d)).astype(dtype), (rng.normal(size=(m, d)) * 1.5 + 0.7).astype(
-        dtype
-    )
 
 
 # Values
@@ -245,9 +240,3 @@ def test_blocks_refuse_derivatives_of_the_potential(derivative, refused):
 )
 def test_bad_input_is_one_sentence(call, sentence, refused):
     refused(call, sentence)
-
-
-def test_docstring_examples_run():
-    result = doctest.testmod(sinkhorn_module)
-    assert result.attempted >= 4
-    assert result.failed == 0

@@ -185,9 +185,7 @@ def test_ornstein_uhlenbeck(case, d, transport):
     links, steps, members = 8, 400, 20_000 if d == 1 else 8_000
     system = {"O1": systems.ornstein_uhlenbeck, "O3": systems.cosine_decay}[case](d, steps)
     start = system.sample(members, jax.random.key(0))
-    path = esl.simulate(
-        system.potential, system.rule, start, steps=steps, snapshots=links, key=jax.random.key(1)
-    )
+    path = system.run(start, links, jax.random.key(1))
     report = esl.speed_limit(path, transport=METRICS[transport](), jackknife=20)
 
     rates = np.concatenate([[0], np.cumsum(np.asarray(path.rates, float))])
@@ -248,14 +246,7 @@ def test_double_well_without_noise():
 
 def test_circulation_is_invisible_to_a_chain():
     system = systems.non_symmetric(200)
-    path = esl.simulate(
-        system.potential,
-        system.rule,
-        system.sample(4000, jax.random.key(0)),
-        steps=200,
-        snapshots=10,
-        key=jax.random.key(1),
-    )
+    path = system.run(system.sample(4000, jax.random.key(0)), 10, jax.random.key(1))
     report = esl.speed_limit(path, transport=esl.GaussianTransport(), jackknife=20)
     tolerance = 5 * float(report.standard_error.length_squared) + 0.02 * system.length_squared
     assert abs(float(report.length_squared) - system.length_squared) < tolerance
@@ -278,16 +269,7 @@ def test_jackknife_errors_are_the_spread_over_runs(d, transport, groups):
     def reports(keys):
         def one(key):
             start = system.sample(members, jax.random.fold_in(key, 0))
-            return report_of(
-                esl.simulate(
-                    system.potential,
-                    system.rule,
-                    start,
-                    steps=20,
-                    snapshots=4,
-                    key=jax.random.fold_in(key, 1),
-                )
-            )
+            return report_of(system.run(start, 4, jax.random.fold_in(key, 1)))
 
         return jax.lax.map(one, keys)
 
@@ -395,14 +377,7 @@ def test_noise_floor_is_the_chain_of_pure_noise():
 
 def test_noise_that_is_reassigned_is_not_called_dominant():
     system = systems.ornstein_uhlenbeck(1, 40)
-    path = esl.simulate(
-        system.potential,
-        system.rule,
-        system.sample(500, jax.random.key(0)),
-        steps=40,
-        snapshots=20,
-        key=jax.random.key(1),
-    )
+    path = system.run(system.sample(500, jax.random.key(0)), 20, jax.random.key(1))
     report = esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
     assert float(report.noise_floor) > float(report.entropy_production)  # 2·T·U·J = 4 against 2
     assert report.identity_fraction == 0
@@ -684,7 +659,7 @@ def test_gradient_is_finite_where_nothing_moves():
     still = jnp.broadcast_to(random_path(0, dtype=np.float32)[0], (4, 5, D))
     for name in ("exact", "gaussian", "sliced"):
         slope = jax.grad(
-            lambda x: (
+            lambda x, name=name: (
                 esl.speed_limit(
                     trajectory(x), transport=METRICS[name](), jackknife=0
                 ).length_squared

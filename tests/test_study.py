@@ -13,19 +13,13 @@ import jax
 import numpy as np
 import pytest
 import zarr
+from studies import BASE, GRID, Idle
 
 import esljax as esl
 from esljax.experiment import comparison, runs
 from esljax.figures import plot_study
 from esljax.study import store as study_store
 
-BASE = esl.RunConfig(data="moons", hidden=(4,), members=8, steps=10, snapshots=5, batch_size=32)
-GRID = {
-    "rate": [0.1, 0.4, 1.6],
-    "members": [6, 8],
-    "schedule": ["constant", "cosine"],
-    "seed": [3, 1],
-}
 DIMENSIONS = {"rate": 3, "members": 2, "schedule": 2, "seed": 2}
 QUANTITIES = {
     *("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric"),
@@ -300,13 +294,6 @@ class Counting(esl.study.executors.InProcess):
         self.most -= 1
         self.points += args[0].points
         return super().submit(fn, *args)
-
-
-class Idle(esl.study.executors.InProcess):
-    """For what is refused before anything runs."""
-
-    def submit(self, fn, /, *args) -> Future:
-        raise AssertionError("a task was run")
 
 
 def test_a_stopped_study_goes_on_where_it_was(grid_store, tmp_path):

@@ -15,6 +15,7 @@ from concurrent.futures import BrokenExecutor
 
 import numpy as np
 import pytest
+from processes import PATIENCE, wait_until
 
 import esljax as esl
 from esljax.command import cli
@@ -205,13 +206,14 @@ def test_unknown_command(capsys):
 
 def begun(store, process, least=1):
     """Wait until a process has finished some runs of a store."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+
+    def happened():
         if store.exists() and int((esl.study.open_study(store)["done"] != 0).sum()) >= least:
-            return
+            return True
         assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    raise TimeoutError(f"{store} has no runs")
+        return False
+
+    wait_until(happened, f"a run of {store}")
 
 
 @pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -234,9 +236,10 @@ def test_ctrl_c_leaves_a_store_to_go_on_with(processes, tmp_path, environment, c
             capsys.readouterr().out,
         )
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert re.fullmatch(
         r"esljax: interrupted; \d+ of 24 runs done in study.zarr, and the same command goes on from there.\n",
@@ -265,7 +268,7 @@ def killed_again_and_again(folder, environment, kills):
         command("run", "study.toml", "--task-size", "1", "--quiet"),
         cwd=folder,
         env=environment,
-        timeout=300,
+        timeout=PATIENCE,
         check=True,
     )
     return codes.count(-signal.SIGKILL)
@@ -299,7 +302,7 @@ def test_processes_of_this_machine_give_the_same_bits(whole, tmp_path, environme
     (tmp_path / "study.toml").write_text(LONG)
     arguments = command("run", "study.toml", "--processes", "2", "--task-size", "1")
     done = subprocess.run(
-        arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert "24 of 24 runs done in study.zarr" in done.stdout
@@ -331,7 +334,7 @@ def test_a_pool_that_ends_early_is_told(small, tmp_path):
 
 
 @pytest.fixture
-def dask_cluster(tmp_path, environment):
+def dask_cluster(tmp_path, environment, monkeypatch):
     """A scheduler and two workers in processes of their own: (address, workers)."""
     file, dask = tmp_path / "scheduler.json", [sys.executable, "-m", "dask"]
     quiet = {
@@ -357,9 +360,7 @@ def dask_cluster(tmp_path, environment):
         )
     ]
     try:
-        deadline = time.monotonic() + 60
-        while not file.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(file.exists, "the start of the scheduler")
         for name in ("first", "second"):
             worker = [
                 "worker",
@@ -373,6 +374,7 @@ def dask_cluster(tmp_path, environment):
                 name,
             ]
             processes.append(subprocess.Popen([*dask, *worker], **quiet))
+        monkeypatch.setattr(esl.study.executors, "_PATIENCE", PATIENCE)
         yield json.loads(file.read_text())["address"], processes[1:]
     finally:
         for process in processes:
@@ -405,7 +407,7 @@ def test_a_dask_worker_that_is_killed_costs_nothing_but_time(
         )
     assert killed
     assert killed[0] < 24
-    assert workers[0].wait(timeout=10) == -signal.SIGKILL
+    assert workers[0].wait(timeout=PATIENCE) == -signal.SIGKILL
     assert workers[1].poll() is None
     assert sorted(written) == list(range(24))
     same(tmp_path / "study.zarr", whole)
@@ -446,6 +448,7 @@ def machine(tmp_path, environment, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PATH", f"{tmp_path}:{environment['PATH']}")
     monkeypatch.setattr(esl.study.executors, "_RENEWAL", 1)
+    monkeypatch.setattr(esl.study.executors, "_PATIENCE", PATIENCE)
     with dask.config.set(
         {
             "jobqueue.slurm": {**dask.config.get("jobqueue.slurm"), **JOBS},
@@ -468,7 +471,7 @@ def test_slurm_jobs(small, machine):
     arguments = command("run", "study.toml", "--slurm", "2", "--task-size", "6")
     given = {**os.environ, "DASK_CONFIG": str(machine)}
     done = subprocess.run(
-        arguments, cwd=machine, env=given, capture_output=True, text=True, timeout=200
+        arguments, cwd=machine, env=given, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert len((machine / "jobs").read_text().split()) == 2

@@ -5,17 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from studies import BASE, GRID
 
 import esljax as esl
 from esljax.experiment import runs
-
-BASE = esl.RunConfig(data="moons", hidden=(4,), members=8, steps=10, snapshots=5, batch_size=32)
-GRID = {
-    "rate": [0.1, 0.4, 1.6],
-    "members": [6, 8],
-    "schedule": ["constant", "cosine"],
-    "seed": [3, 1],
-}
 
 
 def test_a_grid_is_every_combination():

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import zarr
+from studies import Idle
 
 import esljax as esl
 from esljax.command import cli
@@ -52,13 +53,6 @@ def folder(tmp_path):
     describe(tmp_path)
     written(tmp_path / "study.zarr", esl.study.Study.from_toml(tmp_path / "study.toml"))
     return tmp_path
-
-
-class Idle(esl.study.executors.InProcess):
-    """For what must not run anything."""
-
-    def submit(self, fn, /, *args):
-        raise AssertionError("a task was run")
 
 
 def said(command: str, folder, capsys, *more: str) -> tuple[int, str, str]:

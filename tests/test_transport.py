@@ -1,6 +1,5 @@
 """Transports against linear programs, closed forms and each other's inequalities."""
 
-import doctest
 import subprocess
 import sys
 
@@ -11,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracles_transport as oracles
 import pytest
+from ensembles import clouds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import esljax as esl
-import esljax.transport.coordinates as transport_module
 
 D = 3
 MATRIX = np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]], np.float32)
@@ -38,13 +37,6 @@ TIGHT = {
 }
 METRICS = [name for name in TRANSPORTS if name not in TIGHT]
 every = pytest.mark.parametrize("name", TRANSPORTS)
-
-
-def clouds(n, m, d=D, dtype=np.float32, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(n, d)).astype(dtype), (rng.normal(size=(m, d)) * 1.5 + 0.7).astype(
-        dtype
-    )
 
 
 def sizes(name):
@@ -487,12 +479,6 @@ def test_bad_input_is_one_sentence(call, sentence, refused):
 
 
 # Documentation and import
-
-
-def test_docstring_examples_run():
-    result = doctest.testmod(transport_module)
-    assert result.attempted >= 2
-    assert result.failed == 0
 
 
 def test_import_is_silent_and_ott_comes_on_first_use_without_a_trace_left_behind():
