@@ -1,4 +1,5 @@
-"""Systems whose laws are known, for every test of the particle code: what runs, where it starts, and what must come out."""
+"""Systems whose laws are known, for every test of the particle code: the run, its start, and the
+results that must come out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,8 @@ def non_symmetric(steps: int) -> LinearSystem:
 
 @dataclass(frozen=True)
 class Translation:
-    """Gradient descent of a point in Φ = k θ²/2, with the rates that spend the least Σ on shrinking it to the fraction `remaining`."""
+    """Gradient descent of a point in Φ = k θ²/2, with the rates that spend the least Σ on shrinking
+    it to the fraction `remaining`."""
 
     k: float = 1.5
     start: float = 3.0
@@ -113,7 +115,8 @@ class Translation:
 
 @dataclass(frozen=True)
 class Wells:
-    """Members on a line falling into the two wells, without noise: the order on the line never changes, so the flow is the transport."""
+    """Members on a line falling into the two wells, without noise: the order on the line never
+    changes, so the flow is the transport."""
 
     barrier: float = 0.5
     width: float = 1.5
