@@ -1,5 +1,4 @@
-"""Systems whose laws are known, for every test of the particle code: the run, its start, and the
-results that must come out."""
+"""Systems whose laws are known: a potential, a rule, a start and the numbers that must come out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -92,8 +91,10 @@ def non_symmetric(steps: int) -> LinearSystem:
 
 @dataclass(frozen=True)
 class Translation:
-    """Gradient descent of a point in Φ = k θ²/2, with the rates that spend the least Σ on shrinking
-    it to the fraction `remaining`."""
+    """Gradient descent of a point in Φ = k θ²/2.
+
+    `optimal_rates` spend the least Σ on shrinking it to the fraction `remaining`.
+    """
 
     k: float = 1.5
     start: float = 3.0
@@ -115,8 +116,10 @@ class Translation:
 
 @dataclass(frozen=True)
 class Wells:
-    """Members on a line falling into the two wells, without noise: the order on the line never
-    changes, so the flow is the transport."""
+    """Members on a line that fall into two wells without noise.
+
+    Their order on the line never changes, so the flow is the transport.
+    """
 
     barrier: float = 0.5
     width: float = 1.5

@@ -2,6 +2,7 @@
 errors, and honest words."""
 
 import functools
+import operator
 
 import chex
 import equinox as eqx
@@ -13,7 +14,7 @@ import pytest
 import systems
 
 import esljax as esl
-from esljax.measures.free_energy import NUMBERS
+from esljax.measures.balance import NUMBERS
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 
@@ -241,7 +242,7 @@ def test_errors_over_members_are_the_spread_over_runs(transport):
     assert together.errors == "spread over 40 independent runs"
     singles = [
         esl.free_energy(
-            jax.tree.map(lambda x: x[i], paths),
+            jax.tree.map(operator.itemgetter(i), paths),
             esl.Quadratic(1.0),
             entropy=esl.density.GaussianEntropy(),
             **measured,

@@ -515,6 +515,17 @@ def test_jit_and_vmap():
             np.testing.assert_allclose(a, c[i], rtol=1e-12)
 
 
+def test_a_law_that_is_no_number_has_no_length():
+    """Under `jit` it cannot be refused, and a length of 0 would pass for a law that rests."""
+
+    @jax.jit
+    def length_squared(mean):
+        return speed_limit(Law(mean, [[1.0]]), Trap(), constant_rule(), steps=1).length_squared
+
+    assert float(length_squared(jnp.array([2.0]))) > 0
+    assert np.isnan(length_squared(jnp.array([np.nan])))
+
+
 def test_too_stiff_is_nan_where_it_cannot_be_refused():
     value = jax.jit(
         lambda k: speed_limit(start(1), Trap(k), constant_rule(), steps=1).entropy_production

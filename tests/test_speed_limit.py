@@ -695,7 +695,7 @@ def test_gradient_is_finite_where_nothing_moves():
     still = jnp.broadcast_to(random_path(0, dtype=np.float32)[0], (4, 5, D))
     for name in ("exact", "gaussian", "sliced"):
         slope = jax.grad(
-            lambda x: (
+            lambda x, name=name: (
                 esl.speed_limit(
                     trajectory(x), transport=METRICS[name](), jackknife=0
                 ).length_squared

@@ -113,9 +113,9 @@ class SpeedLimit(eqx.Module):
     entropy_production_coarse: Scalar | None = None
     """The chain's Σ from every second snapshot. None if the number of links is odd."""
     noise_floor: Scalar | None = None
-    """Σ_j 2d Σ_{k∈j} T_k η_k/Δs_j: how much injected noise adds to a chain in which each member is
-    its own best partner. None if the transport pairs no members, the run was observed in features,
-    or its temperatures are not known."""
+    """Σ_j 2d Σ_{k∈j} T_k η_k/Δs_j, with tr(MᵀM) for d in a projection M: how much injected noise
+    adds to a chain in which each member is its own best partner. None if the transport pairs no
+    members, the run was observed in features, or its temperatures are not known."""
     identity_fraction: Scalar | None = None
     """The share of the links, between 0 and 1, for which pairing each member with itself was
     optimal. None if the transport pairs no members."""
