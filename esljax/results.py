@@ -59,7 +59,8 @@ class StandardErrors(eqx.Module):
         errors = {name: error for name, error in self.numbers.items() if error is not None}
         if not errors or not known(errors) or any(np.ndim(error) for error in errors.values()):
             return repr(self)
-        return table([(name, f"± {float(error):.2g}") for name, error in errors.items()])
+        rows = [(name, f"± {float(error):.2g}") for name, error in errors.items()]
+        return table(rows, align="ll")
 
 
 def measured(value: Any, error: Any = None, digits: int = 6) -> str:

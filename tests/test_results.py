@@ -67,7 +67,7 @@ def test_errors_are_copied_and_pickled(report):
 
 def test_errors_print():
     errors = StandardErrors({"gap": 0.52, "w2_squared": jnp.array(10.0), "dissipation": None})
-    assert str(errors) == "gap           ± 0.52\nw2_squared    ± 10"
+    assert str(errors) == "gap         ± 0.52\nw2_squared  ± 10"
     assert "StandardErrors" in str(StandardErrors({"gap": jnp.ones(2)}))
     assert "StandardErrors" in str(jax.eval_shape(lambda: StandardErrors({"gap": jnp.ones(())})))
 
