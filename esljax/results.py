@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
 
 from esljax._checks import known
@@ -57,10 +58,19 @@ class StandardErrors(eqx.Module):
 
     def __str__(self) -> str:
         errors = {name: error for name, error in self.numbers.items() if error is not None}
-        if not errors or not known(errors) or any(np.ndim(error) for error in errors.values()):
+        if not errors or not all(map(is_number, errors.values())):
             return repr(self)
         rows = [(name, f"± {float(error):.2g}") for name, error in errors.items()]
         return table(rows, align="ll")
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is one number with a known value, which can be printed."""
+    return (
+        isinstance(value, jax.Array | np.ndarray | np.generic | float)
+        and known(value)
+        and np.ndim(value) == 0
+    )
 
 
 def measured(value: Any, error: Any = None, digits: int = 6) -> str:

@@ -416,6 +416,10 @@ def test_print():
     energy, error = float(report.energy[-1]), float(report.standard_error.energy[-1])
     assert f"{energy:.6g} ± {error:.2g}" in lines[12]
     assert lines[-1] == report.verdict()
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x]), report)
+    assert "Several runs" in stacked.verdict()
+    assert "FreeEnergy" in str(stacked)
+    assert "FreeEnergy" in str(jax.eval_shape(lambda: report))
     chain = esl.free_energy(
         path,
         potential,

@@ -12,6 +12,7 @@ energies and entropies. With a fixed potential and temperature the whole drop of
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -193,7 +194,8 @@ class FreeEnergy(eqx.Module):
 
 
 def _is_one_run(report: FreeEnergy) -> bool:
-    return known(report.energy) and np.ndim(report.energy) == 1
+    energy = report.energy
+    return isinstance(energy, jax.Array | np.ndarray) and known(energy) and energy.ndim == 1
 
 
 def _over_time(report: FreeEnergy) -> str:

@@ -89,7 +89,7 @@ def free_energy(
         >>> import esljax as esl
         >>> potential, start = esl.Quadratic(1.0), jax.random.normal(jax.random.key(0), (40, 1))
         >>> rule = esl.Langevin(0.05, 0.1)
-        >>> path = esl.simulate(potential, rule, start, steps=8, key=jax.random.key(1))
+        >>> path = esl.simulate(potential, rule, start, steps=20, key=jax.random.key(1))
         >>> books = esl.free_energy(
         ...     path,
         ...     potential,

@@ -16,10 +16,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_key, check_positive_int, known, refuse
+from esljax._checks import check_key, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Scalar
 from esljax.potentials import AbstractPotential, Driven, potential_at
-from esljax.results import StandardErrors, measured, table
+from esljax.results import StandardErrors, is_number, measured, table
 from esljax.simulation import Trajectory
 
 
@@ -68,7 +68,7 @@ class MinibatchNoise(eqx.Module):
     floor_error = _renamed("floor")
 
     def __str__(self) -> str:
-        if not known(self.floor) or self.floor.ndim:
+        if not is_number(self.floor):
             return repr(self)
         rows: list[tuple[str, ...]] = [("s", "E‖∇Φ‖²", "tr Cov(g)", "temperature")]
         for j, s in enumerate(self.times):
@@ -108,10 +108,10 @@ def minibatch_noise(
         >>> potential = esl.FlaxLoss(esl.models.mlp(2, 3, 2), data, batch_size=8)
         >>> start = potential.init(members=4, key=jax.random.key(1))
         >>> rule = esl.Langevin(0.1)
-        >>> path = esl.simulate(potential, rule, start, steps=4, key=jax.random.key(2))
+        >>> path = esl.simulate(potential, rule, start, steps=20, key=jax.random.key(2))
         >>> noise = esl.minibatch_noise(path, potential, key=jax.random.key(3))
         >>> bool(noise.floor > 0), noise.standard_error.variance.shape
-        (True, (5,))
+        (True, (21,))
     """
     if (
         not isinstance(trajectory, Trajectory)

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_choice, known, refuse
+from esljax._checks import check_choice, refuse
 from esljax._types import Array, Float, Int, Scalar
 from esljax.measures import diagnosis
 from esljax.measures.diagnosis import Evidence, Finding
-from esljax.results import StandardErrors, measured, table
+from esljax.results import StandardErrors, is_number, measured, table
 
 # The door of this room passes it on to `command`, until that imports it from `results` itself.
 from esljax.results import concise as concise
@@ -274,7 +274,7 @@ class SpeedLimit(eqx.Module):
             >>> import esljax as esl
             >>> start = jax.random.normal(jax.random.key(0), (8, 2))
             >>> path = esl.simulate(
-            ...     esl.Quadratic(1.0), esl.Langevin(0.1), start, steps=8, key=jax.random.key(1)
+            ...     esl.Quadratic(1.0), esl.Langevin(0.1), start, steps=20, key=jax.random.key(1)
             ... )
             >>> figure = esl.speed_limit(path, transport=esl.GaussianTransport()).plot()
             >>> len(figure.axes)
@@ -393,12 +393,7 @@ def _quantile(probability: float, freedom: int) -> float:
 
 
 def _is_one_run(report: SpeedLimit) -> bool:
-    value = report.entropy_production
-    return (
-        isinstance(value, jax.Array | np.ndarray | np.generic | float)
-        and known(value)
-        and np.ndim(value) == 0
-    )
+    return is_number(report.entropy_production)
 
 
 # --- The verdict, one sentence for each question -------------------------------------------------

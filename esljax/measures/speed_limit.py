@@ -83,7 +83,7 @@ def speed_limit(
         >>> import esljax as esl
         >>> start = 3 + jax.random.normal(jax.random.key(0), (16, 2))
         >>> path = esl.simulate(
-        ...     esl.Quadratic(1.0), esl.Langevin(0.1), start, steps=8, key=jax.random.key(1)
+        ...     esl.Quadratic(1.0), esl.Langevin(0.1), start, steps=20, key=jax.random.key(1)
         ... )
         >>> report = esl.speed_limit(path, transport=esl.ExactTransport())
         >>> bool(report.entropy_production > report.w2_squared)
