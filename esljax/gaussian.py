@@ -1,17 +1,22 @@
-r"""Exact laws of linear drift: the speed limit of a Gaussian ensemble in a quadratic potential, without members and without noise.
+r"""Exact laws of linear drift: the speed limit of a Gaussian ensemble in a quadratic potential.
 
-With mobility η(s) = steps · learning_rate(s), in the limit of continuous training time, a law N(m, C) stays Gaussian and
+With mobility η(s) = steps · learning_rate(s), in the limit of continuous training time, a law
+N(m, C) stays Gaussian, without members and without noise, and
 
     dm/ds = -η K (m - c)          dC/ds = -η (K C + C Kᵀ) + 2 η T I          v(θ) = -η a(θ)
     a(θ) = K (θ - c) - T C⁻¹ (θ - m)
 
-    Σ = ∫ η² E‖a‖² ds      D = ∫ η E‖a‖² ds      U = ∫ η ds      L = ∫ η g ds      housekeeping = ∫ η² E‖a - ∇ψ‖² ds
+    Σ = ∫ η² E‖a‖² ds      D = ∫ η E‖a‖² ds      U = ∫ η ds      L = ∫ η g ds
+    housekeeping = ∫ η² E‖a - ∇ψ‖² ds
     E‖a‖² = |K (m - c)|² + ⟨K C - T, K - T C⁻¹⟩
-    g² = E‖∇ψ‖² = |K (m - c)|² + ½⟨B, M⟩      M C + C M = B = K C + C Kᵀ - 2T      ∇ψ = K (m - c) + M (θ - m)
+    g² = E‖∇ψ‖² = |K (m - c)|² + ½⟨B, M⟩      M C + C M = B = K C + C Kᵀ - 2T
+    ∇ψ = K (m - c) + M (θ - m)
 
-where ∇ψ is the gradient part of a, the only part that moves mass. The linear flow is exact in the clock u = ∫η ds; what depends on s alone
-(schedules) is integrated by Gauss-Legendre collocation in panels. This module is the oracle of the package: it knows nothing of the
-particle code. References: Okanohara, arXiv 2601.17607; Takatsu, Osaka J. Math. 48 (2011), for the geometry of Gaussian laws.
+where ∇ψ is the gradient part of a, the only part that moves mass. The linear flow is exact in the
+clock u = ∫η ds; everything that depends on s alone (schedules) is integrated by Gauss-Legendre
+collocation in panels. This module is the oracle of the package: it knows nothing of the particle
+code. References: Okanohara, arXiv 2601.17607; Takatsu, Osaka J. Math. 48 (2011), for the geometry
+of Gaussian laws.
 """
 
 import functools
@@ -31,7 +36,7 @@ from esljax._checks import (
     known,
     refuse,
 )
-from esljax._numerics import exponential, lyapunov, sqrtm
+from esljax._numerics import exponential, lyapunov, safe_root, sqrtm
 from esljax._types import Array, Float, Scalar, ScalarLike
 from esljax.measures import SpeedLimit
 from esljax.schedules import AbstractSchedule, Constant, Knots, WarmupStableDecay
@@ -57,21 +62,35 @@ class HasSchedules(Protocol):
     """A Langevin rule: a learning rate per step and a temperature, both schedules on s ∈ [0, 1]."""
 
     @property
-    def learning_rate(self) -> Any: ...
+    def learning_rate(self) -> Any:
+        """η per step, in units of θ² per unit of the potential."""
+        ...
 
     @property
-    def temperature(self) -> Any: ...
+    def temperature(self) -> Any:
+        """T, in units of the potential."""
+        ...
 
 
 class Law(eqx.Module):
     """The Gaussian law N(mean, covariance).
 
-    **Args:** `mean`: shape (d,), in units of θ. `covariance`: shape (d, d), symmetric positive semidefinite; zero is a point mass.
-    **Raises:** `InputError` for wrong shapes and, where the values are known, for a covariance that is none.
+    **Args:** `mean`: shape (d,), in units of θ. `covariance`: shape (d, d), symmetric positive
+    semidefinite; zero is a point mass.
+    **Raises:** `InputError` for wrong shapes and, where the values are known, for a matrix that is
+    no covariance.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> esl.gaussian.Law([2.0, 0.0], [[1.0, 0.3], [0.3, 0.5]]).mean.shape
+        (2,)
     """
 
     mean: Float[Array, " d"]
+    """m, shape (d,), in units of θ; of several laws, such as those of `laws`, (J, d)."""
     covariance: Float[Array, "d d"]
+    """C, shape (d, d), in units of θ²; of several laws (J, d, d)."""
 
     def __init__(self, mean: Any, covariance: Any):
         mean, covariance = as_float(mean), as_float(covariance)
@@ -110,14 +129,17 @@ def w2_squared(start: Law, end: Law) -> Scalar:
         W2² = |m₀ - m₁|² + tr C₀ + tr C₁ - 2 tr (C₀^½ C₁ C₀^½)^½
 
     **Args:** `start`, `end`: laws of the same d.
-    **Returns:** shape (), in units of θ². Rounding leaves an error of the size of a trace times the machine precision, of either sign.
+    **Returns:** shape (), in units of θ². Rounding leaves an error of the size of a trace times the
+    machine precision, of either sign.
     **Raises:** `InputError` if the laws differ in d.
-    **Differentiation:** forward and reverse, of every order; finite at equal laws, isotropic laws and point masses (where one-sided
-    infinite slopes out of the null space count as 0).
+    **Differentiation:** forward and reverse, of every order; finite at equal laws, isotropic laws
+    and point masses (where one-sided infinite slopes out of the null space count as 0).
     **Reference:** Dowson and Landau, J. Multivariate Anal. 12 (1982).
     **Example:**
 
-        >>> round(float(w2_squared(Law([0.0], [[1.0]]), Law([1.0], [[4.0]]))), 4)
+        >>> import esljax as esl
+        >>> start, end = esl.gaussian.Law([0.0], [[1.0]]), esl.gaussian.Law([1.0], [[4.0]])
+        >>> round(float(esl.gaussian.w2_squared(start, end)), 4)
         2.0
     """
     _check_same_size(start, end)
@@ -128,7 +150,8 @@ def entropic_transport(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     r"""The entropic transport cost between two Gaussian laws, in closed form.
 
         OT_ε = min_P ∫|x - y|² dP + ε KL(P | q₀ ⊗ q₁)
-             = |m₀ - m₁|² + tr C₀ + tr C₁ - tr D + (ε/2) (d (1 - log ε) + log det(D + ε/2))      D = (4 C₀^½ C₁ C₀^½ + (ε/2)²)^½
+             = |m₀ - m₁|² + tr C₀ + tr C₁ - tr D + (ε/2) (d (1 - log ε) + log det(D + ε/2))
+        D = (4 C₀^½ C₁ C₀^½ + (ε/2)²)^½
 
     **Args:** `start`, `end`: laws of the same d. `epsilon`: ε > 0, in units of θ².
     **Returns:** shape (), in units of θ²; W2² plus an entropic bias that vanishes as ε → 0.
@@ -137,7 +160,9 @@ def entropic_transport(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     **Reference:** Janati, Muzellec, Peyré and Cuturi, NeurIPS 2020, Theorem 1 (their 2σ² is ε).
     **Example:**
 
-        >>> round(float(entropic_transport(Law([0.0], [[1.0]]), Law([1.0], [[4.0]]), epsilon=0.1)), 4)
+        >>> import esljax as esl
+        >>> start, end = esl.gaussian.Law([0.0], [[1.0]]), esl.gaussian.Law([1.0], [[4.0]])
+        >>> round(float(esl.gaussian.entropic_transport(start, end, epsilon=0.1)), 4)
         2.2348
     """
     _check_same_size(start, end)
@@ -152,13 +177,16 @@ def sinkhorn_divergence(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
         S_ε(q₀, q₁) = OT_ε(q₀, q₁) - ½ OT_ε(q₀, q₀) - ½ OT_ε(q₁, q₁)
 
     **Args:** `start`, `end`: laws of the same d. `epsilon`: ε > 0, in units of θ².
-    **Returns:** shape (), in units of θ²; nonnegative, 0 at equal laws, and W2² as ε → 0. It is no metric.
+    **Returns:** shape (), in units of θ²; nonnegative, 0 at equal laws, and W2² as ε → 0. It is no
+    metric.
     **Raises:** `InputError` if the laws differ in d or ε is not positive.
     **Differentiation:** forward and reverse, of every order.
     **Reference:** Janati et al., NeurIPS 2020; Feydy et al., AISTATS 2019.
     **Example:**
 
-        >>> round(float(sinkhorn_divergence(Law([0.0], [[1.0]]), Law([1.0], [[4.0]]), epsilon=0.1)), 4)
+        >>> import esljax as esl
+        >>> start, end = esl.gaussian.Law([0.0], [[1.0]]), esl.gaussian.Law([1.0], [[4.0]])
+        >>> round(float(esl.gaussian.sinkhorn_divergence(start, end, epsilon=0.1)), 4)
         1.9999
     """
     _check_same_size(start, end)
@@ -173,30 +201,35 @@ def sinkhorn_divergence(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
 def speed_limit(
     law: Law, potential: HasStiffness, rule: HasSchedules, *, steps: int, panels: int = 64
 ) -> SpeedLimit:
-    r"""Σ, D, U, L, W2² and the split of the exact Gaussian law, by the equations at the top of this file.
+    r"""Σ, D, U, L, W2² and the split of the exact Gaussian law, by the equations of this module.
 
     **Args:**
     - `law`: the law at s = 0. Its covariance may be singular only if the temperature starts at 0.
-    - `potential`: has `stiffness` (a number, (d,), or (d, d), not necessarily symmetric) and `center` (a number or (d,)).
-    - `rule`: has `learning_rate` (per step) and `temperature` (units of the potential), schedules on s ∈ [0, 1]. They must be smooth, apart
-      from the corners of `Knots` and `WarmupStableDecay`, at which panels end.
+    - `potential`: has `stiffness` (a number, (d,), or (d, d), not necessarily symmetric) and
+      `center` (a number or (d,)), such as `Quadratic`.
+    - `rule`: has `learning_rate` (per step) and `temperature` (units of the potential), schedules
+      on s ∈ [0, 1], such as `Langevin`. They must be smooth, apart from the corners of `Knots` and
+      `WarmupStableDecay`, at which panels end.
     - `steps`: K; the mobility is K · learning_rate(s).
-    - `panels`: at least so many panels of equal length. The stiffness (an upper bound of its norm) times the learning time
-      of a panel must not exceed 2: by default, at a constant rate, its product with U may reach 128.
+    - `panels`: the least number of panels of equal length. The stiffness (an upper bound of its
+      norm) times the learning time of a panel must not exceed 2: by default, at a constant rate,
+      its product with U may reach 128.
 
-    **Returns:** a `SpeedLimit`; `times` and `speed` are the collocation nodes. Where values are known only under a transformation, numbers
-    that the panels cannot resolve are NaN.
-    **Raises:** `InputError` for mismatched shapes and, where values are known: negative or not finite schedules, a singular covariance with
-    a temperature (Σ or D would be infinite), too few panels.
-    **Differentiation:** forward and reverse, in the schedules' leaves, the law, the stiffness and the center. In directions out of the null
-    space of a covariance only Σ, D and U have true derivatives; the split and W2² count 0 there.
+    **Returns:** a `SpeedLimit`; `times` and `speed` are the collocation nodes. Where values are
+    known only under a transformation, numbers that the panels cannot resolve are NaN.
+    **Raises:** `InputError` for mismatched shapes and, where values are known: negative or not
+    finite schedules, a singular covariance with a temperature (Σ or D would be infinite), too few
+    panels.
+    **Differentiation:** forward and reverse, in the schedules' leaves, the law, the stiffness and
+    the center. In directions out of the null space of a covariance only Σ, D and U have true
+    derivatives; the split and W2² count 0 there.
     **Reference:** Okanohara, arXiv 2601.17607.
     **Example:**
 
-        >>> from types import SimpleNamespace
-        >>> trap = SimpleNamespace(stiffness=1.0, center=0.0)
-        >>> rule = SimpleNamespace(learning_rate=Constant(0.01), temperature=Constant(0.1))
-        >>> report = speed_limit(Law([2.0], [[1.0]]), trap, rule, steps=100)
+        >>> import esljax as esl
+        >>> start = esl.gaussian.Law([2.0], [[1.0]])
+        >>> trap, rule = esl.Quadratic(1.0), esl.Langevin(0.01, 0.1)
+        >>> report = esl.gaussian.speed_limit(start, trap, rule, steps=100)
         >>> round(float(report.entropy_production), 4), round(float(report.w2_squared), 4)
         (2.0431, 1.8782)
     """
@@ -218,15 +251,17 @@ def laws(
     r"""The exact law at given training times.
 
     **Args:** as for `speed_limit`; `times`: shape (J,), training times in [0, 1], in any order.
-    **Returns:** a `Law` with a leading axis: mean (J, d), covariance (J, d, d). `jax.vmap(w2_squared)` works on it.
+    **Returns:** a `Law` with a leading axis: mean (J, d), covariance (J, d, d).
+    `jax.vmap(w2_squared)` works on it.
     **Raises:** `InputError`, as `speed_limit` does.
-    **Differentiation:** forward and reverse, in the schedules' leaves, the law, the stiffness, the center and the times.
+    **Differentiation:** forward and reverse, in the schedules' leaves, the law, the stiffness, the
+    center and the times.
     **Example:**
 
-        >>> from types import SimpleNamespace
-        >>> trap = SimpleNamespace(stiffness=1.0, center=0.0)
-        >>> rule = SimpleNamespace(learning_rate=Constant(0.01), temperature=Constant(0.1))
-        >>> path = laws(Law([2.0], [[1.0]]), trap, rule, steps=100, times=[0.0, 1.0])
+        >>> import esljax as esl
+        >>> start = esl.gaussian.Law([2.0], [[1.0]])
+        >>> trap, rule = esl.Quadratic(1.0), esl.Langevin(0.01, 0.1)
+        >>> path = esl.gaussian.laws(start, trap, rule, steps=100, times=[0.0, 1.0])
         >>> [round(float(m), 4) for m in path.mean[:, 0]]
         [2.0, 0.7358]
     """
@@ -250,30 +285,40 @@ def optimal_learning_rate(
     knots: int = 1025,
     panels: int = 64,
 ) -> Knots:
-    r"""The learning rate of least Σ at a given learning time and fixed temperature: constant speed along the path.
+    r"""The learning rate of least Σ at a given learning time and fixed temperature.
+
+    It moves the law along its path at constant speed:
 
         η*(s) = L/G(u(s))      G(u) = sqrt(E‖a‖²)      L = ∫₀ᵁ G du      s(u) = ∫₀ᵘ G du / L
 
-    At a fixed temperature a schedule only changes the clock u = ∫η ds, so the path, D, ∫G du and W2² are given, and Σ ≥ (∫G du)² with
-    equality at η*. For a symmetric stiffness G is the metric speed and Σ = L². The rate rises as the law comes to rest, the opposite of a
-    decay; near equilibrium it diverges, and a run of finite `steps` is unstable where it exceeds 2 over the stiffness.
+    At a fixed temperature a schedule only changes the clock u = ∫η ds, so the path, D, ∫G du and
+    W2² are given, and Σ ≥ (∫G du)² with equality at η*. For a symmetric stiffness G is the metric
+    speed and Σ = L². The rate rises as the law comes to rest, the opposite of a decay; near
+    equilibrium it diverges, and a run of finite `steps` is unstable where it exceeds 2 over the
+    stiffness.
 
     **Args:**
     - `law`, `potential`, `panels`: as for `speed_limit`.
     - `temperature`: T ≥ 0, a number, in units of the potential.
     - `learning_time`: U = Σ_k η_k > 0, in units of θ² per unit of the potential.
     - `steps`: K; the result is η*/K, the rate per step.
-    - `knots`: how many values the result holds. Interpolation costs Σ a relative error of about 1/knots².
+    - `knots`: the number of values of the result. Interpolation costs Σ a relative error of about
+      1/knots².
 
     **Returns:** `Knots`, log-linear, exact at its knots.
-    **Raises:** `InputError` as `speed_limit` does, and for a law that is stationary (every schedule is then optimal).
-    **Differentiation:** forward and reverse, in the law, the stiffness, the center, the temperature and the learning time.
-    **Reference:** Benamou and Brenier, Numer. Math. 84 (2000), for constant speed; Okanohara, arXiv 2601.17607.
+    **Raises:** `InputError` as `speed_limit` does, and for a law that is stationary (every schedule
+    is then optimal).
+    **Differentiation:** forward and reverse, in the law, the stiffness, the center, the temperature
+    and the learning time.
+    **Reference:** Benamou and Brenier, Numer. Math. 84 (2000), for constant speed; Okanohara, arXiv
+    2601.17607.
     **Example:**
 
-        >>> from types import SimpleNamespace
-        >>> trap = SimpleNamespace(stiffness=1.0, center=0.0)
-        >>> rate = optimal_learning_rate(Law([2.0], [[1.0]]), trap, temperature=0.1, learning_time=2.0, steps=1)
+        >>> import esljax as esl
+        >>> start, trap = esl.gaussian.Law([2.0], [[1.0]]), esl.Quadratic(1.0)
+        >>> rate = esl.gaussian.optimal_learning_rate(
+        ...     start, trap, temperature=0.1, learning_time=2.0, steps=1
+        ... )
         >>> round(float(rate(0.0)), 3), round(float(rate(1.0)), 2)
         (0.845, 6.74)
     """
@@ -291,7 +336,8 @@ def optimal_learning_rate(
     return Knots(rates / steps)
 
 
-# The largest x = ‖K‖Δu of a panel: twelve nodes follow e^{2Ku} to 2 I₁₂(x) eˣ, which is 4e-8 at x = 2 and .001 already at x = 4.
+# The largest x = ‖K‖Δu of a panel: twelve nodes follow e^{2Ku} to 2 I₁₂(x) eˣ, which is 4e-8 at
+# x = 2 and .001 already at x = 4.
 _LARGEST_EXPONENT = 2.0
 
 
@@ -301,20 +347,23 @@ class _Rule(NamedTuple):
 
 
 class _Run(eqx.Module):
-    """A law and what moves it, converted and checked."""
+    """A law, the potential and the schedules that move it, converted and checked."""
 
     law: Law
     stiffness: Float[Array, "d d"]
     center: Float[Array, " d"]
     learning_rate: Any
     temperature: Any
-    # An array, since a Python number would be static: every number of steps would compile anew.
+    # An array, since a Python number would be static: every number of steps would compile again.
     steps: Scalar
     edges: Float[Array, " edges"]
 
 
 class _Panels(NamedTuple):
-    """The linear flow within each panel, at its nodes and, where there is one more, at its end; times, weights and mobility (P, nodes)."""
+    """The linear flow within each of P panels, at its nodes and, where there is one more, its end.
+
+    Times, weights and mobility have shape (P, nodes).
+    """
 
     times: Array
     weights: Array
@@ -342,7 +391,7 @@ def _speed_limit(run: _Run) -> tuple[SpeedLimit, Scalar]:
         run.stiffness, panels.temperature, _inside(panels, starts)
     )
     weights, mobility = panels.weights, panels.mobility
-    speed = mobility * _root(density.metric)
+    speed = mobility * safe_root(density.metric)
     exponent = jnp.max(panels.exponent)
     report = SpeedLimit(
         entropy_production=jnp.sum(weights * mobility**2 * density.force),
@@ -383,7 +432,7 @@ def _constant_speed(run: _Run, knots: int) -> tuple[Float[Array, " m"], Scalar]:
     heat, learning_time = panels.temperature[0, 0], panels.mobility[0, 0]
 
     def speed(law):
-        return _root(_densities(run.stiffness, heat, law).force)
+        return safe_root(_densities(run.stiffness, heat, law).force)
 
     inside = jax.vmap(jax.vmap(speed))(_inside(panels, starts))
     arcs = learning_time * jnp.einsum("pij,pj->pi", panels.cumulative, inside)
@@ -413,7 +462,10 @@ def _constant_speed(run: _Run, knots: int) -> tuple[Float[Array, " m"], Scalar]:
 
 
 def _flow(run: _Run) -> tuple[_Panels, Law, Law]:
-    """The panels, the laws at the start of each, and the law at the end of the run; means count from the center."""
+    """The panels, the laws at the start of each, and the law at the end of the run.
+
+    Means are relative to the center.
+    """
     panels = jax.vmap(_panel, (None, 0, 0))(run, run.edges[:-1], run.edges[1:])
     end, starts = jax.lax.scan(lambda law, panel: (_moved(panel, law, -1), law), run.law, panels)
     return panels, starts, end
@@ -422,7 +474,8 @@ def _flow(run: _Run) -> tuple[_Panels, Law, Law]:
 def _panel(run: _Run, left: Scalar, right: Scalar) -> _Panels:
     """The flow from training time `left` to the nodes of a panel and to its end `right`.
 
-    In the clock u of the panel, C(u) = e^{-Ku} (C + 2 ∫ η T e^{Ku'} e^{Kᵀu'} ds') e^{-Kᵀu}: the growing exponentials stay within the panel.
+    In the clock u of the panel, C(u) = e^{-Ku} (C + 2 ∫ η T e^{Ku'} e^{Kᵀu'} ds') e^{-Kᵀu}: the
+    growing exponentials stay within the panel.
     """
     points, weights = _collocation()
     dtype = run.edges.dtype
@@ -457,7 +510,8 @@ def _densities(stiffness: Float[Array, "d d"], temperature: Scalar, law: Law) ->
     flow = stiffness @ law.covariance
     inflow = flow - temperature * identity
     drift = jnp.sum((stiffness @ law.mean) ** 2)
-    # T C⁻¹ solves the equation of M with 2T on the right; one decomposition serves both, and without heat a singular covariance is no harm.
+    # T C⁻¹ solves the equation of M with 2T on the right; one decomposition serves both, and
+    # without heat a singular covariance does no harm.
     pull, score = lyapunov(law.covariance, jnp.stack([flow + flow.T, 2 * temperature * identity]))
     spring, gradient_part = stiffness - score, pull - score
     rest = spring - gradient_part
@@ -492,19 +546,16 @@ def _entropic(start: Law, end: Law, epsilon: Scalar) -> Scalar:
     )
 
 
-def _root(x: Array) -> Array:
-    """The square root of what is nonnegative but for rounding, with derivative 0 at 0: there the law stands still."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
-
-
 @functools.cache
 def _collocation(nodes: int = 12) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Legendre nodes of [0, 1] and the integrals of their Lagrange polynomials from 0 to each node and (last row) to 1."""
+    """Gauss-Legendre nodes of [0, 1], and the integrals of their Lagrange polynomials from 0 to
+    each node and (last row) to 1."""
     x, w = np.polynomial.legendre.leggauss(nodes)
     ends = np.append(x, 1.0)
     legendre = np.polynomial.legendre.legvander(ends, nodes)
     k = np.arange(1, nodes)
-    # ∫P_k = (P_{k+1} - P_{k-1})/(2k + 1) and ∫P_0 = x + 1; the discrete orthogonality of P_k at the nodes gives the Lagrange coefficients.
+    # ∫P_k = (P_{k+1} - P_{k-1})/(2k + 1) and ∫P_0 = x + 1; the discrete orthogonality of P_k at the
+    # nodes gives the Lagrange coefficients.
     integrals = np.column_stack([ends + 1, (legendre[:, 2:] - legendre[:, :-2]) / (2 * k + 1)])
     coefficients = (2 * np.arange(nodes) + 1) / 2 * legendre[:-1, :-1] * w[:, None]
     return (x + 1) / 2, integrals @ coefficients.T / 2
@@ -545,9 +596,11 @@ def _run(law: Law, potential: HasStiffness, rule: HasSchedules, steps: int, pane
 
 
 def _edges(panels: int, schedules: tuple[Any, ...]) -> Float[Array, " edges"]:
-    """The ends of the panels: evenly spaced, halved sixteen times towards the start, and at the corners of the schedules.
+    """The ends of the panels: evenly spaced, halved sixteen times towards the start, and at the
+    corners of the schedules.
 
-    A narrow law under a temperature, or a stiff direction, spreads or falls within a small part of the first panel.
+    A narrow law under a temperature, or a stiff direction, spreads or falls within a small part of
+    the first panel.
     """
     fixed = [np.linspace(0, 1, panels + 1), 0.5 ** np.arange(1, 17) / panels]
     fixed += [

@@ -1,43 +1,52 @@
 """How every result carries its errors, and how every result prints.
 
 One convention: `result.standard_error` is None, or holds the standard errors under the names of the
-numbers themselves, so that the error of `result.gap` is `result.standard_error.gap`. In words,
-`result.errors` says what the errors are taken over.
+numbers themselves, so that the error of `result.gap` is `result.standard_error.gap`. The string
+`result.errors` describes how they were taken, such as "spread over 8 independent runs".
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import numpy as np
+
+from esljax._checks import known
 
 
 class StandardErrors(eqx.Module):
     """Standard errors of the numbers of a result, as attributes of the same names.
 
-    A pytree, so that errors pass through `jit` and `vmap` with the result that they belong to.
+    A pytree, so that errors pass through `jit`, `vmap` and `jax.tree.map` with their result.
 
-    **Args:** `numbers`: names and errors, each of the shape and in the units of its number.
-    **Raises:** `AttributeError` for a number without a standard error, naming those that have one.
+    **Args:** `numbers`: names and errors, each of the shape and in the units of its number. None
+    for a number that this result does not have.
+    **Raises:** `AttributeError` for a name that is not among them, listing those that are.
 
     **Example:**
 
-        >>> from esljax.results import StandardErrors
-        >>> StandardErrors({"gap": 0.5}).gap
+        >>> import esljax as esl
+        >>> errors = esl.results.StandardErrors({"gap": 0.5, "debiased_gap": None})
+        >>> errors.gap
         0.5
+        >>> print(errors)
+        gap  ± 0.5
     """
 
     numbers: dict[str, Any]
+    """The errors by name; the pytree holds them in the order of their names."""
 
     def __init__(self, numbers: Mapping[str, Any]):
         self.numbers = dict(numbers)
 
     def __getattr__(self, name: str) -> Any:
-        # Called only for what is no attribute already; unpickling asks before there are any numbers.
+        # Python calls this only for names that are no attributes. `copy` and `pickle` call it
+        # before `numbers` exists.
         numbers = self.__dict__.get("numbers", {})
         if name.startswith("__") or name not in numbers:
-            known = ", ".join(numbers) or "none"
-            raise AttributeError(f"no standard error of {name!r} here; those of: {known}")
+            names = ", ".join(numbers) or "none"
+            raise AttributeError(f"no standard error of {name!r}; there is one of: {names}")
         return numbers[name]
 
     def __contains__(self, name: str) -> bool:
@@ -47,10 +56,30 @@ class StandardErrors(eqx.Module):
         """The standard error of one number, or None if it has none."""
         return self.numbers.get(name)
 
+    def __str__(self) -> str:
+        errors = {name: error for name, error in self.numbers.items() if error is not None}
+        if not errors or not all(map(is_number, errors.values())):
+            return repr(self)
+        rows = [(name, f"± {float(error):.2g}") for name, error in errors.items()]
+        return table(rows, align="ll")
 
-def measured(value: Any, error: Any = None) -> str:
-    """A number for a table: `236.298 ± 1.1`, or the number alone where no error is known."""
-    return f"{float(value):.6g}" + ("" if error is None else f" ± {float(error):.2g}")
+
+def is_number(value: Any) -> bool:
+    """Whether this is one number with a known value, which can be printed."""
+    return (
+        isinstance(value, jax.Array | np.ndarray | np.generic | float)
+        and known(value)
+        and np.ndim(value) == 0
+    )
+
+
+def measured(value: Any, error: Any = None, digits: int = 6) -> str:
+    """A number for a table, such as `236.298 ± 1.1`; without an error, the number alone.
+
+    **Args:** `value`, `error`: numbers in the same units. `digits`: significant digits of `value`;
+    the error has two.
+    """
+    return f"{float(value):.{digits}g}" + ("" if error is None else f" ± {float(error):.2g}")
 
 
 def concise(value: Any, error: Any) -> str:
@@ -65,16 +94,30 @@ def concise(value: Any, error: Any) -> str:
 def table(rows: Sequence[Sequence[str]], align: str = "") -> str:
     """Rows of cells as lines of columns, two spaces apart: the one printer of tables in plain text.
 
+    In columns that are aligned to the right, the signs ± of `measured` stand below each other.
+
     **Args:** `rows`: cells, the same number in each row; the first row may be a heading. `align`: a
     letter for each column, "l" or "r"; by default the first column is "l" and the others "r".
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> print(esl.results.table([("gap", "2.25 ± 0.1"), ("efficiency", "0.5")]))
+        gap         2.25 ± 0.1
+        efficiency   0.5
     """
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    align = align or "l" + "r" * (len(widths) - 1)
+    columns = list(zip(*rows, strict=True))
+    align = align or "l" + "r" * (len(columns) - 1)
+    justified = [_justified(*column) for column in zip(columns, align, strict=True)]
+    return "\n".join("  ".join(row).rstrip() for row in zip(*justified, strict=True))
 
-    def line(row: Sequence[str]) -> str:
-        cells = zip(row, widths, align, strict=True)
-        return "  ".join(
-            f"{cell:{'<' if side == 'l' else '>'}{width}}" for cell, width, side in cells
-        )
 
-    return "\n".join(line(row).rstrip() for row in rows)
+def _justified(cells: Sequence[str], side: str) -> list[str]:
+    if side == "r":
+        errors = [f" ± {cell.partition(' ± ')[2]}" if " ± " in cell else "" for cell in cells]
+        room = max(map(len, errors))
+        cells = [
+            cell + " " * (room - len(error)) for cell, error in zip(cells, errors, strict=True)
+        ]
+    width = max(map(len, cells))
+    return [f"{cell:{'<' if side == 'l' else '>'}{width}}" for cell in cells]

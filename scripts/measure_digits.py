@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"\n{noise}")
     batches = {
         "floor": float(noise.floor),
-        "floor_error": float(noise.floor_error),
+        "floor_error": float(noise.standard_error.floor),
         "temperature": noise.temperature.tolist(),
     }
     timing.write(arguments.out, {"rows": table, "minibatch_noise": batches})

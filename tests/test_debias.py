@@ -228,7 +228,7 @@ def test_ends_by_hand(report):
     interval = report.interval("gap", 0.9)
     np.testing.assert_allclose(interval.lower, low - width * errors.gap_lower, rtol=1e-4)
     np.testing.assert_allclose(interval.upper, high + width * errors.gap_upper, rtol=1e-4)
-    assert f"gap                         within {report.interval('gap')}" in str(report)
+    assert f"\ngap within {report.interval('gap')}\n" in str(report)
     assert str(interval) == f"[{float(interval.lower):.6g}, {float(interval.upper):.6g}] at 90 %"
     for name in ("debiased_gap", "entropy_production"):
         interval = report.interval(name, 0.9)

@@ -234,7 +234,8 @@ def test_a_dependence_on_epsilon_is_found():
 
 
 def test_the_sharper_bound_of_a_convex_potential():
-    """A translation in a harmonic trap meets (x/2)coth(x/2) W2² exactly, so a convexity claimed 30 % too high is found."""
+    """A translation in a harmonic trap meets (x/2)coth(x/2) W2² exactly, so a convexity claimed
+    30 % too high is found."""
     time, links, k = 2.0, 40, 1.0
     shift = 3 * np.exp(-k * time * np.arange(links + 1) / links)
     path = from_snapshots(cloud(64, 1) + shift[:, None, None], rates=jnp.full(links, time / links))

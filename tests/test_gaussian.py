@@ -1,4 +1,5 @@
-"""The exact Gaussian laws against the reference numbers, an independent integrator, and the inequalities they must obey."""
+"""The exact Gaussian laws against the reference numbers, an independent integrator, and the
+inequalities they must obey."""
 
 import itertools
 from typing import Any
@@ -54,7 +55,8 @@ def agree(value, printed, digits=8):
 
 
 class Mobility(eqx.Module):
-    """constant + slope s + wave cos πs + decay e^{-5s}: every row of O3 in one class, so that they share one compilation."""
+    """constant + slope s + wave cos πs + decay e^{-5s}: every row of O3 in one class, so that they
+    share one compilation."""
 
     constant: Any
     slope: Any = 0.0
@@ -253,7 +255,8 @@ def test_against_an_adaptive_integrator(stiffness, rate, heat):
 
 
 def test_corners_of_schedules_are_ends_of_panels():
-    """A piecewise-linear clock equals the run on the same clock that `laws` restarts at the corner."""
+    """A piecewise-linear clock equals the run on the same clock that `laws` restarts at the
+    corner."""
     law, trap, heat = start(1), Trap(), esl.Constant(0.1)
     whole = speed_limit(law, trap, Rule(esl.Knots([0.5, 3.0, 0.2, 1.0], "linear"), heat), steps=1)
     parts, sigma, length = law, 0.0, 0.0
@@ -353,7 +356,8 @@ def test_gradient_of_the_optimum():
 
 
 def test_gradient_with_respect_to_a_covariance_of_zero():
-    """Without heat Σ is linear in the covariance, also at zero: dΣ/dC = ∫ η² (K e^{-Ku})ᵀ K e^{-Ku} ds."""
+    """Without heat Σ is linear in the covariance, also at zero: dΣ/dC = ∫ η² (K e^{-Ku})ᵀ K e^{-Ku}
+    ds."""
     rule, trap = constant_rule(1.0, 0.0), Trap(2.0)
     gradient = jax.grad(
         lambda c: speed_limit(Law([1.0, 0.0], c), trap, rule, steps=1).entropy_production
@@ -509,6 +513,17 @@ def test_jit_and_vmap():
         for a, b, c in zip(*map(jax.tree.leaves, (one, compiled, batched)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12)
             np.testing.assert_allclose(a, c[i], rtol=1e-12)
+
+
+def test_a_law_that_is_no_number_has_no_length():
+    """Under `jit` it cannot be refused, and a length of 0 would pass for a law that rests."""
+
+    @jax.jit
+    def length_squared(mean):
+        return speed_limit(Law(mean, [[1.0]]), Trap(), constant_rule(), steps=1).length_squared
+
+    assert float(length_squared(jnp.array([2.0]))) > 0
+    assert np.isnan(length_squared(jnp.array([np.nan])))
 
 
 def test_too_stiff_is_nan_where_it_cannot_be_refused():

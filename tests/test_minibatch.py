@@ -30,7 +30,8 @@ def run():
 
 
 def truth(potential, path):
-    """‖∇Φ‖² and tr Cov(g) of a batch drawn with replacement, from the gradients of the single examples: (J+1, n) each."""
+    """‖∇Φ‖² and tr Cov(g) of a batch drawn with replacement, from the gradients of the single
+    examples: (J+1, n) each."""
 
     @jax.jit
     def of_examples(position):
@@ -51,8 +52,9 @@ def test_gradient_and_noise_are_those_of_the_data(run):
     potential, path = run
     squared, variance = truth(potential, path)
     noise = esl.minibatch_noise(path, potential, key=jax.random.key(2), pairs=400)
-    # Drawn batches leave an error beside that over members, so members are compared as they are: with 400 pairs each.
-    spread = np.asarray(noise.gradient_squared_error)
+    # Drawn batches leave an error beside that over members, so members are compared as they are:
+    # with 400 pairs each.
+    spread = np.asarray(noise.standard_error.gradient_squared)
     scatter = np.sqrt(
         2 * variance.mean(axis=1) * (2 * squared + variance).mean(axis=1) / (400 * 16)
     )
@@ -61,7 +63,9 @@ def test_gradient_and_noise_are_those_of_the_data(run):
     # A square of one batch's gradient would be off by the variance, which is many errors.
     assert np.all(variance.mean(axis=1) > 10 * scatter)
     np.testing.assert_allclose(spread, squared.std(axis=1, ddof=1) / 4, rtol=0.3)
-    np.testing.assert_allclose(noise.variance_error, variance.std(axis=1, ddof=1) / 4, rtol=0.3)
+    np.testing.assert_allclose(
+        noise.standard_error.variance, variance.std(axis=1, ddof=1) / 4, rtol=0.3
+    )
 
 
 def test_the_floor_is_what_steps_spread(run):
@@ -76,13 +80,32 @@ def test_the_floor_is_what_steps_spread(run):
     np.testing.assert_allclose(
         noise.temperature, 0.2 * per_snapshot / (2 * path.positions.shape[2]), rtol=0.05
     )
-    np.testing.assert_allclose(noise.floor_error, of_members.std(ddof=1) / 4, rtol=0.3)
+    error = noise.standard_error
+    np.testing.assert_allclose(error.floor, of_members.std(ddof=1) / 4, rtol=0.3)
     np.testing.assert_allclose(
-        noise.temperature_error,
-        noise.variance_error * noise.temperature / noise.variance,
-        rtol=1e-5,
+        error.temperature, error.variance * noise.temperature / noise.variance, rtol=1e-5
     )
-    assert "Batches contribute up to" in str(noise)
+    assert noise.errors == "over 16 members"
+
+
+def test_print_and_the_former_names_of_errors(run):
+    potential, path = run
+    noise = esl.minibatch_noise(path, potential, key=jax.random.key(2), pairs=2)
+    heading, *rows, last = str(noise).splitlines()
+    assert heading.split() == ["s", "E‖∇Φ‖²", "tr", "Cov(g)", "temperature"]
+    error = noise.standard_error
+    for j, row in enumerate(rows):
+        cells = [
+            f"{float(getattr(noise, name)[j]):.4g} ± {float(getattr(error, name)[j]):.2g}"
+            for name in ("gradient_squared", "variance", "temperature")
+        ]
+        assert " ".join(row.split()) == " ".join([f"{j / 4:.3f}", *cells])
+    floor = f"{float(noise.floor):.4g} ± {float(error.floor):.2g}"
+    assert last == f"Batches contribute up to {floor} to the Σ of a chain of members' paths."
+    for name in ("gradient_squared", "variance", "temperature", "floor"):
+        with pytest.warns(DeprecationWarning, match=f"is now standard_error.{name}; the old name"):
+            old = getattr(noise, f"{name}_error")
+        np.testing.assert_array_equal(old, getattr(error, name))
 
 
 def test_what_has_no_batches_is_refused(run, refused):

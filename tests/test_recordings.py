@@ -107,7 +107,7 @@ def test_what_is_not_known_is_none_and_not_printed():
         report.noise_floor,
         report.standard_error.dissipation,
     ) == (None,) * 4
-    assert "entropy production Σ                 282" in str(report)
+    assert str(report).splitlines()[1].split()[:4] == ["entropy", "production", "Σ", "282"]
     assert "dissipation" not in str(report)
     assert "learning time" not in str(report)
     assert "The speed limit holds: Σ is 1.25 times W2²" in report.verdict()

@@ -1,4 +1,5 @@
-"""The particle estimate of the speed limit: exact identities on samples, reference numbers, calibrated errors, and honest words."""
+"""The particle estimate of the speed limit: exact identities on samples, reference numbers,
+calibrated errors, and honest words."""
 
 import functools
 import itertools
@@ -17,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import esljax as esl
-from esljax.measures.report import split
+from esljax.measures.report import NUMBERS as WITH_ERRORS
+from esljax.measures.report import numbers
 
 D = 3
 METRICS = {
@@ -30,9 +32,7 @@ METRICS = {
     ),
 }
 NUMBERS = tuple(
-    name
-    for name in esl.measures.Split.__dataclass_fields__
-    if "debiased" not in name and not name.startswith("gap_")
+    name for name in WITH_ERRORS if "debiased" not in name and not name.startswith("gap_")
 )
 
 
@@ -159,12 +159,11 @@ def test_refinement_is_the_chain_of_every_second_snapshot():
         )
         np.testing.assert_allclose(fine.w2_squared, coarse.w2_squared, rtol=1e-6)
         assert coarse.entropy_production_coarse is None
-    said = fine.verdict()
     change = float(fine.entropy_production - fine.entropy_production_coarse)
     assert (
-        f"Halving the number of snapshots changes Σ by {change:.3g}, so spacing still hides about {change / 3:.2g}."
-        in said
-    )
+        f"Halving the number of snapshots changes Σ by {change:.3g}, so spacing still hides about "
+        f"{change / 3:.2g}."
+    ) in fine.verdict()
 
 
 # Reference numbers
@@ -181,7 +180,8 @@ def test_refinement_is_the_chain_of_every_second_snapshot():
     ],
 )
 def test_ornstein_uhlenbeck(case, d, transport):
-    """Within 5 standard errors of the chain of exact laws with as many links; a wrong clock, factor or split is off by tens of them."""
+    """Within 5 standard errors of the chain of exact laws with as many links; a wrong clock, factor
+    or split is off by tens of them."""
     links, steps, members = 8, 400, 20_000 if d == 1 else 8_000
     system = {"O1": systems.ornstein_uhlenbeck, "O3": systems.cosine_decay}[case](d, steps)
     start = system.sample(members, jax.random.key(0))
@@ -204,7 +204,8 @@ def test_ornstein_uhlenbeck(case, d, transport):
     )
     for name, truth in chain.items():
         error = float(getattr(report.standard_error, name))
-        # Euler steps of U/K shift Σ by about k U/2K relative, and a moment of n members carries a bias of order d²/n.
+        # Euler steps of U/K shift Σ by about k U/2K relative, and a moment of n members carries a
+        # bias of order d²/n.
         bias = 0.004 * truth + d * d / members
         assert abs(float(getattr(report, name)) - truth) < 5 * error + bias, name
         assert 10 * error < 0.3 * truth
@@ -219,7 +220,8 @@ def test_ornstein_uhlenbeck(case, d, transport):
 
 @pytest.mark.usefixtures("x64")
 def test_double_well_without_noise():
-    """The order on the line never changes, so the chain is that of the members with themselves, and the flow is known."""
+    """The order on the line never changes, so the chain is that of the members with themselves, and
+    the flow is known."""
     wells, steps, links = systems.Wells(), 2000, 10
     path = esl.simulate(
         wells.potential,
@@ -237,7 +239,8 @@ def test_double_well_without_noise():
     np.testing.assert_allclose(
         report.dissipation * wells.time, report.entropy_production, rtol=1e-9
     )
-    # F₀ - F₁ at T = 0 is the mean drop of Φ, and all of it is dissipated; the chain misses 1/J² of it.
+    # F₀ - F₁ at T = 0 is the mean drop of Φ, and all of it is dissipated; the chain misses 1/J² of
+    # it.
     np.testing.assert_allclose(
         report.dissipation, np.mean(path.energies[0] - path.energies[-1]), rtol=0.02
     )
@@ -273,14 +276,16 @@ def test_jackknife_errors_are_the_spread_over_runs(d, transport, groups):
 
         return jax.lax.map(one, keys)
 
-    # The spread over 400 runs has an error of 4 %; forgetting the (g-1)/g scale of a jackknife is off by a factor of g.
+    # The spread over 400 runs has an error of 4 %; forgetting the (g-1)/g scale of a jackknife is
+    # off by a factor of g.
     stacked = reports(jax.random.split(jax.random.key(5), runs))
     for name in NUMBERS:
         if name == "housekeeping":  # none in a chain
             continue
         spread = np.std(getattr(stacked, name), ddof=1)
         claimed = np.sqrt(np.mean(np.asarray(getattr(stacked.standard_error, name)) ** 2))
-        # A jackknife errs on the safe side (Efron and Stein, 1981), here visibly for the geometric part: a percent of Σ, and curved in q.
+        # A jackknife errs on the safe side (Efron and Stein, 1981), here visibly for the geometric
+        # part: a percent of Σ, and curved in q.
         assert -0.25 < claimed / spread - 1 < (0.5 if name == "geometric" else 0.25), (
             name,
             claimed,
@@ -325,8 +330,8 @@ def test_several_runs_are_the_average_of_single_ones():
         assert together.errors == "spread over 3 independent runs"
         assert "Several runs" not in together.verdict()
     chex.assert_trees_all_close(
-        split(esl.measures.average(jax.tree.map(lambda *x: jnp.stack(x), *alone))),
-        split(together),
+        numbers(esl.measures.average(jax.tree.map(lambda *x: jnp.stack(x), *alone))),
+        numbers(together),
         rtol=1e-5,
     )
 
@@ -347,7 +352,8 @@ def test_no_errors_where_none_can_be_taken():
 
 
 def test_noise_floor_is_the_chain_of_pure_noise():
-    """Nothing but noise in d ≫ n: every member is its own best partner, and Σ is the floor, to a relative error of sqrt(2/Jnd)."""
+    """Nothing but noise in d ≫ n: every member is its own best partner, and Σ is the floor, to a
+    relative error of sqrt(2/Jnd)."""
     members, d, links = 6, 4000, 5
     rule = esl.Langevin(rates := 0.02, 0.3)
     path = esl.simulate(
@@ -370,9 +376,9 @@ def test_noise_floor_is_the_chain_of_pure_noise():
         2 / (links * members * d)
     )
     assert report.identity_fraction == 1
-    said = report.verdict()
-    assert "The chain is noise-dominated" in said
-    assert "In 100 % of the links each member is its own best partner" in said
+    verdict = report.verdict()
+    assert "The chain is noise-dominated" in verdict
+    assert "In 100 % of the links each member is its own best partner" in verdict
 
 
 def test_noise_that_is_reassigned_is_not_called_dominant():
@@ -522,17 +528,20 @@ def test_verdicts():
     gap, error = float(report.gap), float(report.standard_error.gap)
     ratio = float(report.entropy_production / report.w2_squared)
     assert report.verdict().startswith(
-        f"The speed limit holds: Σ is {ratio:.3g} times W2² (gap {gap:.4g}, {gap / error:.1f} standard errors)."
+        f"The speed limit holds: Σ is {ratio:.3g} times W2² (gap {gap:.4g}, {gap / error:.1f} "
+        "standard errors)."
     )
     assert "bounds the entropy production of its laws from below" in report.verdict()
 
     doubtful = planted(w2_squared=report.entropy_production + 2 * error)
     assert doubtful.verdict().startswith(
-        f"The gap is negative, {-2 * error:.4g}, but by no more than 2.0 standard errors"
+        f"The gap is negative, {-2 * error:.4g}, but by no more than 2.0 standard errors: it "
+        "cannot be distinguished from 0."
     )
     violated = planted(w2_squared=report.entropy_production + 5 * error)
     assert violated.verdict().startswith(
-        f"The speed limit is violated by {5 * error:.4g}, 5.0 standard errors: Σ and W2² do not come from"
+        f"The speed limit is violated by {5 * error:.4g}, 5.0 standard errors: Σ and W2² do not "
+        "come from one geometry"
     )
     assert "holds" not in violated.verdict()
     assert float(violated.gap) < 0  # never clipped
@@ -585,11 +594,13 @@ def test_nothing_moved():
 def test_print():
     text = str(planted())
     lines = text.splitlines()
-    assert (
-        lines[0]
-        == "speed limit by a chain of 4 links in ExactTransport; standard errors: jackknife over 5 groups of 1 of 5 members"
+    assert lines[0] == (
+        "speed limit by a chain of 4 links in ExactTransport; standard errors: jackknife over 5 "
+        "groups of 1 of 5 members"
     )
     table = {line[:26].strip(): line[26:].split() for line in lines[1:-1]}
+    # The signs ± stand below each other.
+    assert len({line.index("±") for line in lines[1:-1] if "±" in line}) == 1
     report = planted()
     assert table["entropy production Σ"] == [
         f"{float(report.entropy_production):.6g}",
@@ -703,7 +714,10 @@ def test_a_run_that_left_the_numbers_is_refused_with_the_snapshot():
     positions = random_path(0, dtype=np.float32)
     positions[2:, 1] = np.nan
     positions[3:, 4, 0] = np.inf
-    sentence = r"must hold finite members, but 2 of them are not at the end, the first from snapshot 2 on; the likely cause is a learning rate"
+    sentence = (
+        "must hold finite members, but 2 of them are not at the end, the first from snapshot 2 on; "
+        "the likely cause is a learning rate"
+    )
     with pytest.raises(esl.InputError, match=sentence):
         esl.speed_limit(trajectory(positions), transport=esl.ExactTransport())
     good = random_path(1, dtype=np.float32)
@@ -737,9 +751,9 @@ BAD = {
     "`trajectory` must be a Trajectory or a sequence of at least two, but is a int": lambda path: {
         "trajectory": 3
     },
-    "`trajectory` must be a Trajectory or a sequence of at least two, but is a sequence of 1 items": lambda path: {
-        "trajectory": [path]
-    },
+    "`trajectory` must be a Trajectory or a sequence of at least two, but is a sequence of 1": (
+        lambda path: {"trajectory": [path]}
+    ),
     "`trajectory` must be a Trajectory or a sequence of at least two, but is a ": lambda path: {
         "trajectory": path.positions
     },

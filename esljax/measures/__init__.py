@@ -1,8 +1,9 @@
 """Σ, L², W2², their split and errors, the free energy, and the noise of batches."""
 
+from esljax.measures.balance import Balance, FreeEnergy
 from esljax.measures.chain import compared
 from esljax.measures.diagnosis import Evidence, Finding
-from esljax.measures.free_energy import Balance, FreeEnergy, free_energy
+from esljax.measures.free_energy import free_energy
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
 from esljax.measures.report import Interval, SpeedLimit, Split, average, concise, jackknife_groups
 from esljax.measures.speed_limit import speed_limit

@@ -1,9 +1,11 @@
-r"""What went wrong, if something did: findings about a report, each with its evidence, its likely causes in order and what to change.
+r"""Findings about a report: each with its evidence, its likely causes and the change to make.
 
-A finding is about what the numbers are worth, not about how good a schedule is. Every threshold stands here, with its reason.
+A finding is about the reliability of the numbers, not about the quality of a schedule. All
+thresholds are in this file, each with its reason.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -11,62 +13,72 @@ import numpy as np
 
 from esljax._types import Array, Float, Scalar
 
-# One false alarm in 30 000 healthy reports, if errors are Gaussian; they are not quite, and jackknife errors scatter by 10 to 20 %.
+# One false alarm in 30 000 healthy reports, if errors are Gaussian; they are not quite, and
+# jackknife errors scatter by 10 to 20 %.
 VIOLATION = 4.0
-# The usual shapes stay below 6 times W2² on a contracting flow and the worst of them, a decay by e⁵, at 5.2.
+# The usual schedules stay below 6 times W2² on a contracting flow; the worst of them, a decay by
+# e⁵, is at 5.2.
 EXTREME = 20.0
-# A chain that still changes by a fifth when every second snapshot goes has an error of the size of its temporal part.
+# A chain that still changes by a fifth without every second snapshot has an error of the size of
+# its temporal part.
 SPACING = 0.2
 NOISE = 0.2
 EPSILON = 0.1
-# A straight path at constant speed has no gap; by entropic transport at ε = .05 of the mean cost it came out up to 1.1 % of W2² below 0,
-# and at .1 up to 2.4 % (200 members in 1, 2 and 5 dimensions that spread threefold).
+# A straight path at constant speed has no gap; by entropic transport at ε = .05 of the mean cost it
+# came out up to 1.1 % of W2² below 0, and at .1 up to 2.4 % (200 members in 1, 2 and 5 dimensions
+# that spread threefold).
 INEXACT = 0.02
-# Members of a stable run, seen from where the ensemble started, stay within some ten times their typical distance.
+# Members of a stable run stay within some ten times their typical distance from the start of the
+# ensemble.
 DIVERGED = 100.0
-# Heating from a cold start raises E[Φ] by about d T/2, and a stable run never climbs far above where it began.
+# Heating from a cold start raises E[Φ] by about d T/2, and a stable run never climbs far above its
+# start.
 CLIMB = 10.0
 
 
 class Evidence(eqx.Module):
-    """What a diagnosis looks at besides the numbers of the report."""
+    """The observations of a run on which a diagnosis relies, beside the numbers of the report."""
 
     distances: Float[Array, "*runs snapshots n"]
-    """Of each member at each snapshot, from the mean of the start; not finite where the member is not."""
+    """The distance of each member at each snapshot from the mean of the start, shape (J+1, n), in
+    units of θ; not finite where the member is not."""
     energies: Float[Array, "*runs snapshots"] | None
-    """E[Φ] at the snapshots."""
+    """E[Φ] at the snapshots, shape (J+1,), in units of the potential. None for a recorded run."""
     temperature: Scalar | None
-    """The highest temperature of the run."""
+    """The highest temperature of the run, shape (), in units of the potential. None for a recorded
+    run."""
     doubled_epsilon: Scalar | None
-    """W2² at twice the ε of an entropic transport."""
+    """W2² at twice the ε of an entropic transport, shape (), in units of θ². None for other
+    transports."""
     coordinates: int = eqx.field(static=True)
-    """d, of what the transport compares."""
+    """d, the number of coordinates that the transport compares."""
     steps: int | None = eqx.field(static=True)
-    """K, if it is known."""
+    """K, the number of steps. None for a recorded run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a report."""
+    """One thing that is wrong with a report. `print` shows it in one line."""
 
     name: str
-    """Its name, always the same for the same kind of finding."""
+    """Its name, always the same for the same kind of finding, such as "bound violated"."""
     evidence: str
-    """What was seen, with numbers."""
+    """The observation, with numbers: a sentence."""
     causes: tuple[str, ...]
     """The likely causes, the likeliest first."""
     change: str
-    """What to change."""
+    """The change to make."""
 
     def __str__(self) -> str:
         return f"{self.name}: {self.evidence} Likely: {'; '.join(self.causes)}. Try: {self.change}."
 
 
 def diagnose(report: Any, convexity: float | None = None) -> tuple[Finding, ...]:
-    """All findings about one report, most serious first; none if nothing is wrong.
+    """All findings about one report, the most serious first; none if nothing is wrong.
 
-    **Args:** `report`: a `SpeedLimit` of one run or the average of several. `convexity`: a λ such that Φ is λ-convex, if there is one: the
-    sharper bound U·D ≥ (x/2)coth(x/2) W2², x = λU, is then checked too.
+    **Args:** `report`: a `SpeedLimit` of one run or the average of several. `convexity`: a λ such
+    that Φ is λ-convex, in units of the potential per θ²; with it the sharper bound
+    U·D ≥ (x/2)coth(x/2) W2², x = λU, is checked too.
     """
     checks = (
         _members,
@@ -80,11 +92,11 @@ def diagnose(report: Any, convexity: float | None = None) -> tuple[Finding, ...]
         _resolution,
         _extreme,
     )
-    found = [finding for check in checks for finding in check(report)]
-    return (*found, *([] if convexity is None else _convex(report, convexity)))
+    findings = [finding for check in checks for finding in check(report)]
+    return (*findings, *([] if convexity is None else _convex(report, convexity)))
 
 
-def _members(report: Any):
+def _members(report: Any) -> Iterator[Finding]:
     if report.evidence is None:
         return
     distances = np.asarray(report.evidence.distances, float)
@@ -111,7 +123,8 @@ def _members(report: Any):
         )
         yield Finding(
             "members diverged",
-            f"{len(members)} of {distances.shape[1]} members (number {listed}) left; the first {kind} from snapshot {first}{after}.",
+            f"{len(members)} of {distances.shape[1]} members (number {listed}) left; the first "
+            f"{kind} from snapshot {first}{after}.",
             (
                 "the learning rate is above the stability limit 2/(largest curvature)",
                 "the start holds members far outside",
@@ -121,12 +134,12 @@ def _members(report: Any):
         )
 
 
-def _convergence(report: Any):
+def _convergence(report: Any) -> Iterator[Finding]:
     if bool(report.converged):
         return
     evidence = report.evidence
     causes = ["too few iterations for this ε", "ε far below the squared spacing of the members"]
-    said = "At least one transport problem did not converge: do not trust these numbers."
+    sentence = "At least one transport problem did not converge: do not trust these numbers."
     if evidence is not None:
         squares = np.asarray(evidence.distances, float) ** 2
         with np.errstate(invalid="ignore"):
@@ -134,27 +147,28 @@ def _convergence(report: Any):
         if not np.isfinite(share):
             causes.insert(0, "members that are not finite")
         elif squares.shape[1] >= 8 and share > 0.5:
-            said += f" A single member holds {100 * share:.0f} % of the second moment."
+            sentence += f" A single member holds {100 * share:.0f} % of the second moment."
             causes.insert(0, "heavy tails: the second moment, and with it W2², may not exist")
         elif np.all(squares[0] == 0):
-            said += " All members start at one point."
+            sentence += " All members start at one point."
             causes.insert(0, "a point mass, for which entropic transport has no scale")
     yield Finding(
         "transport did not converge",
-        said,
+        sentence,
         tuple(causes),
-        "raise ε or `max_iterations`, or take an exact or sliced transport",
+        "raise ε or `max_iterations`, or use an exact or sliced transport",
     )
 
 
-def _violation(report: Any):
+def _violation(report: Any) -> Iterator[Finding]:
     error = report.standard_error
     if report.gap_upper is not None:
         gap, size = float(report.gap_upper), None if error is None else float(error.gap_upper)
     else:
         sigma = max(float(report.entropy_production), float(report.chained))
         gap, size = sigma - float(report.w2_squared), None if error is None else float(error.gap)
-    # What is no metric may miss the inequality by itself, by less than this where ε is well chosen.
+    # A transport that is no metric may miss the inequality by itself, by less than this at a
+    # suitable ε.
     inexact = 0.0 if report.is_bound else INEXACT * abs(float(report.w2_squared))
     if not gap < -max(rounding(report), inexact, 0 if size is None else VIOLATION * size):
         return
@@ -173,7 +187,7 @@ def _violation(report: Any):
     )
 
 
-def _negative(report: Any):
+def _negative(report: Any) -> Iterator[Finding]:
     sigma, error = float(report.entropy_production), report.standard_error
     size = 0.0 if error is None else VIOLATION * float(error.entropy_production)
     if sigma < -max(size, rounding(report)):
@@ -189,7 +203,7 @@ def _negative(report: Any):
         )
 
 
-def _stability(report: Any):
+def _stability(report: Any) -> Iterator[Finding]:
     evidence = report.evidence
     if evidence is None or evidence.energies is None:
         return
@@ -203,7 +217,8 @@ def _stability(report: Any):
         step = where * (evidence.steps or 0) // (len(energies) - 1)
         yield Finding(
             "rate above the stability limit",
-            f"E[Φ] climbs from {energies[where]:.4g} at step {step} to {energies[-1]:.4g}, which no heating at this temperature explains.",
+            f"E[Φ] climbs from {energies[where]:.4g} at step {step} to {energies[-1]:.4g}, which "
+            "no heating at this temperature explains.",
             (
                 "the learning rate exceeds 2/(largest curvature)",
                 "a drive that does work faster than the ensemble follows",
@@ -212,7 +227,7 @@ def _stability(report: Any):
         )
 
 
-def _epsilon(report: Any):
+def _epsilon(report: Any) -> Iterator[Finding]:
     doubled = None if report.evidence is None else report.evidence.doubled_epsilon
     if doubled is None:
         return
@@ -227,7 +242,7 @@ def _epsilon(report: Any):
         )
 
 
-def _spacing(report: Any):
+def _spacing(report: Any) -> Iterator[Finding]:
     coarse = report.entropy_production_coarse
     if coarse is None:
         return
@@ -235,17 +250,19 @@ def _spacing(report: Any):
     if abs(chain - float(coarse)) > SPACING * abs(chain):
         yield Finding(
             "Σ not converged in snapshot spacing",
-            f"The chain's Σ is {chain:.4g} with all snapshots and {float(coarse):.4g} with every second one.",
+            f"The chain's Σ is {chain:.4g} with all snapshots and {float(coarse):.4g} with every "
+            "second one.",
             (
                 "too few snapshots where the ensemble is fast",
                 "sampling noise in every link, if n is small",
                 "injected noise in every link",
             ),
-            "take more snapshots; if Σ then rises without end, take more members or a velocity estimator instead of the chain",
+            "take more snapshots; if Σ then rises without end, use more members, or a velocity "
+            "estimator instead of the chain",
         )
 
 
-def _noise(report: Any):
+def _noise(report: Any) -> Iterator[Finding]:
     if (
         report.noise_floor is None
         or report.identity_fraction is None
@@ -256,7 +273,8 @@ def _noise(report: Any):
     if float(report.noise_floor) > NOISE * chain:
         yield Finding(
             "noise-dominated chain",
-            f"Injected noise alone contributes about {float(report.noise_floor):.3g} to the chain's Σ of {chain:.3g}.",
+            f"Injected noise alone contributes about {float(report.noise_floor):.3g} to the "
+            f"chain's Σ of {chain:.3g}.",
             (
                 "the temperature is high for so few members in so many dimensions",
                 "snapshots so dense that noise outweighs the drift",
@@ -265,7 +283,7 @@ def _noise(report: Any):
         )
 
 
-def _resolution(report: Any):
+def _resolution(report: Any) -> Iterator[Finding]:
     if (
         report.evidence is None
         or report.identity_fraction is None
@@ -276,14 +294,15 @@ def _resolution(report: Any):
     if n <= d:
         yield Finding(
             "n too small for d",
-            f"In {100 * float(report.identity_fraction):.0f} % of the links each of the {n} members in {d} dimensions is its own best "
-            "partner: the numbers describe the members' paths, not a resolved density.",
+            f"In {100 * float(report.identity_fraction):.0f} % of the links each of the {n} "
+            f"members in {d} dimensions is its own best partner: the numbers describe the members' "
+            "paths, not a resolved density.",
             ("fewer members than dimensions",),
             "project to fewer coordinates, measure features, or read Σ as the action of paths",
         )
 
 
-def _extreme(report: Any):
+def _extreme(report: Any) -> Iterator[Finding]:
     sigma, whole = float(report.entropy_production), float(report.w2_squared)
     if sigma > EXTREME * abs(whole) and sigma > rounding(report):
         yield Finding(
@@ -294,11 +313,12 @@ def _extreme(report: Any):
                 "sampling noise in every link of the chain",
                 "housekeeping: circulation that moves no mass",
             ),
-            "compare `temporal`, `geometric` and `housekeeping`, and the chain with every second snapshot",
+            "compare `temporal`, `geometric` and `housekeeping`, and the chain with every second "
+            "snapshot",
         )
 
 
-def _convex(report: Any, convexity: float):
+def _convex(report: Any, convexity: float) -> Iterator[Finding]:
     x = convexity * float(report.learning_time)
     sharpened = (x / 2 / np.tanh(x / 2) if x else 1.0) * float(report.w2_squared)
     product = float(report.learning_time * report.dissipation)
@@ -323,7 +343,7 @@ def _convex(report: Any, convexity: float):
 
 
 def rounding(report: Any) -> float:
-    """The size of a gap that rounding alone can make."""
+    """The largest gap that rounding alone can make."""
     dtype = np.asarray(report.entropy_production).dtype
     return (
         8

@@ -1,24 +1,25 @@
-r"""The free-energy monitor: F = E Φ - T H of an ensemble over training time, and the balance that checks its dissipation.
+r"""The free-energy monitor: the energies, entropies, work and dissipation of an ensemble.
 
-    dF/ds = E[∂_s Φ] - (dT/ds) H - E‖v‖²/η        hence        D = F₀ - F₁ + work + tempering
-    work = ∫ E[∂_s Φ] ds        tempering = -∫ (dT/ds) H ds        D = ∫ E‖v‖²/η ds
+The balance D = F₀ - F₁ + work + tempering checks them against each other (`balance`). D is measured
+from velocities at snapshots, D = ∫ E‖g‖² du in learning time u, or from a chain of transport
+distances, D = Σ_j dist_j²/U_j.
 
-The left side is measured from velocities (or a chain of transport distances), the right side from energies and entropies. With a fixed
-potential and temperature the whole drop of F is dissipated; ΔE and Δ(TH) are then book-keeping, and no part of the drop is reversible.
-
-Work is summed over the links between snapshots, as the change of the potential averaged over the members of both ends,
+Work is summed over the links between snapshots, as the change of the potential averaged over the
+members of both ends,
 
     work_j = ½ (E_{q_j} + E_{q_{j+1}}) [Φ_{j+1} - Φ_j],
 
-which is the trapezoidal rule for ∫ E[∂_s Φ] ds (error ∝ 1/J²) where the drive is smooth, needs no derivative where it is not, and keeps
-the first law exact on samples: ΔE = work + heat with heat_j the change of ½ (Φ_j + Φ_{j+1}) along the members' paths (Sekimoto, Prog.
-Theor. Phys. Suppl. 130, 17 (1998)). The jumps of a `Driven` potential at its ends add E_{q_0}[Φ_0 - Φ_before] and
+which is the trapezoidal rule for ∫ E[∂_s Φ] ds (error ∝ 1/J²) where the drive is smooth, needs no
+derivative where it is not, and keeps the first law exact on samples: ΔE = work + heat with heat_j
+the change of ½ (Φ_j + Φ_{j+1}) along the members' paths (Sekimoto, Prog. Theor. Phys. Suppl. 130,
+17 (1998)). The jumps of a `Driven` potential at its ends add E_{q_0}[Φ_0 - Φ_before] and
 E_{q_J}[Φ_after - Φ_J] exactly.
 
-Every number is a mean over members of a sum over time, so its standard error counts the correlations along a path. Source: Okanohara, arXiv
-2601.17607.
+Every number is a mean over members of a sum over time, so its standard error counts the
+correlations along a path. Source: Okanohara, arXiv 2601.17607.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,12 +28,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import known, refuse
-from esljax._types import Array, Float
+from esljax._checks import refuse
+from esljax._numerics import safe_divide
+from esljax._types import Array, Float, Int
 from esljax.density import AbstractEntropy, TransportedEntropy
+from esljax.measures.balance import NUMBERS, FreeEnergy
 from esljax.measures.report import jackknife_groups
-from esljax.measures.velocities import learning_clock, member_rates
+from esljax.measures.velocities import member_rates, spans
 from esljax.potentials import AbstractPotential, Driven
+from esljax.results import StandardErrors
 from esljax.sharding import bring, map_pairs
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
 from esljax.transport import (
@@ -44,230 +48,6 @@ from esljax.transport import (
 from esljax.velocity import AbstractVelocity
 
 
-class Balance(eqx.Module):
-    """One number for each part of a `FreeEnergy`: here the standard errors. (J+1,) for the first three, shape () for the others."""
-
-    energy: Float[Array, "*runs snapshots"]
-    entropy: Float[Array, "*runs snapshots"]
-    free_energy: Float[Array, "*runs snapshots"]
-    energy_change: Float[Array, "*runs"]
-    heat_content_change: Float[Array, "*runs"]
-    free_energy_change: Float[Array, "*runs"]
-    work: Float[Array, "*runs"]
-    heat: Float[Array, "*runs"]
-    tempering: Float[Array, "*runs"]
-    dissipation_by_balance: Float[Array, "*runs"]
-    entropy_production_by_balance: Float[Array, "*runs"]
-    dissipation: Float[Array, "*runs"] | None
-    residual: Float[Array, "*runs"] | None
-
-
-class FreeEnergy(eqx.Module):
-    """E, H and F = E - T H at the snapshots of a run, and its balance. `print` shows a table; every number differentiates.
-
-    Energies are in units of the potential, entropies in nats. Where a `Driven` potential jumps at its ends, the first row is before and the
-    last row after the jump.
-    """
-
-    times: Float[Array, "*runs snapshots"]
-    """The training times s_j of the snapshots, (J+1,)."""
-    temperature: Float[Array, "*runs snapshots"]
-    """T at these times; at s = 1 the last that acted."""
-    mobility: Float[Array, "*runs J"]
-    """The learning time per unit of training time of each link, the mean of η(s) over it."""
-    energy: Float[Array, "*runs snapshots"]
-    """E Φ."""
-    entropy: Float[Array, "*runs snapshots"]
-    """H."""
-    work_of_links: Float[Array, "*runs J"]
-    """∫ E[∂_s Φ] ds of each link, jumps at the ends included."""
-    dissipation_of_links: Float[Array, "*runs J"] | None
-    """D of each link from velocities or transport; None if neither was asked for."""
-    dissipation_coarse: Float[Array, "*runs"] | None = None
-    """D from every second snapshot, if their number allows it."""
-    standard_error: Balance | None = None
-    """Standard errors under the same names."""
-    source: str = eqx.field(static=True, default="")
-    """What made these numbers, in words."""
-    errors: str = eqx.field(static=True, default="none")
-    """What the standard errors are taken over, in words."""
-
-    @property
-    def heat_content(self) -> Float[Array, "*runs snapshots"]:
-        """T H at the snapshots; 0 where T = 0, also for members in one point."""
-        return jnp.where(self.temperature > 0, self.temperature * self.entropy, 0)
-
-    @property
-    def free_energy(self) -> Float[Array, "*runs snapshots"]:
-        """F = E Φ - T H at the snapshots."""
-        return self.energy - self.heat_content
-
-    @property
-    def energy_change(self) -> Float[Array, "*runs"]:
-        """ΔE = E₁ - E₀."""
-        return self.energy[..., -1] - self.energy[..., 0]
-
-    @property
-    def heat_content_change(self) -> Float[Array, "*runs"]:
-        """T₁H₁ - T₀H₀."""
-        return self.heat_content[..., -1] - self.heat_content[..., 0]
-
-    @property
-    def free_energy_change(self) -> Float[Array, "*runs"]:
-        """F₁ - F₀."""
-        return self.free_energy[..., -1] - self.free_energy[..., 0]
-
-    @property
-    def work(self) -> Float[Array, "*runs"]:
-        """∫ E[∂_s Φ] ds: the energy that the drive puts in."""
-        return jnp.sum(self.work_of_links, axis=-1)
-
-    @property
-    def heat(self) -> Float[Array, "*runs"]:
-        """ΔE - work: the energy that the members take up by moving; negative where they give it to the bath."""
-        return self.energy_change - self.work
-
-    @property
-    def tempering_of_links(self) -> Float[Array, "*runs J"]:
-        """-∫ H dT of each link."""
-        change = jnp.diff(self.temperature, axis=-1)
-        # An entropy of -inf (members in one point) costs nothing where the temperature stands still.
-        return jnp.where(
-            change != 0, -change * (self.entropy[..., 1:] + self.entropy[..., :-1]) / 2, 0
-        )
-
-    @property
-    def tempering(self) -> Float[Array, "*runs"]:
-        """-∫ (dT/ds) H ds: what a change of temperature does to F."""
-        return jnp.sum(self.tempering_of_links, axis=-1)
-
-    @property
-    def balance_of_links(self) -> Float[Array, "*runs J"]:
-        """D of each link as it follows from energies and entropies, F_j - F_{j+1} + work_j + tempering_j."""
-        return (
-            self.free_energy[..., :-1]
-            - self.free_energy[..., 1:]
-            + self.work_of_links
-            + self.tempering_of_links
-        )
-
-    @property
-    def dissipation_by_balance(self) -> Float[Array, "*runs"]:
-        """D = F₀ - F₁ + work + tempering."""
-        return jnp.sum(self.balance_of_links, axis=-1)
-
-    @property
-    def entropy_production_by_balance(self) -> Float[Array, "*runs"]:
-        """Σ = ∫ η dD from the same, with the mean mobility of each link: exact for constant learning rates, to order 1/J² for others."""
-        return jnp.sum(self.mobility * self.balance_of_links, axis=-1)
-
-    @property
-    def dissipation(self) -> Float[Array, "*runs"] | None:
-        """D from velocities or transport."""
-        return (
-            None
-            if self.dissipation_of_links is None
-            else jnp.sum(self.dissipation_of_links, axis=-1)
-        )
-
-    @property
-    def residual(self) -> Float[Array, "*runs"] | None:
-        """F₀ - F₁ + work + tempering - D, which is 0 but for sampling, the spacing of snapshots and the finite steps of the run."""
-        return None if self.dissipation is None else self.dissipation_by_balance - self.dissipation
-
-    def verdict(self) -> str:
-        """In words: whether the books balance and by how many standard errors, and what casts doubt on the numbers."""
-        if not self._is_one_run():
-            return "Several runs in one report: index or average them before asking for a verdict."
-        return " ".join(self._sentences())
-
-    def __str__(self) -> str:
-        if not self._is_one_run():
-            return repr(self)
-        lines = [f"free energy by {self.source}; standard errors: {self.errors}"]
-        lines.append(f"{'s':>6}{'T':>12}{'E':>24}{'H':>24}{'F = E - T H':>24}")
-        count = self.times.shape[0]
-        # Eleven rows show a run; all numbers are in the fields.
-        for j in np.unique(np.linspace(0, count - 1, min(count, 11)).round().astype(int)):
-            cells = "".join(
-                f"{self._number(name, j):>24}" for name in ("energy", "entropy", "free_energy")
-            )
-            lines.append(f"{float(self.times[j]):>6.3f}{float(self.temperature[j]):>12.5g}{cells}")
-        rows = [
-            ("ΔE", "energy_change"),
-            ("Δ(TH)", "heat_content_change"),
-            ("ΔF = ΔE - Δ(TH)", "free_energy_change"),
-            ("work ∫E[∂Φ/∂s]ds", "work"),
-            ("heat ΔE - work", "heat"),
-            ("tempering -∫H dT", "tempering"),
-            ("D = work + tempering - ΔF", "dissipation_by_balance"),
-            ("D measured", "dissipation"),
-            ("residual", "residual"),
-            ("Σ by balance", "entropy_production_by_balance"),
-        ]
-        lines += [
-            f"{label:<28}{self._number(name):>24}"
-            for label, name in rows
-            if getattr(self, name) is not None
-        ]
-        return "\n".join([*lines, self.verdict()])
-
-    def _number(self, name: str, row: Any = None) -> str:
-        value, error = getattr(self, name), getattr(self.standard_error, name, None)
-        value, error = (
-            (value, error) if row is None else (value[row], None if error is None else error[row])
-        )
-        return f"{float(value):.6g}" + ("" if error is None else f" ± {float(error):.2g}")
-
-    def _is_one_run(self) -> bool:
-        return known(self.energy) and np.ndim(self.energy) == 1
-
-    def _sentences(self) -> list[str]:
-        if not np.isfinite(float(self.dissipation_by_balance)):
-            return [
-                "No verdict: the numbers are not finite; members that coincide or lie in a plane have no entropy."
-            ]
-        said = []
-        if self.residual is None or self.dissipation is None:
-            said.append(
-                f"Energies and entropies say that {float(self.dissipation_by_balance):.4g} was dissipated; nothing checks it here."
-            )
-        else:
-            residual, error = (
-                float(self.residual),
-                None if self.standard_error is None else self.standard_error.residual,
-            )
-            size = abs(residual) / float(error) if error is not None and float(error) > 0 else None
-            share = f"{abs(residual) / max(abs(float(self.dissipation)), 1e-300):.2g} of D"
-            if size is None:
-                said.append(f"The books balance to {share}; no standard error to judge that by.")
-            elif size <= 3:
-                said.append(
-                    f"The books balance: the residual is {size:.1f} standard errors, {share}."
-                )
-            else:
-                said.append(
-                    f"The books do not balance: the residual is {size:.1f} standard errors, {share}; an estimate of E, H or D is off."
-                )
-            if self.dissipation_coarse is not None:
-                # The trapezoidal rule's error falls as 1/J², so a third of the last change is what all further halvings would add.
-                change = float(self.dissipation) - float(self.dissipation_coarse)
-                said.append(
-                    f"Halving the number of snapshots changes D by {change:.2g}, so spacing still hides about {change / 3:.1g}."
-                )
-        if not bool(
-            np.all(np.asarray(self.temperature) == np.asarray(self.temperature)[0])
-        ) or float(jnp.max(jnp.abs(self.work_of_links))):
-            said.append(
-                "Work and tempering are what the controls did to F; the rest of its change was dissipated."
-            )
-        else:
-            said.append(
-                "Potential and temperature are fixed, so the whole drop of F is dissipation."
-            )
-        return said
-
-
 def free_energy(
     trajectory: Trajectory | Sequence[Trajectory],
     potential: AbstractPotential | Driven,
@@ -277,32 +57,53 @@ def free_energy(
     transport: AbstractTransport | None = None,
     jackknife: int = 32,
 ) -> FreeEnergy:
-    """Follow the free energy of a run and hold its drop against what was dissipated.
+    """Follow the free energy of a run and compare its drop with the dissipation.
 
     **Args:**
-    - `trajectory`: one run, or several: a sequence, or one made by `jax.vmap(simulate)` with positions (runs, J+1, n, d).
-    - `potential`: the potential of the run; energies are over all its data, whatever batches the run saw.
-    - `entropy`: what estimates H at every snapshot, or `TransportedEntropy(start)`, which follows it along `velocity`.
-    - `velocity`: what estimates D at every snapshot, on the clock of learning time, as in `speed_limit`.
-    - `transport`: instead of `velocity`, D from the chain Σ_j dist²/U_j, a lower bound but for sampling noise. Without either, D is known
-      by balance alone.
-    - `jackknife`: with a `transport` or a `TransportedEntropy`, the most groups of members left out in turn for the standard errors, each
-      of which repeats that estimate; 0 for no errors. Without them errors are taken over members and cost nothing.
+    - `trajectory`: one run, or several: a sequence, or one made by `jax.vmap(simulate)` with
+      positions (runs, J+1, n, d).
+    - `potential`: the potential of the run; energies are over all its data, whatever batches the
+      run saw.
+    - `entropy`: an estimator of H at every snapshot, or `TransportedEntropy(start)`, which follows
+      H along `velocity`.
+    - `velocity`: an estimator of D at every snapshot, on the clock of learning time, as in
+      `speed_limit`.
+    - `transport`: instead of `velocity`, D from the chain Σ_j dist²/U_j, a lower bound but for
+      sampling noise. Without either, D is known by balance alone.
+    - `jackknife`: with a `transport` or a `TransportedEntropy`, the most groups of members left out
+      in turn for the standard errors, each of which repeats that estimate; 0 for no errors. Without
+      them errors are taken over members and cost nothing.
 
-    **Returns:** `FreeEnergy`; `print` shows it with a verdict. Of several runs, the mean of each number, with errors from their spread.
-    **Raises:** `InputError` for observed runs (whose positions are gone), members that are not finite, and estimators that do not fit.
-    **Differentiation:** in the trajectory, and so in whatever made it, and in the potential: forward and reverse where the entropy, the
-    velocity and the transport are. Put the call inside the function that is differentiated, with `simulate` before it.
+    **Returns:** `FreeEnergy`; `print` shows it with a verdict. Of several runs, the mean of each
+    number, with errors from their spread.
+    **Raises:** `InputError` for observed runs (whose positions are gone), members that are not
+    finite, and estimators that do not fit.
+    **Differentiation:** in the trajectory, and so in everything that made it, and in the potential:
+    forward and reverse where the entropy, the velocity and the transport are. Put the call inside
+    the function that is differentiated, with `simulate` before it.
+    **Reference:** Okanohara, arXiv 2601.17607.
 
     **Example:**
 
-        >>> report = free_energy(path, potential, entropy=GaussianEntropy(), velocity=AffineVelocity())
-        >>> print(report)
+        >>> import jax
+        >>> import esljax as esl
+        >>> potential, start = esl.Quadratic(1.0), jax.random.normal(jax.random.key(0), (40, 1))
+        >>> rule = esl.Langevin(0.05, 0.1)
+        >>> path = esl.simulate(potential, rule, start, steps=20, key=jax.random.key(1))
+        >>> books = esl.free_energy(
+        ...     path,
+        ...     potential,
+        ...     entropy=esl.density.GaussianEntropy(),
+        ...     velocity=esl.AffineVelocity(),
+        ... )
+        >>> bool(abs(books.residual) < 5 * books.standard_error.residual)
+        True
     """
     if not isinstance(trajectory, Trajectory):
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
     _check(trajectory, potential, entropy, velocity, transport)
+    # Devices are settled here, once.
     trajectory = on_devices(trajectory)
     potential, entropy, velocity, transport = bring(
         (potential, entropy, velocity, transport), trajectory.mesh
@@ -313,11 +114,18 @@ def free_energy(
 
 
 @eqx.filter_jit
-def _of_one(trajectory, potential, entropy, velocity, transport, jackknife: int) -> FreeEnergy:
-    each = _of_each_member(trajectory, potential, entropy, velocity, transport)
+def _of_one(
+    trajectory: Trajectory,
+    potential: Any,
+    entropy: Any,
+    velocity: AbstractVelocity | None,
+    transport: AbstractTransport | None,
+    jackknife: int,
+) -> FreeEnergy:
     members = trajectory.positions.shape[1]
+    each = _of_each_member(trajectory, potential, entropy, velocity, transport)
     of_all = _of_all_members(trajectory, potential, entropy, velocity, transport)
-    report = _replaced(_mean(each), **of_all)
+    report = dataclasses.replace(_mean(each), **of_all)
     jointly = [name for name in ("entropy", "dissipation_of_links") if name in of_all]
     if not jointly:
         return _with_errors(report, each, f"over {members} members")
@@ -326,125 +134,108 @@ def _of_one(trajectory, potential, entropy, velocity, transport, jackknife: int)
     if kept is None:
         return report
     groups, size = kept.shape[0], members - kept.shape[1]
-
-    def without(rows):
-        fewer = eqx.tree_at(lambda run: run.positions, trajectory, trajectory.positions[:, rows])
-        return {
-            "entropy": _of_all_members(fewer, potential, entropy, velocity, transport)["entropy"]
-        }
-
+    subsets = jnp.asarray(kept)
     if transport is None:
-        left = jax.lax.map(without, jnp.asarray(kept))
+        left = {"entropy": _entropies_without(trajectory, potential, entropy, velocity, subsets)}
     else:
-        left = {
-            "dissipation_of_links": _chain(
-                trajectory, 1, _spans(trajectory), transport, jnp.asarray(kept)
-            )
-        }
-    # What is no mean over members is made one over groups by the pseudo-values of the jackknife (Tukey, 1958).
+        left = {"dissipation_of_links": _chain(trajectory, 1, transport, subsets)}
+    # The jackknife's pseudo-values (Tukey, 1958) turn a number of the whole ensemble into a mean
+    # over groups.
     pseudo = {name: groups * of_all[name] - (groups - 1) * left[name] for name in jointly}
     grouped = jax.tree.map(
         lambda x: jnp.mean(x[: groups * size].reshape(groups, size, *x.shape[1:]), axis=1), each
     )
-    return _with_errors(
-        report,
-        _replaced(grouped, **pseudo),
-        f"jackknife over {groups} groups of {size} of {members} members",
-    )
+    words = f"jackknife over {groups} groups of {size} of {members} members"
+    return _with_errors(report, dataclasses.replace(grouped, **pseudo), words)
 
 
 @eqx.filter_jit
-def _of_several(trajectory, potential, entropy, velocity, transport) -> FreeEnergy:
-    def one(trajectory):
-        each = _of_each_member(trajectory, potential, entropy, velocity, transport)
-        return _replaced(
-            _mean(each), **_of_all_members(trajectory, potential, entropy, velocity, transport)
-        )
+def _of_several(
+    trajectory: Trajectory,
+    potential: Any,
+    entropy: Any,
+    velocity: AbstractVelocity | None,
+    transport: AbstractTransport | None,
+) -> FreeEnergy:
+    def one(run: Trajectory) -> FreeEnergy:
+        each = _of_each_member(run, potential, entropy, velocity, transport)
+        of_all = _of_all_members(run, potential, entropy, velocity, transport)
+        return dataclasses.replace(_mean(each), **of_all)
 
     reports = jax.lax.map(one, trajectory)
-    return _with_errors(
-        _mean(reports), reports, f"spread over {trajectory.positions.shape[0]} independent runs"
-    )
+    words = f"spread over {trajectory.positions.shape[0]} independent runs"
+    return _with_errors(_mean(reports), reports, words)
 
 
 def _of_each_member(
-    trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any
+    trajectory: Trajectory,
+    potential: Any,
+    entropy: Any,
+    velocity: AbstractVelocity | None,
+    transport: AbstractTransport | None,
 ) -> FreeEnergy:
-    """What each member contributes to every number, on a leading axis of length n: the report is their mean."""
-    energy, work = _energies(trajectory, potential)
-    spans = _spans(trajectory)[:, None]
-    links, members = spans.shape[0], energy.shape[1]
-    rates = (
-        None
-        if velocity is None
-        else member_rates(trajectory, GaussianTransport(), velocity, potential)
-    )
-    if isinstance(entropy, TransportedEntropy):
-        entropies = jnp.zeros_like(energy)  # of all members together, to be filled in
-    else:
-        entropies = jax.lax.map(
-            lambda members: entropy.estimate(members).contributions, trajectory.positions
-        )
-    temperatures: Any = trajectory.temperatures
-    steps = np.minimum(
-        np.arange(links + 1) * (temperatures.shape[0] // links), temperatures.shape[0] - 1
-    )
-    coarse = spans[::2] + spans[1::2] if links % 2 == 0 else None
+    """The share of each member in every number, on a leading axis (n,): the report is their mean.
 
-    def alike(x):
+    Numbers that belong to the ensemble as a whole are missing here: `_of_all_members` adds them.
+    """
+    energy, work = _energies(trajectory, potential)
+    links, members = work.shape
+    along = coarse = None
+    if velocity is not None:
+        along, coarse = _dissipation(trajectory, potential, velocity)
+
+    def alike(x: Array) -> Array:
         return jnp.broadcast_to(x, (members, *x.shape))
 
     return FreeEnergy(
         times=alike(trajectory.times),
-        temperature=alike(temperatures[steps]),
-        mobility=alike(spans[:, 0] / jnp.diff(trajectory.times)),
+        temperature=alike(_temperatures(trajectory)),
+        mobility=alike(spans(trajectory) / jnp.diff(trajectory.times)),
         energy=energy.T,
-        entropy=entropies.T,
+        entropy=_entropies(trajectory, entropy).T,
         work_of_links=work.T,
-        dissipation_of_links=None if rates is None else _trapezoids(rates.whole, spans).T,
-        dissipation_coarse=None
-        if rates is None or coarse is None
-        else jnp.sum(_trapezoids(rates.whole[::2], coarse), axis=0),
+        dissipation_of_links=along,
+        dissipation_coarse=coarse,
         source=_source(entropy, velocity, transport, links),
     )
 
 
 def _of_all_members(
-    trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any
-) -> dict[str, Any]:
-    """The numbers of a report that belong to the ensemble as a whole and are no mean over members."""
-    found: dict[str, Any] = {}
-    spans = _spans(trajectory)
+    trajectory: Trajectory,
+    potential: Any,
+    entropy: Any,
+    velocity: AbstractVelocity | None,
+    transport: AbstractTransport | None,
+) -> dict[str, Array]:
+    """The numbers of a report that belong to the ensemble as a whole and are no mean over
+    members."""
+    numbers = {}
     if isinstance(entropy, TransportedEntropy):
-        divergence = member_rates(trajectory, GaussianTransport(), velocity, potential).divergence
-        if divergence is None:
-            raise refuse(
-                "velocity",
-                "know its divergence, which TransportedEntropy follows",
-                f"is {type(velocity).__name__}",
-            )
-        start = entropy.start.estimate(trajectory.positions[0]).value
-        found["entropy"] = jnp.concatenate(
-            [start[None], start + jnp.cumsum(_trapezoids(jnp.mean(divergence, axis=1), spans))]
-        )
+        numbers["entropy"] = _transported(trajectory, potential, entropy, velocity)
     if transport is not None:
-        found["dissipation_of_links"] = _chain(trajectory, 1, spans, transport)
-        if spans.size % 2 == 0:
-            found["dissipation_coarse"] = jnp.sum(
-                _chain(trajectory, 2, spans[::2] + spans[1::2], transport)
-            )
-    return found
+        numbers["dissipation_of_links"] = _chain(trajectory, 1, transport)
+        if trajectory.positions.shape[0] % 2:
+            numbers["dissipation_coarse"] = jnp.sum(_chain(trajectory, 2, transport))
+    return numbers
+
+
+def _temperatures(trajectory: Trajectory) -> Float[Array, " snapshots"]:
+    """T of the step that starts at each snapshot; at the end that of the last step."""
+    temperatures: Any = trajectory.temperatures
+    steps, links = temperatures.shape[0], trajectory.positions.shape[0] - 1
+    return temperatures[np.minimum(np.arange(links + 1) * (steps // links), steps - 1)]
 
 
 def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
-    """Φ of every member at every snapshot (J+1, n), outside the jumps at the ends, and the work on it along every link (J, n)."""
+    """Φ of every member at every snapshot (J+1, n), outside the jumps at the ends, and the work on
+    it along every link (J, n)."""
     positions, times = trajectory.positions, trajectory.times
     if not isinstance(potential, Driven):
         energy = jax.lax.map(jax.vmap(potential.energy), positions)
         return energy, jnp.zeros_like(energy[1:])
     links = positions.shape[0] - 1
 
-    def at_snapshot(j_and_members):
+    def at_snapshot(j_and_members: tuple[Array, Array]) -> Array:
         j, members = j_and_members
         near = times[jnp.clip(jnp.stack([j - 1, j, j + 1]), 0, links)]
         return jax.lax.map(lambda s: jax.vmap(potential.at(s).energy)(members), near)
@@ -452,89 +243,124 @@ def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
     earlier, now, later = jnp.moveaxis(
         jax.lax.map(at_snapshot, (jnp.arange(links + 1), positions)), 1, 0
     )
-    start, end = (
-        jax.vmap(potential.at_start().energy)(positions[0]),
-        jax.vmap(potential.at_end().energy)(positions[-1]),
-    )
+    start = jax.vmap(potential.at_start().energy)(positions[0])
+    end = jax.vmap(potential.at_end().energy)(positions[-1])
+    # ½ (E_j + E_{j+1}) [Φ_{j+1} - Φ_j] for each member, then the jumps.
     work = (later[:-1] - now[:-1] + now[1:] - earlier[1:]) / 2
-    return now.at[0].set(start).at[-1].set(end), work.at[0].add(now[0] - start).at[-1].add(
-        end - now[-1]
+    work = work.at[0].add(now[0] - start).at[-1].add(end - now[-1])
+    return now.at[0].set(start).at[-1].set(end), work
+
+
+def _entropies(trajectory: Trajectory, entropy: Any) -> Float[Array, "snapshots n"]:
+    """The share of each member in H at every snapshot; 0 where H belongs to the ensemble alone."""
+    if isinstance(entropy, TransportedEntropy):
+        return jnp.zeros(trajectory.positions.shape[:2], trajectory.positions.dtype)
+    return jax.lax.map(
+        lambda members: entropy.estimate(members).contributions, trajectory.positions
     )
+
+
+def _transported(
+    trajectory: Trajectory, potential: Any, entropy: TransportedEntropy, velocity: Any
+) -> Float[Array, " snapshots"]:
+    """H(s) = H(0) + ∫ E[∇·v] ds at every snapshot."""
+    divergence = member_rates(trajectory, GaussianTransport(), velocity, potential).divergence
+    if divergence is None:
+        raise refuse(
+            "velocity",
+            "know its divergence, which TransportedEntropy follows",
+            f"is {type(velocity).__name__}",
+        )
+    start = entropy.start.estimate(trajectory.positions[0]).value
+    gained = _trapezoids(jnp.mean(divergence, axis=1), spans(trajectory))
+    return jnp.concatenate([start[None], start + jnp.cumsum(gained)])
+
+
+def _entropies_without(
+    trajectory: Trajectory,
+    potential: Any,
+    entropy: TransportedEntropy,
+    velocity: Any,
+    subsets: Int[Array, "groups kept"],
+) -> Float[Array, "groups snapshots"]:
+    """The transported entropy of each of the subsets of the members."""
+
+    def of_subset(kept: Array) -> Array:
+        fewer = eqx.tree_at(lambda run: run.positions, trajectory, trajectory.positions[:, kept])
+        return _transported(fewer, potential, entropy, velocity)
+
+    return jax.lax.map(of_subset, subsets)
+
+
+def _dissipation(
+    trajectory: Trajectory, potential: Any, velocity: AbstractVelocity
+) -> tuple[Array, Array | None]:
+    """D = ∫ g² du, the share of each member: of every link (n, J), and in all from every second
+    snapshot (n,), if their number allows it."""
+    rates = member_rates(trajectory, GaussianTransport(), velocity, potential).whole
+    learning_times = spans(trajectory)[:, None]
+    along = _trapezoids(rates, learning_times).T
+    if learning_times.shape[0] % 2:
+        return along, None
+    coarse = _trapezoids(rates[::2], learning_times[::2] + learning_times[1::2])
+    return along, jnp.sum(coarse, axis=0)
 
 
 def _chain(
     trajectory: Trajectory,
     stride: int,
-    spans: Array,
     transport: AbstractTransport,
-    subsets: Array | None = None,
+    subsets: Int[Array, "groups kept"] | None = None,
 ) -> Array:
-    """D of every link, or of every `stride` of them, from the transport between its ends; of some members if `subsets` lists them."""
+    """D = dist²/U of every link, or of every two for a `stride` of 2, (J,); of each of some subsets
+    of the members, (groups, J)."""
     ends = np.arange(0, trajectory.positions.shape[0], stride)
 
-    def solve(shared, x, y):
+    def solve(
+        shared: tuple[AbstractTransport, Array | None], x: Array, y: Array
+    ) -> Float[Array, "*groups"]:
         transport, subsets = shared
-
-        def one(x, y):
+        if subsets is None:
             return transport.solve(x, y).squared
+        return jax.lax.map(lambda kept: transport.solve(x[kept], y[kept]).squared, subsets)
 
-        return (
-            one(x, y)
-            if subsets is None
-            else jax.lax.map(lambda rows: one(x[rows], y[rows]), subsets)
-        )
-
-    # Members are left out where two snapshots lie whole already: elsewhere the history would be gathered for each group.
+    # Members leave where two whole snapshots already lie together: elsewhere the history would be
+    # gathered for each group.
     shared, positions = (transport, subsets), trajectory.positions
     squared = map_pairs(
         solve, shared, positions, ends[:-1], ends[1:], trajectory.mesh, in_turn=transport.in_turn
     )
-    squared = squared if subsets is None else squared.T
-    return jnp.where(spans > 0, squared / jnp.where(spans > 0, spans, 1), 0)
+    learning_times = spans(trajectory)
+    if stride == 2:
+        learning_times = learning_times[::2] + learning_times[1::2]
+    return safe_divide(squared if subsets is None else squared.T, learning_times)
+
+
+def _trapezoids(values: Array, learning_times: Array) -> Array:
+    """∫ over each link between the rows of `values`."""
+    return learning_times * (values[1:] + values[:-1]) / 2
 
 
 def _source(entropy: Any, velocity: Any, transport: Any, links: int) -> str:
-    named = type(entropy).__name__
+    name = type(entropy).__name__
     if isinstance(entropy, TransportedEntropy):
-        named = f"{named} from {type(entropy.start).__name__}"
-    measured = "" if velocity is None else f" and {type(velocity).__name__}"
-    measured = measured if transport is None else f" and a chain in {type(transport).__name__}"
-    return f"{named}{measured} at {links + 1} snapshots"
+        name = f"{name} from {type(entropy.start).__name__}"
+    dissipation = "" if velocity is None else f" and {type(velocity).__name__}"
+    if transport is not None:
+        dissipation = f" and a chain in {type(transport).__name__}"
+    return f"{name}{dissipation} at {links + 1} snapshots"
 
 
 def _mean(reports: FreeEnergy) -> FreeEnergy:
-    # About the first, so that what all have in common (times, temperatures) comes out as it went in.
+    # About the first, so that numbers that all share (times, temperatures) stay exactly the same.
     return jax.tree.map(lambda x: x[0] + jnp.mean(x - x[0], axis=0), reports)
 
 
 def _with_errors(report: FreeEnergy, replicates: FreeEnergy, words: str) -> FreeEnergy:
-    """Standard errors of a mean over the leading axis of `replicates`."""
-
-    def error(x):
-        return jnp.std(x, axis=0, ddof=1) / np.sqrt(x.shape[0])
-
-    errors: dict[str, Any] = {
-        name: jax.tree.map(error, getattr(replicates, name))
-        for name in Balance.__dataclass_fields__
-    }
-    return _replaced(report, standard_error=Balance(**errors), errors=words)
-
-
-def _replaced(report: FreeEnergy, **values: Any) -> FreeEnergy:
-    return FreeEnergy(
-        **{**{name: getattr(report, name) for name in FreeEnergy.__dataclass_fields__}, **values}
-    )
-
-
-def _trapezoids(values: Array, spans: Array) -> Array:
-    """∫ over each span between the rows of `values`."""
-    return spans * (values[1:] + values[:-1]) / 2
-
-
-def _spans(trajectory: Trajectory) -> Float[Array, " J"]:
-    """The learning time of each link."""
-    clock = learning_clock(trajectory)
-    return jnp.diff(clock[:: (clock.shape[0] - 1) // (trajectory.positions.shape[0] - 1)])
+    """The report with the standard errors of a mean over the leading axis of `replicates`."""
+    values = {name: getattr(replicates, name) for name in NUMBERS}
+    errors = jax.tree.map(lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(x.shape[0]), values)
+    return dataclasses.replace(report, standard_error=StandardErrors(errors), errors=words)
 
 
 def _check(

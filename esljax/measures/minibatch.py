@@ -1,63 +1,87 @@
-r"""Minibatch noise: how much of a step is the batch rather than the gradient.
+r"""Minibatch noise: the share of a step that comes from the batch rather than from the gradient.
 
 Two independent batches give gradients g₁, g₂ of one member with one mean, so without bias
 
     E[g₁·g₂] = E‖∇Φ‖²,     ½ E‖g₁ - g₂‖² = tr Cov(g),
 
-where E‖g‖² alone would add the second to the first. Each step of rate η then spreads a member by η² tr Cov(g), as injected noise spreads it
-by 2dTη; a chain whose assignments are the identity sees that spread as if it were velocity. It is no part of Σ and is reported beside it.
+where E‖g‖² alone would add the second to the first. Each step of rate η then spreads a member by
+η² tr Cov(g), as injected noise spreads it by 2dTη; a chain whose assignments are the identity sees
+that spread as if it were velocity. It is no part of Σ and is reported beside it.
 """
 
+import warnings
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_key, check_positive_int, known, refuse
+from esljax._checks import check_key, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Scalar
 from esljax.potentials import AbstractPotential, Driven, potential_at
+from esljax.results import StandardErrors, is_number, measured, table
 from esljax.simulation import Trajectory
 
 
+def _renamed(name: str) -> property:
+    """The former `NAME_error`, for one release."""
+
+    def read(noise: "MinibatchNoise") -> Array:
+        warnings.warn(
+            f"MinibatchNoise.{name}_error is now standard_error.{name}; the old name goes with the "
+            "next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(noise.standard_error, name)
+
+    return property(read, doc=f"The former name of `standard_error.{name}`.")
+
+
 class MinibatchNoise(eqx.Module):
-    """The gradient and the noise of its batches along a run. Numbers at snapshots are means over members."""
+    """The gradient and the noise of its batches along a run. `print` shows a table.
+
+    Numbers at snapshots are means over members.
+    """
 
     times: Float[Array, " snapshots"]
+    """The training times s_j of the snapshots, shape (J+1,), from 0 to 1."""
     gradient_squared: Float[Array, " snapshots"]
-    """E‖∇Φ‖², without bias, in units of Φ² per θ²."""
+    """E‖∇Φ‖², without bias, shape (J+1,), in units of Φ² per θ²."""
     variance: Float[Array, " snapshots"]
-    """tr Cov(g) of one batch, in the same units."""
-    gradient_squared_error: Float[Array, " snapshots"]
-    """Standard error of `gradient_squared` over members."""
-    variance_error: Float[Array, " snapshots"]
-    """Standard error of `variance` over members."""
+    """tr Cov(g) of one batch, shape (J+1,), in the same units."""
     temperature: Float[Array, " snapshots"]
-    """η tr Cov(g)/(2d): the temperature at which injected noise would spread the members as much."""
-    temperature_error: Float[Array, " snapshots"]
-    """Standard error of `temperature` over members."""
+    """η tr Cov(g)/(2d), shape (J+1,), in units of the potential: the temperature at which injected
+    noise would spread the members as much."""
     floor: Scalar
-    """Σ_j (Σ_{k∈j} η_k² tr Cov(g))/Δs_j: what batches add to the chain's Σ if every member is its own best partner."""
-    floor_error: Scalar
-    """Standard error of `floor` over members."""
+    """Σ_j (Σ_{k∈j} η_k² tr Cov(g))/Δs_j, shape (), in units of θ²: the addition of batches to the
+    chain's Σ if every member is its own best partner."""
+    standard_error: StandardErrors
+    """Standard errors over members of `gradient_squared`, `variance`, `temperature` and `floor`,
+    each of the shape and units of its number."""
+    errors: str = eqx.field(static=True, default="over members")
+    """How the standard errors were taken, in words."""
+
+    gradient_squared_error = _renamed("gradient_squared")
+    variance_error = _renamed("variance")
+    temperature_error = _renamed("temperature")
+    floor_error = _renamed("floor")
 
     def __str__(self) -> str:
-        if not known(self.floor) or self.floor.ndim:
+        if not is_number(self.floor):
             return repr(self)
-        lines = [f"{'s':>6}{'E‖∇Φ‖²':>24}{'tr Cov(g)':>24}{'temperature':>24}"]
+        rows: list[tuple[str, ...]] = [("s", "E‖∇Φ‖²", "tr Cov(g)", "temperature")]
         for j, s in enumerate(self.times):
             cells = (
-                (getattr(self, name)[j], getattr(self, f"{name}_error")[j])
+                measured(getattr(self, name)[j], self.standard_error.get(name)[j], digits=4)
                 for name in ("gradient_squared", "variance", "temperature")
             )
-            lines.append(
-                f"{float(s):>6.3f}"
-                + "".join(
-                    f"{f'{float(value):.4g} ± {float(error):.2g}':>24}" for value, error in cells
-                )
-            )
-        floor = f"Batches contribute up to {float(self.floor):.4g} ± {float(self.floor_error):.2g} to the Σ of a chain of members' paths."
-        return "\n".join([*lines, floor])
+            rows.append((f"{float(s):.3f}", *cells))
+        floor = measured(self.floor, self.standard_error.floor, digits=4)
+        return (
+            f"{table(rows, align='rrrr')}\n"
+            f"Batches contribute up to {floor} to the Σ of a chain of members' paths."
+        )
 
 
 def minibatch_noise(
@@ -65,16 +89,29 @@ def minibatch_noise(
 ) -> MinibatchNoise:
     """Measure the noise of the batches at the snapshots of one run.
 
-    **Args:** `trajectory`: one run of `simulate`, not observed. `potential`: the run's Φ, which draws batches. `key`: of the batches,
-    independent of the run's. `pairs`: how many pairs of batches each member draws at each snapshot; two gradients each.
+    **Args:**
+    - `trajectory`: one run of `simulate`, not observed.
+    - `potential`: the Φ of the run, which draws batches.
+    - `key`: the key of the batches, independent of that of the run.
+    - `pairs`: how many pairs of batches each member draws at each snapshot; two gradients each.
+
     **Returns:** `MinibatchNoise`; `print` shows a table.
     **Raises:** `InputError` for a run of another kind, or a potential without batches.
     **Differentiation:** in the positions and the potential.
 
     **Example:**
 
-        >>> noise = minibatch_noise(path, potential, key=jax.random.key(2))
-        >>> print(noise)
+        >>> import jax
+        >>> import esljax as esl
+        >>> inputs = jax.random.normal(jax.random.key(0), (40, 2))
+        >>> data = (inputs, (inputs[:, 0] > 0).astype(int))
+        >>> potential = esl.FlaxLoss(esl.models.mlp(2, 3, 2), data, batch_size=8)
+        >>> start = potential.init(members=4, key=jax.random.key(1))
+        >>> rule = esl.Langevin(0.1)
+        >>> path = esl.simulate(potential, rule, start, steps=20, key=jax.random.key(2))
+        >>> noise = esl.minibatch_noise(path, potential, key=jax.random.key(3))
+        >>> bool(noise.floor > 0), noise.standard_error.variance.shape
+        (True, (21,))
     """
     if (
         not isinstance(trajectory, Trajectory)
@@ -101,20 +138,16 @@ def _measure(trajectory: Trajectory, potential: Any, key: Key, pairs: int) -> Mi
     links, members, d = trajectory.positions.shape[0] - 1, *trajectory.positions.shape[1:]
     rates: Any = trajectory.rates
 
-    def gradients(positions, s, key):
+    def gradients(positions: Array, s: Array, key: Key) -> Array:
         acting = potential_at(potential, s)
         return jax.vmap(acting.energy_and_gradient)(positions, acting.draw(key, members))[1]
 
-    def at_snapshot(xs):
-        j, positions, s = xs
+    def at_snapshot(moment: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        j, positions, s = moment
 
-        def pair(i):
-            first, second = (
-                gradients(
-                    positions, s, jax.random.fold_in(jax.random.fold_in(key, j), 2 * i + side)
-                )
-                for side in (0, 1)
-            )
+        def pair(i: Array) -> tuple[Array, Array]:
+            keys = [jax.random.fold_in(jax.random.fold_in(key, j), 2 * i + side) for side in (0, 1)]
+            first, second = (gradients(positions, s, batch) for batch in keys)
             return jnp.sum(first * second, axis=1), jnp.sum((first - second) ** 2, axis=1) / 2
 
         return jax.tree.map(lambda x: jnp.mean(x, axis=0), jax.lax.map(pair, jnp.arange(pairs)))
@@ -126,19 +159,23 @@ def _measure(trajectory: Trajectory, potential: Any, key: Key, pairs: int) -> Mi
     steps = jnp.sum(rates.reshape(links, -1) ** 2, axis=1) / jnp.diff(trajectory.times)
     floors = jnp.sum(steps[:, None] * (variance[1:] + variance[:-1]) / 2, axis=0)
 
-    def error(x):
+    def error(x: Array) -> Array:
         return jnp.std(x, axis=-1, ddof=1) / members**0.5
 
     last = jnp.concatenate([rates[:: rates.shape[0] // links], rates[-1:]])
     mean = jnp.mean(variance, axis=1)
+    errors = {
+        "gradient_squared": error(squared),
+        "variance": error(variance),
+        "temperature": last * error(variance) / (2 * d),
+        "floor": error(floors),
+    }
     return MinibatchNoise(
         times=trajectory.times,
         gradient_squared=jnp.mean(squared, axis=1),
         variance=mean,
-        gradient_squared_error=error(squared),
-        variance_error=error(variance),
         temperature=last * mean / (2 * d),
-        temperature_error=last * error(variance) / (2 * d),
         floor=jnp.mean(floors),
-        floor_error=error(floors),
+        standard_error=StandardErrors(errors),
+        errors=f"over {members} members",
     )

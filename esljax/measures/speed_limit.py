@@ -1,4 +1,7 @@
-r"""The particle estimate of the epistemic speed limit Σ ≥ L² ≥ W2²: by the chain of snapshots, or with Σ from velocities, and its errors.
+r"""The particle estimate of the epistemic speed limit Σ ≥ L² ≥ W2², and its errors.
+
+    report = chain(distances), or from_velocities(chain(distances), rates)
+    errors = jackknife over groups of the members of one run, or spread over several runs
 
 Source: Okanohara, arXiv 2601.17607.
 """
@@ -11,8 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import refuse
+from esljax._types import Array, Float, Int, Scalar
 from esljax.measures.chain import Distances, chain, distances
-from esljax.measures.report import SpeedLimit, average, jackknife_groups, split, with_errors
+from esljax.measures.report import (
+    SpeedLimit,
+    average,
+    jackknife_groups,
+    numbers,
+    with_errors,
+)
 from esljax.measures.velocities import MemberRates, from_velocities, member_rates
 from esljax.potentials import AbstractPotential, Driven
 from esljax.sharding import AnyMesh, bring, replicate
@@ -36,30 +46,50 @@ def speed_limit(
     debias: bool = False,
     mesh: AnyMesh | None = None,
 ) -> SpeedLimit:
-    """Hold a run against the speed limit Σ ≥ L² ≥ W2².
+    """Measure a run against the epistemic speed limit Σ ≥ L² ≥ W2².
 
     **Args:**
-    - `trajectory`: one run, or several: a sequence, or one made by `jax.vmap(simulate)` with positions (runs, J+1, n, d).
-    - `transport`: the geometry in which Σ, L² and W2² are all taken, so that they are a matched pair.
-    - `velocity`: what to make Σ from, in place of the chain, which then stands beside it. It works in the coordinates that the transport
-      measures in (a `ProjectedTransport` transport projects the members, their drift and their noise), so that Σ and W2² belong together.
-    - `potential`: Φ, whose gradient over all data is the drift that velocities need; finite differences between snapshots need none.
-    - `jackknife`: of one run, the most groups of members left out in turn for the standard errors; 0 for none. Each group repeats the whole
-      chain. The errors of several runs are taken over the runs.
-    - `debias`: whether to add estimates whose sampling bias is removed by splitting the members in two, of Σ by the chain and of W2², and
-      with them an interval of the gap between an estimate that errs below and one that errs above. Members must be independent.
-    - `mesh`: the devices that share the pairs of snapshots, of which there may be any number; by default those of the run, or all local
-      ones if it lies on none in particular. Inside `jit` those of the run, or of `jax.set_mesh`.
+    - `trajectory`: one run, or several: a sequence, or one made by `jax.vmap(simulate)` with
+      positions (runs, J+1, n, d).
+    - `transport`: the geometry in which Σ, L² and W2² are all taken, so that they are a matched
+      pair.
+    - `velocity`: an estimator of the velocity from which Σ is made instead of the chain; the Σ of
+      the chain stays in the report beside it. It works in the coordinates that the transport
+      measures in (a `ProjectedTransport` projects the members, their drift and their noise), so
+      that Σ and W2² belong together.
+    - `potential`: Φ, whose gradient over all data is the drift that velocities need; finite
+      differences between snapshots need none.
+    - `jackknife`: for one run, the most groups of members left out in turn for the standard errors;
+      0 for none. Each group repeats the whole chain. The errors of several runs are taken over the
+      runs.
+    - `debias`: whether to add estimates of the chain's Σ and of W2² whose sampling bias is removed
+      by splitting the members in two, and with them an interval of the gap between an estimate that
+      errs below and one that errs above. Members must be independent.
+    - `mesh`: the devices that share the pairs of snapshots, of which there may be any number; by
+      default those of the run, or all local ones if the run lies on none in particular. Inside
+      `jit` those of the run, or of `jax.set_mesh`.
 
-    **Returns:** `SpeedLimit`; `print` shows it with a verdict. Of several runs, the mean of each number.
-    **Raises:** `InputError` for members that are not finite, fewer than two of them, runs of different shapes, and pairs of `velocity` and
-    `transport` that do not measure the same law.
-    **Differentiation:** as the transport; a link that nothing moves along contributes slope 0 to L.
+    **Returns:** `SpeedLimit`; `print` shows it with a verdict. Of several runs, the mean of each
+    number.
+    **Raises:** `InputError` for members that are not finite, fewer than two of them, runs of
+    different shapes, and pairs of `velocity` and `transport` that do not measure the same law.
+    **Differentiation:** as the transport; a link along which nothing moves contributes slope 0 to
+    L.
+    **Reference:** Okanohara, arXiv 2601.17607.
 
     **Example:**
 
-        >>> report = speed_limit(path, transport=ExactTransport())
-        >>> print(report)
+        >>> import jax
+        >>> import esljax as esl
+        >>> start = 3 + jax.random.normal(jax.random.key(0), (16, 2))
+        >>> path = esl.simulate(
+        ...     esl.Quadratic(1.0), esl.Langevin(0.1), start, steps=20, key=jax.random.key(1)
+        ... )
+        >>> report = esl.speed_limit(path, transport=esl.ExactTransport())
+        >>> bool(report.entropy_production > report.w2_squared)
+        True
+        >>> report.errors
+        'jackknife over 16 groups of 1 of 16 members'
     """
     if not isinstance(transport, AbstractTransport):
         raise refuse("transport", "be a transport such as ExactTransport()", f"is {transport!r}")
@@ -67,60 +97,86 @@ def speed_limit(
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
     _check_pair(trajectory, transport, velocity, potential)
+    # Devices are settled here, once.
     trajectory = on_devices(trajectory, mesh)
-    transport, velocity, potential = bring((transport, velocity, potential), trajectory.mesh)
+    mesh = trajectory.mesh
+    transport, velocity, potential = bring((transport, velocity, potential), mesh)
     if trajectory.positions.ndim == 3:
-        return _of_one(trajectory, transport, velocity, potential, jackknife, debias)
-    return _of_several(trajectory, transport, velocity, potential, debias)
+        report = _of_one(trajectory, transport, velocity, potential, jackknife, debias)
+    else:
+        report = _of_several(trajectory, transport, velocity, potential, debias)
+    return replicate(report, mesh)
 
 
 @eqx.filter_jit
-def _of_one(trajectory, transport, velocity, potential, jackknife: int, debias: bool) -> SpeedLimit:
-    rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
-    report = replicate(
-        _report(trajectory, transport, rates, distances(trajectory, transport, debias=debias)),
-        trajectory.mesh,
-    )
+def _of_one(
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    velocity: AbstractVelocity | None,
+    potential: Any,
+    jackknife: int,
+    debias: bool,
+) -> SpeedLimit:
     members = trajectory.positions.shape[1]
     # A group must take as many members from the one half as from the other.
     unit = 2 if debias else 1
     kept = jackknife_groups(members, jackknife, unit=unit, least=2 * unit)
+    rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
+    solved = distances(trajectory, transport, debias=debias)
+    report = _report(trajectory, transport, rates, solved)
     if kept is None:
         return report
+    subsets = jnp.asarray(kept)
+    solved = distances(trajectory, transport, debias=debias, subsets=subsets)
+    replicates = _replicates(trajectory, transport, rates, subsets, solved)
     groups, size = kept.shape[0], members - kept.shape[1]
-
-    def without(kept_and_solved):
-        # The fields stay as they were fitted: what a member adds to a fit is of second order in σ.
-        kept, solved = kept_and_solved
-        return split(
-            _report(trajectory, transport, None if rates is None else rates.members(kept), solved)
-        )
-
-    kept = jnp.asarray(kept)
-    solved = distances(trajectory, transport, debias=debias, subsets=kept)
-    replicates = replicate(jax.lax.map(without, (kept, solved)), trajectory.mesh)
-
-    # Delete-m jackknife (Shao and Wu, 1989): n - m members stay, m leave, in `groups` disjoint groups.
-    def variance(x):
-        return (members - size) / (size * groups) * jnp.sum((x - jnp.mean(x)) ** 2)
-
-    errors = jax.tree.map(lambda x: jnp.sqrt(variance(x)), replicates)
-    return with_errors(
-        report, errors, f"jackknife over {groups} groups of {size} of {members} members", groups - 1
-    )
+    errors = jax.tree.map(lambda x: jnp.sqrt(_jackknife_variance(x, members, size)), replicates)
+    words = f"jackknife over {groups} groups of {size} of {members} members"
+    return with_errors(report, errors, words, groups - 1)
 
 
 @eqx.filter_jit
-def _of_several(trajectory, transport, velocity, potential, debias: bool) -> SpeedLimit:
-    def one(trajectory):
-        rates = (
-            None if velocity is None else member_rates(trajectory, transport, velocity, potential)
-        )
-        return _report(
-            trajectory, transport, rates, distances(trajectory, transport, debias=debias)
-        )
+def _of_several(
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    velocity: AbstractVelocity | None,
+    potential: Any,
+    debias: bool,
+) -> SpeedLimit:
+    def one(run: Trajectory) -> SpeedLimit:
+        rates = None if velocity is None else member_rates(run, transport, velocity, potential)
+        return _report(run, transport, rates, distances(run, transport, debias=debias))
 
-    return replicate(average(jax.lax.map(one, trajectory)), trajectory.mesh)
+    return average(jax.lax.map(one, trajectory))
+
+
+def _replicates(
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    rates: MemberRates | None,
+    subsets: Int[Array, "groups kept"],
+    solved: Distances,
+) -> dict[str, Array | None]:
+    """The numbers of the report from each of the subsets of the members, shape (groups,) each.
+
+    Fields stay as they were fitted to all members: the share of a member in a fit is of second
+    order in σ.
+    """
+
+    def of_subset(subset_and_distances: tuple[Array, Distances]) -> dict[str, Array | None]:
+        kept, solved = subset_and_distances
+        left = None if rates is None else rates.members(kept)
+        return numbers(_report(trajectory, transport, left, solved))
+
+    return jax.lax.map(of_subset, (subsets, solved))
+
+
+def _jackknife_variance(x: Float[Array, " groups"], members: int, size: int) -> Scalar:
+    """(n - m)/(m g) Σ (x_i - x̄)², where each of g disjoint groups of m of n members leaves in turn.
+
+    **Reference:** Shao and Wu, Ann. Statist. 17 (1989).
+    """
+    return (members - size) / (size * x.shape[0]) * jnp.sum((x - jnp.mean(x)) ** 2)
 
 
 def _report(
