@@ -35,12 +35,7 @@ from esljax.measures.velocities import learning_clock, member_rates
 from esljax.potentials import AbstractPotential, Driven
 from esljax.sharding import bring, map_pairs
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
-from esljax.transport import (
-    AbstractTransport,
-    GaussianTransport,
-    MappedTransport,
-    ProjectedTransport,
-)
+from esljax.transport import AbstractTransport, GaussianTransport, check_transport, solution_of
 from esljax.velocity import AbstractVelocity
 
 
@@ -476,7 +471,7 @@ def _chain(
         transport, subsets = shared
 
         def one(x, y):
-            return transport.solve(x, y).squared
+            return solution_of(transport, x, y).squared
 
         return (
             one(x, y)
@@ -574,15 +569,15 @@ def _check(
             "stand alone, as D comes from it or from a velocity",
             f"is given beside {type(velocity).__name__}",
         )
-    if transport is not None and (
-        not isinstance(transport, AbstractTransport)
-        or isinstance(transport, MappedTransport | ProjectedTransport)
-    ):
-        raise refuse(
-            "transport",
-            "be a transport between whole members, such as GaussianTransport()",
-            f"is a {type(transport).__name__}",
-        )
+    if transport is not None:
+        n, d = trajectory.positions.shape[-2:]
+        check_transport("transport", transport, n, d, trajectory.positions.dtype)
+        if not transport.linear or transport.projection is not None:
+            raise refuse(
+                "transport",
+                "be a transport between whole members, such as GaussianTransport()",
+                f"is a {transport.name}",
+            )
     if trajectory.positions.shape[-2] < 4:
         raise refuse(
             "trajectory",

@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._numerics import product
+from esljax._numerics import product, safe_root
 from esljax._types import Array, Float
-from esljax.measures.chain import safe_sqrt
 from esljax.measures.report import SpeedLimit
 from esljax.potentials import potential_at
 from esljax.sharding import replicate
 from esljax.simulation import Trajectory
-from esljax.transport import AbstractTransport, coordinates
+from esljax.transport import AbstractTransport
 from esljax.velocity import AbstractVelocity, Snapshot
 
 _VELOCITY = {
@@ -54,7 +53,9 @@ def member_rates(
     trajectory: Trajectory, transport: AbstractTransport, velocity: AbstractVelocity, potential: Any
 ) -> MemberRates:
     """The velocity estimated at every snapshot of one run, in the coordinates that the transport measures in."""
-    positions, matrix = coordinates(transport, trajectory.positions)
+    positions = transport.coordinates(trajectory.positions)
+    matrix = transport.projection
+    matrix = None if matrix is None else matrix.astype(positions.dtype)
     links = positions.shape[0] - 1
     clock = learning_clock(trajectory)
     per_link = (clock.shape[0] - 1) // links
@@ -119,7 +120,7 @@ def from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: MemberRate
     action, time = _weights(trajectory, rates.between)
     whole = jnp.mean(rates.whole, axis=1)
     moving = whole if rates.gradient is None else jnp.mean(rates.gradient, axis=1)
-    speed = safe_sqrt(moving)
+    speed = safe_root(moving)
     clock = learning_clock(trajectory)
     spans = jnp.diff(clock[:: (clock.shape[0] - 1) // links])
     along = spans * (speed if rates.between else (speed[1:] + speed[:-1]) / 2)
