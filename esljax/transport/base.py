@@ -32,11 +32,11 @@ class Solution(eqx.Module):
     squared: Scalar
     """The squared distance, shape (), in units of θ²; NaN where it is not finite."""
     converged: Array
-    """Whether the problem was solved, a boolean of shape (). False where `squared` is not finite."""
+    """Whether the problem was solved, a boolean of shape (); False where `squared` is NaN."""
 
 
 class AbstractTransport(eqx.Module):
-    """A squared distance between the laws that two ensembles sample, unchanged if members permute.
+    """A squared distance between the laws of two ensembles, whatever the order of their members.
 
     **Recipe of a subclass:** define `is_metric` and `solve`. The class then works in `squared`,
     `speed_limit`, `free_energy` and inside every wrapper. Each other property has a default that

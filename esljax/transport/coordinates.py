@@ -92,19 +92,15 @@ class AbstractWrappedTransport(AbstractTransport):
     def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int | None:
         compared = jax.eval_shape(self.coordinates, jax.ShapeDtypeStruct((1, n, d), np.float32))
         inner = self.transport
-        # Of several changes of coordinates the compiler holds one at a time.
-        while _priced_here(inner):
+        # Several changes of coordinates are priced as one.
+        while isinstance(inner, AbstractWrappedTransport) and _prices_as_usual(inner):
             inner = inner.transport
         held = inner.numbers_held(n, compared.shape[-1], differentiated)
         return None if held is None else (4 if differentiated else 2) * n * d + held
 
 
-def _priced_here(transport: Any) -> bool:
-    """Whether this is a wrapper whose memory is priced by the method of this file."""
-    return (
-        isinstance(transport, AbstractWrappedTransport)
-        and type(transport).numbers_held is AbstractWrappedTransport.numbers_held
-    )
+def _prices_as_usual(transport: AbstractWrappedTransport) -> bool:
+    return type(transport).numbers_held is AbstractWrappedTransport.numbers_held
 
 
 class MappedTransport(AbstractWrappedTransport):

@@ -279,7 +279,7 @@ def _by_rows(
     blocks = -(-n // chunk)
     rows = -(-n // blocks)  # even blocks, so that padding adds less than one row to each
     padded = jnp.pad(x, ((0, blocks * rows - n), (0, 0))).reshape(blocks, rows, d)
-    # Without the checkpoint a reverse sweep would keep the weights of every block: the whole matrix.
+    # Without the checkpoint a reverse sweep would keep the weights of every block: the matrix.
     results = jax.lax.map(jax.checkpoint(fn), padded)
     return results.reshape(-1, *results.shape[2:])[:n]
 
