@@ -222,7 +222,7 @@ def check_transport(argument: str, value: Any, n: int, d: int, dtype: Any) -> No
     """
     if not isinstance(value, AbstractTransport):
         raise refuse(argument, "be a transport such as ExactTransport()", f"is {value!r}")
-    compared = jax.eval_shape(value.coordinates, jax.ShapeDtypeStruct((1, n, d), dtype))
+    compared: Any = eqx.filter_eval_shape(value.coordinates, jax.ShapeDtypeStruct((1, n, d), dtype))
     shape = getattr(compared, "shape", None)
     if shape is None or len(shape) != 3 or shape[:2] != (1, n) or shape[2] == 0:
         raise refuse(
