@@ -1,4 +1,4 @@
-"""Debiased numbers, their intervals and their errors: against plug-in numbers known beforehand, identities on samples, and SciPy."""
+"""Debiased numbers, intervals, errors: against known biases, identities on samples and SciPy."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ def wandering(n, d=2, links=4, seed=0):
     [(64, 2, 0.32, 100), (256, 2, 0.12, 25), (64, 5, 2.31, 100), (256, 5, 1.34, 25)],
 )
 def test_two_samples_of_one_law(n, d, plug_in, repetitions):
-    """W2² of the law is 0: raw it comes out as the known plug-in number of independent samples, debiased as 0."""
+    """W2² of the law is 0: plugged in it is the known bias of independent samples, debiased 0."""
 
     @jax.jit
     def pairs(keys):
@@ -76,7 +76,10 @@ def test_two_samples_of_one_law(n, d, plug_in, repetitions):
     "transport", [esl.ExactTransport(), esl.GaussianTransport()], ids=["exact", "gaussian"]
 )
 def test_members_that_move_together(transport):
-    """W2²(x, y + c) = W2²(x, y) + 2c·(ȳ - x̄) + c² for any two samples, so a translation loses all its bias; standing still is one by 0."""
+    """A translation loses all its bias; standing still is one by 0.
+
+    W2²(x, y + c) = W2²(x, y) + 2c·(ȳ - x̄) + c² for any two samples.
+    """
     along = (
         np.array([3.0]) if isinstance(transport, esl.ExactTransport) else np.array([1.0, 2.0, -2.0])
     )
@@ -94,7 +97,7 @@ def test_members_that_move_together(transport):
 
 @pytest.mark.usefixtures("x64")
 def test_by_hand():
-    """W(x, y') - ½ W(x, x') - ½ W(y, y') of every link, both ways, for halves that are every second member."""
+    """W(x, y') - ½ W(x, x') - ½ W(y, y') of every link, both ways, for alternate members."""
     positions, times, squared = (
         wandering(10, d=1),
         np.array([0, 0.1, 0.4, 0.6, 1]),
@@ -107,8 +110,8 @@ def test_by_hand():
         return float(across - squared(half[i], other[i]) / 2 - squared(half[j], other[j]) / 2)
 
     sigma = sum(between(j, j + 1) / (times[j + 1] - times[j]) for j in range(4))
-    found = eqx.filter_jit(debiased)(esl.from_snapshots(positions, times), esl.ExactTransport())
-    np.testing.assert_allclose(found, (sigma, between(0, 4)), rtol=1e-10)
+    ours = eqx.filter_jit(debiased)(esl.from_snapshots(positions, times), esl.ExactTransport())
+    np.testing.assert_allclose(ours, (sigma, between(0, 4)), rtol=1e-10)
 
 
 # Odd numbers of members
@@ -163,8 +166,11 @@ def test_few_members(n, errors):
 @pytest.mark.parametrize("groups", [32, 8])
 @pytest.mark.parametrize("speed", ["uneven", "even"])
 def test_jackknife_errors_are_the_spread_over_repetitions(speed, groups):
-    """At even speed the gap has no part that is linear in the law, and of what is quadratic a jackknife doubles the variance (Efron and
-    Stein, 1981): intervals of so small a gap are √2 too wide, on the safe side. All other errors are right."""
+    """All errors are right but those of the gap at even speed, which are √2 too wide.
+
+    There the gap has no part that is linear in the law, and a jackknife doubles the variance of the
+    quadratic part (Efron and Stein, 1981): on the safe side.
+    """
     n, runs = 64, 400
     centers = jnp.array([0.0, 1, 6, 7, 12] if speed == "uneven" else [0.0, 2, 4, 6, 8])[
         :, None, None
@@ -241,7 +247,10 @@ def test_ends_by_hand(report):
 
 
 def test_ends_with_a_velocity():
-    """A Σ that is itself a lower bound stands in for the debiased chain below; above stays the chain, with what its spacing hides."""
+    """A Σ that is itself a lower bound replaces the debiased chain below.
+
+    Above stays the chain, with the part that its spacing hides.
+    """
     path = esl.from_snapshots(wandering(16, links=6))
     report = esl.speed_limit(
         path,
@@ -260,8 +269,8 @@ def test_ends_with_a_velocity():
     np.testing.assert_allclose(bound.gap_upper, chain.gap_upper, rtol=1e-5)
 
 
-def test_spacing_hides_nothing_where_nothing_tells():
-    """One link less and there is no coarser chain; and a coarser chain that is higher hides nothing."""
+def test_spacing_hides_nothing_where_no_coarser_chain_is_lower():
+    """An odd number of links has no coarser chain; a coarser chain that is higher hides nothing."""
     odd = esl.speed_limit(
         esl.from_snapshots(wandering(8, links=5)), transport=esl.GaussianTransport(), debias=True
     )
@@ -288,10 +297,10 @@ def test_without_splitting_the_gap_is_about_itself():
 
 
 def test_bad_input(report, refused):
-    for level, said in ((0, "0"), (1.0, "1.0"), (95, "95"), (-0.5, "-0.5"), (float("nan"), "nan")):
+    for level, shown in ((0, "0"), (1.0, "1.0"), (95, "95"), (-0.5, "-0.5"), (float("nan"), "nan")):
         refused(
             lambda level=level: report.interval("gap", level),
-            f"Argument `level` must lie between 0 and 1, but is {said}.",
+            f"Argument `level` must lie between 0 and 1, but is {shown}.",
         )
     refused(lambda: report.interval("Σ"), "Argument `name` must be one of 'entropy_production'")
     bare = esl.speed_limit(

@@ -1,4 +1,4 @@
-"""`esljax measure`: a run from disk against numbers by hand and against `speed_limit`, its files, its exit codes and its refusals."""
+"""`esljax measure`: a run from disk against numbers by hand, its files, exit codes and messages."""
 
 import collections
 import json
@@ -289,7 +289,7 @@ class Tally(collections.Counter):
 @pytest.mark.parametrize("links", [4, 3])
 @pytest.mark.parametrize(("jackknife", "debias"), [(0, False), (3, False), (32, True)])
 @pytest.mark.parametrize("maps", [False, True])
-def test_problems_are_foretold(links, jackknife, debias, maps):
+def test_problems_are_predicted(links, jackknife, debias, maps):
     members = 12
     transport = Counting(Tally())
     path = esl.from_snapshots(np.float32(wandering(links=links, members=members)))
@@ -300,14 +300,14 @@ def test_problems_are_foretold(links, jackknife, debias, maps):
         )
     )
     whole = sum(count for size, count in transport.solved.items() if size > members // 2)
-    found = whole, transport.solved.total() - whole
-    assert found == transport_problems(
+    solved = whole, transport.solved.total() - whole
+    assert solved == transport_problems(
         links + 1, members, maps=maps, jackknife=jackknife, debias=debias
     )
 
 
-def test_says_beforehand_how_long_it_will_take(tmp_path, capsys):
-    """The default of 32 groups of 64 members, five snapshots and debiasing: 33 · (4 + 1 + 2) and 33 · 3 · 5 problems."""
+def test_the_time_that_it_will_take_is_printed_first(tmp_path, capsys):
+    """32 groups of 64 members, 5 snapshots, debiased: 33 · (4 + 1 + 2) and 33 · 3 · 5 problems."""
     np.savez(tmp_path / "run.npz", positions=wandering(members=64))
     assert (
         cli.main(
@@ -327,12 +327,37 @@ def test_says_beforehand_how_long_it_will_take(tmp_path, capsys):
     each, half, whole = map(
         float,
         re.fullmatch(
-            r"A batch of them took (\S+) s each and (\S+) s for the smaller ones: about (\S+) seconds in all, and some to compile.",
+            r"A batch of them took (\S+) s each and (\S+) s for the smaller ones: "
+            r"about (\S+) seconds in all, and some to compile.",
             second,
         ).groups(),
     )
     assert whole == pytest.approx(231 * each + 495 * half, rel=0.05, abs=0.05)
     assert third.startswith("5 snapshots of 64 members")
+
+
+def test_a_projection_silences_no_warning(tmp_path):
+    """Few members in many coordinates, bare and by a matrix that changes no number."""
+    cloud = 5 * np.random.default_rng(1).normal(size=(4, 5))
+    moved = 3 * np.arange(5)[:, None, None] + wandering(members=4) / 99
+    np.savez(tmp_path / "run.npz", positions=cloud + moved)
+    np.savez(tmp_path / "eye.npz", matrix=np.eye(5))
+    flags = (tmp_path / "run.npz", "--jackknife", 0)
+    bare = measured(*flags, out=tmp_path / "bare")
+    given = measured(*flags, "--project", tmp_path / "eye.npz", out=tmp_path / "given")
+    turned = ("--project", "pca", "--coordinates", 5)
+    principal = measured(*flags, *turned, out=tmp_path / "principal")
+    few = measured(*flags, *turned[:3], 2, out=tmp_path / "few")
+    assert bare["identity_fraction"] == given["identity_fraction"] == 1
+    assert principal["identity_fraction"] == few["identity_fraction"] == 1
+    assert bare["findings"] == given["findings"]
+
+    def names(report):
+        return [finding["name"] for finding in report["findings"]]
+
+    assert "n too small for d" in names(bare)
+    assert names(principal) == names(bare)
+    assert "n too small for d" not in names(few)
 
 
 def test_members_that_do_not_move(tmp_path):
@@ -371,7 +396,8 @@ def _text(path, content):
     [
         (
             lambda tmp, run: [],
-            "Argument `recording` must be a file of snapshots or a folder of checkpoints, but is not given.",
+            "Argument `recording` must be a file of snapshots or a folder of checkpoints, but is "
+            "not given.",
         ),
         (
             lambda tmp, run: ["/nowhere.npz"],
@@ -383,7 +409,8 @@ def _text(path, content):
         ),
         (
             lambda tmp, run: [_hole(tmp)],
-            "Argument `positions` must be finite in float32, but is not for member 3 at snapshot 2.",
+            "Argument `positions` must be finite in float32, but is not for member 3 at snapshot "
+            "2.",
         ),
         (
             lambda tmp, run: [_arrays(tmp, features=wandering()[:1])],

@@ -1,4 +1,4 @@
-"""What a plan foretells against the compiler's own account of the program, and the refusal of what cannot fit."""
+"""Memory plans against the compiler's own account of the program; runs that cannot fit."""
 
 import functools
 import re
@@ -42,7 +42,7 @@ def problem(transport=None, hidden=32, batch=256, recompute=False, gradient=None
 
 
 def needed(problem: Problem, differentiated: bool) -> int:
-    """What the compiler says."""
+    """The temporary bytes of the compiled program."""
 
     def gap(rates):
         outcome = problem.run(esl.Knots(rates), KEY)
@@ -81,9 +81,10 @@ def needed(problem: Problem, differentiated: bool) -> int:
 )
 def test_a_plan_is_right_within_a_half(settings, differentiated):
     planned = problem(**settings).plan_memory(differentiated=differentiated).total
-    found = needed(problem(**settings), differentiated)
-    # Without a gradient hardly anything of a small network is ever stored, and the plan is too careful.
-    assert 1 / 1.5 < planned / found < (1.5 if differentiated else 2)
+    measured = needed(problem(**settings), differentiated)
+    # Without a gradient hardly anything of a small network is ever stored, and the plan is too
+    # careful.
+    assert 1 / 1.5 < planned / measured < (1.5 if differentiated else 2)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +111,12 @@ def test_a_plan_of_many_members_in_few_coordinates_is_right_within_a_half(
         return esl.speed_limit(path, transport=transport, jackknife=0).gap
 
     program = jax.jit(jax.value_and_grad(gap) if differentiated else gap)
-    found = program.lower(jnp.full(3, 0.1), start).compile().memory_analysis().temp_size_in_bytes
+    compiled = program.lower(jnp.full(3, 0.1), start).compile()
+    measured = compiled.memory_analysis().temp_size_in_bytes
     planned = esl.plan_memory(
         potential, start, steps=20, snapshots=10, transport=transport, differentiated=differentiated
     ).total
-    assert 1 / 1.5 < planned / found < 1.5
+    assert 1 / 1.5 < planned / measured < 1.5
 
 
 def test_a_loop_over_layers_counts_every_layer():
@@ -130,7 +132,7 @@ def test_a_loop_over_layers_counts_every_layer():
     assert 50 < many / few < 150
 
 
-def test_ways_of_differentiating_are_told_apart():
+def test_ways_of_differentiating_differ():
     """jax keeps what the network computed at every step, forward mode nothing of any."""
     planned = {
         name: problem(gradient=way).plan_memory().adjoint
@@ -164,7 +166,7 @@ def test_devices_share_what_they_can():
         ({"members": 20000, "hidden": 2, "steps": 20}, "sinkhorn transport in chunks"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_to_change(settings, remedy, refused):
+def test_a_run_that_does_not_fit_is_rejected_with_a_remedy(settings, remedy, refused):
     refused(
         lambda: problem(**settings).plan_memory().check(1e8),
         f"`members` must fit in 100.0 MB a device .*{remedy}.* or use more devices",
@@ -184,10 +186,10 @@ def test_bad_input_is_one_sentence(refused):
             "`potential` must accept members of 3 coordinates",
         ),
     ):
-        asked = {"potential": esl.Quadratic(1.0), "positions": ensemble, "steps": 100, **change}
+        settings = {"potential": esl.Quadratic(1.0), "positions": ensemble, "steps": 100, **change}
         refused(
-            lambda asked=asked: esl.plan_memory(
-                asked.pop("potential"), asked.pop("positions"), **asked
+            lambda settings=settings: esl.plan_memory(
+                settings.pop("potential"), settings.pop("positions"), **settings
             ),
             sentence,
         )
@@ -199,10 +201,10 @@ def test_bad_input_is_one_sentence(refused):
 
 def test_the_command(capsys, tmp_path):
     assert cli.main(["plan", "--devices", "4", "--memory", "16"]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("32 members of 2410 numbers on 4 devices")
+    printed = capsys.readouterr().out
+    assert printed.startswith("32 members of 2410 numbers on 4 devices")
     assert re.search(
-        r"adjoint +32\.5 MB", said
+        r"adjoint +32\.5 MB", printed
     )  # 200 times positions, noise and batches of 8 members
     assert cli.main(["plan", "--memory", "0.1"]) == 2
     assert "must fit in 100.0 MB a device" in capsys.readouterr().err

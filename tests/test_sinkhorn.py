@@ -1,4 +1,4 @@
-"""The Sinkhorn divergence: its numbers, with a matrix and in blocks of rows. What holds for every transport is in test_transport."""
+"""The Sinkhorn divergence with a matrix and in blocks; test_transport has the contracts of all."""
 
 import functools
 
@@ -40,7 +40,8 @@ def test_reference_o15(x64):
         transport.squared(*(oracles.quantile_midpoints(k, k + 1, n) for k in (0, 1)))
         for n in (100, 200)
     )
-    # The tails that n midpoints cut off cost 1.26/n, at first order to all digits shown here, so one extrapolation removes it.
+    # The tails that n midpoints cut off cost 1.26/n, at first order to all digits shown here, so
+    # one extrapolation removes it.
     assert 5e-3 < 1.9999219 - fine < 8e-3
     np.testing.assert_allclose(2 * fine - coarse, 1.9999219, atol=2e-4)
 
@@ -48,7 +49,7 @@ def test_reference_o15(x64):
 @matrix_and_blocks
 @pytest.mark.parametrize("epsilon", [0.5, 5.0])
 def test_a_translation_costs_its_square_whatever_epsilon(chunk, epsilon):
-    """True of every law, and so of the samples: the plan of x with x + a is that of x with itself."""
+    """For every law, and so for samples: the plan of x with x + a is that of x with itself."""
     x, _ = clouds(40, 1, dtype=np.float32)
     shift = np.array([0.3, -0.4, 1.2], np.float32)
     value, gradient = jax.value_and_grad(
@@ -72,7 +73,7 @@ def test_it_tends_to_exact_and_reports_failure(x64):
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["across", "within"])
 def test_its_iterations_are_those_of_ott(symmetric, x64):
-    """The same updates and the same measure of the error, so that both stop after the same number of sweeps."""
+    """The same updates and the same measure of the error, so both stop after the same sweep."""
     x, y = clouds(30, 20)
     x = y if symmetric else x
     turns = (
@@ -82,7 +83,8 @@ def test_its_iterations_are_those_of_ott(symmetric, x64):
     )
     geometry = Geometry(cost_matrix=jnp.sum((x[:, None] - y) ** 2, axis=-1), epsilon=0.5)
     errors = solve(geometry, threshold=1e-9, **turns).errors
-    # Just too low for the first look: an error taken to be half as large would stop there, and leave g off by the error itself.
+    # Just too low for the first look: an error taken to be half as large would stop there, and
+    # leave g off by the error itself.
     threshold = 0.75 * float(errors[0])
     theirs = solve(geometry, threshold=threshold, **turns)
     assert errors[1] <= threshold
@@ -153,7 +155,7 @@ def test_blocks_of_unequal_problems_under_vmap_are_a_loop(x64):
 
 
 def test_blocks_hold_no_matrix():
-    """Compiled, not run: temporary memory is a few blocks, so that it doubles with n and is no quarter of one matrix."""
+    """Compiled, not run: a few blocks, which double with n and are no quarter of one matrix."""
     transport = esl.SinkhornTransport(1.0, chunk=256)
 
     def temporary(fn, n):
@@ -167,7 +169,10 @@ def test_blocks_hold_no_matrix():
 
 
 def test_blocks_of_float32_lower_for_a_tpu_without_float64(x64):
-    """Where double precision is allowed, nothing in between asks for it: on a TPU it is emulated, and takes minutes to compile."""
+    """Where double precision is allowed, nothing in between asks for it.
+
+    A TPU emulates it, and compiles for minutes.
+    """
     x, y = clouds(12, 9, dtype=np.float32)
     transport = esl.SinkhornTransport(jnp.float32(0.5), chunk=4)
     lowered = (

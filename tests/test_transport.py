@@ -20,7 +20,8 @@ import esljax as esl
 D = 3
 MATRIX = np.array([[1.0, 0.3], [-0.5, 1.0], [0.2, 0.7]], np.float32)
 
-# Every class, for members of D coordinates. Functions, so that no array is made before a test chooses its precision.
+# Every class, for members of D coordinates. Functions, so that no array is made before a test
+# chooses its precision.
 TRANSPORTS = {
     "exact": lambda: esl.ExactTransport(),
     "gaussian": lambda: esl.GaussianTransport(),
@@ -158,7 +159,7 @@ def test_gradient_is_the_central_difference(name, x64):
 
 @pytest.mark.parametrize(
     "name", [name for name in TRANSPORTS if name != "sinkhorn in blocks"]
-)  # which refuses them
+)  # which rejects them
 def test_second_derivatives_in_general_position(name, x64):
     transport = TIGHT.get(name, TRANSPORTS[name])()
     x, y = clouds(5, 5, dtype=np.float64)
@@ -195,7 +196,8 @@ def test_a_lost_member_gives_nan_and_returns(name, d):
     )
     x, y = clouds(5, 5, d=d)
     assert solve(jnp.asarray(x), y)[0][1]
-    # The square of 1e30 overflows, so no finite answer is right. tanh makes every number finite but NaN.
+    # The square of 1e30 overflows, so no finite answer is right. tanh makes every number but NaN
+    # finite.
     for bad in (np.nan,) if name == "mapped" else (np.nan, np.inf, 1e30):
         x[1, 0] = bad
         (value, converged), gradient = solve(jnp.asarray(x), y)
@@ -225,7 +227,7 @@ def test_lowers_for_a_tpu_with_every_product_in_full_precision(name):
 
 
 def _triples(n, d):
-    """Three clouds on a coarse grid (duplicates, ties, collinear members), some of them in between two others."""
+    """Three clouds on a coarse grid (duplicates, ties, lines), some between the two others."""
     grid = hnp.arrays(np.float32, (n, d), elements=st.integers(-8, 8).map(lambda i: i / 2))
     between = st.tuples(grid, grid, st.sampled_from([0.25, 0.5, 1.0])).map(
         lambda a: (a[0], a[0] + np.float32(a[2]) * (a[1] - a[0]), a[1])
@@ -402,7 +404,8 @@ def test_a_small_step_far_from_the_origin_survives_float32(name):
         )
     else:
         truth = {"exact": oracles.assignment, "gaussian": oracles.bures_of_near}[name](x, y)
-    # Five times what is measured. Uncentred projections would be off by 5e-6, squares by expansion by 1e-2, Bures from traces by 1.
+    # Five times the measured errors. Uncentred projections would be off by 5e-6, squares by
+    # expansion by 1e-2, Bures from traces by 1.
     np.testing.assert_allclose(
         transport.squared(x, y),
         truth,
@@ -450,6 +453,12 @@ def test_wrappers_measure_the_image():
         (
             lambda x: esl.MappedTransport(esl.ExactTransport(), jnp.sum).squared(x, x),
             r"`map` must return shape \(p,\) for one member, but returns shape \(\)\.",
+        ),
+        (
+            lambda x: esl.MappedTransport(esl.ExactTransport(), lambda member: (member,)).squared(
+                x, x
+            ),
+            r"`map` must return shape \(p,\) for one member, but returns a tuple\.",
         ),
         (
             lambda x: esl.ExactTransport().squared(x, x[:, :2]),

@@ -1,9 +1,11 @@
-"""A recorded training run held against the speed limit as a `MeasureConfig` says, and what there is to tell about it."""
+"""`esljax measure`: hold a recorded training run against the speed limit.
+
+A `Measurement` reads and computes; `measure_command` prints and writes its numbers.
+"""
 
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.markup
-import rich.progress
-import rich.table
 
 from esljax._checks import refuse
+from esljax._types import Array
 from esljax.command.settings import DONE, FAILED, MeasureConfig
 from esljax.experiment import enable
 from esljax.figures import plot_speed_limit
@@ -24,14 +25,13 @@ from esljax.sharding import map_pairs
 from esljax.simulation import Trajectory, from_snapshots
 from esljax.transport import (
     AbstractTransport,
-    ExactTransport,
-    GaussianTransport,
     ProjectedTransport,
-    SinkhornTransport,
     principal_directions,
     random_directions,
 )
-from esljax.velocity import TransportVelocity
+from esljax.velocity import Maps, TransportVelocity
+
+# The command
 
 
 def measure_command(config: MeasureConfig) -> int:
@@ -41,13 +41,12 @@ def measure_command(config: MeasureConfig) -> int:
     enable(config.dtype)
     console = rich.console.Console(quiet=config.quiet)
     with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
-        tell = (
-            None
-            if config.quiet
-            else lambda said: console.print(said, markup=False, highlight=False, soft_wrap=True)
-        )
-        report, said, content = measure(config, tell)
+        measurement = Measurement.of(config)
+        if not config.quiet:
+            _announce(measurement, console)
+        report = measurement.report()
         figure = plot_speed_limit({"this run": report})
+    content = {**_numbers(report), **measurement.settings()}
     wall = time.perf_counter() - started
     try:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -66,131 +65,176 @@ def measure_command(config: MeasureConfig) -> int:
         raise refuse(
             "out", "be a folder that can be written", f"{config.out} gives: {error.strerror}"
         ) from error
-    written = f"{wall:.0f} s; report.json, config.toml and speed_limit.png are in {config.out}/"
-    # The terminal breaks the lines, so that what is copied or piped has none but its own.
-    findings = report.diagnose()
-    found = "".join(f"- {finding}\n" for finding in findings)
-    console.print(
-        f"{said}\n{report}\n{found}{written}", markup=False, highlight=False, soft_wrap=True
-    )
+    _print(console, _summary(content))
+    _print(console, str(report))
+    for finding in report.diagnose():
+        _print(console, f"- {finding}")
+    files = f"report.json, config.toml and speed_limit.png are in {config.out}/"
+    _print(console, f"{wall:.0f} s; {files}")
+    return DONE if _is_trusted(report) else FAILED
+
+
+def _print(console: rich.console.Console, line: str) -> None:
+    # The terminal breaks the lines, so that copied or piped text has no line ends but its own.
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _announce(measurement: "Measurement", console: rich.console.Console) -> None:
+    """Print the number of transport problems, and then the time that they will take."""
+    whole, halved = measurement.problems()
+    members = measurement.path.positions.shape[1]
+    halves = f" and {halved} of up to {members // 2}" if halved else ""
+    _print(console, f"{whole} transport problems of up to {members} members{halves}.")
+    each, half = measurement.seconds()
+    estimate = whole * each + halved * half
+    long = f"{estimate / 60:.1f} minutes" if estimate > 90 else f"{estimate:.1f} seconds"
+    took = f"{each:.2g} s each" + (f" and {half:.2g} s for the smaller ones" if halved else "")
+    _print(console, f"A batch of them took {took}: about {long} in all, and some to compile.")
+
+
+def _summary(content: dict[str, Any]) -> str:
+    """Return a sentence on the run and its coordinates."""
+    counted = "{snapshots} snapshots of {members} members".format_map(content)
+    kind = "features" if content["measured"] == "features" else "parameters"
+    parts = [f"{counted}, {content['coordinates']} {kind} each"]
+    projection = content["projection"]
+    if projection["name"] != "none":
+        share = projection.get("variance_share")
+        variance = "" if share is None else f", which keep {share:.1%} of their variance"
+        coordinates = f"{projection['coordinates']} coordinates{variance}"
+        parts.append(f"projected ({projection['name']}) on {coordinates}")
+    times = content["times"]
+    if times is not None and times != {"first": 0.0, "last": 1.0}:
+        parts.append("times {first:.12g} to {last:.12g} rescaled to [0, 1]".format_map(times))
+    return "; ".join(parts) + "."
+
+
+def _is_trusted(report: SpeedLimit) -> bool:
     # A gap below 0 by less than its errors is no violation; one below 0 without errors is.
     doubtful = not report.holds and report.standard_error is None
-    return (
-        FAILED
-        if doubtful
-        or {"transport did not converge", "bound violated"} & {finding.name for finding in findings}
-        else DONE
-    )
+    names = {finding.name for finding in report.diagnose()}
+    return not doubtful and not {"transport did not converge", "bound violated"} & names
 
 
-class Measurement(NamedTuple):
-    """The numbers, what was measured in words, and both as they go into report.json."""
-
-    report: SpeedLimit
-    said: str
-    content: dict[str, Any]
+# The computation
 
 
-def measure(config: MeasureConfig, tell: Callable[[str], None] | None = None) -> Measurement:
-    """Read the recording of `config` and hold it against the speed limit. Computes in jax's present floating type and writes nothing.
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A recorded run and the way it is measured. Computes in jax's present floating type."""
 
-    **Args:** `tell`: where to say beforehand how many transport problems there are, and how long they will take.
-    **Raises:** `InputError` for a recording or projection that cannot be read, has wrong shapes or is not finite.
-    """
-    config.check()
-    recording = read(config.recording or "")
-    positions = recording.positions
-    if jnp.issubdtype(positions.dtype, np.floating):
-        positions = positions.astype(jnp.result_type(float))
-    path = from_snapshots(positions, recording.times, observed=recording.observed)
-    projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
-    inner = config.make_transport(sliced_key)
-    matrix = _projection(config, path, projection_key)
-    transport = inner if matrix is None else ProjectedTransport(inner, matrix)
-    velocity = None
-    if config.velocity == "transport" and isinstance(
-        inner, ExactTransport | GaussianTransport | SinkhornTransport
-    ):
-        velocity = TransportVelocity(inner)
-    # Halves of fewer than four members know nothing of a bias.
-    debias = config.debias and path.positions.shape[1] >= 8
-    if tell is not None:
-        _foretell(path, transport, velocity is not None, config.jackknife, debias, tell)
-    report = speed_limit(
-        path, transport=transport, velocity=velocity, jackknife=config.jackknife, debias=debias
-    )
+    config: MeasureConfig
+    path: Trajectory
+    """The run, its times rescaled to [0, 1]."""
+    times: tuple[float, float] | None
+    """The first and the last time as recorded, if any were."""
+    transport: AbstractTransport
+    """The transport in the coordinates of the projection."""
+    matrix: Array | None
+    """The projection, shape (d, p)."""
+    velocity: TransportVelocity | None
+    debias: bool
 
-    projection = _describe(config, path, matrix)
-    times = (
-        None
-        if recording.times is None
-        else {"first": float(recording.times[0]), "last": float(recording.times[-1])}
-    )
-    content = {
-        **_content(report),
-        "snapshots": path.positions.shape[0],
-        "members": path.positions.shape[1],
-        "coordinates": path.positions.shape[2],
-        "measured": "features" if path.observed else "positions",
-        "times": times,
-        "transport": _settings(config),
-        "projection": projection,
-        "velocity": config.velocity,
-    }
-    return Measurement(report, _said(content), content)
+    @classmethod
+    def of(cls, config: MeasureConfig) -> "Measurement":
+        """Read the recording and the projection of `config`.
+
+        **Raises:** `InputError` for a recording or projection that cannot be read, has wrong shapes
+        or is not finite.
+        """
+        config.check()
+        recording = read(config.recording or "")
+        positions, times = recording.positions, recording.times
+        if jnp.issubdtype(positions.dtype, np.floating):
+            positions = positions.astype(jnp.result_type(float))
+        path = from_snapshots(positions, times, observed=recording.observed)
+        projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
+        inner = config.make_transport(sliced_key)
+        matrix = _projection(config, path, projection_key)
+        return cls(
+            config=config,
+            path=path,
+            times=None if times is None else (float(times[0]), float(times[-1])),
+            transport=inner if matrix is None else ProjectedTransport(inner, matrix),
+            matrix=matrix,
+            velocity=_velocity(config, inner),
+            # Halves of fewer than four members know nothing of a bias.
+            debias=config.debias and path.positions.shape[1] >= 8,
+        )
+
+    def report(self) -> SpeedLimit:
+        """Hold the run against the speed limit."""
+        return speed_limit(
+            self.path,
+            transport=self.transport,
+            velocity=self.velocity,
+            jackknife=self.config.jackknife,
+            debias=self.debias,
+        )
+
+    def problems(self) -> tuple[int, int]:
+        """Return how many transport problems there are of up to n members, and of up to n/2."""
+        snapshots, members, _ = self.path.positions.shape
+        return transport_problems(
+            snapshots,
+            members,
+            maps=self.velocity is not None,
+            jackknife=self.config.jackknife,
+            debias=self.debias,
+        )
+
+    def seconds(self) -> tuple[float, float]:
+        """Return the seconds of a problem of n members and of n/2, the latter 0 if there is none.
+
+        Timed on batches as the chain solves them: some problems are much harder than others, and a
+        batch waits for its hardest.
+        """
+        positions = self.path.positions
+        pairs, coarse = compared(positions.shape[0] - 1)
+        each = _seconds(self.transport, positions, positions, pairs + coarse)
+        if not self.debias:
+            return each, 0.0
+        even = positions[:, 0 : positions.shape[1] // 2 * 2 : 2]
+        return each, _seconds(self.transport, even, positions[:, 1::2], pairs)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what was measured, and how, for report.json."""
+        snapshots, members, d = self.path.positions.shape
+        first_and_last = None if self.times is None else dict(zip(_ENDS, self.times, strict=True))
+        return {
+            "snapshots": snapshots,
+            "members": members,
+            "coordinates": d,
+            "measured": "features" if self.path.observed else "positions",
+            "times": first_and_last,
+            "transport": _transport_settings(self.config),
+            "projection": _projection_settings(self.config, self.path, self.matrix),
+            "velocity": self.config.velocity,
+        }
 
 
 def transport_problems(
     snapshots: int, members: int, *, maps: bool, jackknife: int, debias: bool
 ) -> tuple[int, int]:
-    """How many transport problems `speed_limit` solves for one recorded run, of up to n members and of up to n/2.
+    """Return how many transport problems `speed_limit` solves for one recorded run.
 
     **Args:** `maps`: whether there are velocities, by a map to each neighbor in time.
+    **Returns:** how many of up to n members, and how many of up to n/2.
     """
     pairs, coarse = compared(snapshots - 1)
-    kept = jackknife_groups(members, jackknife, unit=1 + debias, least=2 + 2 * debias)
-    reports = 1 if kept is None else 1 + len(kept)
-    return reports * len(pairs + coarse) + 2 * snapshots * maps, reports * (
-        2 * len(pairs) + snapshots
-    ) * debias
-
-
-def _foretell(
-    path: Trajectory,
-    transport: AbstractTransport,
-    maps: bool,
-    jackknife: int,
-    debias: bool,
-    tell: Callable[[str], None],
-) -> None:
-    """Say how many problems there are, and then, from the time of a batch of each size, how long they will take."""
-    positions, members = path.positions, path.positions.shape[1]
-    whole, halved = transport_problems(
-        positions.shape[0], members, maps=maps, jackknife=jackknife, debias=debias
-    )
-    halves = f" and {halved} of up to {members // 2}" if halved else ""
-    tell(f"{whole} transport problems of up to {members} members{halves}.")
-    # As the chain solves them: some problems are much harder than others, and a batch waits for its hardest.
-    pairs, coarse = compared(positions.shape[0] - 1)
-    each = _seconds(transport, positions, positions, pairs + coarse)
-    half = (
-        _seconds(transport, positions[:, 0 : members // 2 * 2 : 2], positions[:, 1::2], pairs)
-        if halved
-        else 0.0
-    )
-    estimate = whole * each + halved * half
-    long = f"{estimate / 60:.1f} minutes" if estimate > 90 else f"{estimate:.1f} seconds"
-    measured = f"{each:.2g} s each" + (f" and {half:.2g} s for the smaller ones" if halved else "")
-    tell(f"A batch of them took {measured}: about {long} in all, and some to compile.")
+    groups = jackknife_groups(members, jackknife, unit=1 + debias, least=2 + 2 * debias)
+    reports = 1 if groups is None else 1 + len(groups)
+    whole = reports * len(pairs + coarse) + 2 * snapshots * maps
+    return whole, reports * (2 * len(pairs) + snapshots) * debias
 
 
 def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int, int]]) -> float:
-    """Seconds for each problem of a batch between these snapshots, once it is compiled."""
+    """Return the seconds for each problem of a batch between these snapshots, once compiled."""
     first, second = np.array(pairs).T
-    snapshots, squared = (
-        jnp.concatenate([x, y]),
-        lambda transport, x, y: transport.solve(x, y).squared,
-    )
+    snapshots = jnp.concatenate([x, y])
+
+    def squared(transport, x, y):
+        return transport.solve(x, y).squared
 
     @eqx.filter_jit
     def solve(transport, snapshots):
@@ -204,7 +248,19 @@ def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int
     return (time.perf_counter() - started) / len(pairs)
 
 
-def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Any:
+def _velocity(config: MeasureConfig, transport: AbstractTransport) -> TransportVelocity | None:
+    if config.velocity == "none":
+        return None
+    if not isinstance(transport, Maps):
+        raise refuse(
+            "velocity",
+            f"be 'none' beside {transport.name}, which maps no member onto another",
+            f"is {config.velocity!r}",
+        )
+    return TransportVelocity(transport)
+
+
+def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Array | None:
     d = path.positions.shape[2]
     if config.project == "none":
         return None
@@ -222,6 +278,9 @@ def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Any:
     return jnp.asarray(matrix, jnp.result_type(float))
 
 
+# The numbers of report.json
+
+_ENDS = ("first", "last")
 _NUMBERS = (
     "entropy_production",
     "length_squared",
@@ -242,14 +301,12 @@ _OPTIONAL = (
 )
 
 
-def _content(report: SpeedLimit) -> dict[str, Any]:
+def _numbers(report: SpeedLimit) -> dict[str, Any]:
+    """Return the numbers of a report as they go into report.json."""
     errors = report.standard_error
-    known_errors = (
-        {} if errors is None else {name: getattr(errors, name) for name in (*_NUMBERS, *_DEBIASED)}
-    )
-    interval = (
-        report.interval("gap") if errors is not None and errors.gap_lower is not None else None
-    )
+    error_of = {name: getattr(errors, name, None) for name in (*_NUMBERS, *_DEBIASED)}
+    has_interval = getattr(errors, "gap_lower", None) is not None
+    interval = report.interval("gap") if has_interval else None
     optional = {name: getattr(report, name) for name in _OPTIONAL}
     return {
         **{name: float(getattr(report, name)) for name in _NUMBERS},
@@ -259,7 +316,7 @@ def _content(report: SpeedLimit) -> dict[str, Any]:
         "is_bound": report.is_bound,
         "standard_error": None
         if errors is None
-        else {name: float(error) for name, error in known_errors.items() if error is not None},
+        else {name: float(error) for name, error in error_of.items() if error is not None},
         "gap_interval": None
         if interval is None
         else [float(interval.lower), float(interval.upper)],
@@ -274,38 +331,22 @@ def _content(report: SpeedLimit) -> dict[str, Any]:
     }
 
 
-def _settings(config: MeasureConfig) -> dict[str, Any]:
+def _transport_settings(config: MeasureConfig) -> dict[str, Any]:
     more = {"sliced": {"directions": config.directions}, "sinkhorn": {"epsilon": config.epsilon}}
     return {"name": config.transport, **more.get(config.transport, {})}
 
 
-def _describe(config: MeasureConfig, path: Trajectory, matrix: Any) -> dict[str, Any]:
+def _projection_settings(
+    config: MeasureConfig, path: Trajectory, matrix: Array | None
+) -> dict[str, Any]:
     if matrix is None:
         return {"name": "none", "coordinates": path.positions.shape[2]}
-    described = {"name": config.project, "coordinates": matrix.shape[1]}
+    settings = {"name": config.project, "coordinates": matrix.shape[1]}
     if config.project in ("pca", "random"):
         pooled = np.asarray(path.positions, np.float64).reshape(-1, path.positions.shape[2])
         pooled = pooled - pooled.mean(axis=0)
         whole = np.sum(pooled**2)
-        described["variance_share"] = (
+        settings["variance_share"] = (
             float(np.sum((pooled @ np.asarray(matrix, np.float64)) ** 2) / whole) if whole else 1.0
         )
-    return described
-
-
-def _said(content: dict[str, Any]) -> str:
-    counted = "{snapshots} snapshots of {members} members".format_map(content)
-    kind = "features" if content["measured"] == "features" else "parameters"
-    said = [f"{counted}, {content['coordinates']} {kind} each"]
-    projection = content["projection"]
-    if projection["name"] != "none":
-        share = projection.get("variance_share")
-        kept = "" if share is None else f", which keep {share:.1%} of their variance"
-        said.append(
-            f"projected ({projection['name']}) on {projection['coordinates']} coordinates{kept}"
-        )
-    if content["times"] is not None and content["times"] != {"first": 0.0, "last": 1.0}:
-        said.append(
-            "times {first:.12g} to {last:.12g} rescaled to [0, 1]".format_map(content["times"])
-        )
-    return "; ".join(said) + "."
+    return settings

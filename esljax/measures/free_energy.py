@@ -39,12 +39,7 @@ from esljax.potentials import AbstractPotential, Driven
 from esljax.results import StandardErrors
 from esljax.sharding import bring, map_pairs
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
-from esljax.transport import (
-    AbstractTransport,
-    GaussianTransport,
-    MappedTransport,
-    ProjectedTransport,
-)
+from esljax.transport import AbstractTransport, GaussianTransport, check_transport, solution_of
 from esljax.velocity import AbstractVelocity
 
 
@@ -321,8 +316,8 @@ def _chain(
     ) -> Float[Array, "*groups"]:
         transport, subsets = shared
         if subsets is None:
-            return transport.solve(x, y).squared
-        return jax.lax.map(lambda kept: transport.solve(x[kept], y[kept]).squared, subsets)
+            return solution_of(transport, x, y).squared
+        return jax.lax.map(lambda kept: solution_of(transport, x[kept], y[kept]).squared, subsets)
 
     # Members leave where two whole snapshots already lie together: elsewhere the history would be
     # gathered for each group.
@@ -400,15 +395,15 @@ def _check(
             "stand alone, as D comes from it or from a velocity",
             f"is given beside {type(velocity).__name__}",
         )
-    if transport is not None and (
-        not isinstance(transport, AbstractTransport)
-        or isinstance(transport, MappedTransport | ProjectedTransport)
-    ):
-        raise refuse(
-            "transport",
-            "be a transport between whole members, such as GaussianTransport()",
-            f"is a {type(transport).__name__}",
-        )
+    if transport is not None:
+        n, d = trajectory.positions.shape[-2:]
+        check_transport("transport", transport, n, d, trajectory.positions.dtype)
+        if not transport.linear or transport.projection is not None:
+            raise refuse(
+                "transport",
+                "be a transport between whole members, such as GaussianTransport()",
+                f"is a {transport.name}",
+            )
     if trajectory.positions.shape[-2] < 4:
         raise refuse(
             "trajectory",

@@ -27,12 +27,7 @@ from esljax.measures.velocities import MemberRates, from_velocities, member_rate
 from esljax.potentials import AbstractPotential, Driven
 from esljax.sharding import AnyMesh, bring, replicate
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
-from esljax.transport import (
-    AbstractTransport,
-    GaussianTransport,
-    MappedTransport,
-    ProjectedTransport,
-)
+from esljax.transport import AbstractTransport, check_transport
 from esljax.velocity import AbstractVelocity
 
 
@@ -192,6 +187,8 @@ def _report(
 def _check_pair(
     trajectory: Trajectory, transport: AbstractTransport, velocity: Any, potential: Any
 ) -> None:
+    n, d = trajectory.positions.shape[-2:]
+    check_transport("transport", transport, n, d, trajectory.positions.dtype)
     if velocity is None:
         if potential is not None:
             raise refuse(
@@ -204,15 +201,12 @@ def _check_pair(
         raise refuse(
             "velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}"
         )
-    inner, mapped = transport, False
-    while isinstance(inner, MappedTransport | ProjectedTransport):
-        inner, mapped = inner.transport, mapped or isinstance(inner, MappedTransport)
-    name, measure = type(velocity).__name__, type(inner).__name__
-    if velocity.moments_only and not isinstance(inner, GaussianTransport):
+    name = type(velocity).__name__
+    if velocity.moments_only and not transport.moments_only:
         raise refuse(
             "transport",
             f"be GaussianTransport() beside {name}, which sees the same moments",
-            f"is {measure}, whose W2² its Σ need not exceed",
+            f"is {transport.name}, whose W2² its Σ need not exceed",
         )
     if not velocity.needs_drift:
         return
@@ -228,8 +222,8 @@ def _check_pair(
             f"be the potential of the run, whose gradient {name} needs",
             f"is {potential!r}",
         )
-    if trajectory.observed or mapped:
-        what = "an observed run" if trajectory.observed else "a MappedTransport"
+    if trajectory.observed or not transport.linear:
+        what = "an observed run" if trajectory.observed else f"a {transport.name}"
         raise refuse(
             "velocity",
             "be TransportVelocity(...) in features, where the drift is not known",

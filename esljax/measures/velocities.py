@@ -25,7 +25,7 @@ from esljax.measures.report import SpeedLimit
 from esljax.potentials import potential_at
 from esljax.sharding import AnyMesh, replicate
 from esljax.simulation import Trajectory
-from esljax.transport import AbstractTransport, coordinates
+from esljax.transport import AbstractTransport
 from esljax.velocity import AbstractVelocity, Snapshot
 
 _VELOCITY = {
@@ -81,7 +81,8 @@ def member_rates(
     trajectory: Trajectory, transport: AbstractTransport, velocity: AbstractVelocity, potential: Any
 ) -> MemberRates:
     """Estimate the velocity at every snapshot of one run, in the coordinates of the transport."""
-    positions, matrix = coordinates(transport, trajectory.positions)
+    positions, matrix = transport.coordinates(trajectory.positions), transport.projection
+    matrix = None if matrix is None else matrix.astype(positions.dtype)
     snapshot_of = (
         functools.partial(_driven, potential=potential, matrix=matrix)
         if velocity.needs_drift

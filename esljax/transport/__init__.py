@@ -1,10 +1,10 @@
 """W2²: the squared Wasserstein distance between two ensembles."""
 
-from esljax.transport.base import AbstractTransport, Solution
+from esljax.transport.base import AbstractTransport, Solution, check_transport, solution_of
 from esljax.transport.coordinates import (
+    AbstractWrappedTransport,
     MappedTransport,
     ProjectedTransport,
-    coordinates,
     principal_directions,
     random_directions,
 )
@@ -15,6 +15,7 @@ from esljax.transport.sliced import SlicedTransport
 
 __all__ = [
     "AbstractTransport",
+    "AbstractWrappedTransport",
     "ExactTransport",
     "GaussianTransport",
     "MappedTransport",
@@ -22,7 +23,8 @@ __all__ = [
     "SinkhornTransport",
     "SlicedTransport",
     "Solution",
-    "coordinates",
+    "check_transport",
     "principal_directions",
     "random_directions",
+    "solution_of",
 ]

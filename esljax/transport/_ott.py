@@ -9,8 +9,11 @@ import jax
 
 @functools.cache
 def ott() -> types.SimpleNamespace:
-    """What is used of ott, imported on first use: it takes longer to load than jax, and announces the retirement of a library."""
-    # The first use may be inside a trace; constants made by an import must not become part of it.
+    """Import the used parts of ott on first use, and without its warning.
+
+    It takes longer to load than jax, and announces the retirement of a library.
+    """
+    # The first use may be inside a trace, of which constants made by an import must not be a part.
     with jax.ensure_compile_time_eval(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
         from ott.geometry.geometry import Geometry

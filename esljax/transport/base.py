@@ -1,16 +1,17 @@
-r"""Transports: the squared 2-Wasserstein distance between two ensembles of equally weighted members.
+r"""The squared 2-Wasserstein distance between two ensembles of equally weighted members.
 
     W2²(x, y) = min_P Σ_ij P_ij |x_i - y_j|²          P ≥ 0 with row sums 1/n and column sums 1/m
 
-`ExactTransport` solves this; `GaussianTransport` and `SlicedTransport` are lower bounds of it that are metrics themselves;
-`SinkhornTransport` (in `sinkhorn`) is a smooth approximation and no metric. `MappedTransport` and `ProjectedTransport` measure any of them in other
-coordinates. With a
-metric, dist = sqrt(squared), the chain identities of the speed limit hold on samples exactly:
+`ExactTransport` solves this problem. `GaussianTransport` and `SlicedTransport` are lower bounds of
+it that are metrics themselves; `SinkhornTransport` is a smooth approximation and no metric.
+`MappedTransport` and `ProjectedTransport` measure any of them in other coordinates. With a metric,
+dist = sqrt(squared), the chain identities of the speed limit hold on samples exactly:
 
     Σ_j dist²(q_j, q_{j+1})/(s_{j+1} - s_j) ≥ (Σ_j dist(q_j, q_{j+1}))² ≥ dist²(q_0, q_J)
 
-Two ensembles of one run are close together, so small increments must survive rounding: every metric here is written as a sum of squared
-differences of matched things, whose error is relative to the increment, and never as a difference of large moments.
+Two ensembles of one run are close together, and small increments must survive rounding. Every
+metric here is therefore a sum of squared differences of matched things, whose error is relative to
+the increment, and never a difference of large moments.
 """
 
 import abc
@@ -21,43 +22,151 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import check_ensemble, refuse
+from esljax._numerics import product
 from esljax._types import Array, ArrayLike, Float, Scalar
 
 
 class Solution(eqx.Module):
-    """What a transport answers: the number and whether it can be trusted."""
+    """The answer of a transport problem: the squared distance, and whether it can be trusted."""
 
     squared: Scalar
-    """The squared distance, shape (), in units of θ²."""
+    """The squared distance, shape (), in units of θ²; NaN where it is not finite."""
     converged: Array
-    """Whether the problem was solved, a boolean of shape (). False where the answer is not finite."""
+    """Whether the problem was solved, a boolean of shape (); False where `squared` is NaN."""
 
 
 class AbstractTransport(eqx.Module):
-    """A squared distance between the laws that two ensembles sample. All are invariant under a permutation of the members."""
+    """A squared distance between the laws of two ensembles, whatever the order of their members.
+
+    **Recipe of a subclass:** define `is_metric` and `solve`. The class then works in `squared`,
+    `speed_limit`, `free_energy` and inside every wrapper. Each other property has a default that
+    claims nothing about the class. Define
+
+    - `numbers_held`, to use the class in `plan_memory`, which rejects it otherwise;
+    - `pairs_members`, if the distance is a mean over pairs of members, for the noise floor and the
+      identity fraction of a report;
+    - `moments_only`, if it compares means and covariances only, to stand beside `AffineVelocity`;
+    - `projection` or `coordinates`, if it does not compare the positions themselves;
+    - `coarser`, if it has an ε, so that a diagnosis can test whether ε is small enough;
+    - `in_turn`, if several problems run slower together than one after the other on a CPU;
+    - `map(x, y)`, the image in y of each member of x, shape (n, d), for `TransportVelocity`.
+
+    A class that holds another transport derives from `AbstractWrappedTransport`, which forwards
+    all of these.
+
+    **Example:** the distance between the means of two ensembles, a lower bound of W2.
+
+        >>> from typing import ClassVar
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> class MeanTransport(esl.AbstractTransport):
+        ...     is_metric: ClassVar[bool] = True
+        ...
+        ...     def solve(self, x, y):
+        ...         squared = jnp.sum((jnp.mean(x, axis=0) - jnp.mean(y, axis=0)) ** 2)
+        ...         return esl.Solution(squared, jnp.isfinite(squared))
+        >>> path = esl.from_snapshots(jnp.array([[[0.0], [2.0]], [[3.0], [5.0]]]))
+        >>> float(esl.speed_limit(path, transport=MeanTransport()).w2_squared)
+        9.0
+    """
 
     @property
     @abc.abstractmethod
     def is_metric(self) -> bool:
         """Whether sqrt(squared) obeys the triangle inequality on samples, by construction."""
 
-    @property
-    def in_turn(self) -> bool:
-        """Whether a CPU had better solve several problems one after the other than all of them together. Accelerators never do."""
-        return False
-
     @abc.abstractmethod
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
-        """The squared distance and whether it converged. Not checked and not compiled: for use inside `jit` and `vmap`."""
+        """Return the squared distance and whether it converged.
+
+        Neither checked nor compiled: for use inside `jit` and `vmap`. Under `solution_of` the
+        answer is checked.
+        """
+
+    @property
+    def name(self) -> str:
+        """The name of the class in reports and messages; a wrapper adds that of its transport."""
+        return type(self).__name__
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether a CPU is faster if it solves problems one after the other than all together.
+
+        Accelerators always solve them together.
+        """
+        return False
+
+    @property
+    def pairs_members(self) -> bool:
+        """Whether `squared` is the least mean squared distance between members paired one to one.
+
+        `squared` then never exceeds the mean of |x_i - y_i|² over the compared coordinates, and
+        equals it where each member is its own best partner.
+        """
+        return False
+
+    @property
+    def moments_only(self) -> bool:
+        """Whether `squared` is the Bures distance of the means and covariances of the two laws."""
+        return False
+
+    @property
+    def projection(self) -> Float[Array, "d p"] | None:
+        """The matrix M, shape (d, p), if it compares the coordinates θ M; None for θ itself."""
+        return None
+
+    def coordinates(self, positions: Float[Array, "*many n d"]) -> Float[Array, "*many n p"]:
+        """Return the coordinates of the members that are compared, shape (..., n, p).
+
+        By default the positions themselves, or their projection. A class that overrides this
+        counts as nonlinear unless it overrides `linear` and `projection` as well.
+        """
+        matrix = self.projection
+        return positions if matrix is None else product(positions, matrix.astype(positions.dtype))
+
+    @property
+    def linear(self) -> bool:
+        """Whether `coordinates` is the linear map that `projection` holds.
+
+        Drifts and noise can then be projected as positions are.
+        """
+        return type(self).coordinates is AbstractTransport.coordinates
+
+    def coarser(self) -> "AbstractTransport | None":
+        """Return the same transport at twice its ε; None if it has no ε."""
+        return None
+
+    def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int | None:
+        """Return how many numbers one problem between two ensembles (n, d) holds at once.
+
+        For `plan_memory`, which rejects a class that returns None: its memory is not known. The
+        factors of the classes of this package were read off the compiler's own account of compiled
+        programs (`tests/test_memory.py` compares the two).
+
+        **Args:** `differentiated`: whether a gradient is taken through the problem.
+        **Returns:** a count of numbers of the type of the positions, which may be a fraction.
+        """
+        return None
+
+    def numbers_waiting(self, n: int, d: int, differentiated: bool) -> float | int:
+        """Return how many numbers each problem holds while others are solved before or after it.
+
+        A problem that waits holds its two ends, and later what their derivatives take. All else is
+        recomputed, unless the class marks it by `esljax.sharding.keep`.
+        """
+        return (5.5 if differentiated else 2) * n * d
 
     def squared(self, x: Float[ArrayLike, "n d"], y: Float[ArrayLike, "m d"]) -> Scalar:
-        """The squared distance between two ensembles, compiled once per shape.
+        """Return the squared distance between two ensembles, compiled once per shape.
 
         **Args:** `x`: shape (n, d), one row per member. `y`: shape (m, d).
-        **Returns:** shape (), in units of θ². Under `jit`, where values cannot be looked at, a NaN member gives NaN. (`jax.jit` hashes what
-        it is given, so a bare method of an object that holds arrays goes to `eqx.filter_jit`.)
-        **Raises:** `InputError` if a shape or type is wrong, or if a member is seen not to be finite.
-        **Differentiation:** forward and reverse in `x`, `y` and every floating leaf, once; second derivatives are each class's matter.
+        **Returns:** shape (), in units of θ². Under `jit`, which hides the values, a NaN member
+        gives NaN. (`jax.jit` hashes its function, so a bare method of an object that holds arrays
+        goes to `eqx.filter_jit`.)
+        **Raises:** `InputError` for a wrong shape or type, and for a member that is not finite
+        where the values are known.
+        **Differentiation:** forward and reverse in `x`, `y` and every floating leaf, once; each
+        class documents its second derivatives.
         """
         check_ensemble("x", x)
         check_ensemble("y", y)
@@ -72,11 +181,72 @@ class AbstractTransport(eqx.Module):
 
 @eqx.filter_jit
 def _compiled_solve(transport: AbstractTransport, x: Any, y: Any) -> Solution:
-    return transport.solve(jnp.asarray(x), jnp.asarray(y))
+    return solution_of(transport, jnp.asarray(x), jnp.asarray(y))
+
+
+def solution_of(
+    transport: AbstractTransport, x: Float[Array, "n d"], y: Float[Array, "m d"]
+) -> Solution:
+    """Return `transport.solve(x, y)`, and check its type and shapes at no cost.
+
+    **Raises:** `InputError` if `solve` returns no `Solution` of one number and one boolean.
+    """
+    answer: Any = transport.solve(x, y)
+    if not isinstance(answer, Solution):
+        raise refuse(
+            "transport",
+            "return `Solution(squared, converged)` from `solve`",
+            f"{transport.name} returns a {type(answer).__name__}",
+        )
+    squared, converged = jnp.asarray(answer.squared), jnp.asarray(answer.converged)
+    right = (
+        squared.shape == converged.shape == ()
+        and jnp.issubdtype(squared.dtype, jnp.floating)
+        and converged.dtype == bool
+    )
+    if not right:
+        raise refuse(
+            "transport",
+            "return one number and one boolean, each of shape (), in the `Solution` of `solve`",
+            f"{transport.name} returns {squared.dtype}{squared.shape} "
+            f"and {converged.dtype}{converged.shape}",
+        )
+    return Solution(squared, converged)
+
+
+def check_transport(argument: str, value: Any, n: int, d: int, dtype: Any) -> None:
+    """Check that `value` is a transport whose coordinates fit an ensemble (n, d). Computes nothing.
+
+    **Raises:** `InputError` if it is no transport, and if its `coordinates` or its `projection`
+    have wrong shapes.
+    """
+    if not isinstance(value, AbstractTransport):
+        raise refuse(argument, "be a transport such as ExactTransport()", f"is {value!r}")
+    compared: Any = eqx.filter_eval_shape(value.coordinates, jax.ShapeDtypeStruct((1, n, d), dtype))
+    shape = getattr(compared, "shape", None)
+    if shape is None or len(shape) != 3 or shape[:2] != (1, n) or shape[2] == 0:
+        raise refuse(
+            argument,
+            f"return shape (1, {n}, p) from `coordinates` for positions of shape (1, {n}, {d})",
+            f"{value.name} returns {'no array' if shape is None else f'shape {shape}'}",
+        )
+    if not value.linear or (value.projection is None and shape[2] == d):
+        return
+    matrix = getattr(value.projection, "shape", None)
+    if matrix != (d, shape[2]):
+        raise refuse(
+            argument,
+            f"have a `projection` of shape ({d}, {shape[2]}), the matrix of its `coordinates` "
+            "(or set `linear` to False)",
+            f"that of {value.name} {'is None' if matrix is None else f'has shape {matrix}'}",
+        )
 
 
 def solution(squared: Scalar, solved: Array | bool = True) -> Solution:
-    """A factor rather than a choice, so that what has no finite answer has no finite derivative either."""
+    """Return a `Solution` that is NaN and has no derivative where the problem has no finite answer.
+
+    Multiply by NaN instead of choosing it: a choice would leave a finite derivative.
+    """
     finite = jnp.isfinite(squared) & solved
     return Solution(
         squared * jnp.where(finite, jnp.ones_like(squared), jnp.full_like(squared, jnp.nan)), finite
@@ -84,6 +254,9 @@ def solution(squared: Scalar, solved: Array | bool = True) -> Solution:
 
 
 def recentred(x: Array, y: Array) -> tuple[Array, Array]:
-    """Both clouds about one point: no distance changes, and products of coordinates stop cancelling far from the origin."""
+    """Return both clouds about one point.
+
+    No distance changes, and products of coordinates no longer cancel far from the origin.
+    """
     center = jax.lax.stop_gradient(jnp.mean(x, axis=0))
     return x - center, y - center

@@ -14,60 +14,209 @@ from esljax._types import Array, ArrayLike, Float, Key
 from esljax.transport.base import AbstractTransport, Solution
 
 
-class _Elsewhere(AbstractTransport):
-    """Another transport, in other coordinates."""
+class AbstractWrappedTransport(AbstractTransport):
+    """A transport that holds another one and measures by it.
+
+    Every property is that of the inner transport, so that a wrapper silences no warning of a
+    report and can be planned for. `MappedTransport` and `ProjectedTransport` are of this kind.
+
+    **Recipe of a subclass:** define `solve`, which calls `self.transport.solve`. Override what the
+    wrapper changes: `coordinates` if it measures in other coordinates, with `linear` and
+    `projection` if that is a linear map; `pairs_members`, `moments_only` or `is_metric` if the
+    answer no longer has the property; `numbers_held` if it holds more than the coordinates of both
+    ends besides the inner problem.
+
+    **Args:** `transport`: the inner transport.
+    **Raises:** `InputError` if `transport` is none.
+
+    **Example:** the least distance over reflections at the origin.
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> class ReflectedTransport(esl.transport.AbstractWrappedTransport):
+        ...     def solve(self, x, y):
+        ...         kept, turned = self.transport.solve(x, y), self.transport.solve(x, -y)
+        ...         squared = jnp.minimum(kept.squared, turned.squared)
+        ...         return esl.Solution(squared, kept.converged & turned.converged)
+        >>> transport = ReflectedTransport(esl.ExactTransport())
+        >>> float(transport.squared(jnp.array([[3.0, 4.0]]), jnp.array([[-3.0, -2.0]])))
+        4.0
+        >>> transport.name
+        'ReflectedTransport ExactTransport'
+    """
 
     transport: AbstractTransport
+
+    def __check_init__(self):
+        if not isinstance(self.transport, AbstractTransport):
+            raise refuse(
+                "transport", "be a transport such as ExactTransport()", f"is {self.transport!r}"
+            )
 
     @property
     def is_metric(self) -> bool:
         return self.transport.is_metric
 
     @property
+    def name(self) -> str:
+        return f"{type(self).__name__} {self.transport.name}"
+
+    @property
     def in_turn(self) -> bool:
         return self.transport.in_turn
 
+    @property
+    def pairs_members(self) -> bool:
+        return self.transport.pairs_members
 
-class MappedTransport(_Elsewhere):
-    """Another transport, of the features `map(θ)` of each member: a metric on laws of features, blind to what the map does not see.
+    @property
+    def moments_only(self) -> bool:
+        return self.transport.moments_only
 
-    **Args:** `transport`: any other. `map`: from one member, shape (d,), to its features, shape (p,); a pytree or a function of jax.
-    **Raises:** `InputError` if the map does not answer with shape (p,).
+    @property
+    def projection(self) -> Float[Array, "d p"] | None:
+        return self.transport.projection if self.linear else None
+
+    def coordinates(self, positions: Float[Array, "*many n d"]) -> Float[Array, "*many n p"]:
+        return self.transport.coordinates(positions)
+
+    @property
+    def linear(self) -> bool:
+        forwards = type(self).coordinates is AbstractWrappedTransport.coordinates
+        return forwards and self.transport.linear
+
+    def coarser(self) -> "AbstractTransport | None":
+        coarser = self.transport.coarser()
+        return None if coarser is None else eqx.tree_at(lambda t: t.transport, self, coarser)
+
+    def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int | None:
+        compared = jax.eval_shape(self.coordinates, jax.ShapeDtypeStruct((1, n, d), np.float32))
+        inner = self.transport
+        # Several changes of coordinates are priced as one.
+        while isinstance(inner, AbstractWrappedTransport) and _prices_as_usual(inner):
+            inner = inner.transport
+        held = inner.numbers_held(n, compared.shape[-1], differentiated)
+        return None if held is None else (4 if differentiated else 2) * n * d + held
+
+
+def _prices_as_usual(transport: AbstractWrappedTransport) -> bool:
+    return type(transport).numbers_held is AbstractWrappedTransport.numbers_held
+
+
+class MappedTransport(AbstractWrappedTransport):
+    """Another transport, between the features `map(θ)` of the members.
+
+    A metric on laws of features, blind to whatever the map does not see.
+
+    **Args:** `transport`: any other. `map`: from one member, shape (d,), to its features, shape
+    (p,); a pytree or a function of jax.
+    **Raises:** `InputError` if the map does not return shape (p,).
     **Differentiation:** as the inner transport, through the map.
 
     **Example:**
 
         >>> import jax.numpy as jnp
-        >>> norm = MappedTransport(ExactTransport(), lambda member: jnp.linalg.norm(member, keepdims=True))
+        >>> import esljax as esl
+        >>> norm = esl.MappedTransport(
+        ...     esl.ExactTransport(), lambda member: jnp.linalg.norm(member, keepdims=True)
+        ... )
         >>> float(norm.squared(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 7.0]])))
         4.0
     """
 
     map: Callable[[Float[Array, " d"]], Float[Array, " p"]]
 
+    def coordinates(self, positions: Float[Array, "*many n d"]) -> Float[Array, "*many n p"]:
+        return self.transport.coordinates(self._features(positions))
+
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
-        x, y = jax.vmap(self.map)(x), jax.vmap(self.map)(y)
-        if x.ndim != 2:
-            raise refuse("map", "return shape (p,) for one member", f"returns shape {x.shape[1:]}")
-        return self.transport.solve(x, y)
+        return self.transport.solve(self._features(x), self._features(y))
+
+    def _features(self, positions: Float[Array, "*many n d"]) -> Float[Array, "*many n p"]:
+        of_many = self.map
+        for _ in range(positions.ndim - 1):
+            of_many = jax.vmap(of_many)
+        features: Any = of_many(positions)
+        if not isinstance(features, jax.Array):
+            kind = type(features).__name__
+            raise refuse("map", "return shape (p,) for one member", f"returns a {kind}")
+        if features.ndim != positions.ndim:
+            shape = features.shape[positions.ndim - 1 :]
+            raise refuse("map", "return shape (p,) for one member", f"returns shape {shape}")
+        return features
+
+
+class ProjectedTransport(AbstractWrappedTransport):
+    """Another transport, between the coordinates θ @ `matrix`.
+
+    With orthonormal columns every metric of this package then bounds its full self from below.
+
+    **Args:** `transport`: any other. `matrix`: shape (d, p), a leaf of the pytree.
+    **Raises:** `InputError` if `matrix` has not shape (d, p).
+    **Differentiation:** as the inner transport, in the matrix as well.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> first = esl.ProjectedTransport(esl.ExactTransport(), jnp.array([[1.0], [0.0]]))
+        >>> float(first.squared(jnp.array([[1.0, 9.0]]), jnp.array([[4.0, 0.0]])))
+        9.0
+    """
+
+    matrix: Float[Array, "d p"] = eqx.field(converter=as_float)
+
+    def __check_init__(self):
+        if jnp.ndim(self.matrix) != 2 or jnp.size(self.matrix) == 0:
+            raise refuse("matrix", "have shape (d, p)", f"has shape {jnp.shape(self.matrix)}")
+
+    @property
+    def linear(self) -> bool:
+        return self.transport.linear
+
+    @property
+    def projection(self) -> Float[Array, "d p"] | None:
+        inner = self.transport.projection
+        return self.matrix if inner is None else product(self.matrix, inner)
+
+    def coordinates(self, positions: Float[Array, "*many n d"]) -> Float[Array, "*many n p"]:
+        return self.transport.coordinates(self._projected(positions))
+
+    def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
+        return self.transport.solve(self._projected(x), self._projected(y))
+
+    def _projected(self, positions: Float[Array, "*many n d"]) -> Float[Array, "*many n p"]:
+        d = positions.shape[-1]
+        if len(self.matrix) != d:
+            raise refuse(
+                "matrix",
+                f"have shape ({d}, p) for members of {d} coordinates",
+                f"has shape {self.matrix.shape}",
+            )
+        return product(positions, self.matrix.astype(positions.dtype))
 
 
 def principal_directions(
     positions: Float[ArrayLike, "*many d"], coordinates: int
 ) -> Float[Array, "d p"]:
-    """The orthonormal directions along which all these members together vary most, as columns: a matrix for `ProjectedTransport`.
+    """Return the orthonormal directions of the largest variance of all these members together.
 
-    A run is measured in one fixed set of coordinates, so fit it once, to all its snapshots together; a fit of each snapshot would compare
+    The columns are a matrix for `ProjectedTransport`. A run is measured in one fixed set of
+    coordinates, so fit it once, to all its snapshots together; a fit of each snapshot would compare
     laws in different spaces.
 
-    **Args:** `positions`: shape (..., d), such as (J+1, n, d). `coordinates`: p, at most d and at most the number of members in all.
-    **Returns:** shape (d, p), in decreasing order of variance; of each direction the largest entry is positive.
-    **Raises:** `InputError` if p is out of range. **Differentiation:** none; it is made outside of jax.
+    **Args:** `positions`: shape (..., d), such as (J+1, n, d). `coordinates`: p, at most d and at
+    most the number of members in all.
+    **Returns:** shape (d, p), in decreasing order of variance; of each direction the largest entry
+    is positive.
+    **Raises:** `InputError` if p is out of range.
+    **Differentiation:** none; it is computed outside of jax.
 
     **Example:**
 
         >>> import numpy as np
-        >>> principal_directions(np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.1]]), 1).shape
+        >>> import esljax as esl
+        >>> esl.principal_directions(np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.1]]), 1).shape
         (2, 1)
     """
     pooled = np.asarray(positions, np.float64).reshape(-1, np.shape(positions)[-1])
@@ -79,15 +228,19 @@ def principal_directions(
 
 
 def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]:
-    """Orthonormal directions that know nothing of the data, as columns: a matrix for `ProjectedTransport`. Uniform, and the same in every precision.
+    """Return orthonormal directions that do not depend on the data, as columns.
 
-    **Args:** `d`: numbers in one member. `coordinates`: p, at most d. `key`: what they are drawn from.
-    **Returns:** shape (d, p). **Raises:** `InputError` if p is out of range or `key` not a key.
+    A matrix for `ProjectedTransport`; uniform, and the same in every precision.
+
+    **Args:** `d`: numbers in one member. `coordinates`: p, at most d. `key`: the key to draw from.
+    **Returns:** shape (d, p).
+    **Raises:** `InputError` if p is out of range or `key` is not a key.
 
     **Example:**
 
         >>> import jax
-        >>> random_directions(5, 2, jax.random.key(0)).shape
+        >>> import esljax as esl
+        >>> esl.random_directions(5, 2, jax.random.key(0)).shape
         (5, 2)
     """
     check_positive_int("d", d)
@@ -96,7 +249,7 @@ def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]
     normal = jax.random.normal(key, (d, coordinates), jnp.float32).astype(jnp.result_type(float))
     upper: Any
     directions, upper = jnp.linalg.qr(normal)
-    # Of the two signs of a column, the one that does not depend on the algorithm.
+    # Of the two signs of a column, choose the one that does not depend on the algorithm.
     return directions * jnp.sign(jnp.diagonal(upper))
 
 
@@ -112,51 +265,3 @@ def _check_coordinates(coordinates: int, d: int, members: int) -> None:
             f"be at most {members}, the members of all snapshots together",
             f"is {coordinates}",
         )
-
-
-class ProjectedTransport(_Elsewhere):
-    """Another transport, of the coordinates θ @ `matrix`. With orthonormal columns every metric here then bounds its full self from below.
-
-    **Args:** `transport`: any other. `matrix`: shape (d, p), a leaf of the pytree.
-    **Raises:** `InputError` if `matrix` has not shape (d, p).
-    **Differentiation:** as the inner transport, in the matrix as well.
-
-    **Example:**
-
-        >>> import jax.numpy as jnp
-        >>> first = ProjectedTransport(ExactTransport(), jnp.array([[1.0], [0.0]]))
-        >>> float(first.squared(jnp.array([[1.0, 9.0]]), jnp.array([[4.0, 0.0]])))
-        9.0
-    """
-
-    matrix: Float[Array, "d p"] = eqx.field(converter=as_float)
-
-    def __check_init__(self):
-        if jnp.ndim(self.matrix) != 2 or jnp.size(self.matrix) == 0:
-            raise refuse("matrix", "have shape (d, p)", f"has shape {jnp.shape(self.matrix)}")
-
-    def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
-        if len(self.matrix) != x.shape[1]:
-            raise refuse(
-                "matrix",
-                f"have shape ({x.shape[1]}, p) for members of {x.shape[1]} coordinates",
-                f"has shape {self.matrix.shape}",
-            )
-        matrix = self.matrix.astype(x.dtype)
-        return self.transport.solve(product(x, matrix), product(y, matrix))
-
-
-def coordinates(
-    transport: AbstractTransport, positions: Float[Array, "snapshots n d"]
-) -> tuple[Array, Array | None]:
-    """What the transport compares in the end, (J+1, n, p), and the matrix (d, p) that led there if it is a projection."""
-    matrix = None
-    while isinstance(transport, MappedTransport | ProjectedTransport):
-        if isinstance(transport, ProjectedTransport):
-            step = transport.matrix.astype(positions.dtype)
-            matrix = step if matrix is None else product(matrix, step)
-            positions = product(positions, step)
-        else:
-            positions = jax.vmap(jax.vmap(transport.map))(positions)
-        transport = transport.transport
-    return positions, matrix

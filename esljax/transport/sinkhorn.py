@@ -1,4 +1,4 @@
-r"""The Sinkhorn divergence between two ensembles: entropic transport without its bias, smooth in everything."""
+"""The Sinkhorn divergence: entropic transport without its bias, smooth in everything."""
 
 import functools
 import math
@@ -15,41 +15,56 @@ from esljax._types import Array, Float, Scalar
 from esljax.sharding import keep
 from esljax.transport.base import AbstractTransport, Solution, recentred, solution
 
-# Iterations between two looks at the error: a sum over all members, which devices that share them would have to wait for.
+# Iterations between two looks at the error, which is a sum over all members: devices that share
+# them would have to wait for it.
 EVERY = 10
 
 Potentials: TypeAlias = Callable[[Array], Array]
 
 
 class SinkhornTransport(AbstractTransport):
-    r"""The Sinkhorn divergence: entropic transport without its bias at x = y. Any n, m. It tends to W2² as ε → 0, and is no metric.
+    r"""The Sinkhorn divergence: entropic transport without its bias at x = y. Any n, m.
 
         S_ε(x, y) = OT_ε(x, y) - ½ OT_ε(x, x) - ½ OT_ε(y, y)
         OT_ε(x, y) = min_P Σ_ij P_ij |x_i - y_j|² + ε Σ_ij P_ij log(nm P_ij)
 
-    Its three terms have the size of ε and of the spread of the clouds, so rounding leaves an error of that size times 1e-7 in float32: for
-    the increments between the snapshots of a run take a metric. It may come out slightly negative and is not clipped.
+    It tends to W2² as ε → 0, and is no metric. Its three terms have the size of ε and of the spread
+    of the clouds, so rounding leaves an error of 1e-7 of that size in float32: use a metric for the
+    increments between the snapshots of a run. It may come out slightly negative and is not clipped.
 
-    **Args:** `epsilon`: ε > 0 in units of θ², a leaf of the pytree, chosen once per run (`.05` of the mean squared distance is a usual
-    start) and never from the data within it. `threshold`: the largest error of the column sums of P, in total mass, at
-    which the iterations stop. `max_iterations`: how many of them at most; a problem that needs more comes back with `converged` False.
-    `chunk`: None keeps the (n, m) costs, twice or more; a number makes them anew in every iteration for that many members at a time, with
-    the same answers, in memory for two or three times `chunk` rows of them instead, and none that grows with nm. A CPU is fastest where a
-    block stays in its cache, `chunk` times m at two or three million: 256 for m = 10 000, 32 for 100 000. An accelerator wants more.
-    `ProjectedTransport` is a way to cheaper costs where d is large. The time grows with nm either way, and roughly with 1/ε.
-    **Raises:** `InputError` if ε or `threshold` is not positive or `max_iterations` or `chunk` not a positive integer.
-    **Differentiation:** forward and reverse in x, y and ε, by the envelope theorem, and again: second derivatives solve one dense (m, m)
-    linear system, good to m of a thousand or two, and are refused with a `chunk`. The error of the gradient is of the order of `threshold`.
-    **Reference:** Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences", AISTATS 2019.
+    **Args:**
+    - `epsilon`: ε > 0 in units of θ², a leaf of the pytree. Choose it once per run (`.05` of the
+      mean squared distance is a usual start), never from the data within the run.
+    - `threshold`: the iterations stop once the error of the column sums of P, in total mass, is
+      below this.
+    - `max_iterations`: the most iterations; a problem that needs more returns with `converged`
+      False.
+    - `chunk`: None holds the (n, m) costs, twice or more. A number recomputes them in every
+      iteration for that many members at a time, with the same answers, in memory for two or three
+      times `chunk` rows instead, so that none grows with nm. A CPU is fastest where a block stays
+      in its cache, with `chunk` times m at two or three million: 256 for m = 10 000, 32 for
+      100 000. An accelerator prefers more.
+
+    `ProjectedTransport` makes costs cheaper where d is large. The time grows with nm either way,
+    and roughly with 1/ε.
+
+    **Raises:** `InputError` if ε or `threshold` is not positive, or if `max_iterations` or `chunk`
+    is not a positive integer.
+    **Differentiation:** forward and reverse in x, y and ε, by the envelope theorem. Second
+    derivatives solve one dense (m, m) linear system, good to m of a thousand or two, and are
+    rejected with a `chunk`. The error of the gradient is of the order of `threshold`.
+    **Reference:** Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn
+    divergences", AISTATS 2019.
 
     **Example:**
 
         >>> import jax.numpy as jnp
+        >>> import esljax as esl
         >>> x = jnp.array([[0.0], [2.0]])
-        >>> round(float(SinkhornTransport(epsilon=0.1).squared(x, x + 1.0)), 4)
+        >>> round(float(esl.SinkhornTransport(epsilon=0.1).squared(x, x + 1.0)), 4)
         1.0
         >>> x = jnp.linspace(0.0, 1.0, 3000)[:, None]
-        >>> round(float(SinkhornTransport(epsilon=0.1, chunk=256).squared(x, x + 1.0)), 4)
+        >>> round(float(esl.SinkhornTransport(epsilon=0.1, chunk=256).squared(x, x + 1.0)), 4)
         1.0
     """
 
@@ -73,14 +88,17 @@ class SinkhornTransport(AbstractTransport):
         across, reached = _entropic(self, x, y, False)
         within_x, reached_x = _entropic(self, x, x, True)
         within_y, reached_y = _entropic(self, y, y, True)
-        answer = solution(across - within_x / 2 - within_y / 2)
-        return Solution(answer.squared, answer.converged & (reached * reached_x * reached_y > 0))
+        finite = solution(across - within_x / 2 - within_y / 2)
+        return Solution(finite.squared, finite.converged & (reached * reached_x * reached_y > 0))
 
     def map(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n d"]:
-        """The mean partner of each member of x under the plan of OT_ε (barycentric). Between x and itself this is not the identity but a
-        contraction of the size of ε; the difference of two maps from one x is free of it to first order. Shape (n, d).
+        """Return the mean partner of each member of x under the plan of OT_ε, shape (n, d).
 
-        **Differentiation:** forward and reverse, implicitly through the potential; one dense (m, m) linear system. Refused with a `chunk`.
+        Between x and itself this (barycentric) map is not the identity but a contraction of the
+        size of ε; the difference of two maps from one x is free of it to first order.
+
+        **Differentiation:** forward and reverse, implicitly through the potential; one dense (m, m)
+        linear system. Rejected with a `chunk`.
         """
         center = jnp.mean(x, axis=0)
         near_x, near_y = x - center, y - center
@@ -92,19 +110,32 @@ class SinkhornTransport(AbstractTransport):
             self.chunk,
         )
 
+    def coarser(self) -> "SinkhornTransport":
+        return eqx.tree_at(lambda t: t.epsilon, self, 2 * self.epsilon)
+
+    def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int:
+        if self.chunk is None:
+            return (11 if differentiated else 3) * n * d + 5 * n**2
+        blocks = (3 if differentiated else 1.1) * n * self.chunk
+        return (17 if differentiated else 7) * n * d + blocks
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _entropic(
     transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool
 ) -> tuple[Scalar, Scalar]:
-    """OT_ε = max_g mean_j g_j + mean_i softmin_j(|x_i - y_j|² - g_j), and whether it was reached: 1 or 0."""
+    """Return the maximum over g below, OT_ε, and 1 if it was reached or 0.
+
+    OT_ε = max_g mean_j g_j + mean_i softmin_j(|x_i - y_j|² - g_j).
+    """
     g, reached = _potential(transport, x, y, symmetric)
     return _dual(g, transport, x, y), reached
 
 
 @_entropic.defjvp
 def _(symmetric, primals, tangents):
-    # At the maximum the derivative in g is zero, so that a first derivative holds g. A second one differentiates this rule, and g with it.
+    # At the maximum the derivative in g is zero, so a first derivative holds g fixed. A second one
+    # differentiates this rule, and g with it.
     transport, x, y = primals
     g, reached = keep(_potential(transport, x, y, symmetric))
     value, slope = jax.jvp(functools.partial(_dual, g), primals, tangents)
@@ -125,7 +156,10 @@ def _dual(
 def _potential(
     transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool
 ) -> tuple[Float[Array, " m"], Scalar]:
-    """The g that maximises the semi-dual, of mean 0, and whether it was reached: 1 or 0, because derivative rules want floating outputs."""
+    """Return the g of mean 0 that maximizes the semi-dual, and 1 if it was reached or 0.
+
+    Not a boolean, because derivative rules need floating outputs.
+    """
     if transport.chunk is not None:
         return _potential_in_blocks(transport, x, y, symmetric)
     epsilon = transport.epsilon.astype(x.dtype)
@@ -141,7 +175,7 @@ def _potential(
         return _iterated(transport, to_f, to_g, x[:, 0], symmetric)
 
     def residual(g):
-        # One sweep leaves g where it is, up to the constant that the last term pins.
+        # One sweep leaves g unchanged, up to the constant that the last term pins.
         return g - to_g(to_f(g)) + jnp.mean(g)
 
     def solve_tangent(linear, b):
@@ -156,7 +190,7 @@ def _potential(
 def _potential_in_blocks(
     transport: SinkhornTransport, x: Float[Array, "n d"], y: Float[Array, "m d"], symmetric: bool
 ) -> tuple[Float[Array, " m"], Scalar]:
-    """The same without a matrix: every sweep makes the costs anew."""
+    """Return the same without a matrix: every sweep recomputes the costs."""
     epsilon = transport.epsilon.astype(x.dtype)
 
     def to_f(g):
@@ -170,7 +204,8 @@ def _potential_in_blocks(
 
 @_potential_in_blocks.defjvp
 def _(symmetric, primals, tangents):
-    # The implicit derivative would need the matrix; saying nothing would leave a second derivative without one of its terms.
+    # The implicit derivative would need the matrix. Silence would leave a second derivative without
+    # one of its terms.
     raise refuse(
         "chunk",
         "be None for second derivatives and for derivatives of `map`",
@@ -185,10 +220,14 @@ def _iterated(
     like_f: Float[Array, " n"],
     symmetric: bool,
 ) -> tuple[Float[Array, " m"], Scalar]:
-    """Each potential from the other in turn, from f = 0, until the plan has the right marginals. No derivative goes through this."""
+    """Update each potential from the other, from f = 0, until the plan has the right marginals.
+
+    No derivative goes through this.
+    """
     epsilon = transport.epsilon.astype(like_f.dtype)
-    # Between a cloud and itself the two potentials are one, and half a step of both at a time finds it in tens of iterations; taking turns
-    # stalls where ε is below the spacing of the members. The rows are then as wrong as the columns; else they are exact.
+    # Between a cloud and itself the two potentials are one, and half a step of both at a time finds
+    # it in tens of iterations; taking turns stalls where ε is below the spacing of the members. The
+    # rows are then as wrong as the columns; otherwise they are exact.
     step, wrong = (0.5, 2) if symmetric else (1.0, 1)
 
     def one(_, state):
@@ -223,23 +262,26 @@ def _partner(
     epsilon: Scalar,
     chunk: int | None,
 ) -> Float[Array, " n"]:
-    """The f with which the plan of f and g has the right row sums."""
+    """Return the f with which the plan of f and g has the right row sums."""
     return _by_rows(lambda rows: _soft_min(_cost(rows, y) - g, epsilon), x, chunk)
 
 
 def _by_rows(
     fn: Callable[[Array], Array], x: Float[Array, "n d"], chunk: int | None
 ) -> Float[Array, "n ..."]:
-    """fn(x) for a function of rows that stand for themselves, by at most `chunk` of them at a time; its derivative is made likewise."""
+    """Return fn(x) for a function of independent rows, computed for at most `chunk` at a time.
+
+    So is its derivative.
+    """
     if chunk is None:
         return fn(x)
     n, d = x.shape
     blocks = -(-n // chunk)
     rows = -(-n // blocks)  # even blocks, so that padding adds less than one row to each
     padded = jnp.pad(x, ((0, blocks * rows - n), (0, 0))).reshape(blocks, rows, d)
-    # Without the checkpoint a reverse sweep would keep the weights of every block: the matrix after all.
-    answers = jax.lax.map(jax.checkpoint(fn), padded)
-    return answers.reshape(-1, *answers.shape[2:])[:n]
+    # Without the checkpoint a reverse sweep would keep the weights of every block: the matrix.
+    results = jax.lax.map(jax.checkpoint(fn), padded)
+    return results.reshape(-1, *results.shape[2:])[:n]
 
 
 def _cost(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:

@@ -11,7 +11,7 @@ from esljax.velocity.base import (
 from esljax.velocity.density import FlowVelocity, HistogramVelocity, KDEVelocity
 from esljax.velocity.kernel import KernelVelocity
 from esljax.velocity.network import NetworkVelocity
-from esljax.velocity.paths import PathVelocity, TransportVelocity
+from esljax.velocity.paths import Maps, PathVelocity, TransportVelocity
 
 __all__ = [
     "AbstractField",
@@ -22,6 +22,7 @@ __all__ = [
     "HistogramVelocity",
     "KDEVelocity",
     "KernelVelocity",
+    "Maps",
     "NetworkVelocity",
     "PathVelocity",
     "Snapshot",
