@@ -1,8 +1,10 @@
-"""What test_sharding.py runs in processes of its own: the same numbers on meshes of several sizes, into an .npz file.
+"""The program that test_sharding.py runs in processes of its own: the same numbers on meshes of
+several sizes, into an .npz file.
 
     python sharded_program.py OUT.npz MESHES DEVICES [ADDRESS PROCESSES INDEX]
 
-MESHES is a list such as 1,8 of the devices to share the members; DEVICES is how many fake CPU devices each process has.
+MESHES is a list such as 1,8 of the devices to share the members; DEVICES is how many fake CPU
+devices each process has.
 """
 
 import functools
@@ -16,7 +18,10 @@ import jax
 def collectives(function, *arguments) -> list[str]:
     """The operations between devices in a compiled program, each as "name result"."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
-    pattern = r"= (.*?) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast)(?:-start)?\("
+    names = (
+        "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
+    )
+    pattern = rf"= (.*?) ({names})(?:-start)?\("
     return [f"{name} {result}" for result, name in re.findall(pattern, text)]
 
 
@@ -142,7 +147,8 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             )
         )
         found[f"{size} gradient network"] = np.asarray(slope(rates))
-        # A recording lies nowhere in particular, and a run in an objective where the optimization is told to spread it.
+        # A recording lies nowhere in particular, and a run in an objective where the optimization
+        # is told to spread it.
         recording = esl.from_snapshots(found[f"{size} positions trap"])
         report = esl.speed_limit(
             recording, transport=esl.GaussianTransport(), jackknife=0, mesh=mesh
@@ -164,7 +170,8 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             objective, jnp.log(rates), key=key, iterations=2, rounds=1, mesh=mesh
         )
         found[f"{size} optimum"] = np.asarray(optimum.controls)
-        # The judge, the shapes and the step; arrays that come back from the devices otherwise than they went there would compile again.
+        # The judge, the shapes and the step; arrays that come back from the devices otherwise than
+        # they went there would compile again.
         assert len(traced) == 3
 
     if processes:
@@ -191,7 +198,8 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             ):
                 assert path.positions.sharding.shard_shape(path.positions.shape)[1] == 2
                 np.testing.assert_array_equal(path.positions, found["8 positions trap"])
-        # What `jit` returned knows its devices by its arrays alone; it is measured on them, or on others.
+        # What `jit` returned knows its devices by its arrays alone; it is measured on them, or on
+        # others.
         for there in (None, esl.member_mesh(3)):
             report = esl.speed_limit(
                 path, transport=esl.GaussianTransport(), jackknife=0, mesh=there
@@ -200,7 +208,8 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             np.testing.assert_allclose(
                 report.entropy_production, found["8 report recorded"][0], rtol=1e-6
             )
-        # What came into `jit` from a mesh stays on it; under a mesh that is set a gradient need not be compiled.
+        # What came into `jit` from a mesh stays on it; under a mesh that is set a gradient need not
+        # be compiled.
         spread = shard_members(points, mesh)
         path = jax.jit(lambda start: simulate(trap, rates, start, None))(spread)
         assert path.mesh.size == 8
@@ -231,7 +240,8 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
                 except esl.InputError as error:
                     found["refusals"].append(str(error))
         start = shard_members(weights, mesh)
-        # A run needs no word between devices, its gradient one sum at the end, and distances only the turn of the history.
+        # A run needs no word between devices, its gradient one sum at the end, and distances only
+        # the turn of the history.
         path = jax.jit(lambda start: simulate(network, rates, start, mesh))(start)
         found["collectives of a run"] = collectives(
             lambda start: simulate(network, rates, start, mesh).positions, start

@@ -1,4 +1,5 @@
-"""Networks that compute in bfloat16: what is rounded, what is not, and what it does to Σ. A CPU emulates the rounding."""
+"""Networks that compute in bfloat16: what is rounded, what is not, and what it does to Σ. A CPU
+emulates the rounding."""
 
 import re
 
@@ -31,7 +32,8 @@ emulated = jax.jit(measured, compiler_options={"xla_allow_excess_precision": Fal
 
 
 def test_sigma_hardly_feels_it():
-    """A network rounded to 8 bits moves its members by what a thousandth of the error over seeds would not show."""
+    """A network rounded to 8 bits moves its members by what a thousandth of the error over seeds
+    would not show."""
     start = network(None).init(members=16, key=KEY)
     (path, report), (rounded, other) = (
         emulated(network(None), start),

@@ -2,6 +2,7 @@
 
 import doctest
 import functools
+import importlib
 from typing import Any
 
 import chex
@@ -14,7 +15,6 @@ import pytest
 import systems
 
 import esljax as esl
-import esljax.simulation.loop as simulation_module
 
 KEY = jax.random.key(7)
 RNG = np.random.default_rng(5)
@@ -64,7 +64,8 @@ def test_stationary_variance_of_the_discrete_step():
         esl.Quadratic(k), esl.Langevin(eta, temperature), start, steps=steps, snapshots=1, key=KEY
     ).final
     error = truth * np.sqrt(2 / members)
-    # Noise without its factor 2 would be off by half, a step without the correction 1 - kη/2 by 40 %, and the tolerance is 2 %.
+    # Noise without its factor 2 would be off by half, a step without the correction 1 - kη/2 by 40
+    # %, and the tolerance is 2 %.
     assert abs(np.var(end) - truth) < 5 * error
     assert 10 * error < 0.1 * truth
     assert abs(np.mean(end)) < 5 * np.sqrt(truth / members)
@@ -95,7 +96,8 @@ def test_the_noise_is_normal_and_independent_across_steps_members_and_coordinate
 
 @pytest.mark.parametrize("name", ["O1", "O3", "non-symmetric"])
 def test_moments_follow_the_exact_law(name):
-    # The step bias of the moments is below η/2 = .0013 relative, the standard error of 20000 members about five times that.
+    # The step bias of the moments is below η/2 = .0013 relative, the standard error of 20000
+    # members about five times that.
     members, steps = 20_000, 400
     system = {"O1": systems.ornstein_uhlenbeck, "O3": systems.cosine_decay}.get(
         name, lambda d, steps: systems.non_symmetric(steps)
@@ -133,7 +135,8 @@ def test_weak_order_one():
             key=KEY,
         ).final
         biases.append(np.var(np.asarray(end)) - 1)
-    # To leading order the bias is η/2 (1 - e^{-4}); its next order bends the fit to 1.1, its standard error (.0032 of .031) by .05.
+    # To leading order the bias is η/2 (1 - e^{-4}); its next order bends the fit to 1.1, its
+    # standard error (.0032 of .031) by .05.
     order = np.polyfit(np.log(1 / steps), np.log(biases), 1)[0]
     assert 0.85 < order < 1.35
     np.testing.assert_allclose(
@@ -163,7 +166,8 @@ def test_order_one_along_the_flow_of_the_double_well():
 
 
 def test_temperature_fills_both_wells():
-    """E θ² of the Gibbs law, by quadrature: T enters with the right weight far from linear drift."""
+    """E θ² of the Gibbs law, by quadrature: T enters with the right weight far from linear
+    drift."""
     members, temperature = 20_000, 0.5
     grid = np.linspace(-4, 4, 4001)
     weight = np.exp(-((grid**2 - 1) ** 2) / temperature)
@@ -460,7 +464,7 @@ def test_what_a_way_cannot_do_it_refuses():
         jax.jvp(lambda x: energy(x, esl.HessianAdjoint()), (start,), (start,))
     with pytest.raises(
         esl.InputError,
-        match=r"ForwardMode for so many numbers, but would push 12 tangents, over 11",
+        match=r"^ForwardMode would push 12 tangents, but `most` allows 11: raise `most` or use",
     ):
         jax.grad(energy)(start, esl.ForwardMode(most=11))
     chex.assert_trees_all_close(
@@ -711,6 +715,15 @@ def test_under_a_transformation_bad_values_come_out_as_nan():
     assert np.isnan(end).all()
 
 
-def test_examples():
-    names = {"Quadratic": esl.Quadratic, "Langevin": esl.Langevin, "simulate": esl.simulate}
-    assert doctest.testmod(simulation_module, extraglobs=names).failed == 0
+@pytest.mark.parametrize("gradient", [esl.HessianAdjoint, esl.Autodiff])
+def test_recompute_was_called_checkpoint(gradient):
+    message = rf"{gradient.__name__}\(checkpoint=\) is now {gradient.__name__}\(recompute=\)"
+    for recompute in (True, False):
+        with pytest.warns(DeprecationWarning, match=message):
+            assert gradient(checkpoint=recompute) == gradient(recompute=recompute)
+
+
+@pytest.mark.parametrize("file", ["adjoint", "loop", "rules", "trajectory"])
+def test_examples(file):
+    module = importlib.import_module(f"esljax.simulation.{file}")
+    assert doctest.testmod(module).failed == 0

@@ -32,7 +32,7 @@ from esljax._types import Array, Float
 from esljax.density import AbstractEntropy, TransportedEntropy
 from esljax.measures.report import jackknife_groups
 from esljax.measures.velocities import learning_clock, member_rates
-from esljax.potentials import AbstractPotential, Driven
+from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import bring, map_pairs
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
 from esljax.transport import (
@@ -270,7 +270,7 @@ class FreeEnergy(eqx.Module):
 
 def free_energy(
     trajectory: Trajectory | Sequence[Trajectory],
-    potential: AbstractPotential | Driven,
+    potential: AbstractPotential,
     *,
     entropy: AbstractEntropy | TransportedEntropy,
     velocity: AbstractVelocity | None = None,
@@ -439,7 +439,7 @@ def _of_all_members(
 def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
     """Φ of every member at every snapshot (J+1, n), outside the jumps at the ends, and the work on it along every link (J, n)."""
     positions, times = trajectory.positions, trajectory.times
-    if not isinstance(potential, Driven):
+    if not potential.moves:
         energy = jax.lax.map(jax.vmap(potential.energy), positions)
         return energy, jnp.zeros_like(energy[1:])
     links = positions.shape[0] - 1
@@ -540,10 +540,7 @@ def _spans(trajectory: Trajectory) -> Float[Array, " J"]:
 def _check(
     trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any
 ) -> None:
-    if not isinstance(potential, AbstractPotential | Driven):
-        raise refuse(
-            "potential", "be the potential of the run, such as Quadratic(1.0)", f"is {potential!r}"
-        )
+    check_potential("potential", potential)
     if trajectory.observed:
         raise refuse(
             "trajectory",

@@ -14,7 +14,7 @@ from esljax._checks import refuse
 from esljax.measures.chain import Distances, chain, distances
 from esljax.measures.report import SpeedLimit, average, jackknife_groups, split, with_errors
 from esljax.measures.velocities import MemberRates, from_velocities, member_rates
-from esljax.potentials import AbstractPotential, Driven
+from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, replicate
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
 from esljax.transport import (
@@ -31,7 +31,7 @@ def speed_limit(
     *,
     transport: AbstractTransport,
     velocity: AbstractVelocity | None = None,
-    potential: AbstractPotential | Driven | None = None,
+    potential: AbstractPotential | None = None,
     jackknife: int = 32,
     debias: bool = False,
     mesh: AnyMesh | None = None,
@@ -166,12 +166,11 @@ def _check_pair(
             "be TransportVelocity(...) for a recorded run, where the drift is not known",
             f"is {name}",
         )
-    if not isinstance(potential, AbstractPotential | Driven):
+    if potential is None:
         raise refuse(
-            "potential",
-            f"be the potential of the run, whose gradient {name} needs",
-            f"is {potential!r}",
+            "potential", f"be the potential of the run, whose gradient {name} needs", "is None"
         )
+    check_potential("potential", potential)
     if trajectory.observed or mapped:
         what = "an observed run" if trajectory.observed else "a MappedTransport"
         raise refuse(

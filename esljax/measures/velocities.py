@@ -20,7 +20,6 @@ from esljax._numerics import product
 from esljax._types import Array, Float
 from esljax.measures.chain import safe_sqrt
 from esljax.measures.report import SpeedLimit
-from esljax.potentials import potential_at
 from esljax.sharding import replicate
 from esljax.simulation import Trajectory
 from esljax.transport import AbstractTransport, coordinates
@@ -73,7 +72,7 @@ def member_rates(
             positions, before, after = replicate((positions, before, after), trajectory.mesh)
         drift = diffusion = None
         if velocity.needs_drift:
-            acting = potential_at(potential, s)
+            acting = potential.at(s)
             drift = -jax.vmap(lambda member: acting.energy_and_gradient(member)[1])(members)
             diffusion = temperature
             if matrix is not None:
