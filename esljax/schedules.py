@@ -215,7 +215,7 @@ class Knots(AbstractSchedule):
     """
 
     parameters: Float[Array, " m"]
-    """What is interpolated: the logarithms of the values, or the values themselves."""
+    """The interpolated numbers: the logarithms of the values, or the values themselves."""
     interpolation: Literal["log-linear", "linear"] = eqx.field(static=True)
     """How the values between the knots are found."""
 

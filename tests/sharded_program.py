@@ -148,7 +148,7 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         )
         found[f"{size} gradient network"] = np.asarray(slope(rates))
         # A recording lies nowhere in particular, and a run in an objective where the optimization
-        # is told to spread it.
+        # spreads it.
         recording = esl.from_snapshots(found[f"{size} positions trap"])
         report = esl.speed_limit(
             recording, transport=esl.GaussianTransport(), jackknife=0, mesh=mesh
@@ -187,7 +187,7 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
         # Controls that were found on other devices come to those of the run.
         moved = simulate(trap, replicate(rates, esl.member_mesh(4)), points, esl.member_mesh(8))
         np.testing.assert_array_equal(moved.positions, found["8 positions trap"])
-        # What was put somewhere stays there; what was not goes everywhere.
+        # Arrays that were put somewhere stay there; others go everywhere.
         assert choose_mesh(None, jax.device_put(points, jax.devices()[1])) is None
         assert choose_mesh(None, jax.numpy.asarray(points)).size == len(jax.devices())
         mesh = esl.member_mesh()
@@ -208,8 +208,8 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             np.testing.assert_allclose(
                 report.entropy_production, found["8 report recorded"][0], rtol=1e-6
             )
-        # What came into `jit` from a mesh stays on it; under a mesh that is set a gradient need not
-        # be compiled.
+        # An array that came into `jit` from a mesh stays on it; under a mesh that is set a gradient
+        # need not be compiled.
         spread = shard_members(points, mesh)
         path = jax.jit(lambda start: simulate(trap, rates, start, None))(spread)
         assert path.mesh.size == 8

@@ -27,7 +27,7 @@ def measured(potential, start):
     return path, esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
 
 
-# Allowed to keep more digits than asked for, the compiler of a CPU leaves out most of the rounding.
+# Allowed to keep more digits than requested, the compiler of a CPU leaves out most of the rounding.
 emulated = jax.jit(measured, compiler_options={"xla_allow_excess_precision": False})
 
 

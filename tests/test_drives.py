@@ -36,7 +36,7 @@ class Widening(eqx.Module):
         return esl.DoubleWell(self.barrier, width, 1.2)
 
 
-# What a run sees
+# Runs
 
 
 @pytest.mark.usefixtures("x64")

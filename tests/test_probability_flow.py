@@ -59,7 +59,7 @@ def test_its_law_is_that_of_the_exact_ornstein_uhlenbeck_process(d):
     )
     path = esl.simulate(system.potential, rule, start, steps=100, key=KEY)
     # An affine map of the start, so its moments go the way of the exact equations from those of the
-    # start: no error of sampling. What is left is the step, and in d = 10 the shrinkage, which
+    # start: no error of sampling. The step is left, and in d = 10 the shrinkage, which
     # takes the directions for more alike than they are by 3 %. Without the score, 40 % of the
     # variance would be missing.
     mean = np.asarray(start).mean(axis=0) * np.exp(-1)
@@ -169,7 +169,8 @@ def test_what_needs_neighbors_cannot_move_members(refused):
 
 
 def test_the_gradient_keeps_positions_and_no_fits():
-    """What a fit goes through grows with the square of the members; kept for every step it would
+    """The intermediates of a fit grow with the square of the members; stored for every step they
+    would
     outweigh all else."""
 
     def flow(rates):

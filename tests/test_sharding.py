@@ -1,5 +1,5 @@
 """Members on many devices and in several processes: the same numbers, and no more talk between
-devices than the design says."""
+devices than the design allows."""
 
 import functools
 import os
@@ -51,8 +51,8 @@ def processes(tmp_path_factory, compiled) -> dict[str, np.ndarray]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    asked = [sys.executable, PROGRAM, out, "2", "1", address, "2"]
-    started = [subprocess.Popen([*asked, str(index)], env=compiled) for index in range(2)]
+    command = [sys.executable, PROGRAM, out, "2", "1", address, "2"]
+    started = [subprocess.Popen([*command, str(index)], env=compiled) for index in range(2)]
     try:
         assert [process.wait(timeout=600) for process in started] == [0, 0]
     finally:

@@ -186,7 +186,7 @@ def test_temperature_fills_both_wells():
     )
 
 
-# What is kept
+# Results
 
 
 @pytest.mark.parametrize("snapshots", [1, 3, 12])

@@ -29,8 +29,8 @@ class AbstractPotential(eqx.Module):
       over the members. The gradient may be any drift if `conservative` is False.
     - `draw`: the batches of one step, or None for a potential without data.
 
-    A potential that depends on training time also overrides `at`. It then acts in a run, and its
-    work is counted, as `at` says; `at_start` and `at_end` are overridden if it jumps at the ends.
+    A potential that depends on training time also overrides `at`, and `at_start` and `at_end` if it
+    jumps at the ends. Runs then use `at(s)` at every step, and `free_energy` counts its work.
 
     **Example:**
 

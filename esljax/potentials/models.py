@@ -1,4 +1,4 @@
-"""The network of the command line and the examples. Any other Flax model works in its place."""
+"""The network of the command line and the examples. Any other Flax model works as well."""
 
 import dataclasses
 import itertools

@@ -46,7 +46,7 @@ class Steps(NamedTuple):
 
 
 class Run(eqx.Module):
-    """A run but for its start: what moves an ensemble, as arrays alone, on whichever devices."""
+    """Everything that moves an ensemble but its start. It knows arrays alone, on any devices."""
 
     potential: AbstractPotential
     """Φ, at any training time."""
@@ -87,7 +87,7 @@ class Run(eqx.Module):
         return jax.tree.map(lambda x: x.reshape(snapshots, -1, *x.shape[1:]), steps)
 
     def through(self, positions: Float[Array, "n d"], links: Steps) -> tuple[Array, Any]:
-        """Through some links: where they end, and what snapshots hold where each of them begins."""
+        """Through some links: their end, and features and energies where each of them begins."""
 
         def link(positions, steps):
             end, energies = self.between(positions, steps)
@@ -96,8 +96,11 @@ class Run(eqx.Module):
         return jax.lax.scan(link, positions, links)
 
     def between(self, positions: Float[Array, "n d"], steps: Steps) -> tuple[Array, Array]:
-        """Through the steps of one link: the positions where it ends, and the energies where it
-        begins. In groups of steps that are recomputed one at a time, if states are."""
+        """Through the steps of one link: positions at its end, and energies at its start.
+
+        If states are recomputed, the steps are grouped, and the backward pass recomputes one group
+        at a time.
+        """
         length, recompute = steps.k.size, self.gradient.recompute
         if recompute:
             length = group_length(self.steps, self.steps // length)
@@ -124,13 +127,13 @@ class Run(eqx.Module):
         return self.rule.step(positions, kick, step.control, self.key_of(step.k, _NOISE))
 
     def last(self, final: Float[Array, "n d"]) -> tuple[Array, Array]:
-        """What the last snapshot holds: features and energies at s = 1."""
+        """Features and energies of the last snapshot, at s = 1."""
         unscaled, key = jnp.ones((), final.dtype), self.key_of(self.steps, _BATCHES)
         energies, _ = self.gradient.kick(self.potential.at(1.0), final, unscaled, key)
         return self.features(final), energies
 
     def features(self, positions: Float[Array, "n d"]) -> Float[Array, "n p"]:
-        """What snapshots hold of these members."""
+        """The part of these members that a snapshot holds."""
         return positions if self.observe is None else jax.vmap(self.observe)(positions)
 
     def key_of(self, k: int | Int[Array, ""], use: int) -> Key:
@@ -199,7 +202,7 @@ def simulate(
     if checkpoints is None:
         path = _at_once(run, spread, snapshots)
     else:
-        # With the members as they were before they were spread: the run may resume elsewhere.
+        # The members are described before they are spread: the run may resume on other devices.
         about = {
             "steps": steps,
             "snapshots": snapshots,
@@ -207,7 +210,7 @@ def simulate(
             "rule": run.rule,
             "positions": start,
             "key": run.key,
-            "observe": observe,
+            "observe": run.observe,
         }
         path = _link_by_link(run, spread, snapshots, checkpoints, about)
     return laid(path, mesh)
