@@ -258,18 +258,21 @@ class FromOptax(AbstractSchedule):
         >>> import optax
         >>> import esljax as esl
         >>> rule = esl.Langevin(esl.FromOptax(optax.cosine_decay_schedule(0.1, 100)))
-        >>> print(rule.learning_rate.rates(4).round(4))
-        [0.1    0.1    0.0999 0.0998]
+        >>> [f"{float(rate):.4f}" for rate in rule.learning_rate.rates(4)]
+        ['0.1000', '0.1000', '0.0999', '0.0998']
     """
 
     fn: Callable[[Any], Any] = eqx.field(static=True)
-    steps: int | None = eqx.field(static=True, default=None)
+    """The function of the count of steps."""
+    steps: int | None = eqx.field(static=True)
+    """The number of counts from s = 0 to s = 1; None for that of the run."""
 
-    def __check_init__(self):
-        if not callable(self.fn) or isinstance(self.fn, AbstractSchedule):
-            raise refuse("fn", "be optax's function of a count of steps", f"is {self.fn!r}")
-        if self.steps is not None:
-            check_positive_int("steps", self.steps)
+    def __init__(self, fn: Callable[[Any], Any], steps: int | None = None):
+        if not callable(fn) or isinstance(fn, AbstractSchedule):
+            raise refuse("fn", "be optax's function of a count of steps", f"is {fn!r}")
+        if steps is not None:
+            check_positive_int("steps", steps)
+        self.fn, self.steps = fn, steps
 
     def over(self, steps: int) -> "FromOptax":
         return self if self.steps is not None else FromOptax(self.fn, steps)

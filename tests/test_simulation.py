@@ -654,7 +654,7 @@ BAD = {
         "positions": np.ones((1, 2), np.float32)
     },
     "`positions` must have at least one coordinate": {"positions": np.ones((3, 0), np.float32)},
-    "`positions` must hold floating-point numbers, but has dtype int32": {
+    "`positions` must hold floating-point numbers, .*, but has dtype int32": {
         "positions": np.ones((3, 2), np.int32)
     },
     "`steps` must be an integer of at least 1, but is 0": {"steps": 0},
@@ -680,7 +680,7 @@ BAD = {
     r"`gradient` must be HessianAdjoint\(\), Autodiff\(\) or ForwardMode\(\), but is 'reverse'": {
         "gradient": "reverse"
     },
-    r"`potential` must be a potential such as Quadratic\(1.0\), but is a function": {
+    r"`potential` must be a potential such as Quadratic\(1.0\), .*, but is a function": {
         "potential": lambda x: 0.0
     },
     r"`potential` must accept members of 2 coordinates, but fails on them": {
