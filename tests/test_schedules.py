@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import esljax as esl
 import esljax.schedules as schedules_module
+from esljax.experiment import Problem
 from esljax.schedules import as_schedule
 
 TABLE = [0.3, 0.7, 0.1, 0.2]
@@ -210,6 +211,21 @@ def test_from_optax_takes_the_steps_of_the_run(refused):
         lambda: esl.gaussian.speed_limit(law, esl.Quadratic(1.0), esl.Langevin(schedule), steps=10),
         sentence,
     )
+
+
+def test_the_table_of_a_problem_counts_the_steps_of_its_run():
+    data = esl.datasets.two_moons(samples=20)
+    problem = Problem(
+        potential=esl.FlaxLoss(esl.models.mlp(2, 2), data.train),
+        test=data.test,
+        temperature=0.0,
+        transport=esl.ExactTransport(),
+        members=2,
+        steps=10,
+        snapshots=5,
+    )
+    table = problem.table(esl.FromOptax(OPTAX))
+    np.testing.assert_allclose(table.values, [OPTAX(count) for count in range(11)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 49, 200])
