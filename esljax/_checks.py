@@ -99,6 +99,25 @@ def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
         raise refuse(argument, "be one of " + ", ".join(map(repr, choices)), f"is {value!r}")
 
 
+def check_kind(argument: str, value: Any, kind: type, must: str) -> None:
+    """Reject a value that is no instance of `kind`, such as the class itself or a bare function."""
+    if not isinstance(value, kind):
+        raise refuse(argument, must, f"is {in_words(value)}")
+
+
+def in_words(value: Any) -> str:
+    """A value as an error names it: "a float", "the class Langevin", "the function decay"."""
+    if value is None or isinstance(value, str):
+        return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = getattr(value, "__name__", "<lambda>")
+    if callable(value) and name != "<lambda>":
+        return f"the function {name}"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
 def _here(leaf: Any) -> bool:
     if isinstance(leaf, Tracer):
         return False

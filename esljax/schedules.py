@@ -1,7 +1,9 @@
-r"""Schedules: numbers that change over training time s ∈ [0, 1], such as a learning rate η or a temperature T.
+r"""Schedules: numbers that change over training time s ∈ [0, 1], such as a learning rate η or a
+temperature T.
 
-A schedule is a pytree whose floating leaves are its parameters, so `jax.grad` with respect to a schedule is a schedule of
-derivatives and an optimizer can move it. Step k of K reads the schedule at s = k/K:
+A schedule is a pytree whose floating leaves are its parameters, so `jax.grad` with respect to a
+schedule is a schedule of derivatives and an optimizer can move it. Step k of K reads the schedule
+at s = k/K:
 
     rates(K) = (schedule(0), schedule(1/K), ..., schedule((K-1)/K))
 """
@@ -14,16 +16,46 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import as_float, check_choice, check_positive, check_positive_int, known, refuse
+from esljax._checks import (
+    as_float,
+    check_choice,
+    check_positive,
+    check_positive_int,
+    in_words,
+    known,
+    refuse,
+)
 from esljax._types import Array, Float, Scalar, ScalarLike
 
 
 class AbstractSchedule(eqx.Module):
-    """A number as a function of training time s ∈ [0, 1]."""
+    """A number as a function of training time s ∈ [0, 1].
+
+    A subclass is an `equinox.Module` with one method, `__call__`; its floating arrays are what a
+    gradient and an optimizer see. A schedule that counts steps also overrides `over`.
+
+    **Example:**
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> class Wave(esl.AbstractSchedule):
+        ...     mean: jax.Array
+        ...     periods: int
+        ...
+        ...     def __call__(self, s):
+        ...         return self.mean * (1 + jnp.sin(2 * jnp.pi * self.periods * s) / 2)
+        >>> print(esl.Langevin(Wave(jnp.array(0.1), 2)).learning_rate.rates(4).round(3))
+        [0.1 0.1 0.1 0.1]
+    """
 
     @abc.abstractmethod
     def __call__(self, s: ScalarLike) -> Scalar:
         """The value at training time `s`; differentiable in `s` and in every floating leaf."""
+
+    def over(self, steps: int) -> "AbstractSchedule":
+        """The schedule of a run of `steps` steps: this one, unless a subclass counts steps."""
+        return self
 
     def rates(self, steps: int) -> Float[Array, " K"]:
         """The values that a run of `steps` steps reads.
@@ -34,11 +66,21 @@ class AbstractSchedule(eqx.Module):
         **Differentiation:** forward and reverse, in every floating leaf.
         """
         check_positive_int("steps", steps)
-        return jax.vmap(self)(jnp.arange(steps, dtype=jnp.result_type(float)) / steps)
+        times = jnp.arange(steps, dtype=jnp.result_type(float)) / steps
+        return jax.vmap(self.over(steps))(times)
 
 
 class Constant(AbstractSchedule):
-    """value at every s."""
+    """The same value at every s.
+
+    **Args:** `value`: a number, in the units of what is scheduled.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> float(esl.Constant(0.5)(0.3))
+        0.5
+    """
 
     value: Scalar = eqx.field(converter=as_float)
 
@@ -47,7 +89,16 @@ class Constant(AbstractSchedule):
 
 
 class Linear(AbstractSchedule):
-    """start + (end - start) s."""
+    """start + (end - start) s.
+
+    **Args:** `start`, `end`: the values at s = 0 and s = 1.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> float(esl.Linear(1.0, 0.0)(0.25))
+        0.75
+    """
 
     start: Scalar = eqx.field(converter=as_float)
     end: Scalar = eqx.field(converter=as_float)
@@ -57,7 +108,18 @@ class Linear(AbstractSchedule):
 
 
 class Cosine(AbstractSchedule):
-    """end + (peak - end) (1 + cos πs)/2, as in SGDR (Loshchilov and Hutter, 2017)."""
+    """end + (peak - end) (1 + cos πs)/2.
+
+    **Args:** `peak`: the value at s = 0. `end`: the value at s = 1, by default 0.
+    **Reference:** Loshchilov and Hutter, "SGDR: Stochastic gradient descent with warm restarts",
+    ICLR (2017).
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> round(float(esl.Cosine(1.0)(0.5)), 6)
+        0.5
+    """
 
     peak: Scalar = eqx.field(converter=as_float)
     end: Scalar = eqx.field(converter=as_float, default=0.0)
@@ -67,7 +129,17 @@ class Cosine(AbstractSchedule):
 
 
 class Exponential(AbstractSchedule):
-    """start (end/start)^s; both ends must be positive."""
+    """start (end/start)^s.
+
+    **Args:** `start`, `end`: the values at s = 0 and s = 1, both positive.
+    **Raises:** `InputError` if one of them is not.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> round(float(esl.Exponential(1.0, 0.01)(0.5)), 6)
+        0.1
+    """
 
     start: Scalar = eqx.field(converter=as_float)
     end: Scalar = eqx.field(converter=as_float)
@@ -81,9 +153,22 @@ class Exponential(AbstractSchedule):
 
 
 class WarmupStableDecay(AbstractSchedule):
-    """Linear from `start` to `peak` over the first `warmup` of the run, `peak`, linear to `end` over the last `decay`.
+    """Linear from `start` to `peak`, then `peak`, then linear to `end`.
 
-    As in MiniCPM (Hu et al., 2024). `warmup` and `decay` are fractions of the run, positive, together at most 1.
+    **Args:**
+    - `peak`: the value between warmup and decay.
+    - `warmup`, `decay`: the fractions of the run at its start and its end in which the value moves,
+      positive, together at most 1.
+    - `start`, `end`: the values at s = 0 and s = 1, by default 0.
+
+    **Raises:** `InputError` for fractions out of these bounds.
+    **Reference:** Hu et al., "MiniCPM", arXiv 2404.06395 (2024).
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> [round(float(esl.WarmupStableDecay(1.0)(s)), 6) for s in (0.05, 0.5, 0.9)]
+        [0.5, 1.0, 0.5]
     """
 
     peak: Scalar = eqx.field(converter=as_float)
@@ -114,17 +199,25 @@ class WarmupStableDecay(AbstractSchedule):
 class Knots(AbstractSchedule):
     """Values at m ≥ 2 evenly spaced times 0, 1/(m-1), ..., 1 and an interpolation between them.
 
-    `"log-linear"` interpolates log values linearly and holds them as its parameters: every step of an optimizer then keeps the
-    values positive and is relative to their size. `"linear"` interpolates the values themselves.
+    `"log-linear"` interpolates the logarithms and holds them as its parameters: every step of an
+    optimizer then keeps the values positive and is relative to their size. `"linear"` interpolates
+    the values themselves.
+
+    **Args:** `values`: shape (m,), positive if log-linear. `interpolation`: one of these two.
+    **Raises:** `InputError` for another shape, another interpolation, or values that are not
+    positive.
 
     **Example:**
 
-        >>> float(Knots([1.0, 4.0])(0.5))
+        >>> import esljax as esl
+        >>> round(float(esl.Knots([1.0, 4.0])(0.5)), 6)
         2.0
     """
 
     parameters: Float[Array, " m"]
+    """The interpolated numbers: the logarithms of the values, or the values themselves."""
     interpolation: Literal["log-linear", "linear"] = eqx.field(static=True)
+    """How the values between the knots are found."""
 
     def __init__(self, values: Any, interpolation: Literal["log-linear", "linear"] = "log-linear"):
         values = as_float(values)
@@ -153,29 +246,71 @@ class Knots(AbstractSchedule):
 
 
 class FromOptax(AbstractSchedule):
-    """An optax schedule `fn(count)` of `steps` steps, read at count = s · steps. It has no trainable leaf."""
+    """An optax schedule `fn(count)`, read at count = s · steps. It has no trainable leaf.
+
+    **Args:** `fn`: a function of the count of steps to a number. `steps`: how many counts training
+    time 0 to 1 spans; by default the steps of the run that reads it, so that step k reads `fn(k)`.
+    **Raises:** `InputError` if `fn` is no function, and where the schedule is read outside of a run
+    and `steps` is not given.
+
+    **Example:**
+
+        >>> import optax
+        >>> import esljax as esl
+        >>> rule = esl.Langevin(esl.FromOptax(optax.cosine_decay_schedule(0.1, 100)))
+        >>> [f"{float(rate):.4f}" for rate in rule.learning_rate.rates(4)]
+        ['0.1000', '0.1000', '0.0999', '0.0998']
+    """
 
     fn: Callable[[Any], Any] = eqx.field(static=True)
-    steps: int = eqx.field(static=True)
+    """The function of the count of steps."""
+    steps: int | None = eqx.field(static=True)
+    """The number of counts from s = 0 to s = 1; None for that of the run."""
 
-    def __check_init__(self):
-        if not callable(self.fn):
-            raise refuse("fn", "be a function of the count", f"is {self.fn!r}")
-        check_positive_int("steps", self.steps)
+    def __init__(self, fn: Callable[[Any], Any], steps: int | None = None):
+        if not callable(fn) or isinstance(fn, AbstractSchedule):
+            raise refuse("fn", "be optax's function of a count of steps", f"is {fn!r}")
+        if steps is not None:
+            check_positive_int("steps", steps)
+        self.fn, self.steps = fn, steps
+
+    def over(self, steps: int) -> "FromOptax":
+        return self if self.steps is not None else FromOptax(self.fn, steps)
 
     def __call__(self, s: ScalarLike) -> Scalar:
+        if self.steps is None:
+            raise refuse(
+                "steps", "be given where no run supplies it, as FromOptax(fn, steps)", "is None"
+            )
         return as_float(self.fn(_counted(as_float(s), self.steps)))
 
 
-def as_schedule(value: AbstractSchedule | ScalarLike) -> AbstractSchedule:
-    """A number becomes `Constant`; a schedule stays what it is."""
-    return value if isinstance(value, AbstractSchedule) else Constant(value)
+def as_schedule(value: Any, argument: str = "schedule") -> AbstractSchedule:
+    """A number as `Constant`, and a schedule as it is.
+
+    **Raises:** `InputError` for anything else. A bare function may be one of s or of a count of
+    steps, so it is rejected.
+    """
+    if isinstance(value, AbstractSchedule):
+        return value
+    must = (
+        "be a number or a schedule, such as Cosine(0.1), Knots(values) for a table "
+        "or FromOptax(fn) for an optax schedule"
+    )
+    if not callable(value) and not isinstance(value, str | list | tuple | None):
+        try:
+            return Constant(value)
+        except (TypeError, ValueError):
+            pass  # no number either
+    raise refuse(argument, must, f"is {in_words(value)}")
 
 
 def _counted(s: Scalar, count: int) -> Scalar:
-    """s · count; a whole number where s is a rounded k/count, so that a table gives back its entries and a step falls on its own side."""
+    """s · count, and a whole number where s is a rounded k/count: a table must give back its
+    entries, and a step must fall on its own side."""
     position = s * count
     nearest = jnp.round(position)
-    # s = k/count is off by half a unit of its last place and the product by another: together one epsilon of at most count.
+    # s = k/count is off by half a unit of its last place and the product by another: together one
+    # epsilon of at most count.
     missed = jnp.abs(position - nearest) <= count * jnp.finfo(position.dtype).eps
     return position + jax.lax.stop_gradient(jnp.where(missed, nearest - position, 0))

@@ -1,9 +1,14 @@
-"""Many devices: members share them while the ensemble moves, pairs of snapshots share them while distances are solved.
+"""Many devices: they share the members while the ensemble moves, and the pairs of snapshots while
+distances are solved.
 
-A step acts on each member alone, so the run of an ensemble whose member axis lies across a mesh needs no communication at all. A transport
-looks at two whole ensembles, and its iterations must not wait for other devices: before distances are taken the history (J+1, n, d) is
-turned, once, from members to snapshots (an all-to-all), so that each device solves whole problems of its own and none ever holds the
-whole history.
+A step acts on each member alone, so the run of an ensemble whose member axis lies across a mesh
+needs no communication at all. A transport looks at two whole ensembles, and its iterations must not
+wait for other devices: before distances are taken, the history (J+1, n, d) is turned, once, from
+members to snapshots (an all-to-all), so that each device solves whole problems of its own and none
+ever holds the whole history.
+
+Each public verb settles its devices at its door, by `choose_mesh` or `find_mesh`, `bring` and
+`shard_members`. The functions behind it take arrays and know no mesh, except `map_pairs`.
 """
 
 import math
@@ -26,26 +31,28 @@ AnyMesh: TypeAlias = Mesh | AbstractMesh
 
 
 def member_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
-    """The devices that an ensemble is spread over, as a mesh of one axis, "members".
+    """The devices that share an ensemble, as a mesh of one axis, "members".
 
-    **Args:** `devices`: how many of all devices of all hosts, or which; by default all of them. Of several hosts each calls this with the
-    same argument, after `jax.distributed.initialize()`.
-    **Returns:** `jax.sharding.Mesh`, for `simulate(..., mesh=)`. Every mesh of `jax.make_mesh` does as well.
-    **Raises:** `InputError` if there are fewer devices than asked for.
+    **Args:** `devices`: how many of all devices of all hosts, or which; by default all of them.
+    Each of several hosts calls this with the same argument, after `jax.distributed.initialize()`.
+    **Returns:** `jax.sharding.Mesh`, for `simulate(..., mesh=)`. Any mesh of `jax.make_mesh` works
+    there too. Where older code used `pmap`, use `jit` with such a mesh.
+    **Raises:** `InputError` if there are fewer devices than requested.
 
     **Example:**
 
-        >>> member_mesh(1).shape
-        OrderedDict({'members': 1})
+        >>> import esljax as esl
+        >>> dict(esl.member_mesh(1).shape)
+        {'members': 1}
     """
     if devices is None or isinstance(devices, int | np.integer):
         present = jax.devices()
         wanted = len(present) if devices is None else devices
         if isinstance(devices, bool) or not 1 <= wanted <= len(present):
             hint = (
-                "; on a CPU, ask for more by jax.config.update('jax_num_cpu_devices', ...) before anything else"
-                * (wanted > len(present))
-            )
+                "; on a CPU, ask for more by jax.config.update('jax_num_cpu_devices', ...) "
+                "before anything else"
+            ) * (wanted > len(present))
             raise refuse(
                 "devices",
                 f"be between 1 and {len(present)}, the {present[0].platform} devices present{hint}",
@@ -70,17 +77,19 @@ def choose_mesh(mesh: Any, positions: Any) -> AnyMesh | None:
         fewer = next(count for count in range(mesh.size, 0, -1) if members % count == 0)
         raise refuse(
             "positions",
-            f"hold a multiple of {mesh.size} members, to be shared by as many devices (or be given mesh=member_mesh({fewer}))",
+            f"hold a multiple of {mesh.size} members, to be shared by as many devices "
+            f"(or be given mesh=member_mesh({fewer}))",
             f"holds {members}",
         )
     return mesh
 
 
 def find_mesh(mesh: Any, x: Any) -> AnyMesh | None:
-    """The mesh asked for; else the one that `x` lies on, as far as jax tells; else that of `jax.set_mesh`; else all local devices. None for
-    one device.
+    """The requested mesh; else the one that `x` lies on, where jax knows it; else that of
+    `jax.set_mesh`; else all local devices. None for one device.
 
-    **Raises:** `InputError` if what is asked for is no mesh, or another than that of `jax.set_mesh`, which jax would not compile.
+    **Raises:** `InputError` if `mesh` is no mesh, or another than that of `jax.set_mesh`, which jax
+    would not compile.
     """
     if mesh is not None and not isinstance(mesh, AnyMesh):
         raise refuse("mesh", "be a jax.sharding.Mesh such as member_mesh()", f"is {mesh!r}")
@@ -96,7 +105,7 @@ def find_mesh(mesh: Any, x: Any) -> AnyMesh | None:
     ):
         mesh = x.sharding.mesh
     elif mesh is None and ambient is None and isinstance(x, Tracer):
-        # What came into `jit` from a mesh says so in its type.
+        # An array that came into `jit` from a mesh carries it in its type.
         lies = jax.typeof(x).sharding.mesh
         mesh = lies if lies.size > 1 and AxisType.Manual not in lies.axis_types else None
     elif mesh is None and ambient is not None:
@@ -113,27 +122,29 @@ def find_mesh(mesh: Any, x: Any) -> AnyMesh | None:
         return None
     mesh = _automatic(mesh)
     if ambient is not None and mesh.abstract_mesh != ambient:
-        told = [
-            f"{dict(each.shape)} with {'/'.join(kind.name.lower() for kind in each.axis_types)} axes"
-            for each in (ambient, mesh)
-        ]
         raise refuse(
             "mesh",
-            f"be that of jax.set_mesh, with auto axes as member_mesh() has them: set is {told[0]}",
-            f"is {told[1]}",
+            "be that of jax.set_mesh, with auto axes as member_mesh() has them: "
+            f"set is {_in_words(ambient)}",
+            f"is {_in_words(mesh)}",
         )
     return mesh
+
+
+def _in_words(mesh: AnyMesh) -> str:
+    kinds = "/".join(kind.name.lower() for kind in mesh.axis_types)
+    return f"{dict(mesh.shape)} with {kinds} axes"
 
 
 def _mesh_that_is_set() -> AnyMesh:
     try:
         return jax.sharding.get_mesh()
-    except ValueError:  # inside jit, where jax tells no more than this
+    except ValueError:  # inside jit, where jax knows only the number and kind of the devices
         return jax.sharding.get_abstract_mesh()
 
 
 def _automatic(mesh: AnyMesh) -> AnyMesh:
-    """The same devices. Within this package the compiler, not the types, keeps track of what lies where."""
+    """The same devices. Within this package the compiler, not the types, tracks the layout."""
     axes = (AxisType.Auto,) * len(mesh.axis_names)
     return (
         Mesh(mesh.devices, mesh.axis_names, axis_types=axes)
@@ -159,7 +170,8 @@ def replicate(tree: Any, mesh: AnyMesh | None) -> Any:
 
 
 def bring(tree: Any, mesh: AnyMesh | None) -> Any:
-    """What was put on other devices comes to those of the mesh, which jax would not do by itself; what was put nowhere it does bring."""
+    """Bring arrays that were put on other devices to those of the mesh, which jax would not do by
+    itself. Arrays that were put nowhere it does bring."""
     if not isinstance(mesh, Mesh):
         return tree
     here, sharding = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
@@ -174,17 +186,18 @@ def bring(tree: Any, mesh: AnyMesh | None) -> Any:
 
 def _put(x: Any, sharding: NamedSharding) -> Array:
     if not known(x) or not isinstance(sharding.mesh, Mesh):
-        # Compiled, because a gradient that is not may meet an array that lies on one device so far.
+        # Compiled, because a gradient that is not may meet an array that still lies on one device.
         return jax.jit(jax.lax.with_sharding_constraint, static_argnums=1)(jnp.asarray(x), sharding)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        # To devices of other processes jax puts numbers only.
+        # jax puts only numbers on the devices of other processes.
         return jax.random.wrap_key_data(
             jax.device_put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x)
         )
     return jax.device_put(x, sharding)
 
 
-# Numbers in the pairs that a device solves side by side (256 MB in float32): small problems fill it together, large ones by themselves.
+# Numbers in the pairs that a device solves side by side (256 MB in float32): small problems fill it
+# together, large ones by themselves.
 AT_ONCE = 2**26
 
 
@@ -192,12 +205,14 @@ _KEPT = "kept"
 
 
 def keep(tree: Any) -> Any:
-    """Marks what a derivative of `map_pairs` needs and should not have to find again, such as who is whose partner."""
+    """Mark what a derivative of `map_pairs` stores rather than recomputes, such as the assignment
+    of partners."""
     return jax.tree.map(lambda x: checkpoint_name(x, _KEPT), tree)
 
 
 def side_by_side(pairs: int, n: int, d: int, in_turn: bool, platform: str) -> int:
-    """How many of a device's pairs of ensembles (n, d) are solved at once; the others wait, and so does the memory they need."""
+    """How many of a device's pairs of ensembles (n, d) are solved at once; the others wait, and
+    take no memory until then."""
     if in_turn and platform == "cpu":
         return 1
     rounds = math.ceil(pairs * n * max(n, d) / AT_ONCE)
@@ -214,9 +229,18 @@ def map_pairs(
     *,
     in_turn: bool = False,
 ) -> Any:
-    """`function(shared, x, y)` for every pair of snapshots (x, y), stacked; each device of the mesh takes its share of the pairs.
+    """`function(shared, x, y)` for every pair of snapshots (x, y), stacked; each device of the mesh
+    takes its share of the pairs.
 
-    **Args:** `in_turn`: whether a CPU takes its pairs one after the other, as `AbstractTransport.in_turn` says.
+    **Args:**
+    - `function`: of the shared pytree and two ensembles (n, d) to a pytree of arrays.
+    - `shared`: a pytree that all pairs need, such as the transport.
+    - `snapshots`: the history, shape (J+1, n, d).
+    - `first`, `second`: the places of the two ends of each pair in the history.
+    - `mesh`: the devices, or None for one.
+    - `in_turn`: whether a CPU takes its pairs one after the other; see `AbstractTransport.in_turn`.
+
+    **Returns:** the results with the pairs on a leading axis.
     **Differentiation:** as `function`, in `shared` and in the snapshots.
     """
     pairs = np.stack([np.asarray(first), np.asarray(second)])
@@ -226,7 +250,7 @@ def map_pairs(
     n, d = snapshots.shape[1:]
     together = side_by_side(share, n, d, in_turn, platform)
     share = math.ceil(share / together) * together
-    # Some pairs are solved twice, so that every device has as many in every round.
+    # Some pairs are solved twice, so that every device has equally many in every round.
     x, y = (snapshots[ends[np.arange(share * devices) % count]] for ends in pairs)
 
     def solve(shared, x, y):
@@ -235,14 +259,14 @@ def map_pairs(
 
         if together == share:
             return jax.vmap(one)((x, y))
-        # Problems that wait for each other shall not leave all they went through to the reverse sweep.
+        # Problems solved in sequence must not all keep their residuals for the backward pass.
         one = jax.checkpoint(
             one, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(_KEPT)
         )
         return jax.lax.map(one, (x, y), batch_size=together if together > 1 else None)
 
     if mesh is None:
-        found = solve(shared, x, y)
+        solved = solve(shared, x, y)
     else:
         arrays, rest = eqx.partition(shared, eqx.is_array)
         across, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
@@ -253,5 +277,5 @@ def map_pairs(
             out_specs=across,
             check_vma=False,
         )
-        found = spread(arrays, x, y)
-    return jax.tree.map(lambda x: x[:count], found)
+        solved = spread(arrays, x, y)
+    return jax.tree.map(lambda x: x[:count], solved)

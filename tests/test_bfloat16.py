@@ -1,4 +1,5 @@
-"""Networks that compute in bfloat16: what is rounded, what is not, and what it does to Σ. A CPU emulates the rounding."""
+"""Networks that compute in bfloat16: what is rounded, what is not, and what it does to Σ. A CPU
+emulates the rounding."""
 
 import re
 
@@ -26,12 +27,13 @@ def measured(potential, start):
     return path, esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
 
 
-# Allowed to keep more digits than asked for, the compiler of a CPU leaves out most of the rounding.
+# Allowed to keep more digits than requested, the compiler of a CPU leaves out most of the rounding.
 emulated = jax.jit(measured, compiler_options={"xla_allow_excess_precision": False})
 
 
 def test_sigma_hardly_feels_it():
-    """A network rounded to 8 bits moves its members by what a thousandth of the error over seeds would not show."""
+    """A network rounded to 8 bits moves its members by what a thousandth of the error over seeds
+    would not show."""
     start = network(None).init(members=16, key=KEY)
     (path, report), (rounded, other) = (
         emulated(network(None), start),

@@ -79,7 +79,8 @@ def test_digits_are_all_there_once_and_shuffled():
     assert (float(together.inputs.min()), float(together.inputs.max())) == (0.0, 1.0)
     # The file runs 0, 1, ..., 9 again and again; a split without a shuffle would show it.
     assert not np.array_equal(data.test.labels[:10], bunch.target[:10])
-    # Every class is held out in proportion: 5 standard errors of a hypergeometric count of about 36.
+    # Every class is held out in proportion: 5 standard errors of a hypergeometric count of about
+    # 36.
     counts = np.bincount(data.test.labels, minlength=10)
     assert np.abs(counts - 0.2 * np.bincount(bunch.target)).max() < 5 * np.sqrt(180 * 0.2 * 0.8)
 
@@ -87,7 +88,8 @@ def test_digits_are_all_there_once_and_shuffled():
 @pytest.mark.parametrize("name", ["moons", "teacher"])
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 def test_splits_are_disjoint_and_complete(name, fraction):
-    """The same seed gives the same examples however they are split, and generated examples are all different."""
+    """The same seed gives the same examples however they are split, and generated examples are all
+    different."""
     data, other = (DATASETS[name][0](seed=6, test_fraction=x) for x in (fraction, 0.25))
     together, again = (
         jax.tree.map(lambda *parts: jnp.concatenate(parts), x.train, x.test) for x in (data, other)
@@ -108,7 +110,8 @@ def test_moons_are_two_half_circles():
     )
     noisy = esl.datasets.two_moons(samples=4000, noise=0.2, seed=1, test_fraction=0.1).train
     radial = np.linalg.norm(noisy.inputs - np.array([[0.0, 0.0], [1.0, 0.5]])[noisy.labels], axis=1)
-    # To first order in the noise the radius scatters by its standard deviation, to second its mean moves by noise²/2.
+    # To first order in the noise the radius scatters by its standard deviation, to second its mean
+    # moves by noise²/2.
     assert abs(radial.std() / 0.2 - 1) < 5 / np.sqrt(2 * 3600) + 0.02
     assert abs(radial.mean() - 1 - 0.02) < 5 * 0.2 / np.sqrt(3600)
 
@@ -117,7 +120,8 @@ def test_the_teacher_can_be_learned_and_its_inputs_are_standard_normal():
     inputs, labels = esl.datasets.teacher(samples=4000, features=6, classes=3).train
     assert abs(float(inputs.mean())) < 5 / np.sqrt(inputs.size)
     assert abs(float(inputs.var()) - 1) < 5 * np.sqrt(2 / inputs.size)
-    # Labels depend on the inputs: the nearest neighbor knows them far above chance, 1/3 or the largest class.
+    # Labels depend on the inputs: the nearest neighbor knows them far above chance, 1/3 or the
+    # largest class.
     first, second = np.asarray(inputs[:1500]), np.asarray(inputs[1500:3000])
     nearest = np.argmin(((second[:, None] - first) ** 2).sum(-1), axis=1)
     right = np.mean(np.asarray(labels[:1500])[nearest] == np.asarray(labels[1500:3000]))

@@ -1,4 +1,5 @@
-"""Potentials that a drive moves: what `simulate` sees of them, gradients in every way, and the drives of least work."""
+"""Potentials that a drive moves: their runs, gradients in every way, and the
+drives of least work."""
 
 from typing import Any
 
@@ -29,7 +30,7 @@ class Widening(eqx.Module):
         return esl.DoubleWell(self.barrier, width, 1.2)
 
 
-# What a run sees
+# Runs
 
 
 @pytest.mark.usefixtures("x64")
@@ -66,6 +67,78 @@ def test_the_work_of_jumps_alone_is_the_change_of_the_potential():
     np.testing.assert_allclose(report.energy[jnp.array([0, -1])], truth, rtol=1e-12)
     np.testing.assert_allclose(report.work, truth[1] - truth[0], rtol=1e-10)
     np.testing.assert_allclose(report.heat, 0, atol=1e-12)
+
+
+class Following(esl.AbstractPotential):
+    """A trap that moves by itself, without a drive: an outsider's potential."""
+
+    speed: Any
+    conservative = True
+
+    def at(self, s):
+        return esl.Quadratic(1.0, self.speed * s)
+
+    def energy(self, position, batch=None):
+        raise NotImplementedError
+
+    def energy_and_gradient(self, position, batch=None):
+        raise NotImplementedError
+
+    def draw(self, key, members):
+        raise NotImplementedError
+
+
+class Jumping(esl.Quadratic):
+    """A trap that is at rest but for a jump at the end."""
+
+    def at_end(self):
+        return esl.Quadratic(self.stiffness, self.center + 2.0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_an_outsider_that_moves_runs_and_its_work_is_counted():
+    start = np.random.default_rng(3).normal(size=(8, 2))
+    following, driven = Following(jnp.array(2.0)), esl.Driven(trap, esl.Linear(0.0, 2.0))
+
+    def measured(potential):
+        path = esl.simulate(potential, esl.Langevin(0.2), start, steps=6, snapshots=3, key=KEY)
+        books = esl.free_energy(path, potential, entropy=esl.density.GaussianEntropy())
+        limit = esl.speed_limit(
+            path,
+            transport=esl.GaussianTransport(),
+            velocity=esl.AffineVelocity(),
+            potential=potential,
+            jackknife=0,
+        )
+        return path.positions, books.work, books.energy, limit.entropy_production
+
+    for one, other in zip(measured(following), measured(driven), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+    assert abs(measured(following)[1]) > 0.1
+    assert following.moves
+    assert driven.moves
+    assert not esl.Quadratic(1.0).moves
+    assert esl.plan_memory(following, start, steps=6, snapshots=3).total > 0
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_work_of_an_outsider_that_only_jumps_is_counted():
+    start, jumping = np.random.default_rng(3).normal(size=(8, 2)), Jumping(1.0)
+    path = esl.simulate(jumping, esl.Langevin(0.0), start, steps=2, snapshots=2, key=KEY)
+    books = esl.free_energy(path, jumping, entropy=esl.density.GaussianEntropy())
+    truth = np.mean(np.sum((start - 2.0) ** 2 - start**2, axis=1)) / 2
+    np.testing.assert_allclose(books.work, truth, rtol=1e-10)
+
+
+def test_a_drive_has_no_energy_without_a_time(refused):
+    driven, position = esl.Driven(trap, 1.0), jnp.ones(2)
+    for call in (
+        lambda: driven(position[None]),
+        lambda: driven.energy(position),
+        lambda: driven.energy_and_gradient(position),
+        lambda: driven.draw(KEY, 3),
+    ):
+        refused(call, "A Driven potential has energies only at a time: use `potential.at")
 
 
 # Gradients
@@ -210,7 +283,8 @@ def test_members_do_the_work_and_produce_the_entropy_of_the_references(name):
 
 @pytest.mark.slow
 def test_the_search_over_a_drive_finds_the_jumps():
-    """Members in one point at T = 0: the work on the mean, whose least value and drive are those of O6."""
+    """Members in one point at T = 0: the work on the mean, whose least value and drive are those of
+    O6."""
     start, steps = np.zeros((4, 1), np.float32), 40
 
     def work(drive, key):
@@ -230,9 +304,11 @@ def test_the_search_over_a_drive_finds_the_jumps():
 # Bad input
 
 BAD = {
-    "`family` must be a function of the drive to a potential, but is 3": lambda: esl.Driven(3, 1.0),
-    "`family` must return a potential such as Quadratic.*, but returns a ShapeDtypeStruct": lambda: (
-        esl.Driven(lambda x: x**2, 1.0)
+    "`family` must be a function of the drive to a potential, but is an int": lambda: esl.Driven(
+        3, 1.0
+    ),
+    r"`family\(drive\)` must be a potential .*, but is a ShapeDtypeStruct": lambda: esl.Driven(
+        lambda x: x**2, 1.0
     ),
     r"`after` must be one number, but has shape \(2,\)": lambda: esl.Driven(
         trap, 1.0, after=np.ones(2)

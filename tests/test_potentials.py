@@ -1,4 +1,8 @@
-"""Potentials against central differences, closed forms in NumPy and SciPy, and hand-written networks."""
+"""Potentials against central differences, closed forms in NumPy and SciPy, and hand-written
+networks."""
+
+import doctest
+import importlib
 
 import equinox as eqx
 import jax
@@ -30,7 +34,8 @@ class Well(eqx.Module):
         return self.depth * jnp.sum(position**self.power) + position[0]
 
 
-# Numbers that float32 holds, so that a potential made in single precision has the energy of a double one at a double position.
+# Numbers that float32 holds, so that a potential made in single precision has the energy of a
+# double one at a double position.
 INPUTS = np.random.default_rng(0).exponential(size=(20, 4)).astype(np.float32).astype(np.float64)
 LABELS = np.arange(20) % 3
 SIZES = (4, 5, 3)
@@ -58,7 +63,8 @@ def flax_loss(model="nnx factory", **options):
 
 
 class Network:
-    """A potential, an ensemble of initializations, and where the kernels and biases sit in a position."""
+    """A potential, an ensemble of initializations, and where the kernels and biases sit in a
+    position."""
 
     def __init__(self, model):
         self.model, self.potential = model, flax_loss(model)
@@ -83,7 +89,8 @@ class Network:
 
 
 def layout(potential, d):
-    """What `unravel` makes of 0, 1, ..., d - 1: the place in the position of every entry of every layer."""
+    """What `unravel` makes of 0, 1, ..., d - 1: the place in the position of every entry of every
+    layer."""
     model = potential.unravel(jnp.arange(d, dtype=jnp.float32))
     if isinstance(model, nnx.Module):
         layers = [(layer.kernel[...], layer.bias[...]) for layer in model.layers]
@@ -276,7 +283,8 @@ def test_members_are_independent_and_do_not_depend_on_how_many_there_are(network
 
 
 def test_initialization_has_the_law_of_the_initializers(network):
-    """Kernels LeCun normal, of variance 1/inputs, or redrawn from an instance's own; biases 0. To 5 standard errors over all entries."""
+    """Kernels LeCun normal, of variance 1/inputs, or redrawn from an instance's own; biases 0. To 5
+    standard errors over all entries."""
     instance = MLP(SIZES, rngs=nnx.Rngs(0))
     for layer, (kernel, bias) in enumerate(network.layout):
         entries = np.asarray(network.start, np.float64)[:, kernel.ravel()]
@@ -308,14 +316,16 @@ def test_batches():
     assert len({tuple(row) for row in np.asarray(batches)}) == 5  # members draw their own
     assert not np.array_equal(batches, potential.draw(jax.random.key(1), 5))
     assert flax_loss().draw(jax.random.key(0), 5) is None
-    # All 20 examples equally often: the chi-squared of 20 shares has mean 19 and standard deviation sqrt(38).
+    # All 20 examples equally often: the chi-squared of 20 shares has mean 19 and standard deviation
+    # sqrt(38).
     drawn = np.bincount(np.ravel(potential.draw(jax.random.key(2), 10_000)), minlength=20)
     assert len(drawn) == 20
     assert abs(np.sum((drawn - 3000) ** 2 / 3000) - 19) < 5 * np.sqrt(38)
 
 
 def test_minibatch_energy_and_gradient_are_unbiased(x64):
-    """4000 batches of 6. A batch that left one example out would shift the energy by 1/20 of its deviation: over 10 standard errors."""
+    """4000 batches of 6. A batch that left one example out would shift the energy by 1/20 of its
+    deviation: over 10 standard errors."""
     potential = flax_loss(batch_size=6)
     position = jnp.sin(10.0 * jnp.arange(43))
     compiled = eqx.filter_jit(
@@ -432,7 +442,8 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
     [
         (
             lambda: esl.Quadratic(np.ones((2, 3))),
-            r"`stiffness` must be a scalar or have shape \(d,\) or \(d, d\), but has shape \(2, 3\)\.",
+            r"`stiffness` must be a scalar or have shape \(d,\) or \(d, d\), but has shape "
+            r"\(2, 3\)\.",
         ),
         (
             lambda: esl.Quadratic(np.ones((1, 2, 2))),
@@ -448,7 +459,8 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
         ),
         (
             lambda: esl.Quadratic([1.0, np.nan]),
-            r"`stiffness` must be finite, but has 1 entries that are not, the first at index \(1,\)\.",
+            r"`stiffness` must be finite, but has 1 entries that are not, the first at index "
+            r"\(1,\)\.",
         ),
         (lambda: esl.DoubleWell(barrier=0.0), r"`barrier` must be greater than 0, but is 0\."),
         (lambda: esl.DoubleWell(width=-1.0), r"`width` must be greater than 0, but is -1\."),
@@ -491,11 +503,11 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
         ),
         (
             lambda: esl.FlaxLoss(3.0, (INPUTS, LABELS)),
-            r"`model` must be a Flax module or a function rngs -> nnx.Module, but is a float\.",
+            r"`model` must be a Flax module or a function rngs -> nnx.Module .*, but is a float\.",
         ),
         (
             lambda: esl.FlaxLoss(lambda rngs: 3, (INPUTS, LABELS)),
-            r"`model` must be a Flax module or .*, but returns a int\.",
+            r"`model` must be a Flax module or .*, but returns an int\.",
         ),
         (
             lambda: esl.FlaxLoss(esl.potentials.mlp(7, 3), (INPUTS, LABELS)),
@@ -515,13 +527,16 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
         ),
         (
             lambda: esl.FlaxLoss(NETWORK, (INPUTS, LABELS[:5])),
-            r"`data` must be \(inputs .*, but has shapes \(20, 4\) and \(5,\)\.",
+            r"`data` must be two arrays \(inputs .*, but has shapes \(20, 4\) and \(5,\)\.",
         ),
         (
             lambda: esl.FlaxLoss(NETWORK, (INPUTS[:0], LABELS[:0])),
-            r"`data` must be \(inputs .*, but has shapes \(0, 4\) and \(0,\)\.",
+            r"`data` must be two arrays \(inputs .*, but has shapes \(0, 4\) and \(0,\)\.",
         ),
-        (lambda: esl.FlaxLoss(NETWORK, (INPUTS,)), r"`data` must be \(inputs .*, but is 1 array\."),
+        (
+            lambda: esl.FlaxLoss(NETWORK, (INPUTS,)),
+            r"`data` must be two arrays \(inputs .*, but is a tuple of 1 parts\.",
+        ),
         (
             lambda: esl.FlaxLoss(NETWORK, (NAN_INPUTS, LABELS)),
             r"`data` must be finite, .* the first at index \(3, 1\)\.",
@@ -550,11 +565,13 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
         ),
         (
             lambda: esl.FlaxLoss(NETWORK, (INPUTS, np.ones((20, 2))), loss="squared_error"),
-            r"`data` must have labels of 3 numbers, one per output of the model, but has labels of shape \(20, 2\)\.",
+            r"`data` must have labels of 3 numbers, one per output of the model, but has "
+            r"labels of shape \(20, 2\)\.",
         ),
         (
             lambda: esl.FlaxLoss(NETWORK, (INPUTS, LABELS + 0.0), loss="squared_error"),
-            r"`data` must have labels of 3 numbers, one per output of the model, but has labels of shape \(20,\)\.",
+            r"`data` must have labels of 3 numbers, one per output of the model, but has "
+            r"labels of shape \(20,\)\.",
         ),
         (
             lambda: esl.FlaxLoss(
@@ -570,3 +587,9 @@ NAN_INPUTS = np.where(np.arange(80).reshape(20, 4) == 13, np.nan, INPUTS)
 )
 def test_bad_input_is_one_sentence(call, sentence, refused):
     refused(call, sentence)
+
+
+@pytest.mark.parametrize("file", ["base", "analytic", "driven", "flax", "datasets", "models"])
+def test_examples(file):
+    module = importlib.import_module(f"esljax.potentials.{file}")
+    assert doctest.testmod(module).failed == 0

@@ -1,4 +1,5 @@
-"""Members moved by their estimated velocity: a bound that holds on samples, and the law of the Langevin ensemble."""
+"""Members moved by their estimated velocity: a bound that holds on samples, and the law of the
+Langevin ensemble."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,8 @@ KEY = jax.random.key(0)
     "velocity", [esl.AffineVelocity(), esl.KDEVelocity()], ids=["affine", "kde"]
 )
 def test_the_bound_holds_on_samples(velocity, n, d, steps, x64):
-    """K Σ_k mean‖Δ_k‖² ≥ W2² of the members themselves, in 300 random cases; in float64, where rounding is no excuse."""
+    """K Σ_k mean‖Δ_k‖² ≥ W2² of the members themselves, in 300 random cases; in float64, where
+    rounding is no excuse."""
 
     @jax.jit
     def sides(key):
@@ -56,9 +58,10 @@ def test_its_law_is_that_of_the_exact_ornstein_uhlenbeck_process(d):
         system.rule.learning_rate, system.rule.temperature, esl.AffineVelocity()
     )
     path = esl.simulate(system.potential, rule, start, steps=100, key=KEY)
-    # An affine map of the start, so its moments go the way of the exact equations from those of the start: no error of sampling. What is
-    # left is the step, and in d = 10 the shrinkage, which takes the directions for more alike than they are by 3 %. Without the score,
-    # 40 % of the variance would be missing.
+    # An affine map of the start, so its moments go the way of the exact equations from those of the
+    # start: no error of sampling. The step is left, and in d = 10 the shrinkage, which
+    # takes the directions for more alike than they are by 3 %. Without the score, 40 % of the
+    # variance would be missing.
     mean = np.asarray(start).mean(axis=0) * np.exp(-1)
     np.testing.assert_allclose(np.asarray(path.final).mean(axis=0), mean, atol=0.015)
     variance = np.diag(np.cov(np.asarray(start).T, ddof=0).reshape(d, d)) * np.exp(-2) + 0.1 * (
@@ -67,7 +70,8 @@ def test_its_law_is_that_of_the_exact_ornstein_uhlenbeck_process(d):
     np.testing.assert_allclose(np.asarray(path.final).var(axis=0), variance, rtol=0.05)
 
 
-# Kernels wait for evidence of three standard errors, so they need more members: with 400 they end .09 away, with 100 .14.
+# Kernels wait for evidence of three standard errors, so they need more members: with 400 they end
+# .09 away, with 100 .14.
 @pytest.mark.parametrize(
     ("velocity", "n"),
     [(esl.KDEVelocity(), 400), (esl.KernelVelocity(), 1600)],
@@ -100,7 +104,8 @@ def test_its_law_in_a_double_well_is_that_of_langevin(velocity, n):
 
 @pytest.mark.slow
 def test_the_numbers_of_a_double_well_are_those_of_the_fokker_planck_equation():
-    """Σ, L² and W2² within 3 %, from 2000 members that carry no noise: a cloud on the top falls into both wells."""
+    """Σ, L² and W2² within 3 %, from 2000 members that carry no noise: a cloud on the top falls
+    into both wells."""
     cloud = oracles_fokker_planck.FallingCloud()
     rule = esl.ProbabilityFlow(cloud.clock / 200, cloud.temperature, esl.KernelVelocity())
     path = esl.simulate(
@@ -164,7 +169,9 @@ def test_what_needs_neighbors_cannot_move_members(refused):
 
 
 def test_the_gradient_keeps_positions_and_no_fits():
-    """What a fit goes through grows with the square of the members; kept for every step it would outweigh all else."""
+    """The intermediates of a fit grow with the square of the members; stored for every step they
+    would
+    outweigh all else."""
 
     def flow(rates):
         return esl.ProbabilityFlow(esl.Knots(rates), 0.1, esl.KDEVelocity())

@@ -1,5 +1,6 @@
 """Schedules: one contract table for every class, and NumPy formulas for each."""
 
+import doctest
 import inspect
 
 import chex
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 
 import esljax as esl
 import esljax.schedules as schedules_module
+from esljax.experiment import Problem
 from esljax.schedules import as_schedule
 
 TABLE = [0.3, 0.7, 0.1, 0.2]
 OPTAX = optax.warmup_cosine_decay_schedule(0.1, 0.9, 5, 25, 0.05)
 
-# Every class with skewed numbers, beside its formula in NumPy. Functions, so that no array is made before a test chooses its precision.
+# Every class with skewed numbers, beside its formula in NumPy. Functions, so that no array is made
+# before a test chooses its precision.
 SCHEDULES = {
     "constant": (lambda: esl.Constant(0.3), lambda s: 0.3 + 0 * s),
     "linear": (lambda: esl.Linear(0.3, 0.7), lambda s: 0.3 + 0.4 * s),
@@ -100,7 +103,8 @@ def test_one_trace_for_two_calls(name):
     traced = jax.jit(chex.assert_max_traces(lambda schedule, s: schedule(s), n=1))
     traced(schedule, jnp.asarray(0.2))
     traced(jax.tree.map(lambda x: 1.1 * x, schedule), jnp.asarray(0.4))
-    # An optimizer's step strips weak types; the schedule must not have any, or it would be compiled anew.
+    # An optimizer's step strips weak types; the schedule must not have any, or it would be compiled
+    # anew.
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(schedule))
 
 
@@ -174,11 +178,54 @@ def test_from_optax_reads_the_function_at_the_count():
     np.testing.assert_allclose(
         esl.FromOptax(OPTAX, 25).rates(5), [OPTAX(count) for count in range(0, 25, 5)], rtol=1e-6
     )
-    # Steps down at every count: a rounded count on the wrong side of one would read the value before.
+    # Steps down at every count: a rounded count on the wrong side of one would read the value
+    # before.
     stairs = optax.piecewise_constant_schedule(1.0, {count: 0.9 for count in range(1, 49)})
     np.testing.assert_allclose(
         esl.FromOptax(stairs, 49).rates(49), [stairs(count) for count in range(49)], rtol=1e-6
     )
+
+
+def test_from_optax_takes_the_steps_of_the_run(refused):
+    schedule = esl.FromOptax(OPTAX)
+    truth = [OPTAX(count) for count in range(10)]
+    np.testing.assert_allclose(schedule.rates(10), truth, rtol=1e-6)
+    for rule in (
+        esl.Langevin(schedule, schedule),
+        esl.ProbabilityFlow(schedule, schedule, esl.AffineVelocity()),
+    ):
+        run = esl.simulate(
+            esl.Quadratic(1.0), rule, np.eye(4), steps=10, snapshots=5, key=jax.random.key(0)
+        )
+        np.testing.assert_allclose(run.rates, truth, rtol=1e-6)
+        np.testing.assert_allclose(run.temperatures, truth, rtol=1e-6)
+    assert schedule.over(10).steps == 10
+    assert esl.FromOptax(OPTAX, 25).over(10).steps == 25
+    cosine = esl.Cosine(1.0)
+    assert cosine.over(10) is cosine
+    sentence = r"`steps` must be given where no run supplies it, as FromOptax\(fn, steps\)"
+    refused(lambda: schedule(0.5), sentence)
+    refused(lambda: esl.Driven(esl.Quadratic, schedule), sentence)
+    law = esl.gaussian.Law([2.0], [[1.0]])
+    refused(
+        lambda: esl.gaussian.speed_limit(law, esl.Quadratic(1.0), esl.Langevin(schedule), steps=10),
+        sentence,
+    )
+
+
+def test_the_table_of_a_problem_counts_the_steps_of_its_run():
+    data = esl.datasets.two_moons(samples=20)
+    problem = Problem(
+        potential=esl.FlaxLoss(esl.models.mlp(2, 2), data.train),
+        test=data.test,
+        temperature=0.0,
+        transport=esl.ExactTransport(),
+        members=2,
+        steps=10,
+        snapshots=5,
+    )
+    table = problem.table(esl.FromOptax(OPTAX))
+    np.testing.assert_allclose(table.values, [OPTAX(count) for count in range(11)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 49, 200])
@@ -247,11 +294,13 @@ def test_as_schedule():
         ),
         (
             lambda: esl.Knots([1.0]),
-            r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape \(1,\)\.",
+            r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape "
+            r"\(1,\)\.",
         ),
         (
             lambda: esl.Knots([[1.0, 2.0]]),
-            r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape \(1, 2\)\.",
+            r"Argument `values` must have shape \(m,\) with m of at least 2, but has shape "
+            r"\(1, 2\)\.",
         ),
         (
             lambda: esl.Knots([1.0, 0.0]),
@@ -268,7 +317,7 @@ def test_as_schedule():
         ),
         (
             lambda: esl.FromOptax(0.1, 10),
-            r"Argument `fn` must be a function of the count, but is 0\.1\.",
+            r"Argument `fn` must be optax\'s function of a count of steps, but is 0\.1\.",
         ),
     ],
 )
@@ -278,3 +327,7 @@ def test_bad_input_is_one_sentence(call, sentence, refused):
 
 def test_knots_may_touch_zero_when_linear():
     np.testing.assert_allclose(esl.Knots([1.0, 0.0], "linear").rates(4), [1.0, 0.75, 0.5, 0.25])
+
+
+def test_examples():
+    assert doctest.testmod(schedules_module).failed == 0

@@ -1,4 +1,5 @@
-"""Members on many devices and in several processes: the same numbers, and no more talk between devices than the design says."""
+"""Members on many devices and in several processes: the same numbers, and no more talk between
+devices than the design allows."""
 
 import functools
 import os
@@ -51,8 +52,8 @@ def processes(tmp_path_factory, compiled) -> dict[str, np.ndarray]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    asked = [sys.executable, PROGRAM, out, "2", "1", address, "2"]
-    started = [subprocess.Popen([*asked, str(index)], env=compiled) for index in range(2)]
+    command = [sys.executable, PROGRAM, out, "2", "1", address, "2"]
+    started = [subprocess.Popen([*command, str(index)], env=compiled) for index in range(2)]
     try:
         assert [process.wait(timeout=PATIENCE) for process in started] == [0, 0]
     finally:
@@ -97,7 +98,7 @@ def test_two_processes_give_the_numbers_of_one(devices, processes, kind):
         )
 
 
-def test_what_two_processes_have_saved_is_taken_up_by_one(devices, processes):
+def test_one_process_resumes_a_run_saved_by_two(devices, processes):
     np.testing.assert_array_equal(processes["2 saved"], devices["1 positions trap"])
     folder = processes["checkpoints"]
     shutil.rmtree(folder / "10")
@@ -130,7 +131,8 @@ def test_a_run_and_its_gradient_hardly_talk(devices):
 
 
 def test_no_device_gathers_the_history(devices):
-    """Between devices the history (11, 16, 2410) travels in eighths, all-to-all; what is gathered or summed is as small as a position."""
+    """Between devices the history (11, 16, 2410) travels in eighths, all-to-all; what is gathered
+    or summed is as small as a position."""
     largest = {}
     for line in devices["collectives of distances"]:
         name, result = line.split(" ", 1)
@@ -144,16 +146,20 @@ def test_no_device_gathers_the_history(devices):
 
 
 def test_iterations_of_a_whole_report_wait_for_no_other_device(devices):
-    """Also those at the doubled ε that a diagnosis asks for; each sweep of those was gathered block by block."""
+    """Also those at the doubled ε that a diagnosis asks for; each sweep of those was gathered block
+    by block."""
     assert 5 < len(devices["collectives of a sinkhorn report"]) < 20
 
 
 def test_a_mesh_beside_that_of_set_mesh_is_refused(devices):
     """jax would say it in the terms of its compiler."""
-    said = "Argument `mesh` must be that of jax.set_mesh, with auto axes as member_mesh() has them: set is {'members': 8} with "
+    sentence = (
+        "Argument `mesh` must be that of jax.set_mesh, with auto axes as member_mesh() has them: "
+        "set is {'members': 8} with "
+    )
     automatic, explicit = devices["refusals"]
-    assert automatic == said + "auto axes, but is {'members': 4} with auto axes."
-    assert explicit == said + "explicit axes, but is {'members': 4} with auto axes."
+    assert automatic == sentence + "auto axes, but is {'members': 4} with auto axes."
+    assert explicit == sentence + "explicit axes, but is {'members': 4} with auto axes."
 
 
 def on_one_device() -> jax.Array:
@@ -196,7 +202,8 @@ def test_members_that_cannot_be_shared_evenly_are_refused(refused, monkeypatch):
     monkeypatch.setattr(type(mesh), "size", property(lambda self: 4), raising=False)
     refused(
         lambda: choose_mesh(mesh, on_one_device()),
-        r"hold a multiple of 4 members, to be shared by as many devices \(or be given mesh=member_mesh\(3\)\)",
+        r"hold a multiple of 4 members, to be shared by as many devices \(or be given "
+        r"mesh=member_mesh\(3\)\)",
     )
 
 
@@ -232,7 +239,8 @@ def test_a_mesh_of_one_changes_nothing():
 @pytest.mark.parametrize("in_turn", [True, False])
 @pytest.mark.parametrize("meshed", [True, False])
 def test_pairs_are_mapped_in_order(at_once, in_turn, meshed, monkeypatch):
-    """On a mesh and off it, together, one by one, and two by two (the last of them with one that is solved already)."""
+    """On a mesh and off it, together, one by one, and two by two (the last of them with one that is
+    solved already)."""
     monkeypatch.setattr(esl.sharding, "AT_ONCE", at_once)
     snapshots = jnp.arange(24.0).reshape(4, 3, 2)
 
@@ -266,7 +274,8 @@ def test_how_many_pairs_are_solved_at_once():
 
 
 def test_pairs_that_wait_leave_little_to_the_reverse_sweep(monkeypatch):
-    """The memory of a gradient grows with the pairs by their ends, and by little that a problem went through."""
+    """The memory of a gradient grows with the pairs by their ends, and by little that a problem
+    went through."""
     x = jax.ShapeDtypeStruct((21, 64, 50), jnp.float32)
     first = np.arange(20)
 
@@ -298,7 +307,8 @@ def test_pairs_that_wait_leave_little_to_the_reverse_sweep(monkeypatch):
 
 
 def test_a_cpu_factorizes_no_stacks():
-    """Two stacks of factorizations side by side may wait for each other forever, on a machine of two cores and jaxlib 0.10."""
+    """Two stacks of factorizations side by side may wait for each other forever, on a machine of
+    two cores and jaxlib 0.10."""
     positions = jax.random.normal(jax.random.key(0), (5, 50, 3))
 
     def squared(positions, in_turn):

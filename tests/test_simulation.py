@@ -63,7 +63,8 @@ def test_stationary_variance_of_the_discrete_step():
         esl.Quadratic(k), esl.Langevin(eta, temperature), start, steps=steps, snapshots=1, key=KEY
     ).final
     error = truth * np.sqrt(2 / members)
-    # Noise without its factor 2 would be off by half, a step without the correction 1 - kη/2 by 40 %, and the tolerance is 2 %.
+    # Noise without its factor 2 would be off by half, a step without the correction 1 - kη/2 by 40
+    # %, and the tolerance is 2 %.
     assert abs(np.var(end) - truth) < 5 * error
     assert 10 * error < 0.1 * truth
     assert abs(np.mean(end)) < 5 * np.sqrt(truth / members)
@@ -94,7 +95,8 @@ def test_the_noise_is_normal_and_independent_across_steps_members_and_coordinate
 
 @pytest.mark.parametrize("name", ["O1", "O3", "non-symmetric"])
 def test_moments_follow_the_exact_law(name):
-    # The step bias of the moments is below η/2 = .0013 relative, the standard error of 20000 members about five times that.
+    # The step bias of the moments is below η/2 = .0013 relative, the standard error of 20000
+    # members about five times that.
     members, steps = 20_000, 400
     system = {"O1": systems.ornstein_uhlenbeck, "O3": systems.cosine_decay}.get(
         name, lambda d, steps: systems.non_symmetric(steps)
@@ -132,7 +134,8 @@ def test_weak_order_one():
             key=KEY,
         ).final
         biases.append(np.var(np.asarray(end)) - 1)
-    # To leading order the bias is η/2 (1 - e^{-4}); its next order bends the fit to 1.1, its standard error (.0032 of .031) by .05.
+    # To leading order the bias is η/2 (1 - e^{-4}); its next order bends the fit to 1.1, its
+    # standard error (.0032 of .031) by .05.
     order = np.polyfit(np.log(1 / steps), np.log(biases), 1)[0]
     assert 0.85 < order < 1.35
     np.testing.assert_allclose(
@@ -162,7 +165,8 @@ def test_order_one_along_the_flow_of_the_double_well():
 
 
 def test_temperature_fills_both_wells():
-    """E θ² of the Gibbs law, by quadrature: T enters with the right weight far from linear drift."""
+    """E θ² of the Gibbs law, by quadrature: T enters with the right weight far from linear
+    drift."""
     members, temperature = 20_000, 0.5
     grid = np.linspace(-4, 4, 4001)
     weight = np.exp(-((grid**2 - 1) ** 2) / temperature)
@@ -181,7 +185,7 @@ def test_temperature_fills_both_wells():
     )
 
 
-# What is kept
+# Results
 
 
 @pytest.mark.parametrize("snapshots", [1, 3, 12])
@@ -454,7 +458,7 @@ def test_what_a_way_cannot_do_it_refuses():
         jax.jvp(lambda x: energy(x, esl.HessianAdjoint()), (start,), (start,))
     with pytest.raises(
         esl.InputError,
-        match=r"ForwardMode for so many numbers, but would push 12 tangents, over 11",
+        match=r"^ForwardMode would push 12 tangents, but `most` allows 11: raise `most` or use",
     ):
         jax.grad(energy)(start, esl.ForwardMode(most=11))
     chex.assert_trees_all_close(
@@ -644,7 +648,7 @@ BAD = {
         "positions": np.ones((1, 2), np.float32)
     },
     "`positions` must have at least one coordinate": {"positions": np.ones((3, 0), np.float32)},
-    "`positions` must hold floating-point numbers, but has dtype int32": {
+    "`positions` must hold floating-point numbers, .*, but has dtype int32": {
         "positions": np.ones((3, 2), np.int32)
     },
     "`steps` must be an integer of at least 1, but is 0": {"steps": 0},
@@ -670,7 +674,7 @@ BAD = {
     r"`gradient` must be HessianAdjoint\(\), Autodiff\(\) or ForwardMode\(\), but is 'reverse'": {
         "gradient": "reverse"
     },
-    r"`potential` must be a potential such as Quadratic\(1.0\), but is a function": {
+    r"`potential` must be a potential such as Quadratic\(1.0\), .*, but is a function": {
         "potential": lambda x: 0.0
     },
     r"`potential` must accept members of 2 coordinates, but fails on them": {
@@ -703,3 +707,11 @@ def test_under_a_transformation_bad_values_come_out_as_nan():
         )
     )(-0.1)
     assert np.isnan(end).all()
+
+
+@pytest.mark.parametrize("gradient", [esl.HessianAdjoint, esl.Autodiff])
+def test_recompute_was_called_checkpoint(gradient):
+    message = rf"{gradient.__name__}\(checkpoint=\) is now {gradient.__name__}\(recompute=\)"
+    for recompute in (True, False):
+        with pytest.warns(DeprecationWarning, match=message):
+            assert gradient(checkpoint=recompute) == gradient(recompute=recompute)

@@ -116,6 +116,7 @@ class Problem(eqx.Module):
 
     def table(self, schedule: AbstractSchedule) -> Knots:
         """The same rates as `schedule` at every step, in one form for all schedules, so that all share one compiled run."""
+        schedule = schedule.over(self.steps)
         ends = schedule(jnp.ones((), jnp.result_type(float)))
         return Knots(jnp.append(schedule.rates(self.steps), ends), "linear")
 

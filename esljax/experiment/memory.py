@@ -19,7 +19,7 @@ import numpy as np
 from esljax._checks import check_positive_int, refuse
 from esljax._types import Array
 from esljax.measures import compared
-from esljax.potentials import AbstractPotential, Driven, potential_at
+from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import side_by_side
 from esljax.simulation import (
     AbstractGradient,
@@ -108,7 +108,7 @@ _REMEDIES = {
 
 
 def plan_memory(
-    potential: AbstractPotential | Driven,
+    potential: AbstractPotential,
     positions: Any,
     *,
     steps: int,
@@ -150,10 +150,7 @@ def plan_memory(
     """
     check_positive_int("devices", devices)
     check_links(steps, snapshots)
-    if not isinstance(potential, AbstractPotential | Driven):
-        raise refuse(
-            "potential", "be a potential such as Quadratic(1.0)", f"is a {type(potential).__name__}"
-        )
+    check_potential("potential", potential)
     if len(np.shape(positions)) != 2:
         raise refuse(
             "positions", "have shape (n, d), one row per member", f"has shape {np.shape(positions)}"
@@ -162,7 +159,7 @@ def plan_memory(
     n, d = np.shape(positions)
     dtype = jax.dtypes.canonicalize_dtype(getattr(positions, "dtype", float))
     member = jax.ShapeDtypeStruct((d,), dtype)
-    potential = potential_at(potential, 0.0)
+    potential = potential.at(0.0)
     check_functions(potential, jax.ShapeDtypeStruct((n, d), dtype), jax.random.key(0), observe)
     if n % devices:
         raise refuse("devices", f"divide the {n} members that they share", f"is {devices}")

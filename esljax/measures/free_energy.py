@@ -35,7 +35,7 @@ from esljax.density import AbstractEntropy, TransportedEntropy
 from esljax.measures.balance import NUMBERS, FreeEnergy
 from esljax.measures.report import jackknife_groups
 from esljax.measures.velocities import member_rates, spans
-from esljax.potentials import AbstractPotential, Driven
+from esljax.potentials import AbstractPotential, check_potential
 from esljax.results import StandardErrors
 from esljax.sharding import bring, map_pairs
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
@@ -45,7 +45,7 @@ from esljax.velocity import AbstractVelocity
 
 def free_energy(
     trajectory: Trajectory | Sequence[Trajectory],
-    potential: AbstractPotential | Driven,
+    potential: AbstractPotential,
     *,
     entropy: AbstractEntropy | TransportedEntropy,
     velocity: AbstractVelocity | None = None,
@@ -225,7 +225,7 @@ def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
     """Φ of every member at every snapshot (J+1, n), outside the jumps at the ends, and the work on
     it along every link (J, n)."""
     positions, times = trajectory.positions, trajectory.times
-    if not isinstance(potential, Driven):
+    if not potential.moves:
         energy = jax.lax.map(jax.vmap(potential.energy), positions)
         return energy, jnp.zeros_like(energy[1:])
     links = positions.shape[0] - 1
@@ -361,10 +361,7 @@ def _with_errors(report: FreeEnergy, replicates: FreeEnergy, words: str) -> Free
 def _check(
     trajectory: Trajectory, potential: Any, entropy: Any, velocity: Any, transport: Any
 ) -> None:
-    if not isinstance(potential, AbstractPotential | Driven):
-        raise refuse(
-            "potential", "be the potential of the run, such as Quadratic(1.0)", f"is {potential!r}"
-        )
+    check_potential("potential", potential)
     if trajectory.observed:
         raise refuse(
             "trajectory",

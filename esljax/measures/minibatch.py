@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from esljax._checks import check_key, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Scalar
-from esljax.potentials import AbstractPotential, Driven, potential_at
+from esljax.potentials import AbstractPotential, check_potential
 from esljax.results import StandardErrors, is_number, measured, table
 from esljax.simulation import Trajectory
 
@@ -85,7 +85,7 @@ class MinibatchNoise(eqx.Module):
 
 
 def minibatch_noise(
-    trajectory: Trajectory, potential: AbstractPotential | Driven, *, key: Key, pairs: int = 4
+    trajectory: Trajectory, potential: AbstractPotential, *, key: Key, pairs: int = 4
 ) -> MinibatchNoise:
     """Measure the noise of the batches at the snapshots of one run.
 
@@ -120,11 +120,10 @@ def minibatch_noise(
         or trajectory.rates is None
     ):
         raise refuse("trajectory", "be one run of simulate(...), not observed", "is not")
-    if not isinstance(potential, AbstractPotential | Driven):
-        raise refuse("potential", "be the potential of the run", f"is {potential!r}")
+    check_potential("potential", potential)
     check_key("key", key)
     check_positive_int("pairs", pairs)
-    if potential_at(potential, 0.0).draw(key, 1) is None:
+    if potential.at(0.0).draw(key, 1) is None:
         raise refuse(
             "potential",
             "draw batches (batch_size=...)",
@@ -139,7 +138,7 @@ def _measure(trajectory: Trajectory, potential: Any, key: Key, pairs: int) -> Mi
     rates: Any = trajectory.rates
 
     def gradients(positions: Array, s: Array, key: Key) -> Array:
-        acting = potential_at(potential, s)
+        acting = potential.at(s)
         return jax.vmap(acting.energy_and_gradient)(positions, acting.draw(key, members))[1]
 
     def at_snapshot(moment: tuple[Array, Array, Array]) -> tuple[Array, Array]:

@@ -24,7 +24,7 @@ from esljax.measures.report import (
     with_errors,
 )
 from esljax.measures.velocities import MemberRates, from_velocities, member_rates
-from esljax.potentials import AbstractPotential, Driven
+from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, replicate
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
 from esljax.transport import AbstractTransport, check_transport
@@ -36,7 +36,7 @@ def speed_limit(
     *,
     transport: AbstractTransport,
     velocity: AbstractVelocity | None = None,
-    potential: AbstractPotential | Driven | None = None,
+    potential: AbstractPotential | None = None,
     jackknife: int = 32,
     debias: bool = False,
     mesh: AnyMesh | None = None,
@@ -216,12 +216,11 @@ def _check_pair(
             "be TransportVelocity(...) for a recorded run, where the drift is not known",
             f"is {name}",
         )
-    if not isinstance(potential, AbstractPotential | Driven):
+    if potential is None:
         raise refuse(
-            "potential",
-            f"be the potential of the run, whose gradient {name} needs",
-            f"is {potential!r}",
+            "potential", f"be the potential of the run, whose gradient {name} needs", "is None"
         )
+    check_potential("potential", potential)
     if trajectory.observed or not transport.linear:
         what = "an observed run" if trajectory.observed else f"a {transport.name}"
         raise refuse(

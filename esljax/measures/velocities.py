@@ -22,7 +22,6 @@ import numpy as np
 from esljax._numerics import product, safe_divide, safe_root
 from esljax._types import Array, Float
 from esljax.measures.report import SpeedLimit
-from esljax.potentials import potential_at
 from esljax.sharding import AnyMesh, replicate
 from esljax.simulation import Trajectory
 from esljax.transport import AbstractTransport
@@ -130,7 +129,7 @@ def _moments(trajectory: Trajectory, positions: Array, between: bool) -> _Moment
 
 def _driven(moment: _Moment, potential: Any, matrix: Array | None) -> Snapshot:
     """A snapshot with its drift -∇Φ and its diffusion T in learning time, projected if need be."""
-    acting = potential_at(potential, moment.s)
+    acting = potential.at(moment.s)
     drift = -jax.vmap(lambda member: acting.energy_and_gradient(member)[1])(moment.members)
     diffusion = moment.temperature
     if matrix is not None:

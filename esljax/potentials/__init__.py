@@ -2,9 +2,9 @@
 
 from esljax.potentials import datasets, models
 from esljax.potentials.analytic import DoubleWell, FromFunction, Mixture, Quadratic
-from esljax.potentials.base import AbstractPotential
+from esljax.potentials.base import AbstractPotential, check_potential
 from esljax.potentials.datasets import Examples
-from esljax.potentials.driven import Driven, potential_at
+from esljax.potentials.driven import Driven
 from esljax.potentials.flax import FlaxLoss
 from esljax.potentials.models import mlp
 
@@ -17,8 +17,8 @@ __all__ = [
     "FromFunction",
     "Mixture",
     "Quadratic",
+    "check_potential",
     "datasets",
     "mlp",
     "models",
-    "potential_at",
 ]

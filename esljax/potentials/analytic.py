@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import as_float, check_finite, check_positive, refuse
+from esljax._numerics import product
 from esljax._types import Array, Float, Key, Scalar
 from esljax.potentials.base import AbstractPotential
 
@@ -15,8 +16,20 @@ from esljax.potentials.base import AbstractPotential
 class Quadratic(AbstractPotential):
     """Φ = ½ (θ - c)ᵀ K (θ - c), with the drift -K (θ - c).
 
-    **Args:** `stiffness`: K, a scalar, (d,) for a diagonal, or (d, d). `center`: c, (d,) or a scalar.
-    A matrix K need not be symmetric: the drift is then no gradient, its circulation being -½(K - Kᵀ)(θ - c).
+    A matrix K need not be symmetric. The drift is then no gradient; its circulation is
+    -½(K - Kᵀ)(θ - c).
+
+    **Args:** `stiffness`: K, a scalar, (d,) for a diagonal, or (d, d), in units of Φ per θ².
+    `center`: c, (d,) or a scalar, in units of θ.
+    **Raises:** `InputError` for other shapes and numbers that are not finite.
+    **Differentiation:** in K and c, of every order.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> float(esl.Quadratic(2.0, center=1.0)(jnp.array([0.0, 3.0])))
+        5.0
     """
 
     stiffness: Float[Array, "..."] = eqx.field(converter=as_float)
@@ -50,7 +63,7 @@ class Quadratic(AbstractPotential):
 
     @property
     def conservative(self) -> bool:
-        # A matrix may be anything under a transformation, so it is never taken for symmetric.
+        # Under a transformation the entries are unknown, so no matrix counts as symmetric.
         return self.stiffness.ndim < 2
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
@@ -62,11 +75,7 @@ class Quadratic(AbstractPotential):
         displacement = position - self.center.astype(position.dtype)
         stiffness = self.stiffness.astype(position.dtype)
         matrix = self.stiffness.ndim == 2
-        slope = (
-            jnp.dot(stiffness, displacement, precision=jax.lax.Precision.HIGHEST)
-            if matrix
-            else stiffness * displacement
-        )
+        slope = product(stiffness, displacement) if matrix else stiffness * displacement
         return jnp.sum(displacement * slope) / 2, slope
 
     def draw(self, key: Key, members: int) -> None:
@@ -74,9 +83,20 @@ class Quadratic(AbstractPotential):
 
 
 class DoubleWell(AbstractPotential):
-    """Φ = barrier ((θ₁/width)² - 1)² + ½ stiffness Σ_{i>1} θ_i²: wells at θ₁ = ± width, of depth `barrier` below the top at 0.
+    """Φ = barrier ((θ₁/width)² - 1)² + ½ stiffness Σ_{i>1} θ_i²: wells at θ₁ = ± width, of depth
+    `barrier` below the top at 0.
 
-    **Args:** `barrier`, `width`: positive scalars. `stiffness`: of the other coordinates, a positive scalar.
+    **Args:** `barrier`: in units of Φ. `width`: in units of θ. `stiffness`: of the other
+    coordinates, in units of Φ per θ². All are positive scalars.
+    **Raises:** `InputError` for numbers that are not positive.
+    **Differentiation:** in all three, of every order.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> print(esl.DoubleWell(barrier=2.0, width=1.5)(jnp.array([[0.0], [1.5]])))
+        [2. 0.]
     """
 
     barrier: Scalar = eqx.field(converter=as_float, default=1.0)
@@ -102,9 +122,21 @@ class DoubleWell(AbstractPotential):
 
 
 class Mixture(AbstractPotential):
-    """Φ = -log Σ_i w_i N(θ; μ_i, σ_i² I): at temperature 1 the stationary law is the mixture of Gaussians itself.
+    """Φ = -log Σ_i w_i N(θ; μ_i, σ_i² I): at temperature 1 the stationary law is the mixture of
+    Gaussians itself.
 
-    **Args:** `means`: (c, d). `variances`: σ², a scalar or (c,), positive. `weights`: a scalar or (c,), positive, normalized here.
+    **Args:** `means`: (c, d), in units of θ. `variances`: σ², a scalar or (c,), positive, in
+    units of θ². `weights`: a scalar or (c,), positive; they are normalized.
+    **Raises:** `InputError` for other shapes and numbers that are not positive.
+    **Differentiation:** in all three, of every order.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> mixture = esl.Mixture([[-3.0], [3.0]], weights=[1.0, 3.0])
+        >>> round(float(jnp.exp(mixture(jnp.array([-3.0])) - mixture(jnp.array([3.0])))), 3)
+        3.0
     """
 
     means: Float[Array, "c d"] = eqx.field(converter=as_float)
@@ -150,11 +182,22 @@ class Mixture(AbstractPotential):
 class FromFunction(AbstractPotential):
     """Φ = fn(θ), for any differentiable `fn(position (d,)) -> scalar`.
 
-    An `equinox.Module` (or any callable pytree) keeps its arrays differentiable; a plain function is static.
+    **Args:** `fn`: the function of one member. An `equinox.Module` (or any callable pytree) keeps
+    its arrays differentiable; a plain function is static, with all that it closes over.
+    **Raises:** `InputError` if `fn` is no function.
+    **Differentiation:** in the position and in the arrays of `fn`, to any order that `fn` allows.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> float(esl.FromFunction(lambda position: jnp.sum(position**4))(jnp.ones(3)))
+        3.0
     """
 
     conservative: ClassVar[bool] = True
     fn: Any
+    """The function, as a callable pytree."""
 
     def __init__(self, fn: Callable[[Array], Array]):
         if not callable(fn):

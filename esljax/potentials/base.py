@@ -1,11 +1,12 @@
 r"""Potentials: the objective Φ(θ) whose gradient drives every member of the ensemble.
 
-A potential sees one member at a time, a position θ of shape (d,), and optionally a batch of what it averages over:
+A potential sees one member at a time, a position θ of shape (d,), and optionally a batch of the
+data that it averages over. It may depend on training time s, as Φ(θ; s):
 
+    at(s)                         -> the potential that acts at s
     energy(θ, batch)              -> Φ(θ)
     energy_and_gradient(θ, batch) -> Φ(θ), ∇Φ(θ)
-
-`draw(key, members)` addresses the batches of one step, one for every member; potentials without data draw None.
+    draw(key, members)            -> the batches of one step, one for each member
 """
 
 import abc
@@ -14,20 +15,52 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from esljax._types import Array, Float, Key, Scalar
+from esljax._checks import check_kind
+from esljax._types import Array, Float, Key, Scalar, ScalarLike
 
 
 class AbstractPotential(eqx.Module):
-    """Φ(θ) and the force that follows from it."""
+    """Φ(θ), and the force that follows from it.
+
+    A subclass is an `equinox.Module` whose arrays are its parameters. It defines four things:
+
+    - `conservative`: a class variable or a property.
+    - `energy` and `energy_and_gradient`: of one position (d,), in pure JAX; `simulate` maps them
+      over the members. The gradient may be any drift if `conservative` is False.
+    - `draw`: the batches of one step, or None for a potential without data.
+
+    A potential that depends on training time also overrides `at`, and `at_start` and `at_end` if it
+    jumps at the ends. Runs then use `at(s)` at every step, and `free_energy` counts its work.
+
+    **Example:**
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> class Quartic(esl.AbstractPotential):
+        ...     scale: jax.Array
+        ...     conservative = True
+        ...
+        ...     def energy(self, position, batch=None):
+        ...         return self.scale * jnp.sum(position**4)
+        ...
+        ...     def energy_and_gradient(self, position, batch=None):
+        ...         return jax.value_and_grad(self.energy)(position, batch)
+        ...
+        ...     def draw(self, key, members):
+        ...         return None
+        >>> print(Quartic(jnp.array(2.0))(jnp.ones((3, 2))))
+        [4. 4. 4.]
+    """
 
     @property
     @abc.abstractmethod
     def conservative(self) -> bool:
-        """Whether the force is the gradient of the energy, so that its Jacobian is symmetric."""
+        """Whether the force is minus the gradient of Φ, so that its Jacobian is symmetric."""
 
     @abc.abstractmethod
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
-        """Φ at one position; over `batch`, or over everything if that is None."""
+        """Φ at one position: over `batch`, or over all the data if that is None."""
 
     @abc.abstractmethod
     def energy_and_gradient(
@@ -39,6 +72,35 @@ class AbstractPotential(eqx.Module):
     def draw(self, key: Key, members: int) -> Any:
         """The batches of one step: a pytree with a leading axis of length `members`, or None."""
 
+    def at(self, s: ScalarLike) -> "AbstractPotential":
+        """The potential that acts at training time `s`: this one, unless a subclass moves."""
+        return self
+
+    def at_start(self) -> "AbstractPotential":
+        """The potential before the first step, and before any jump at s = 0."""
+        return self.at(0.0)
+
+    def at_end(self) -> "AbstractPotential":
+        """The potential after the last step, and after any jump at s = 1."""
+        return self.at(1.0)
+
+    @property
+    def moves(self) -> bool:
+        """Whether Φ depends on training time, so that work is done on the members."""
+        mine, base = type(self), AbstractPotential
+        return any(
+            getattr(mine, name) is not getattr(base, name) for name in ("at", "at_start", "at_end")
+        )
+
     def __call__(self, positions: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
-        """Φ over everything at positions of shape (..., d), one number for each."""
+        """Φ over all the data at positions (..., d), one number for each position."""
         return jnp.vectorize(self.energy, signature="(d)->()")(positions)
+
+
+def check_potential(argument: str, value: Any) -> None:
+    """Reject a value that is no potential.
+
+    **Raises:** `InputError`, which names `FromFunction` for a bare function.
+    """
+    must = "be a potential such as Quadratic(1.0), or FromFunction(fn) for a function of one member"
+    check_kind(argument, value, AbstractPotential, must)

@@ -1,4 +1,5 @@
-"""Data sets that need no download: real digits from scikit-learn's wheel, and generated ones for controlled studies.
+"""Data sets that need no download: real digits from scikit-learn's wheel, and generated ones for
+controlled studies.
 
 Each is a `Dataset` of a training and a test split; a split is `(inputs (m, p), labels (m,))`.
 """
@@ -16,26 +17,39 @@ class Examples(NamedTuple):
     """m examples: `inputs` (m, p) and `labels` (m,)."""
 
     inputs: Float[Array, "m p"]
+    """One row for each example."""
     labels: Shaped[Array, " m"]
+    """Class indices, from 0."""
 
 
 class Dataset(NamedTuple):
     """A training and a test split."""
 
     train: Examples
+    """The examples that the loss averages over."""
     test: Examples
+    """The examples held out."""
 
 
 def digits(test_fraction: float = 0.2, seed: int = 0) -> Dataset:
-    """The 1797 handwritten digits of 8 × 8 pixels that come with scikit-learn, as 64 numbers in [0, 1] and a label 0-9.
+    """The 1797 handwritten digits of 8 × 8 pixels that come with scikit-learn, as 64 numbers in
+    [0, 1] and a label 0-9.
 
-    **Args:** `test_fraction`: share of the examples held out, in (0, 1). `seed`: of the shuffle before the split.
+    **Args:** `test_fraction`: share of the examples held out, in (0, 1). `seed`: of the shuffle
+    before the split.
+    **Returns:** `Dataset`, whose splits are `Examples`.
+    **Raises:** `InputError` for a fraction that leaves a split empty.
     **Reference:** Alpaydin and Kaynak, UCI Optical Recognition of Handwritten Digits (1998).
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> esl.datasets.digits().train.inputs.shape
+        (1438, 64)
     """
     check_positive_int("seed", seed, 0)
-    from sklearn.datasets import (
-        load_digits,
-    )  # takes half as long to import as all the rest together
+    # Imported on first use: it takes half as long as all the rest together.
+    from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
     return _split(pixels / 16, labels, test_fraction, np.random.default_rng(seed))
@@ -46,7 +60,16 @@ def two_moons(
 ) -> Dataset:
     """Two interleaved half circles in the plane, label 0 or 1.
 
-    **Args:** `samples`: examples in both splits together. `noise`: standard deviation of the Gaussian scatter. The rest as in `digits`.
+    **Args:** `samples`: examples in both splits together. `noise`: standard deviation of the
+    Gaussian scatter. `test_fraction`, `seed`: as in `digits`.
+    **Returns:** `Dataset`, whose splits are `Examples`.
+    **Raises:** `InputError` for arguments out of range.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> esl.datasets.two_moons(samples=50).test.labels.shape
+        (10,)
     """
     check_positive_int("samples", samples, 2)
     check_nonnegative("noise", noise)
@@ -65,10 +88,20 @@ def teacher(
     test_fraction: float = 0.2,
     seed: int = 0,
 ) -> Dataset:
-    """Teacher-student: standard normal inputs, labelled by the largest output of a random tanh network with `hidden` units.
+    """Teacher-student: standard normal inputs, labeled by the largest output of a random tanh
+    network with `hidden` units.
 
-    **Args:** `samples`: examples in both splits together. `features`: p. `classes`: number of labels. The rest as in `digits`.
+    **Args:** `samples`: examples in both splits together. `features`: p. `classes`: number of
+    labels. `hidden`: units of the teacher. `test_fraction`, `seed`: as in `digits`.
+    **Returns:** `Dataset`, whose splits are `Examples`.
+    **Raises:** `InputError` for arguments out of range.
     **Reference:** Gardner and Derrida, J. Phys. A 22, 1983 (1989), for the teacher-student setting.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> esl.datasets.teacher(samples=50, features=4).train.inputs.shape
+        (40, 4)
     """
     for name, value, least in [
         ("samples", samples, 2),

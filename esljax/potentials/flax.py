@@ -13,56 +13,69 @@ from flax.errors import InvalidRngError
 from jax.flatten_util import ravel_pytree
 
 from esljax._checks import (
+    InputError,
     as_float,
     check_choice,
     check_finite,
     check_nonnegative,
     check_positive_int,
+    in_words,
     refuse,
 )
 from esljax._types import Array, Float, Key, Scalar, Shaped
 from esljax.potentials.base import AbstractPotential
 
 
-def _cross_entropy(outputs: Float[Array, "m c"], labels: Shaped[Array, " m"]) -> Float[Array, " m"]:
-    chosen = jnp.take_along_axis(outputs, labels[:, None], axis=1)[:, 0]
-    return jax.nn.logsumexp(outputs, axis=1) - chosen
-
-
-def _squared_error(outputs: Array, labels: Array) -> Float[Array, " m"]:
-    difference = outputs.reshape(labels.shape[0], -1) - labels.reshape(labels.shape[0], -1)
-    return jnp.sum(difference**2, axis=1)
-
-
-_LOSSES = {"cross_entropy": _cross_entropy, "squared_error": _squared_error}
-
-
 class FlaxLoss(AbstractPotential):
     """Φ = mean over examples of loss(model_θ(input), label) + ½ l2 ‖θ‖², for a Flax model.
 
     **Args:**
-    - `model`: a function `rngs -> nnx.Module` (every member is then built from random numbers of its own), an `nnx.Module`, or a
-      `flax.linen.Module`. It must keep no state besides its parameters: BatchNorm and Dropout are refused.
+    - `model`: a function `rngs -> nnx.Module` (every member is then built from random numbers of
+      its own), an `nnx.Module`, or a `flax.linen.Module`. It must have no state besides its
+      parameters: BatchNorm and Dropout are rejected. For models of other libraries use
+      `FromFunction`.
     - `data`: `(inputs (m, ...), labels (m, ...))`.
-    - `loss`: `"cross_entropy"` (labels are class indices), `"squared_error"`, or `fn(outputs (m, ...), labels) -> (m,)`.
+    - `loss`: `"cross_entropy"`, in nats, whose labels are class indices; `"squared_error"`, the sum
+      of the squared differences over the outputs of one example, without the factor ½; or
+      `fn(outputs (m, ...), labels) -> (m,)`.
     - `l2`: weight decay, at least 0.
     - `batch_size`: examples per step and member, drawn with replacement, or None for all of them.
-    - `dtype`: the floating type that the model computes in, such as `"bfloat16"` for the matrix units of a TPU or GPU; by default that of
-      the positions. Positions, noise, loss, weight decay, work and transport keep the type of the positions in any case: the model sees
-      rounded copies of the parameters and inputs, and its outputs and gradients are widened again.
+    - `dtype`: the floating type that the model computes in, such as `"bfloat16"` for the matrix
+      units of a TPU or GPU; by default that of the positions. Positions, noise, loss, weight decay,
+      work and transport keep the type of the positions in any case: the model sees rounded copies
+      of the parameters and inputs, and its outputs and gradients are widened again.
 
-    **Raises:** `InputError` for state, labels out of range, NaN in the data, or a model that does not accept the inputs.
-    **Differentiation:** in the position, to any order that the model allows, and in `l2` and `inputs`.
+    **Raises:** `InputError` for a model of another library, state, labels out of range, NaN in the
+    data, or a model that does not accept the inputs.
+    **Differentiation:** in the position, to any order that the model allows, and in `l2` and
+    `inputs`.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> data = esl.datasets.two_moons(samples=50)
+        >>> potential = esl.FlaxLoss(esl.models.mlp(2, 3, 2), data.train, batch_size=8, l2=1e-4)
+        >>> positions = potential.init(members=4, key=jax.random.key(0))
+        >>> positions.shape, potential(positions).shape
+        ((4, 17), (4,))
     """
 
     conservative: ClassVar[bool] = True
     inputs: Shaped[Array, "m ..."]
+    """The inputs of all examples."""
     labels: Shaped[Array, "m ..."]
+    """Their labels: class indices, or targets."""
     l2: Scalar
+    """Weight decay, in units of Φ per θ²."""
     network: "_Network" = eqx.field(static=True)
+    """The model, as a function of one flat position."""
     loss: Callable[[Array, Array], Array] = eqx.field(static=True)
+    """Outputs and labels of m examples to m losses."""
     batch_size: int | None = eqx.field(static=True)
+    """Examples per step and member; None for all of them."""
     dtype: Any = eqx.field(static=True)
+    """The floating type of the model; None for that of the positions."""
 
     def __init__(
         self,
@@ -74,19 +87,7 @@ class FlaxLoss(AbstractPotential):
         batch_size: int | None = None,
         dtype: Any = None,
     ):
-        if len(data) != 2:
-            raise refuse(
-                "data",
-                "be (inputs (m, ...), labels (m, ...))",
-                f"is {len(data)} array" + "s" * (len(data) > 1),
-            )
-        inputs, labels = (jnp.asarray(part) for part in data)
-        if inputs.ndim < 1 or labels.shape[:1] != inputs.shape[:1] or inputs.shape[0] == 0:
-            raise refuse(
-                "data",
-                "be (inputs (m, ...), labels (m, ...))",
-                f"has shapes {inputs.shape} and {labels.shape}",
-            )
+        inputs, labels = _examples(data)
         check_finite("data", inputs)
         check_finite("data", labels)
         check_nonnegative("l2", l2)
@@ -139,25 +140,31 @@ class FlaxLoss(AbstractPotential):
         return jax.value_and_grad(self.energy)(position, batch)
 
     def draw(self, key: Key, members: int) -> Shaped[Array, "n b"] | None:
-        """Indices of the examples of one step, (members, batch_size), independent and with replacement; None for all."""
+        """Indices of the examples of one step, (members, batch_size), independent and with
+        replacement; None for all."""
         if self.batch_size is None:
             return None
         return jax.random.randint(key, (members, self.batch_size), 0, self.inputs.shape[0])
 
     def init(self, *, members: int, key: Key) -> Float[Array, "n d"]:
-        """Independent random initializations, one raveled row per member, shape (members, d).
+        """Independent random initializations, one raveled row per member.
 
-        Member i is a function of `fold_in(key, i)` alone. A function `rngs -> nnx.Module` and a linen module run their own
-        initializers. An `nnx.Module` instance no longer knows its initializers, so each of its arrays is redrawn entry by entry, with
-        replacement, from the entries it holds: for the independent entries of Flax's default initializers that is their law, and
-        constant arrays stay constant.
+        Member i is a function of `fold_in(key, i)` alone. A function `rngs -> nnx.Module` and a
+        linen module run their own initializers. An `nnx.Module` instance no longer knows its
+        initializers, so each of its arrays is redrawn entry by entry, with replacement, from the
+        entries it holds: for the independent entries of Flax's default initializers that is their
+        law, and constant arrays stay constant.
+
+        **Args:** `members`: n ≥ 1. `key`: made by `jax.random.key`.
+        **Returns:** shape (n, d).
         """
         check_positive_int("members", members)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(members))
         return jax.vmap(self.network.initialize)(keys)
 
     def unravel(self, position: Float[Array, " d"]) -> Any:
-        """The model with the parameters `position` (d,): an `nnx.Module`, or the variables of a linen module."""
+        """The model with the parameters `position` (d,): an `nnx.Module`, or the variables of a
+        linen module."""
         return self.network.unravel_model(position)
 
     def predict(self, positions: Float[Array, "*batch d"], inputs: Shaped[Array, "m ..."]) -> Array:
@@ -170,14 +177,9 @@ class FlaxLoss(AbstractPotential):
             apply = jax.vmap(apply)
         return apply(positions)
 
-    def _outputs(self, position: Float[Array, " d"], inputs: Array) -> Array:
-        inside = position.dtype if self.dtype is None else self.dtype
-        return self.network.apply(position.astype(inside), inputs.astype(inside)).astype(
-            position.dtype
-        )
-
     def accuracy(self, positions: Float[Array, "*batch d"], data: Any) -> Float[Array, "*batch"]:
-        """The share of examples in `data` whose largest output is the label, one number for each position (..., d)."""
+        """The share of the examples in `data` whose largest output is the label, one number for
+        each position (..., d)."""
         inputs, labels = data
         return jnp.mean(
             jnp.argmax(self.predict(positions, inputs), axis=-1) == labels,
@@ -185,10 +187,31 @@ class FlaxLoss(AbstractPotential):
             dtype=positions.dtype,
         )
 
+    def _outputs(self, position: Float[Array, " d"], inputs: Array) -> Array:
+        inside = position.dtype if self.dtype is None else self.dtype
+        return self.network.apply(position.astype(inside), inputs.astype(inside)).astype(
+            position.dtype
+        )
+
+
+def _cross_entropy(outputs: Float[Array, "m c"], labels: Shaped[Array, " m"]) -> Float[Array, " m"]:
+    chosen = jnp.take_along_axis(outputs, labels[:, None], axis=1)[:, 0]
+    return jax.nn.logsumexp(outputs, axis=1) - chosen
+
+
+def _squared_error(outputs: Array, labels: Array) -> Float[Array, " m"]:
+    """The sum of the squares over the outputs, without the factor ½."""
+    difference = outputs.reshape(labels.shape[0], -1) - labels.reshape(labels.shape[0], -1)
+    return jnp.sum(difference**2, axis=1)
+
+
+_LOSSES = {"cross_entropy": _cross_entropy, "squared_error": _squared_error}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Network:
-    """A Flax model as a function of one flat position. Equal models, equally initialized, compare equal and share compiled code."""
+    """A Flax model as a function of one flat position. Equal models, equally initialized, compare
+    equal and share compiled code."""
 
     merge: Callable[[Any, Any], Any]
     definition: Any
@@ -268,17 +291,33 @@ def _network(model: Any, inputs: Array) -> _Network:
         return _Network(
             nnx.merge, definition, ravel_pytree(parameters)[1], _RedrawEntries(parameters)
         )
-    example: Any = model(nnx.Rngs(0)) if callable(model) else model
+    example: Any = _built(model)
     if not isinstance(example, nnx.Module):
-        made = "is" if example is model else "returns"
-        raise refuse(
-            "model",
-            "be a Flax module or a function rngs -> nnx.Module",
-            f"{made} a {type(example).__name__}",
-        )
+        verb = "is" if example is model else "returns"
+        raise refuse("model", _MODELS, f"{verb} {in_words(example)}")
     definition, parameters = _parameters(example)
     factory: Any = model
     return _Network(nnx.merge, definition, ravel_pytree(parameters)[1], _DrawByFactory(factory))
+
+
+_MODELS = (
+    "be a Flax module or a function rngs -> nnx.Module "
+    "(for another library, FromFunction(fn) of the raveled parameters)"
+)
+
+
+def _built(model: Any) -> Any:
+    """The network that a function `rngs -> nnx.Module` makes; anything else as it is."""
+    # Callable models of other libraries would fail on the random numbers somewhere within.
+    if not callable(model) or isinstance(model, eqx.Module):
+        return model
+    try:
+        return model(nnx.Rngs(0))
+    except InputError:
+        raise
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise refuse("model", _MODELS, f"fails on rngs: {first}") from error
 
 
 def _parameters(model: nnx.Module) -> tuple[Any, Any]:
@@ -302,6 +341,19 @@ def _stateful(kinds: str) -> Exception:
         "keep no state besides its parameters (replace BatchNorm by LayerNorm, leave Dropout out)",
         f"also holds {kinds}",
     )
+
+
+def _examples(data: Any) -> tuple[Array, Array]:
+    """Inputs and labels as arrays with one leading axis."""
+    must = "be two arrays (inputs (m, ...), labels (m, ...)), such as digits().train"
+    try:
+        inputs, labels = (jnp.asarray(part) for part in data)
+    except (TypeError, ValueError, RuntimeError) as error:
+        parts = f" of {len(data)} parts" if isinstance(data, list | tuple) else ""
+        raise refuse("data", must, f"is {in_words(data)}{parts}") from error
+    if inputs.ndim < 1 or labels.shape[:1] != inputs.shape[:1] or inputs.shape[0] == 0:
+        raise refuse("data", must, f"has shapes {inputs.shape} and {labels.shape}")
+    return inputs, labels
 
 
 def _check_labels(labels: Array, outputs: tuple[int, ...]) -> None:

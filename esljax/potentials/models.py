@@ -1,4 +1,4 @@
-"""The network of the command line and the examples: any Flax model does as well."""
+"""The network of the command line and the examples. Any other Flax model works as well."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,11 @@ from esljax._types import Array
 
 
 class MLP(nnx.Module):
-    """A multilayer perceptron with tanh between the layers, `sizes` numbers wide, from the inputs to the outputs."""
+    """A multilayer perceptron with tanh between the layers.
+
+    **Args:** `sizes`: the widths of all layers, from the inputs to the outputs. `rngs`: the random
+    numbers of the initialization.
+    """
 
     def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
         for size in sizes:
@@ -32,13 +36,25 @@ class MLP(nnx.Module):
 
 
 def mlp(*sizes: int) -> Callable[[nnx.Rngs], MLP]:
-    """A function `rngs -> MLP`, for `FlaxLoss`: `mlp(64, 32, 10)` has one hidden layer of 32."""
+    """A function `rngs -> MLP`, for `FlaxLoss`.
+
+    **Args:** `sizes`: the widths of all layers, from the inputs to the outputs: `mlp(64, 32, 10)`
+    has one hidden layer of 32.
+    **Raises:** `InputError`, when the network is made, for widths that are not positive.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> data = esl.datasets.digits()
+        >>> esl.FlaxLoss(esl.models.mlp(64, 32, 10), data.train, batch_size=256).l2.shape
+        ()
+    """
     return _MakeMLP(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _MakeMLP:
-    """Equal sizes compare equal, so that the networks made share compiled code."""
+    """Equal sizes compare equal, so that the networks share compiled code."""
 
     sizes: tuple[int, ...]
 

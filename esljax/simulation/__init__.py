@@ -1,7 +1,14 @@
-"""The ensemble tracker: rules of motion, the loop over training time, its derivatives, and what it returns."""
+"""The ensemble tracker: rules, the loop over training time, its derivatives, and its result."""
 
-from esljax.simulation.adjoint import AbstractGradient, Autodiff, ForwardMode, HessianAdjoint
-from esljax.simulation.loop import check_functions, check_links, group_length, simulate
+from esljax.simulation.adjoint import (
+    AbstractGradient,
+    Autodiff,
+    ForwardMode,
+    HessianAdjoint,
+    group_length,
+)
+from esljax.simulation.checks import check_functions, check_links
+from esljax.simulation.loop import simulate
 from esljax.simulation.rules import AbstractRule, Controls, Langevin, ProbabilityFlow
 from esljax.simulation.trajectory import Trajectory, check_runs, from_snapshots, on_devices, stack
 

@@ -1,54 +1,97 @@
 r"""How to differentiate through a run: the values of `simulate(..., gradient=...)`.
 
-The cost of a run is its forces. The reverse sweep needs, at every step, the product of the force's Jacobian with a cotangent. For a force
-that is a gradient the Jacobian is the Hessian, which is symmetric, so the product is a directional derivative,
+The cost of a run is its forces. The backward pass needs, at every step, the product of the force's
+Jacobian with a cotangent. For a force that is a gradient the Jacobian is the Hessian, which is
+symmetric, so the product is a directional derivative,
 
     J(θ)ᵀ w = H(θ) w = d/dε ∇Φ(θ + ε w),
 
-and needs neither the intermediate results of the model nor a second reverse sweep through it. The primitive is the whole kick η∇Φ(θ), not
-the gradient: its derivative in η is w·∇Φ, a number that the directional derivative has on its way, so no gradient is kept either.
+and needs neither the intermediate results of the model nor a second backward pass through it. The
+primitive is the whole kick η∇Φ(θ), not the gradient: its derivative in η is w·∇Φ, a number that the
+directional derivative computes on its way, so no gradient is stored either.
 """
 
 import abc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
-from esljax._checks import refuse
+from esljax._checks import InputError
+from esljax._numerics import product
 from esljax._types import Array, Float, Key
 from esljax.potentials import AbstractPotential
 
 
 class AbstractGradient(eqx.Module):
-    """A way to differentiate a run."""
+    """A way to differentiate a run.
+
+    A subclass is an `equinox.Module` with a field `recompute` and two methods: `kick` computes the
+    forces of one step, with derivatives of its choice, and `wrap` may change how the whole run is
+    differentiated. All ways give the same numbers.
+
+    **Example:** plain automatic differentiation.
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> class Plain(esl.AbstractGradient):
+        ...     recompute: bool = False
+        ...
+        ...     def kick(self, potential, positions, scale, key):
+        ...         batches = potential.draw(key, len(positions))
+        ...         energies, slopes = jax.vmap(potential.energy_and_gradient)(positions, batches)
+        ...         return energies, scale * slopes
+        ...
+        ...     def wrap(self, run):
+        ...         return run
+        >>> def spread(rate):
+        ...     return jnp.sum(esl.simulate(
+        ...         esl.Quadratic(1.0), esl.Langevin(rate), jnp.ones((2, 1)), steps=1, snapshots=1,
+        ...         key=jax.random.key(0), gradient=Plain()).final)
+        >>> float(jax.grad(spread)(0.25))
+        -2.0
+    """
 
     recompute: eqx.AbstractVar[bool]
-    """Whether to keep about 2√K states and recompute the others, instead of keeping all K."""
+    """Whether to store about 2√K states and recompute the others, instead of storing all K."""
 
     @abc.abstractmethod
     def kick(
         self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key
     ) -> tuple[Array, Array]:
-        """Energies (n,) and `scale` times the gradients (n, d), on the batches that `key` addresses."""
+        """Energies (n,) and `scale` times the gradients (n, d), on the batches that `key`
+        addresses."""
 
     @abc.abstractmethod
     def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """`run`, a function of one pytree of arrays, with this way of differentiating the whole of it."""
+        """`run`, a function of one pytree of arrays, with this way of differentiating all of it."""
 
 
 class HessianAdjoint(AbstractGradient):
     """Reverse mode by Hessian-vector products: the cheapest gradient in many numbers.
 
-    Keeps the positions of every step, or with `recompute=True` about 2√K of them at the price of running forward twice.
-    Supports `jax.grad` and `jax.vjp`; forward mode is refused by JAX (use `ForwardMode`).
+    **Args:** `recompute`: whether to store about 2√K positions, at the price of running forward
+    twice, instead of the positions of every step.
+    **Differentiation:** `jax.grad` and `jax.vjp`; JAX rejects forward mode (use `ForwardMode`).
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> esl.HessianAdjoint(recompute=True).recompute
+        True
     """
 
-    recompute: bool = eqx.field(static=True, default=False)
+    recompute: bool = eqx.field(static=True)
+
+    def __init__(self, recompute: bool = False, *, checkpoint: bool | None = None):
+        self.recompute = _renamed("HessianAdjoint", recompute, checkpoint)
 
     def kick(
         self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key
@@ -60,10 +103,23 @@ class HessianAdjoint(AbstractGradient):
 
 
 class Autodiff(AbstractGradient):
-    """JAX's own differentiation of every operation. Forward and reverse, any order; reverse mode keeps what the model computed at every
-    step, or with `recompute=True` about 2√K times as much."""
+    """JAX's own differentiation of every operation.
 
-    recompute: bool = eqx.field(static=True, default=False)
+    **Args:** `recompute`: whether reverse mode stores the model's intermediate results of about 2√K
+    steps instead of all K.
+    **Differentiation:** forward and reverse, of any order.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> esl.Autodiff().recompute
+        False
+    """
+
+    recompute: bool = eqx.field(static=True)
+
+    def __init__(self, recompute: bool = False, *, checkpoint: bool | None = None):
+        self.recompute = _renamed("Autodiff", recompute, checkpoint)
 
     def kick(
         self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key
@@ -75,10 +131,21 @@ class Autodiff(AbstractGradient):
 
 
 class ForwardMode(AbstractGradient):
-    """Tangents pushed along the run, one for each number that it is differentiated in: memory does not grow with the number of steps.
+    """Tangents pushed along the run, one for each number that it is differentiated in: memory does
+    not grow with the number of steps.
 
-    `jax.jvp`, `jax.jacfwd` and `jax.grad` all work, and all compute the Jacobian of the snapshots in the perturbed numbers forward, so
-    this is for few controls. More than `most` of them raise `InputError` (an initial ensemble of n·d numbers, say).
+    This is for few controls, because every transformation computes the whole Jacobian of the
+    snapshots in the perturbed numbers.
+
+    **Args:** `most`: the most tangents to push; more of them, such as the n·d numbers of an initial
+    ensemble, raise `InputError`.
+    **Differentiation:** `jax.jvp`, `jax.jacfwd` and `jax.grad`.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> esl.ForwardMode(most=16).most
+        16
     """
 
     most: int = eqx.field(static=True, default=256)
@@ -106,10 +173,9 @@ class ForwardMode(AbstractGradient):
             controls, unravel = ravel_pytree([leaves[i] for i in moved])
             direction, _ = ravel_pytree([directions[i] for i in moved])
             if controls.size > self.most:
-                raise refuse(
-                    "gradient",
-                    "not be ForwardMode for so many numbers",
-                    f"would push {controls.size} tangents, over {self.most}",
+                raise InputError(
+                    f"ForwardMode would push {controls.size} tangents, but `most` allows "
+                    f"{self.most}: raise `most` or use HessianAdjoint()."
                 )
 
             def of_controls(values):
@@ -121,12 +187,33 @@ class ForwardMode(AbstractGradient):
             outputs = of_controls(controls)
             jacobian = jax.jacfwd(of_controls)(controls)
             return outputs, jax.tree.map(
-                lambda block: jnp.dot(block, direction.astype(block.dtype), precision="highest"),
-                jacobian,
+                lambda block: product(block, direction.astype(block.dtype)), jacobian
             )
 
         forward.defjvp(jvp, symbolic_zeros=True)
         return forward
+
+
+def group_length(steps: int, snapshots: int) -> int:
+    """How many steps are recomputed at a time, of K steps with J links between snapshots.
+
+    The divisor of K/J nearest to √K on a log scale: storing the ends of all groups and the inside
+    of one costs about 2√K states.
+    """
+    link = steps // snapshots
+    divisors = [c for c in range(1, link + 1) if link % c == 0]
+    return min(divisors, key=lambda c: abs(np.log(c / np.sqrt(steps))))
+
+
+def _renamed(gradient: str, recompute: bool, checkpoint: bool | None) -> bool:
+    """The value of `recompute`, which was called `checkpoint` in 0.1."""
+    if checkpoint is None:
+        return recompute
+    names = f"{gradient}(checkpoint=) is now {gradient}(recompute=)"
+    warnings.warn(
+        f"{names}; the old name goes with the next release.", DeprecationWarning, stacklevel=5
+    )
+    return checkpoint
 
 
 def _kick(
@@ -154,7 +241,8 @@ def _adjoint_kick_backward(batches, cotangents, perturbed, arguments, key):
     energy_bar, kick_bar = cotangents
 
     def paired(arguments):
-        """Σ_i (ē_i Φ(θ_i) + η w_i·∇Φ(θ_i)), whose gradient is ē ∇Φ + η H w: one reverse sweep over one directional derivative."""
+        """Σ_i (ē_i Φ(θ_i) + η w_i·∇Φ(θ_i)), whose gradient is ē ∇Φ + η H w: one backward pass over
+        one directional derivative."""
         potential, positions, scale = arguments
 
         def energies(positions):
@@ -166,7 +254,7 @@ def _adjoint_kick_backward(batches, cotangents, perturbed, arguments, key):
         return scale * jnp.sum(slopes) + (0 if energy_bar is None else jnp.vdot(energy_bar, values))
 
     def paired_with_drift(arguments):
-        """The same for a drift that is no gradient: its own derivative, not that of the energy's."""
+        """The same for a drift that is no gradient, by the derivative of the drift itself."""
         potential, positions, scale = arguments
         outputs = _kick(potential, positions, scale, batches)
         return sum(

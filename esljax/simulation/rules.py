@@ -1,37 +1,75 @@
 r"""One step of training, for the whole ensemble at once.
 
-A rule is a pytree with `controls` (what it reads from its schedules at every step) and a pure `step` on the array of positions (n, d).
+A rule is a pytree with `controls`, which reads its schedules at every step, and a pure `step` on
+the array of positions (n, d).
 """
 
 import abc
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from esljax._checks import refuse
+from esljax._numerics import safe_root
 from esljax._types import Array, Float, Key, Scalar, ScalarLike
 from esljax.schedules import AbstractSchedule, as_schedule
 from esljax.velocity import AbstractVelocity, Snapshot
 
 Kick = Callable[[Float[Array, "n d"], Scalar], tuple[Float[Array, " n"], Float[Array, "n d"]]]
-"""Positions (n, d) and a learning rate η to energies (n,) and η∇Φ (n, d), on the batches of the present step."""
+"""Positions (n, d) and a learning rate η to energies (n,) and η∇Φ (n, d), on the batches of the
+present step."""
+
+_learning_rate = functools.partial(as_schedule, argument="learning_rate")
+_temperature = functools.partial(as_schedule, argument="temperature")
 
 
 class Controls(NamedTuple):
-    """What one step reads: scalars, or (K,) for all steps of a run."""
+    """The numbers that a step reads: scalars, or (K,) for all steps of a run."""
 
     learning_rate: Array
+    """η_k, per step as in optax."""
     temperature: Array
+    """T_k, in units of Φ."""
 
 
 class AbstractRule(eqx.Module):
-    """A Markov map of the ensemble, and the schedules that control it."""
+    """A Markov map of the ensemble, and the schedules that control it.
+
+    A subclass is an `equinox.Module` with two fields, `learning_rate` and `temperature`, and two
+    methods, `controls` and `step`. A step gets its gradients from `kick`, so that the run can be
+    differentiated in any way, and its noise from `key`.
+
+    **Example:**
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> class SignDescent(esl.AbstractRule):
+        ...     learning_rate: esl.AbstractSchedule
+        ...     temperature: esl.AbstractSchedule = esl.Constant(0.0)
+        ...
+        ...     def controls(self, steps):
+        ...         schedules = self.learning_rate, self.temperature
+        ...         return esl.simulation.Controls(*(each.rates(steps) for each in schedules))
+        ...
+        ...     def step(self, positions, kick, control, key):
+        ...         energies, kicks = kick(positions, control.learning_rate)
+        ...         return positions - control.learning_rate * jnp.sign(kicks), energies
+        >>> start, key = jnp.ones((4, 2)), jax.random.key(0)
+        >>> rule = SignDescent(esl.Constant(0.25))
+        >>> path = esl.simulate(esl.Quadratic(1.0), rule, start, steps=2, snapshots=2, key=key)
+        >>> print(path.positions[:, 0, 0])
+        [1.   0.75 0.5 ]
+    """
 
     learning_rate: eqx.AbstractVar[AbstractSchedule]
+    """η, per step as in optax."""
     temperature: eqx.AbstractVar[AbstractSchedule]
+    """T, in units of Φ."""
 
     @abc.abstractmethod
     def controls(self, steps: int) -> Controls:
@@ -41,19 +79,32 @@ class AbstractRule(eqx.Module):
     def step(
         self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key
     ) -> tuple[Array, Array]:
-        """One step: the new positions (n, d), and the energies (n,) at the old ones. `key` belongs to this step alone."""
+        """One step: the new positions (n, d), and the energies (n,) at the old ones. `key` belongs
+        to this step alone."""
 
 
 class Langevin(AbstractRule):
-    """θ ← θ - η ∇Φ(θ) + sqrt(2Tη) ξ, ξ standard normal: overdamped Langevin dynamics with step η (Euler-Maruyama).
+    """θ ← θ - η ∇Φ(θ) + sqrt(2Tη) ξ, ξ standard normal: overdamped Langevin dynamics with step η
+    (Euler-Maruyama).
 
-    **Args:** `learning_rate`: η, per step as in optax, a schedule or a number. `temperature`: T, in units of Φ, a schedule or a number.
-    **Differentiation:** in both schedules. The noise amplitude has an infinite slope where Tη = 0; its derivative is taken as 0 there.
-    **Reference:** Okanohara, arXiv 2601.17607, whose mobility per unit of training time, K η here, is 1.
+    **Args:** `learning_rate`: η, per step as in optax, a schedule or a number. `temperature`: T, in
+    units of Φ, a schedule or a number.
+    **Raises:** `InputError` for anything else, such as a bare function.
+    **Differentiation:** in both schedules. The noise amplitude has an infinite slope where Tη = 0;
+    its derivative is taken as 0 there.
+    **Reference:** Okanohara, arXiv 2601.17607, whose mobility per unit of training time, K η here,
+    is 1.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> rule = esl.Langevin(esl.Cosine(0.1), temperature=0.01)
+        >>> round(float(rule.learning_rate(0.5)), 6)
+        0.05
     """
 
-    learning_rate: AbstractSchedule = eqx.field(converter=as_schedule)
-    temperature: AbstractSchedule = eqx.field(converter=as_schedule, default=0.0)
+    learning_rate: AbstractSchedule = eqx.field(converter=_learning_rate)
+    temperature: AbstractSchedule = eqx.field(converter=_temperature, default=0.0)
 
     def replace(
         self,
@@ -74,37 +125,42 @@ class Langevin(AbstractRule):
         self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key
     ) -> tuple[Array, Array]:
         energies, kicks = kick(positions, control.learning_rate)
-        # The gradient keeps it: drawn again it would take a third of the memory less, and twice the time where the force costs little.
+        # The gradient stores the noise: redrawing it would save a third of the memory, and take
+        # twice the time where the force costs little.
         noise = jax.random.normal(key, positions.shape, positions.dtype)
-        amplitude = _safe_sqrt(2 * control.temperature * control.learning_rate)
+        power = 2 * control.temperature * control.learning_rate
+        amplitude = safe_root(jnp.where(power < 0, jnp.nan, power))
         return positions - kicks + amplitude * noise, energies
 
 
 class ProbabilityFlow(AbstractRule):
-    """θ ← θ + v(θ), v = -η∇Φ - ηT ∇log q estimated from the members at every step: the law of `Langevin` without its noise (Euler).
+    """θ ← θ + v(θ), v = -η∇Φ - ηT ∇log q estimated from the members at every step: the law of
+    `Langevin` without its noise (Euler).
 
-    Members then move along deterministic paths, and for every n, d and K their action is a bound on samples, not only on average:
+    Members then move along deterministic paths, and for every n, d and K their action is a bound on
+    samples, not only on average:
 
         K Σ_k mean_i ‖Δ_k,i‖² ≥ W2²(start, end)
 
-    **Args:** `learning_rate`, `temperature`: as in `Langevin`. `velocity`: an estimator that works on one snapshot, such as
-    `AffineVelocity()` (exact for Gaussian laws) or `KernelVelocity()`.
+    **Args:** `learning_rate`, `temperature`: as in `Langevin`. `velocity`: an estimator that works
+    on one snapshot, such as `AffineVelocity()` (exact for Gaussian laws) or `KernelVelocity()`.
     **Raises:** `InputError` for an estimator that needs neighboring snapshots.
     **Differentiation:** in both schedules, and through the estimator as it documents.
-    **Reference:** Maoutsa, Reich and Opper, "Interacting particle solutions of Fokker-Planck equations through gradient-log-density
-    estimation", Entropy 22, 802 (2020).
+    **Reference:** Maoutsa, Reich and Opper, "Interacting particle solutions of Fokker-Planck
+    equations through gradient-log-density estimation", Entropy 22, 802 (2020).
 
     **Example:**
 
         >>> import jax
-        >>> from esljax import AffineVelocity, Quadratic, simulate
-        >>> flow = ProbabilityFlow(0.1, 0.01, AffineVelocity())
-        >>> print(simulate(Quadratic(1.0), flow, jax.random.normal(jax.random.key(0), (8, 2)), steps=40, key=jax.random.key(1)))
+        >>> import esljax as esl
+        >>> flow = esl.ProbabilityFlow(0.1, 0.01, esl.AffineVelocity())
+        >>> start, key = jax.random.normal(jax.random.key(0), (8, 2)), jax.random.key(1)
+        >>> print(esl.simulate(esl.Quadratic(1.0), flow, start, steps=40, key=key))
         Trajectory: 8 members of 2 coordinates, 40 steps, 21 snapshots
     """
 
-    learning_rate: AbstractSchedule = eqx.field(converter=as_schedule)
-    temperature: AbstractSchedule = eqx.field(converter=as_schedule)
+    learning_rate: AbstractSchedule = eqx.field(converter=_learning_rate)
+    temperature: AbstractSchedule = eqx.field(converter=_temperature)
     velocity: AbstractVelocity
 
     def __check_init__(self):
@@ -123,11 +179,7 @@ class ProbabilityFlow(AbstractRule):
     ) -> tuple[Array, Array]:
         energies, kicks = kick(positions, control.learning_rate)
         snapshot = Snapshot(positions, -kicks, control.temperature * control.learning_rate)
-        # What a fit goes through is found again by the reverse sweep: kept for all steps it was a matrix of the members for each.
+        # Recompute the fit in the backward pass; storing its intermediates would keep an n × n
+        # matrix per step.
         flow = jax.checkpoint(lambda velocity, snapshot: velocity.flow(snapshot), prevent_cse=False)
         return positions + flow(self.velocity, snapshot), energies
-
-
-def _safe_sqrt(x: Any) -> Array:
-    positive = jnp.where(x > 0, x, 1)
-    return jnp.where(x > 0, jnp.sqrt(positive), jnp.where(x == 0, 0, jnp.nan))

@@ -1,4 +1,5 @@
-"""An ensemble at several training times: what a simulation returns, what a recording becomes, and what every measure reads."""
+"""An ensemble at several training times: the result of a simulation or a recording, which every
+measure reads."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,19 +17,24 @@ from esljax.sharding import AnyMesh, find_mesh, replicate, shard_members
 
 
 class Trajectory(eqx.Module):
-    """An ensemble at J+1 training times, with the controls that drove it if they are known."""
+    """An ensemble at J+1 training times, with the controls that drove it if they are known.
+
+    `simulate` makes it, `from_snapshots` makes one of a recording, and every measure reads it.
+    Several runs of one shape, as `jax.vmap` of `simulate` makes them, have a leading axis more.
+    """
 
     times: Float[Array, "*runs snapshots"]
     """Training times, from 0 to 1: s_j = j/J if simulated, any increasing ones if recorded."""
     positions: Float[Array, "*runs snapshots n p"]
-    """The members at these times, or their features if the run was observed; p = d if not."""
+    """The members at these times, or their features if the run was observed; p = d if not. In units
+    of θ, or of the features."""
     energies: Float[Array, "*runs snapshots n"] | None
-    """Φ of each member at these times, on the batch that its next step would see: unbiased, and exact for potentials without batches.
-    None if the run was recorded."""
+    """Φ of each member at these times, on the batch that its next step would see: unbiased, and
+    exact for potentials without batches. None if the run was recorded."""
     rates: Float[Array, "*runs K"] | None
-    """The learning rates η_k; None if the run was recorded."""
+    """The learning rates η_k, per step; None if the run was recorded."""
     temperatures: Float[Array, "*runs K"] | None
-    """The temperatures T_k; None if the run was recorded."""
+    """The temperatures T_k, in units of Φ; None if the run was recorded."""
     final: Float[Array, "*runs n d"]
     """The positions at s = 1, also of an observed run; of recorded features the last ones."""
     observed: bool = eqx.field(static=True)
@@ -42,32 +48,40 @@ class Trajectory(eqx.Module):
         several = f"{'x'.join(map(str, runs))} runs, each " if runs else ""
         steps = "recorded" if self.rates is None else f"{self.rates.shape[-1]} steps"
         where = "" if self.mesh is None else f", on {self.mesh.size} devices"
-        return f"Trajectory: {several}{members} members of {numbers} {kind}, {steps}, {snapshots} snapshots{where}"
+        shape = f"{several}{members} members of {numbers} {kind}"
+        return f"Trajectory: {shape}, {steps}, {snapshots} snapshots{where}"
 
 
 def from_snapshots(
     positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False
 ) -> Trajectory:
-    """A run that something else has made, as a `Trajectory` without learning rates, temperatures and energies.
+    """A run made outside of this package, as a `Trajectory` without learning rates, temperatures
+    and energies.
 
-    Only what snapshots can tell is measured of it: Σ, L², W2² and their split on the clock of training time. D and U need learning rates.
+    It is measured by its snapshots alone: Σ, L², W2² and their split on the clock of training time.
+    D and U need learning rates.
 
     **Args:**
-    - `positions`: the members at each snapshot, shape (J+1, n, d) with J ≥ 1 and n ≥ 2; member i is the same network in every snapshot.
-      NumPy or JAX arrays, or what `numpy.asarray` takes (a PyTorch tensor on the CPU, detached). Integers and half precision become the
+    - `positions`: the members at each snapshot, shape (J+1, n, d) with J ≥ 1 and n ≥ 2; member i is
+      the same network in every snapshot. NumPy or JAX arrays, or anything that `numpy.asarray`
+      accepts (a PyTorch tensor on the CPU, detached). Integers and half precision become the
       default floating type.
-    - `times`: when they were taken, shape (J+1,), increasing, in any unit and from any origin: they are rescaled to [0, 1]. Evenly spaced
-      by default.
-    - `observed`: whether `positions` holds features of the members, such as their outputs, in place of parameters.
+    - `times`: when they were taken, shape (J+1,), increasing, in any unit and from any origin: they
+      are rescaled to [0, 1]. Evenly spaced by default.
+    - `observed`: whether `positions` holds features of the members, such as their outputs, instead
+      of parameters.
 
     **Returns:** `Trajectory`, whose `energies`, `rates` and `temperatures` are None.
-    **Raises:** `InputError` for wrong shapes, values that are not finite numbers, and times that do not increase.
+    **Raises:** `InputError` for wrong shapes, values that are not finite numbers, and times that do
+    not increase.
     **Differentiation:** in `positions` and `times`.
 
     **Example:**
 
         >>> import numpy as np
-        >>> print(from_snapshots(np.random.default_rng(0).normal(size=(5, 8, 2)), times=[0, 10, 20, 50, 100]))
+        >>> import esljax as esl
+        >>> snapshots = np.random.default_rng(0).normal(size=(5, 8, 2))
+        >>> print(esl.from_snapshots(snapshots, times=[0, 10, 20, 50, 100]))
         Trajectory: 8 members of 2 coordinates, recorded, 5 snapshots
     """
     name = "features" if observed else "positions"
@@ -80,10 +94,11 @@ def from_snapshots(
         )
     snapshots, members, _ = positions.shape
     if snapshots < 2 or members < 2:
-        counted = f"{snapshots} snapshot{'s' * (snapshots != 1)} of {members} member{'s' * (members != 1)}"
-        raise refuse(
-            name, "hold at least two snapshots of at least two members", f"holds {counted}"
+        counted = (
+            f"holds {snapshots} snapshot{'s' * (snapshots != 1)} "
+            f"of {members} member{'s' * (members != 1)}"
         )
+        raise refuse(name, "hold at least two snapshots of at least two members", counted)
     if known(positions):
         bad = ~np.isfinite(np.asarray(positions)).all(axis=2)
         if bad.any():
@@ -130,33 +145,43 @@ def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
 
 
 def on_devices(trajectory: Trajectory, mesh: AnyMesh | None = None) -> Trajectory:
-    """The same run on the devices that shall measure it: those of `mesh`, else its own, else those that `find_mesh` finds for it."""
-    # What `jit` has made under `jax.set_mesh` knows its devices by its arrays alone.
+    """The same run on the devices that will measure it: those of `mesh`, else its own, else those
+    that `find_mesh` finds for it."""
+    # A run that `jit` made under `jax.set_mesh` knows its devices by its arrays alone.
     own = None if isinstance(trajectory.mesh, AbstractMesh) else trajectory.mesh
-    found = find_mesh(own if mesh is None else mesh, trajectory.positions)
-    if found is None or found == trajectory.mesh:
+    mesh = find_mesh(own if mesh is None else mesh, trajectory.positions)
+    return trajectory if mesh == trajectory.mesh else laid(trajectory, mesh)
+
+
+def laid(trajectory: Trajectory, mesh: AnyMesh | None) -> Trajectory:
+    """The same run with its members spread over a mesh, or whole on each device if the mesh does
+    not divide them."""
+    if mesh is None:
         return trajectory
-    # Pairs of snapshots are what devices will share; until then members lie where they can.
-    divides = trajectory.positions.shape[-2] % found.size == 0
+    divides = trajectory.positions.shape[-2] % mesh.size == 0
 
-    def lay(x):
-        return shard_members(x, found, axis=x.ndim - 2) if divides else replicate(x, found)
+    def lay(x, axis):
+        # Pairs of snapshots are what devices will share; until then members lie where they can.
+        return shard_members(x, mesh, axis=x.ndim + axis) if divides else replicate(x, mesh)
 
-    rest = {
-        name: replicate(getattr(trajectory, name), found)
-        for name in ("times", "energies", "rates", "temperatures")
+    whole = {
+        name: replicate(getattr(trajectory, name), mesh)
+        for name in ("times", "rates", "temperatures")
     }
+    energies = trajectory.energies
     return dataclasses.replace(
         trajectory,
-        positions=lay(trajectory.positions),
-        final=lay(trajectory.final),
-        mesh=found,
-        **rest,
+        positions=lay(trajectory.positions, -2),
+        energies=None if energies is None else lay(energies, -1),
+        final=lay(trajectory.final, -2),
+        mesh=mesh,
+        **whole,
     )
 
 
 def check_runs(trajectory: Trajectory, jackknife: int) -> None:
-    """Refuse what is no run, or several, of at least two snapshots of at least two members that stayed finite."""
+    """Reject anything but one run, or several, of at least two snapshots of at least two members
+    that stayed finite."""
     shape = trajectory.positions.shape
     if len(shape) not in (3, 4):
         raise refuse(
@@ -183,8 +208,10 @@ def check_runs(trajectory: Trajectory, jackknife: int) -> None:
         if bad.any():
             snapshot = int(np.argwhere(bad.any(axis=-1).reshape(-1, shape[-3]))[:, 1].min())
             raise InputError(
-                f"Argument `trajectory` must hold finite members, but {int(bad[..., -1, :].sum())} of them are not at the end, the first "
-                f"from snapshot {snapshot} on; the likely cause is a learning rate above the stability limit 2/(largest curvature)."
+                "Argument `trajectory` must hold finite members, but "
+                f"{int(bad[..., -1, :].sum())} of them are not at the end, the first from snapshot "
+                f"{snapshot} on; the likely cause is a learning rate above the stability limit "
+                "2/(largest curvature)."
             )
 
 
@@ -210,7 +237,7 @@ def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:
     if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
         raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
     keep = floating and array.dtype.itemsize in (4, 8)
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite, and is refused as such
+    with np.errstate(over="ignore"):  # too large a number becomes infinite, and is rejected as such
         return jnp.asarray(array, None if keep else jnp.result_type(float))
 
 
@@ -218,7 +245,7 @@ def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshot
     if times is None:
         return jnp.arange(snapshots, dtype=dtype) / (snapshots - 1)
     if known(times):
-        # Step counts and seconds since an epoch differ in digits that single precision has not got.
+        # Step counts and seconds since an epoch differ in digits that single precision lacks.
         times = _double("times", times)
     if times.shape != (snapshots,):
         raise refuse(
