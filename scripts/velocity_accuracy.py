@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             found = make(arguments.smoke)(
                 x.astype(np.float32), drift.astype(np.float32), np.float32(diffusion)
             )
-            sigma, error = float(found.squared), float(found.standard_error)
+            sigma, error = float(found.squared), float(found.standard_error.squared)
             row = {
                 "case": case,
                 "estimator": name,

@@ -1,6 +1,6 @@
-"""Independent truths to hold the package against: NumPy and SciPy only, never an import of the package.
+"""Independent truths for the tests: NumPy and SciPy only, never an import of the package.
 
-Constants are the reference numbers of the theory (closed forms and quadrature), named by their label there.
+Constants are the reference numbers of the theory (closed forms and quadrature), with its labels.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from scipy.linalg import solve_continuous_lyapunov, sqrtm
 from scipy.special import softmax
 from scipy.stats import multivariate_normal
 
-# --- Reference numbers ------------------------------------------------------------------------------------------------------------------
+# --- Reference numbers ----------------------------------------------------------------------------
 
 # Ornstein-Uhlenbeck, k = 1, T = .1, S₀ = 1, mean 2 e₁, η = 1 for unit time: {d: (Σ, L², W2²)}.
 O1 = {1: (2.04312999, 1.87917202, 1.87819069), 10: (4.86733501, 4.40146852, 4.39715642)}
@@ -20,7 +20,8 @@ O1 = {1: (2.04312999, 1.87917202, 1.87819069), 10: (4.86733501, 4.40146852, 4.39
 # Translation only: {x = kU: Σ/W2² = (x/2) coth(x/2)}.
 O2 = {0.5: 1.0207470, 1.0: 1.0819767, 2.0: 1.3130353, 5.0: 2.5339183, 10.0: 5.0004540}
 
-# The law of O1 with U = 2 in unit training time: {d: {mobility: Σ}}, {d: (D, L², W2²)} and {d=1: η* at s = 0, ½, 1}.
+# The law of O1 with U = 2 in unit training time: {d: {mobility: Σ}}, {d: (D, L², W2²)} and
+# {d=1: η* at s = 0, ½, 1}.
 O3_ENTROPY_PRODUCTION = {
     1: {
         "2": 4.5952533,
@@ -53,7 +54,7 @@ O14 = 10 - 2 * np.sqrt(20.5)
 O15 = (2.2347565, 1.9999219)
 
 
-# --- Gaussian laws ----------------------------------------------------------------------------------------------------------------------
+# --- Gaussian laws --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ def gaussian_w2_squared(m0, c0, m1, c1):
 
 
 def linear_drift(mean, covariance, stiffness, center, mobility, temperature):
-    """Moments and densities of linear drift by an adaptive integrator; `mobility`, `temperature`: functions of s in [0, 1]."""
+    """Return the moments and densities of linear drift, by an adaptive integrator.
+
+    `mobility` and `temperature` are functions of s in [0, 1].
+    """
     d = len(mean)
 
     def parts(s, y):
@@ -111,7 +115,10 @@ def linear_drift(mean, covariance, stiffness, center, mobility, temperature):
 
 
 def ornstein_uhlenbeck(k, temperature, width, shift, d, clock):
-    """Σ on the clock [0, U] with η = 1 (that is D), L² and W2² of the isotropic closed form, by quadrature."""
+    """Return Σ on the clock [0, U] with η = 1 (that is D), L² and W2², by quadrature.
+
+    The law is the isotropic closed form.
+    """
 
     def metric_squared(t):
         s = temperature / k + (width - temperature / k) * np.exp(-2 * k * t)
@@ -127,7 +134,7 @@ def ornstein_uhlenbeck(k, temperature, width, shift, d, clock):
     )
 
 
-# --- Derivatives and schedules ------------------------------------------------------------------------------------------------------------
+# --- Derivatives and schedules --------------------------------------------------------------------
 
 
 def central_difference(fn, x, direction, h=1e-5):
@@ -135,7 +142,7 @@ def central_difference(fn, x, direction, h=1e-5):
 
 
 def warmup_cosine(count, start, peak, warmup, steps, end):
-    """A line from `start` to `peak` over `warmup` counts, then half a cosine down to `end` at `steps`."""
+    """Return a line from `start` to `peak` at `warmup`, then half a cosine to `end` at `steps`."""
     fraction = np.clip((count - warmup) / (steps - warmup), 0, 1)
     return np.where(
         count < warmup,
@@ -144,7 +151,7 @@ def warmup_cosine(count, start, peak, warmup, steps, end):
     )
 
 
-# --- Potentials ---------------------------------------------------------------------------------------------------------------------------
+# --- Potentials -----------------------------------------------------------------------------------
 
 
 def double_well(position, barrier, width, stiffness):
@@ -174,11 +181,14 @@ def cross_entropies(outputs, labels):
     return -np.log(softmax(outputs, axis=1)[np.arange(len(labels)), labels])
 
 
-# --- Discrete steps and deterministic flows -----------------------------------------------------------------------------------------------
+# --- Discrete steps and deterministic flows -------------------------------------------------------
 
 
 def discrete_moments(mean, variance, k, temperature, rates):
-    """Mean and variance of θ ← θ - ηkθ + sqrt(2Tη) ξ after all `rates`, in one dimension; `temperature`: a number or one for each step."""
+    """Return mean and variance of θ ← θ - ηkθ + sqrt(2Tη) ξ after all `rates`, in one dimension.
+
+    `temperature` is a number, or one for each step.
+    """
     for eta, heat in zip(rates, np.broadcast_to(temperature, np.shape(rates)), strict=True):
         mean, variance = (1 - eta * k) * mean, (1 - eta * k) ** 2 * variance + 2 * heat * eta
     return mean, variance
@@ -198,18 +208,21 @@ def linear_descent(positions, stiffness, center, rates):
 
 
 def optimal_discrete_rates(k, remaining, steps):
-    """O3, discrete: kη_j = 1/(N - j), with N such that the mean shrinks to the fraction `remaining` in equal steps."""
+    """O3, discrete: kη_j = 1/(N - j), where the mean shrinks to `remaining` in equal steps."""
     return 1 / (k * (steps / (1 - remaining) - np.arange(steps)))
 
 
 def double_well_flow(positions, barrier, width, time):
-    """dθ/dt = -Φ'(θ) for Φ = b((θ/w)² - 1)², a Bernoulli equation; `time` broadcasts against the positions."""
+    """Return the solution of dθ/dt = -Φ'(θ) for Φ = b((θ/w)² - 1)², a Bernoulli equation.
+
+    `time` broadcasts against the positions.
+    """
     y = np.asarray(positions) / width
     return width * y / np.sqrt(y**2 + (1 - y**2) * np.exp(-8 * barrier * time / width**2))
 
 
 def chain_of_pairs(path, times):
-    """(Σ, L², W2²) of a chain (J+1, n, d) whose best pairing is that of the members with themselves."""
+    """Return (Σ, L², W2²) of a chain (J+1, n, d) whose best pairing is each member with itself."""
     squares = np.mean(np.sum(np.diff(path, axis=0) ** 2, axis=2), axis=1)
     return (
         np.sum(squares / np.diff(times)),
@@ -237,25 +250,35 @@ def ornstein_uhlenbeck_moments(k, temperature, width, shift, d, clock):
     return mean, variance[..., None, None] * np.eye(d)
 
 
-# --- Free energies ------------------------------------------------------------------------------------------------------------------------
+# --- Free energies --------------------------------------------------------------------------------
 
-# O6, moving trap Φ = (θ - λ)²/2 at T = 1, λ from 0 to 5 in unit time: {drive: (work, Σ, W2²)}; the best one jumps by 5/3 at both ends.
+# O6, moving trap Φ = (θ - λ)²/2 at T = 1, λ from 0 to 5 in unit time: {drive: (work, Σ, W2²)}; the
+# best one jumps by 5/3 at both ends.
 O6 = {"linear": (9.1969860, 4.2022810, 3.3833821), "best": (25 / 3, 25 / 9, 25 / 9)}
 
-# O7, stiffening trap Φ = λθ²/2 at T = 1, λ from 1 to 2 in unit time, the best drive: final width, work, λ just inside the ends.
+# O7, stiffening trap Φ = λθ²/2 at T = 1, λ from 1 to 2 in unit time, the best drive: final width,
+# work, λ just inside the ends.
 O7 = (0.80901699, 0.40291836, 1.1909830, 1.7639320)
 
 
 def stiffening_drive(s):
-    """O7: the standard deviation σ moves at constant speed to the root of 4σ² - 2σ - 1, and λ = (1 - σ dσ/ds)/σ² makes it do so."""
+    """Return the drive of O7.
+
+    The standard deviation σ moves at constant speed to the root of 4σ² - 2σ - 1, by
+    λ = (1 - σ dσ/ds)/σ².
+    """
     speed = (1 + np.sqrt(5)) / 4 - 1
     width = 1 + speed * np.asarray(s)
     return (1 - width * speed) / width**2
 
 
 def driven_books(stiffness, center, jumps):
-    """Work, D = Σ, final mean and standard deviation of dθ = -λ (θ - c) ds + √2 dW from N(0, 1), for functions λ(s) and c(s) whose values
-    before and after, ((λ, c), (λ, c)), may differ from those at the ends. The derivative of the potential is taken by differences."""
+    """Return work, D = Σ, final mean and standard deviation of dθ = -λ (θ - c) ds + √2 dW.
+
+    The start is N(0, 1). The values of the functions λ(s) and c(s) before and after the run,
+    `jumps` = ((λ, c), (λ, c)), may differ from those at the ends. The derivative of the potential
+    is taken by differences.
+    """
 
     def rate(s, y):
         mean, variance = y[:2]
@@ -281,8 +304,11 @@ def driven_books(stiffness, center, jumps):
 
 
 def driven_steps(stiffness, center, jumps):
-    """Work of the same in K steps of 1/K: exact moments of the Euler-Maruyama step and the trapezoidal work of every step. `stiffness` and
-    `center`: their values at 0, 1/K, ..., 1."""
+    """Return the work of the same in K steps of 1/K.
+
+    Exact moments of the Euler-Maruyama step, and the trapezoidal work of every step. `stiffness`
+    and `center` hold their values at 0, 1/K, ..., 1.
+    """
     steps = len(stiffness) - 1
     mean, variance = 0.0, 1.0
 
@@ -300,8 +326,11 @@ def driven_steps(stiffness, center, jumps):
 
 
 def relaxing_mixture(weights, means, variances, k, temperature, clock):
-    """Energy, entropy and free energy at both ends, and D, of dθ = -kθ du + sqrt(2T) dW from a mixture of Gaussians in one dimension: the
-    components relax each on its own, and the rest is quadrature."""
+    """Return energy, entropy and free energy at both ends, and D, of dθ = -kθ du + sqrt(2T) dW.
+
+    The start is a mixture of Gaussians in one dimension; each component relaxes on its own, and the
+    rest is quadrature.
+    """
     weights, means, variances = (np.asarray(x, float) for x in (weights, means, variances))
     grid = np.linspace(-12, 12, 6001)
 

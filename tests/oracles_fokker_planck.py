@@ -1,7 +1,8 @@
-"""The law of one-dimensional diffusion in a fixed potential, by finite volumes: NumPy and SciPy only, never an import of the package.
+"""The law of one-dimensional diffusion in a fixed potential, by finite volumes.
 
-Scharfetter-Gummel fluxes between cells make the exact equilibrium stationary; the linear system they give is integrated by
-backward differences. The error is of the order of the squared width of a cell.
+NumPy and SciPy only, never an import of the package. Scharfetter-Gummel fluxes between cells make
+the exact equilibrium stationary; backward differences integrate the linear system that they give.
+The error is of the order of the squared width of a cell.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from scipy.stats import norm
 
 @dataclass(frozen=True)
 class Diffusion:
-    """dθ = -Φ'(θ) dt + sqrt(2T) dW on `cells` between walls at `low` and `high`, started at `density`."""
+    """dθ = -Φ'(θ) dt + sqrt(2T) dW on `cells` between walls at `low` and `high`, from `density`."""
 
     energy: object
     temperature: float
@@ -33,8 +34,9 @@ class Diffusion:
         return self.low + self.width * (np.arange(self.cells) + 0.5)
 
     def laws(self, times):
-        """Probabilities of the cells (times, cells) and velocities between the cells (times, cells - 1)."""
-        # Flux from i to i+1: T/h² (B(Δ) p_i - B(-Δ) p_{i+1}) with Bernoulli's B(x) = x/(eˣ - 1), Δ the step of Φ/T.
+        """Return probabilities (times, cells) and velocities between cells (times, cells - 1)."""
+        # Flux from i to i+1: T/h² (B(Δ) p_i - B(-Δ) p_{i+1}) with Bernoulli's B(x) = x/(eˣ - 1) and
+        # Δ the step of Φ/T.
         rises = np.diff(self.energy(self.centers)) / self.temperature
         rate = self.temperature / self.width**2
         up, down = rate * bernoulli(rises), rate * bernoulli(-rises)
@@ -43,7 +45,8 @@ class Diffusion:
         start = self.density(self.centers)
         start = start / start.sum()
         times = np.asarray(times, float)
-        # SciPy's BDF fills its table of differences into memory as it finds it, and may meet NaN in rows that it has yet to write.
+        # SciPy's BDF leaves its table of differences uninitialized, and may read NaN in rows that
+        # it has yet to write.
         with np.errstate(invalid="ignore"):
             solved = solve_ivp(
                 lambda t, p: generator @ p,
@@ -69,7 +72,10 @@ class Diffusion:
         return np.sum(velocities**2 * (laws[:, :-1] + laws[:, 1:]) / 2, axis=1)
 
     def path(self, clock, points=201):
-        """(D, L², W2²) of the path up to learning time `clock`; at a constant learning rate in unit training time Σ = D · clock."""
+        """Return (D, L², W2²) of the path up to learning time `clock`.
+
+        At a constant learning rate in unit training time Σ = D · clock.
+        """
         # Evenly spaced in √t: the law moves fastest at first.
         roots = np.linspace(0, np.sqrt(clock), points)
         rate = self.rate(roots**2)
@@ -92,7 +98,10 @@ class Diffusion:
 
 @dataclass(frozen=True)
 class FallingCloud:
-    """A cloud on top of the double well Φ = b((θ/w)² - 1)² that falls into both wells, off center so that they do not share it evenly."""
+    """A cloud on top of the double well Φ = b((θ/w)² - 1)² that falls into both wells.
+
+    It starts off center, so that the wells do not share it evenly.
+    """
 
     barrier: float = 2.0
     width: float = 2.0

@@ -34,7 +34,7 @@ def bures(x, y):
 
 
 def bures_of_singular(x, y):
-    """The same by eigenvalues, for rank-deficient covariances; good to the square root of rounding."""
+    """The same by eigenvalues, for singular covariances; good to the square root of rounding."""
     a, b, shift = _moments(x, y)
     values, vectors = np.linalg.eigh(a)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
@@ -42,7 +42,7 @@ def bures_of_singular(x, y):
 
 
 def bures_of_near(x, y):
-    """The same as the distance between optimally rotated clouds: relative precision for small increments."""
+    """The same, between optimally rotated clouds: relative precision for small increments."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     p, q = (x - x.mean(0)) / len(x) ** 0.5, (y - y.mean(0)) / len(y) ** 0.5
     u, _, vt = np.linalg.svd(p @ q.T)
@@ -55,7 +55,8 @@ def entropic(x, y, epsilon, sweeps=5000):
     n, m = cost.shape
     f, g = np.zeros(n), np.zeros(m)
     for _ in range(sweeps):
-        # Half of a step of both at once: slower than taking turns, but it does not stall between a cloud and itself.
+        # Half of a step of both at once: slower than taking turns, but it does not stall between a
+        # cloud and itself.
         new_f = -epsilon * (scipy.special.logsumexp((g - cost) / epsilon, axis=1) - np.log(m))
         new_g = -epsilon * (
             scipy.special.logsumexp((f[:, None] - cost) / epsilon, axis=0) - np.log(n)

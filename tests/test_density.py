@@ -27,7 +27,7 @@ SMOOTH = [name for name in DENSITIES if name != "histogram"]
 
 
 def skewed(n, d=2, seed=0, dtype=np.float32):
-    """Correlated, of unequal widths, and skewed in the first coordinate, so that signs and axes matter."""
+    """Correlated, of unequal widths and skewed in one coordinate, so that signs and axes matter."""
     rng = np.random.default_rng(seed)
     mix = np.eye(d) + 0.5 * np.tri(d, k=-1)
     return jnp.asarray(
@@ -82,7 +82,7 @@ def test_one_trace_serves_two_calls_and_the_precision_is_the_input_s(name):
 
 @every
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_fit_goes_on_from_the_state_of_the_one_before_inside_a_scan(name):
+def test_a_fit_starts_from_the_state_of_the_one_before_inside_a_scan(name):
     density = DENSITIES[name]()
     x = jnp.stack([skewed(40, seed=seed) for seed in range(2)])
 
@@ -128,7 +128,8 @@ def test_the_density_adds_up_to_one(name, x64):
     total = jnp.sum(jnp.exp(jax.lax.map(law.log_density, grid, batch_size=4000))) * jnp.prod(
         width / 400
     )
-    # The middle of a cell stands for it: exact for smooth laws, off by the cut edges of the box for the histogram.
+    # The middle of a cell stands for it: exact for smooth laws, off by the cut edges of the box for
+    # the histogram.
     np.testing.assert_allclose(total, 1.0, rtol=0.02 if name == "histogram" else 1e-3)
 
 
@@ -158,7 +159,10 @@ def test_kernels_are_scipy_s(x64):
 
 @pytest.mark.parametrize("modes", [1, 2])
 def test_the_bandwidth_follows_the_modes(modes):
-    """Near Silverman's rule for one Gaussian mode, and near that of one mode when there are two, eight of their widths apart."""
+    """Near Silverman's rule for one Gaussian mode, and near that of one mode when there are two.
+
+    The two are eight of their widths apart.
+    """
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2000, 1)) + (
         rng.choice([-4.0, 4.0], size=(2000, 1)) if modes == 2 else 0.0
@@ -196,7 +200,10 @@ def test_a_histogram_counts(x64):
 
 
 def test_the_score_of_a_histogram_is_that_of_a_parabola(x64):
-    """A spline through counts whose logarithm is a parabola along each axis: the score itself, continuous at the edges of bins."""
+    """A spline through counts whose logarithm is a parabola along each axis gives its slope.
+
+    It is continuous at the edges of bins.
+    """
     axis = np.arange(8) + 0.5
     logs = -((axis[:, None] - 3.0) ** 2) / 4 - (axis - 5.0) ** 2 / 6
     law = esl.density.HistogramDensity().fit(skewed(40, dtype=np.float64))
@@ -211,7 +218,7 @@ def test_the_score_of_a_histogram_is_that_of_a_parabola(x64):
 
 @pytest.mark.parametrize("name", ["kernels for a score", "histogram"])
 def test_local_means(name):
-    """Of a sine with noise about it; and of nothing but a number, which kernels return and bins draw to 0 by half a member."""
+    """Of a noisy sine, and of a constant, which bins draw to 0 by half a member."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, 1)).astype(np.float32)
     values = np.column_stack(
@@ -240,7 +247,10 @@ def test_a_short_flow_gains_on_its_start():
 
 @pytest.mark.slow
 def test_a_flow_keeps_what_is_likely_for_members_it_was_not_fitted_to():
-    """Eighty members in five dimensions and far too many parameters: fitted to the end, it loses to the Gaussian by nats."""
+    """Eighty members in five dimensions and far too many parameters.
+
+    Fitted to the end, the flow loses to the Gaussian by nats.
+    """
     x, fresh = (
         np.random.default_rng(seed).normal(size=(80, 5)).astype(np.float32) for seed in range(2)
     )
@@ -251,7 +261,7 @@ def test_a_flow_keeps_what_is_likely_for_members_it_was_not_fitted_to():
 # Input
 
 
-def test_bad_input_is_refused(refused):
+def test_bad_input_is_rejected(refused):
     refused(
         lambda: esl.density.KDEDensity().fit(jnp.ones((4, 4, 4))),
         r"`positions` must have shape \(n, d\)",

@@ -1,4 +1,7 @@
-"""The gradient of the whole gap, lowered for TPU and GPU without either: no callback, no float64, full precision in all that is ours."""
+"""The gradient of the whole gap, lowered for TPU and GPU without either.
+
+No callback, no float64, and the highest precision in every product of the package.
+"""
 
 import collections
 import re
@@ -43,7 +46,10 @@ def problem():
 
 
 def lowered(problem, transport: esl.AbstractTransport | None, platform: str) -> str:
-    """The program of the gradient of Σ - W2² in the learning rates of a digits run; without a transport, of its final positions."""
+    """Return the program of the gradient of Σ - W2² in the learning rates of a digits run.
+
+    Without a transport, of the gradient of the final positions.
+    """
     potential, start = problem
 
     def gap(rates):
@@ -65,7 +71,7 @@ def lowered(problem, transport: esl.AbstractTransport | None, platform: str) -> 
 
 
 def careless(text: str) -> collections.Counter[str]:
-    """The matrix products that are not at the highest precision, by the shapes that they multiply."""
+    """Return the matrix products that are not at the highest precision, by their shapes."""
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert products
     return collections.Counter(
@@ -78,18 +84,18 @@ def faults(problem, transport: esl.AbstractTransport, platform: str) -> list[str
         text = lowered(problem, transport, platform)
     except (NotImplementedError, ValueError) as error:
         return [f"does not lower: {error}"]
-    # What the model multiplies is the user's choice of precision; only what a transport adds to it is ours.
+    # The products of the model have the precision that the user chooses; those that a transport
+    # adds are ours.
     return _listed(text, careless(text) - careless(lowered(problem, None, platform)))
 
 
 def faults_of_velocity(velocity: esl.AbstractVelocity, platform: str) -> list[str]:
-    """The same for Σ from velocities, in a potential that multiplies no matrices."""
+    """Return the same for Σ from velocities, in a potential that multiplies no matrices."""
     potential = esl.DoubleWell()
 
     def gap(rates):
-        start = jax.random.normal(
-            KEY, (64, 2)
-        )  # enough members for every estimator to go beyond moments
+        # Enough members for every estimator to go beyond moments.
+        start = jax.random.normal(KEY, (64, 2))
         path = esl.simulate(
             potential, esl.Langevin(esl.Knots(rates), 1e-2), start, steps=8, snapshots=2, key=KEY
         )
@@ -114,8 +120,8 @@ def faults_of_velocity(velocity: esl.AbstractVelocity, platform: str) -> list[st
 
 
 def _listed(text: str, roughly: collections.Counter[str]) -> list[str]:
-    found = [f"multiplies at less than the highest precision: {shape}" for shape in roughly]
-    return found + [
+    messages = [f"multiplies at less than the highest precision: {shape}" for shape in roughly]
+    return messages + [
         f"has {word}"
         for word in ("callback", "infeed", "outfeed", "xf64", "tensor<f64")
         if word in text
@@ -135,7 +141,8 @@ def test_the_gradient_of_a_gap_from_velocities_lowers(name, platform):
 
 
 def test_a_flow_is_precise_but_has_callbacks():
-    # flowjax checks the values that it is made of on the host; such a program runs on its own platform and is lowered by no other.
+    # flowjax checks its parameters on the host; such a program runs on its own platform and lowers
+    # for no other.
     flow = esl.density.FlowDensity(KEY, steps=2)
     traced = jax.jit(lambda x: flow.estimate(x, flow.init(x))[0].score(x[0])).trace(
         jax.random.normal(KEY, (16, 2))

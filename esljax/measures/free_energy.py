@@ -383,7 +383,7 @@ def _of_each_member(
         entropies = jnp.zeros_like(energy)  # of all members together, to be filled in
     else:
         entropies = jax.lax.map(
-            lambda members: entropy.estimate(members).contributions, trajectory.positions
+            lambda members: entropy.checked_estimate(members).contributions, trajectory.positions
         )
     temperatures: Any = trajectory.temperatures
     steps = np.minimum(
@@ -423,7 +423,7 @@ def _of_all_members(
                 "know its divergence, which TransportedEntropy follows",
                 f"is {type(velocity).__name__}",
             )
-        start = entropy.start.estimate(trajectory.positions[0]).value
+        start = entropy.start.checked_estimate(trajectory.positions[0]).value
         found["entropy"] = jnp.concatenate(
             [start[None], start + jnp.cumsum(_trapezoids(jnp.mean(divergence, axis=1), spans))]
         )

@@ -78,7 +78,7 @@ def member_rates(
             diffusion = temperature
             if matrix is not None:
                 drift, diffusion = product(drift, matrix), temperature * product(matrix.T, matrix)
-        found, state = velocity.estimate(
+        found, state = velocity.checked_estimate(
             Snapshot(positions, drift, diffusion, before, after, elapsed), state
         )
         return state, found

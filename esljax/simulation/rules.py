@@ -124,7 +124,9 @@ class ProbabilityFlow(AbstractRule):
         energies, kicks = kick(positions, control.learning_rate)
         snapshot = Snapshot(positions, -kicks, control.temperature * control.learning_rate)
         # What a fit goes through is found again by the reverse sweep: kept for all steps it was a matrix of the members for each.
-        flow = jax.checkpoint(lambda velocity, snapshot: velocity.flow(snapshot), prevent_cse=False)
+        flow = jax.checkpoint(
+            lambda velocity, snapshot: velocity.checked_flow(snapshot), prevent_cse=False
+        )
         return positions + flow(self.velocity, snapshot), energies
 
 
