@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 
@@ -245,8 +246,68 @@ def test_a_short_flow_gains_on_its_start():
     assert gained > 0.2
 
 
+# Numbers of the training loop
+
+
+def descent(count):
+    """Gradient descent by hand on (p - 1)² from 0: each step halves the distance."""
+    return 1 - 0.5**count
+
+
+@pytest.mark.parametrize(("peak", "best"), [(4, 4), (5, 6), (0, 0), (6, 6), (9, 6)])
+def test_training_keeps_the_best_of_the_start_and_the_end_of_each_round(peak, best):
+    """Three rounds of two updates, judged by the distance from the parameters of one count."""
+
+    def value(p):
+        return -jnp.abs(p["p"] - descent(peak))
+
+    kept, most = esl.density.train(
+        {"p": jnp.zeros(())},
+        lambda p, i: jax.tree.map(lambda p: 2 * (p - 1), p),
+        value,
+        optax.sgd(0.25),
+        rounds=3,
+        updates=2,
+    )
+    np.testing.assert_allclose(kept["p"], descent(best), rtol=1e-6)
+    np.testing.assert_allclose(most, -abs(descent(best) - descent(peak)), atol=1e-6)
+
+
+def test_training_counts_its_updates_and_keeps_the_start_of_what_it_cannot_judge():
+    def train(value, rounds):
+        return esl.density.train(
+            jnp.zeros(()), lambda p, i: -i.astype(p.dtype), value, optax.sgd(1.0), rounds=rounds
+        )
+
+    np.testing.assert_allclose(train(lambda p: p, 4), (6.0, 6.0))  # 0 + 1 + 2 + 3
+    np.testing.assert_allclose(train(lambda p: p, 0), (0.0, 0.0))
+    assert train(lambda p: p / p, 4)[0] == 0  # NaN at the start
+
+
+def test_training_differentiates_in_both_modes():
+    def trained(aim):
+        return esl.density.train(
+            jnp.zeros(()),
+            lambda p, i: p - aim,
+            lambda p: -((p - aim) ** 2),
+            optax.sgd(0.5),
+            rounds=3,
+        )[0]
+
+    # p = (1 - 2⁻³) aim.
+    np.testing.assert_allclose(jax.grad(trained)(1.0), 0.875, rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(trained, (1.0,), (1.0,))[1], 0.875, rtol=1e-6)
+
+
 @pytest.mark.slow
-def test_a_flow_keeps_what_is_likely_for_members_it_was_not_fitted_to():
+def test_a_flow_of_one_step_is_its_start():
+    x = skewed(40)
+    density = esl.density.FlowDensity(jax.random.key(0), layers=1, width=2, steps=1)
+    chex.assert_trees_all_equal(density.estimate(x, density.init(x))[1], density.init(x))
+
+
+@pytest.mark.slow
+def test_a_flow_keeps_the_parameters_likeliest_for_members_left_over():
     """Eighty members in five dimensions and far too many parameters.
 
     Fitted to the end, the flow loses to the Gaussian by nats.

@@ -217,9 +217,9 @@ def exact_halves(n, mean, covariance):
     """
     x = np.random.default_rng(0).normal(size=(n, len(mean)))
     for half in (slice(0, None, 2), slice(1, None, 2)):
-        centred = x[half] - x[half].mean(axis=0)
+        centered = x[half] - x[half].mean(axis=0)
         x[half] = np.linalg.solve(
-            np.linalg.cholesky(centred.T @ centred / len(centred)), centred.T
+            np.linalg.cholesky(centered.T @ centered / len(centered)), centered.T
         ).T
     return x @ np.linalg.cholesky(np.asarray(covariance)).T + mean
 

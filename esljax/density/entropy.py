@@ -66,7 +66,7 @@ class Entropy(eqx.Module):
 
     @property
     def errors(self) -> str:
-        """What `standard_error` is taken over, in words."""
+        """The sample behind `standard_error`, in words."""
         return f"spread over {self.contributions.shape[0]} members; bias is not included"
 
     def __str__(self) -> str:

@@ -108,7 +108,7 @@ class Velocity(eqx.Module):
 
     @property
     def errors(self) -> str:
-        """What `standard_error` is taken over, in words."""
+        """The sample behind `standard_error`, in words."""
         return f"spread over {self.contributions.shape[0]} members, for the field as it was fitted"
 
     def __str__(self) -> str:
