@@ -121,6 +121,6 @@ class Histogram(AbstractLogDensity, AbstractSmoother):
         offset = (x - self.lower) / self.width - corner - 0.5
         for t in offset:
             weights = jnp.stack([(0.5 - t) ** 2 / 2, 0.75 - t**2, (0.5 + t) ** 2 / 2])
-            # `product` sums over the last axis but one; this is a sum over the first.
+            # A sum over the first axis; transposed for `product` it rounds differently.
             patch = jnp.tensordot(weights, patch, axes=1, precision="highest")
         return patch

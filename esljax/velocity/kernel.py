@@ -124,7 +124,7 @@ class KernelVelocity(AbstractVariationalVelocity):
             own = len(landmarks) / n
 
             def of_folds(parts):
-                return jnp.tensordot(shares, parts, 1, precision="highest")
+                return product(parts.T, shares).T
 
             whole = (of_folds(grams) + own * own_gram, of_folds(givens) + own * own_given)
 
@@ -191,9 +191,9 @@ class _Kernel(eqx.Module):
             -_squares(z, self.points, jnp.eye(z.shape[1], dtype=z.dtype)) / (2 * self.width**2)
         )
 
-    def unit(self, rows: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    def unit(self, functions: Float[Array, "n m"]) -> Float[Array, "n m"]:
         """Return linear functions of k(·, θ_m) as the same functions of the features."""
-        return solve_triangular(self.root, rows.T, lower=True).T
+        return solve_triangular(self.root, functions.T, lower=True).T
 
     def expand(self, weights: Float[Array, "m c"]) -> Float[Array, "m c"]:
         """Return weights of the features as weights a_m of k(·, θ_m)."""
