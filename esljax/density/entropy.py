@@ -159,6 +159,15 @@ class GaussianEntropy(AbstractEntropy):
     **Differentiation:** forward and reverse, of every order.
     **Reference:** Misra, Singh and Demchuk, "Estimation of the entropy of a multivariate normal
     distribution", JMVA 92, 324 (2005).
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (500, 1))
+        >>> entropy = esl.density.GaussianEntropy()(x)
+        >>> bool(abs(entropy.value - 1.4189) < 5 * entropy.standard_error.value)  # ½ log(2πe)
+        True
     """
 
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
@@ -204,6 +213,15 @@ class NearestNeighborEntropy(AbstractEntropy):
     **Differentiation:** forward and reverse, of every order, at the neighbors found.
     **Reference:** Kozachenko and Leonenko, Probl. Inf. Transm. 23, 95 (1987); Kraskov, Stögbauer
     and Grassberger, PRE 69, 066138 (2004).
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (500, 1))
+        >>> entropy = esl.density.NearestNeighborEntropy(neighbors=5)(x)
+        >>> bool(abs(entropy.value - 1.4189) < 5 * entropy.standard_error.value)  # ½ log(2πe)
+        True
     """
 
     neighbors: int = eqx.field(static=True, default=3)
@@ -247,6 +265,15 @@ class KDEEntropy(AbstractEntropy):
     **Differentiation:** forward and reverse, of every order, at the bandwidth chosen.
     **Reference:** Hall and Morton, "On the estimation of entropy", Ann. Inst. Statist. Math. 45,
     69 (1993).
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (500, 1))
+        >>> entropy = esl.density.KDEEntropy()(x)
+        >>> bool(abs(entropy.value - 1.4189) < 5 * entropy.standard_error.value)  # ½ log(2πe)
+        True
     """
 
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
@@ -268,6 +295,15 @@ class HistogramEntropy(AbstractEntropy):
     **Raises:** `InputError` in more than three dimensions.
     **Differentiation:** of no use in the members: counts are steps, so that only the box stretches.
     **Reference:** Miller, "Note on the bias of information estimates" (1955).
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (500, 1))
+        >>> entropy = esl.density.HistogramEntropy()(x)
+        >>> bool(abs(entropy.value - 1.4189) < 5 * entropy.standard_error.value)  # ½ log(2πe)
+        True
     """
 
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
@@ -292,6 +328,14 @@ class FlowEntropy(AbstractEntropy):
     **Raises:** `InputError` if `key` is not a key or `steps` not a positive integer.
     **Differentiation:** forward and reverse; in the members also through the optimization of the
     flow, which costs its memory.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (40, 1))
+        >>> esl.density.FlowEntropy(jax.random.key(1), steps=2)(x).contributions.shape
+        (40,)
     """
 
     key: Key
@@ -325,6 +369,19 @@ class TransportedEntropy(eqx.Module):
 
     **Args:** `start`: the estimator of H(0).
     **Raises:** `InputError` if `start` is no entropy estimator.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> potential, rule = esl.Quadratic(1.0), esl.Langevin(0.1, 0.5)
+        >>> x = jax.random.normal(jax.random.key(0), (64, 1))
+        >>> path = esl.simulate(potential, rule, x, steps=8, key=jax.random.key(1))
+        >>> entropy = esl.density.TransportedEntropy(esl.density.GaussianEntropy())
+        >>> velocity = esl.AffineVelocity()
+        >>> report = esl.free_energy(path, potential, entropy=entropy, velocity=velocity)
+        >>> bool(report.entropy[-1] < report.entropy[0])  # the law narrows
+        True
     """
 
     start: AbstractEntropy

@@ -170,6 +170,15 @@ class HistogramVelocity(AbstractDensityVelocity):
     **Raises:** `InputError` in more than three dimensions.
     **Differentiation:** in the drift and the diffusion. The positions move no counts, so their
     slope is not that of the estimate.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (1000, 1))
+        >>> velocity = esl.HistogramVelocity()(x, -x, 1.0)  # at equilibrium nothing moves
+        >>> bool(abs(velocity.squared) < 5 * velocity.standard_error.squared + 0.01)
+        True
     """
 
     @property
@@ -187,6 +196,14 @@ class FlowVelocity(AbstractDensityVelocity):
     **Raises:** `InputError` if `key` is not a key or `steps` not a positive integer.
     **Differentiation:** in the drift and the diffusion; in the positions through the optimization
     of the flow, which costs its memory.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (40, 1))
+        >>> esl.FlowVelocity(jax.random.key(1), steps=2)(x, -x, 1.0).bound
+        'lower'
     """
 
     key: Key

@@ -38,6 +38,19 @@ class TransportVelocity(AbstractVelocity):
     or any other with a method `map(x, y)` that returns an array like x.
     **Raises:** `InputError` for a transport without such a method.
     **Differentiation:** at the assignment or map found.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (32, 1))
+        >>> potential, rule = esl.Quadratic(1.0), esl.Langevin(0.1, 0.0)
+        >>> path = esl.simulate(potential, rule, x, steps=8, key=jax.random.key(1))
+        >>> exact = esl.ExactTransport()
+        >>> velocity = esl.TransportVelocity(exact)
+        >>> report = esl.speed_limit(path, transport=exact, velocity=velocity, jackknife=0)
+        >>> bool(report.housekeeping == 0)
+        True
     """
 
     moments_only: ClassVar[bool] = False
@@ -90,6 +103,18 @@ class PathVelocity(AbstractVelocity):
     diverges with K.
 
     **Differentiation:** forward and reverse, of every order.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (32, 1))
+        >>> potential, rule = esl.Quadratic(1.0), esl.Langevin(0.1, 0.0)
+        >>> path = esl.simulate(potential, rule, x, steps=8, key=jax.random.key(1))
+        >>> exact, velocity = esl.ExactTransport(), esl.PathVelocity()
+        >>> report = esl.speed_limit(path, transport=exact, velocity=velocity, jackknife=0)
+        >>> bool(report.gap > 0)
+        True
     """
 
     moments_only: ClassVar[bool] = False
