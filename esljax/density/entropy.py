@@ -376,7 +376,8 @@ class TransportedEntropy(eqx.Module):
         >>> import esljax as esl
         >>> potential, rule = esl.Quadratic(1.0), esl.Langevin(0.1, 0.5)
         >>> x = jax.random.normal(jax.random.key(0), (64, 1))
-        >>> path = esl.simulate(potential, rule, x, steps=8, key=jax.random.key(1))
+        >>> run = {"steps": 8, "snapshots": 4, "key": jax.random.key(1)}
+        >>> path = esl.simulate(potential, rule, x, **run)
         >>> entropy = esl.density.TransportedEntropy(esl.density.GaussianEntropy())
         >>> velocity = esl.AffineVelocity()
         >>> report = esl.free_energy(path, potential, entropy=entropy, velocity=velocity)

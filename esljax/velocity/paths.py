@@ -45,7 +45,8 @@ class TransportVelocity(AbstractVelocity):
         >>> import esljax as esl
         >>> x = jax.random.normal(jax.random.key(0), (32, 1))
         >>> potential, rule = esl.Quadratic(1.0), esl.Langevin(0.1, 0.0)
-        >>> path = esl.simulate(potential, rule, x, steps=8, key=jax.random.key(1))
+        >>> run = {"steps": 8, "snapshots": 4, "key": jax.random.key(1)}
+        >>> path = esl.simulate(potential, rule, x, **run)
         >>> exact = esl.ExactTransport()
         >>> velocity = esl.TransportVelocity(exact)
         >>> report = esl.speed_limit(path, transport=exact, velocity=velocity, jackknife=0)
@@ -110,7 +111,8 @@ class PathVelocity(AbstractVelocity):
         >>> import esljax as esl
         >>> x = jax.random.normal(jax.random.key(0), (32, 1))
         >>> potential, rule = esl.Quadratic(1.0), esl.Langevin(0.1, 0.0)
-        >>> path = esl.simulate(potential, rule, x, steps=8, key=jax.random.key(1))
+        >>> run = {"steps": 8, "snapshots": 4, "key": jax.random.key(1)}
+        >>> path = esl.simulate(potential, rule, x, **run)
         >>> exact, velocity = esl.ExactTransport(), esl.PathVelocity()
         >>> report = esl.speed_limit(path, transport=exact, velocity=velocity, jackknife=0)
         >>> bool(report.gap > 0)
