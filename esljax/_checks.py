@@ -1,7 +1,8 @@
-"""One sentence for every bad input: the argument, what it must be, what it was.
+"""One sentence for every bad input: the argument, the rule, the value.
 
-Shapes and Python numbers are checked always. Values of arrays are checked only where they are known, that is, outside `jit`;
-under a transformation the same call goes through unchecked and the results carry NaN.
+Shapes and Python numbers are always checked. The values of arrays are checked only where they are
+known, that is, outside `jit`; inside a transformation the same call runs unchecked, and bad values
+come out as NaN.
 """
 
 from collections.abc import Sequence
@@ -16,45 +17,76 @@ from esljax._types import Array
 
 
 class InputError(ValueError):
-    """Bad input, said in one sentence; the command line prints it without a traceback."""
+    """Input that breaks a rule, described by one sentence: the argument, the rule and the value.
+
+    A `ValueError`, raised before anything is computed wherever that is possible. The command line
+    prints the sentence without a traceback.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> try:
+        ...     esl.density.NearestNeighborEntropy(neighbors=0)
+        ... except esl.InputError as error:
+        ...     print(error)
+        Argument `neighbors` must be an integer of at least 1, but is 0.
+    """
 
 
 def refuse(argument: str, must: str, was: Any) -> InputError:
-    """The one template of an error sentence, to be raised by the caller."""
+    """Return the error "Argument `argument` must `must`, but `was`.", which the caller raises."""
     return InputError(f"Argument `{argument}` must {must}, but {was}.")
 
 
-def as_float(x: Any) -> Array:
-    """`x` as an array of the default float type; an array that is already floating keeps its type.
+def wrong_answer(argument: str, asked: Any, method: str, expected: str, answer: Any) -> InputError:
+    """Return the error of an object whose method breaks the contract of its base class.
 
-    Python floats become arrays so that `jit` traces them: a float left in a static field recompiles for every value.
+    **Example:**
+
+        >>> from esljax._checks import wrong_answer
+        >>> print(wrong_answer("law", "no law", "fit", "a density", (0.5, None)))
+        Argument `law` must return a density from `fit`, but str.fit returns (float, NoneType).
+    """
+    was = f"{type(asked).__name__}.{method} returns {_described(answer)}"
+    return refuse(argument, f"return {expected} from `{method}`", was)
+
+
+def as_float(x: Any) -> Array:
+    """Return `x` as an array of the default float type; a floating array keeps its own type.
+
+    Python floats become arrays so that `jit` traces them: a float in a static field recompiles for
+    every value.
     """
     inexact = isinstance(x, jax.Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.inexact)
-    # The explicit type also strips jax's weak type, which an optimizer step would strip later at the price of a recompilation.
+    # The explicit type also strips jax's weak type. Otherwise an optimizer step strips it later, at
+    # the price of a recompilation.
     return jnp.asarray(x, jnp.asarray(x).dtype if inexact else jnp.result_type(float))
 
 
 def known(*arrays: Any) -> bool:
-    """Whether the values are there to be looked at: no tracer among them, nor parts that only another process has."""
+    """Return whether this process can read the values: no tracers, no parts on other processes."""
     return all(_here(leaf) for leaf in jax.tree.leaves(arrays))
 
 
 def is_key(x: Any) -> bool:
-    """Whether `x` holds keys made by `jax.random.key`."""
+    """Return whether `x` holds keys made by `jax.random.key`."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def check_positive_int(argument: str, value: int, minimum: int = 1) -> None:
+    """Reject anything but an integer of at least `minimum`; a bool is no integer here."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         raise refuse(argument, f"be an integer of at least {minimum}", f"is {value!r}")
 
 
 def check_positive(argument: str, value: Any) -> None:
+    """Reject numbers that are known and not all greater than 0."""
     if known(value) and not bool(np.all(np.asarray(value) > 0)):
         raise refuse(argument, "be greater than 0", f"is {_brief(value)}")
 
 
 def check_nonnegative(argument: str, value: Any) -> None:
+    """Reject numbers that are known and negative or NaN anywhere."""
     if known(value) and not bool(np.all(np.asarray(value) >= 0)):
         raise refuse(
             argument,
@@ -64,6 +96,7 @@ def check_nonnegative(argument: str, value: Any) -> None:
 
 
 def check_finite(argument: str, value: Any) -> None:
+    """Reject numbers that are known and not finite, with their count and the first index."""
     if known(value):
         bad = ~np.isfinite(np.asarray(value))
         if bad.any():
@@ -76,7 +109,7 @@ def check_finite(argument: str, value: Any) -> None:
 
 
 def check_ensemble(argument: str, x: Any, minimum_members: int = 1) -> None:
-    """An ensemble: shape (n, d), floating, finite where that can be seen."""
+    """Reject anything but a floating array (n, d) of enough members, finite where it is known."""
     shape = tuple(jnp.shape(x))
     if len(shape) != 2:
         raise refuse(argument, "have shape (n, d), one row per member", f"has shape {shape}")
@@ -90,11 +123,13 @@ def check_ensemble(argument: str, x: Any, minimum_members: int = 1) -> None:
 
 
 def check_key(argument: str, key: Any) -> None:
+    """Reject anything but one key made by `jax.random.key`; a legacy `PRNGKey` is none."""
     if not is_key(key) or key.shape != ():
         raise refuse(argument, "be made by `jax.random.key`", f"is {key!r}")
 
 
 def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
+    """Reject anything but one of a few words."""
     if value not in choices:
         raise refuse(argument, "be one of " + ", ".join(map(repr, choices)), f"is {value!r}")
 
@@ -127,3 +162,12 @@ def _here(leaf: Any) -> bool:
 def _brief(value: Any) -> str:
     array = np.asarray(value)
     return f"{array.item():g}" if array.size == 1 else f"an array with minimum {array.min():g}"
+
+
+def _described(answer: Any) -> str:
+    if isinstance(answer, tuple):
+        return f"({', '.join(map(_described, answer))})"
+    if isinstance(answer, jax.Array | np.ndarray):
+        return f"an array of shape {tuple(answer.shape)}"
+    name = getattr(answer, "__name__", None)
+    return f"function {name}" if name and callable(answer) else type(answer).__name__

@@ -11,7 +11,6 @@
 
 from typing import TypeAlias
 
-import jax
 import jaxtyping
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
 
@@ -30,5 +29,4 @@ __all__ = [
     "Scalar",
     "ScalarLike",
     "Shaped",
-    "jax",
 ]

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
             velocity = make(arguments.smoke)(
                 x.astype(np.float32), drift.astype(np.float32), np.float32(diffusion)
             )
-            sigma, error = float(velocity.squared), float(velocity.standard_error)
+            sigma, error = float(velocity.squared), float(velocity.standard_error.squared)
             row = {
                 "case": case,
                 "estimator": name,

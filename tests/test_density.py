@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 from ensembles import skewed
@@ -73,7 +74,7 @@ def test_one_trace_serves_two_calls_and_the_precision_is_the_input_s(name):
 
 @every
 @pytest.mark.usefixtures("quick_compilation")
-def test_a_fit_goes_on_from_the_state_of_the_one_before_inside_a_scan(name):
+def test_a_fit_starts_from_the_state_of_the_one_before_inside_a_scan(name):
     density = DENSITIES[name]()
     x = jnp.stack([skewed(40, seed=seed) for seed in range(2)])
 
@@ -119,7 +120,8 @@ def test_the_density_adds_up_to_one(name, x64):
     total = jnp.sum(jnp.exp(jax.lax.map(law.log_density, grid, batch_size=4000))) * jnp.prod(
         width / 400
     )
-    # The middle of a cell stands for it: exact for smooth laws, off by the cut edges of the box for the histogram.
+    # The middle of a cell stands for it: exact for smooth laws, off by the cut edges of the box for
+    # the histogram.
     np.testing.assert_allclose(total, 1.0, rtol=0.02 if name == "histogram" else 1e-3)
 
 
@@ -149,7 +151,10 @@ def test_kernels_are_scipy_s(x64):
 
 @pytest.mark.parametrize("modes", [1, 2])
 def test_the_bandwidth_follows_the_modes(modes):
-    """Near Silverman's rule for one Gaussian mode, and near that of one mode when there are two, eight of their widths apart."""
+    """Near Silverman's rule for one Gaussian mode, and near that of one mode when there are two.
+
+    The two are eight of their widths apart.
+    """
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2000, 1)) + (
         rng.choice([-4.0, 4.0], size=(2000, 1)) if modes == 2 else 0.0
@@ -187,7 +192,10 @@ def test_a_histogram_counts(x64):
 
 
 def test_the_score_of_a_histogram_is_that_of_a_parabola(x64):
-    """A spline through counts whose logarithm is a parabola along each axis: the score itself, continuous at the edges of bins."""
+    """A spline through counts whose logarithm is a parabola along each axis gives its slope.
+
+    It is continuous at the edges of bins.
+    """
     axis = np.arange(8) + 0.5
     logs = -((axis[:, None] - 3.0) ** 2) / 4 - (axis - 5.0) ** 2 / 6
     law = esl.density.HistogramDensity().fit(skewed(40, dtype=np.float64))
@@ -202,7 +210,7 @@ def test_the_score_of_a_histogram_is_that_of_a_parabola(x64):
 
 @pytest.mark.parametrize("name", ["kernels for a score", "histogram"])
 def test_local_means(name):
-    """Of a sine with noise about it; and of nothing but a number, which kernels return and bins draw to 0 by half a member."""
+    """Of a noisy sine, and of a constant, which bins draw to 0 by half a member."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(4000, 1)).astype(np.float32)
     values = np.column_stack(
@@ -229,9 +237,72 @@ def test_a_short_flow_gains_on_its_start():
     assert gained > 0.2
 
 
+# Numbers of the training loop
+
+
+def descent(count):
+    """Gradient descent by hand on (p - 1)² from 0: each step halves the distance."""
+    return 1 - 0.5**count
+
+
+@pytest.mark.parametrize(("peak", "best"), [(4, 4), (5, 6), (0, 0), (6, 6), (9, 6)])
+def test_training_keeps_the_best_of_the_start_and_the_end_of_each_round(peak, best):
+    """Three rounds of two updates, judged by the distance from the parameters of one count."""
+
+    def value(p):
+        return -jnp.abs(p["p"] - descent(peak))
+
+    kept, most = esl.density.train(
+        {"p": jnp.zeros(())},
+        lambda p, i: jax.tree.map(lambda p: 2 * (p - 1), p),
+        value,
+        optax.sgd(0.25),
+        rounds=3,
+        updates=2,
+    )
+    np.testing.assert_allclose(kept["p"], descent(best), rtol=1e-6)
+    np.testing.assert_allclose(most, -abs(descent(best) - descent(peak)), atol=1e-6)
+
+
+def test_training_counts_its_updates_and_keeps_the_start_of_what_it_cannot_judge():
+    def train(value, rounds):
+        return esl.density.train(
+            jnp.zeros(()), lambda p, i: -i.astype(p.dtype), value, optax.sgd(1.0), rounds=rounds
+        )
+
+    np.testing.assert_allclose(train(lambda p: p, 4), (6.0, 6.0))  # 0 + 1 + 2 + 3
+    np.testing.assert_allclose(train(lambda p: p, 0), (0.0, 0.0))
+    assert train(lambda p: p / p, 4)[0] == 0  # NaN at the start
+
+
+def test_training_differentiates_in_both_modes():
+    def trained(aim):
+        return esl.density.train(
+            jnp.zeros(()),
+            lambda p, i: p - aim,
+            lambda p: -((p - aim) ** 2),
+            optax.sgd(0.5),
+            rounds=3,
+        )[0]
+
+    # p = (1 - 2⁻³) aim.
+    np.testing.assert_allclose(jax.grad(trained)(1.0), 0.875, rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(trained, (1.0,), (1.0,))[1], 0.875, rtol=1e-6)
+
+
 @pytest.mark.slow
-def test_a_flow_keeps_what_is_likely_for_members_it_was_not_fitted_to():
-    """Eighty members in five dimensions and far too many parameters: fitted to the end, it loses to the Gaussian by nats."""
+def test_a_flow_of_one_step_is_its_start():
+    x = skewed(40)
+    density = esl.density.FlowDensity(jax.random.key(0), layers=1, width=2, steps=1)
+    chex.assert_trees_all_equal(density.estimate(x, density.init(x))[1], density.init(x))
+
+
+@pytest.mark.slow
+def test_a_flow_keeps_the_parameters_likeliest_for_members_left_over():
+    """Eighty members in five dimensions and far too many parameters.
+
+    Fitted to the end, the flow loses to the Gaussian by nats.
+    """
     x, fresh = (
         np.random.default_rng(seed).normal(size=(80, 5)).astype(np.float32) for seed in range(2)
     )
@@ -242,7 +313,7 @@ def test_a_flow_keeps_what_is_likely_for_members_it_was_not_fitted_to():
 # Input
 
 
-def test_bad_input_is_refused(refused):
+def test_bad_input_is_rejected(refused):
     refused(
         lambda: esl.density.KDEDensity().fit(jnp.ones((4, 4, 4))),
         r"`positions` must have shape \(n, d\)",

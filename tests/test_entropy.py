@@ -60,7 +60,7 @@ def test_one_trace_serves_two_calls_and_the_precision_is_the_input_s(name):
 
 
 @pytest.mark.parametrize("d", [1, 2, 10])
-def test_a_gaussian_law_is_met_without_bias(d, x64):
+def test_a_gaussian_law_is_estimated_without_bias(d, x64):
     """Over 400 ensembles of 20: the uncorrected estimate is low by about d(d + 3)/4n."""
     rng = np.random.default_rng(d)
     mix = np.eye(d) + 0.5 * np.tri(d, k=-1)
@@ -75,7 +75,8 @@ def test_a_gaussian_law_is_met_without_bias(d, x64):
     assert abs(values.mean() - truth) < 5 * error
 
 
-# Truths in nats. Beside four standard errors kernels and bins are granted .03 for what they smear (measured over 8 seeds: up to .025).
+# Truths in nats. Kernels and bins are granted .03 beside four standard errors, for smearing
+# (measured over 8 seeds: up to .025).
 LAWS = {
     "gamma": (lambda rng, n: rng.gamma(4.0, size=(n, 1)), scipy.stats.gamma(4.0).entropy()),
     "two modes": (
@@ -95,13 +96,13 @@ LAWS = {
 
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("name", ["neighbors", "kde", "histogram"])
-def test_a_law_that_is_not_gaussian_is_met(name, law):
+def test_a_law_that_is_not_gaussian_is_estimated(name, law):
     """Where the Gaussian estimate is high by .07 to .7."""
     sample, truth = LAWS[law]
     positions = sample(np.random.default_rng(1), 2000).astype(np.float32)
     answer = ESTIMATORS[name]()(positions)
     bias = 0.03 if name in ("kde", "histogram") else 0.0
-    assert abs(float(answer.value) - truth) < 4 * float(answer.standard_error) + bias
+    assert abs(float(answer.value) - truth) < 4 * float(answer.standard_error.value) + bias
 
 
 def test_a_change_of_units_moves_every_estimate_by_its_logarithm():
@@ -131,7 +132,10 @@ def test_the_neighbors_are_those_of_a_sorted_table(x64):
 
 
 def test_a_kernel_entropy_leaves_its_own_member_out(x64):
-    """With every member counted at itself the estimate falls without end as kernels narrow: here, by more than 1."""
+    """Were a member counted at itself, the estimate would fall without end as kernels narrow.
+
+    Here it would be too low by more than 1.
+    """
     x = np.random.default_rng(0).gamma(4.0, size=(40, 1))
     law, left_out = esl.density.KDEDensity().with_left_out(jnp.asarray(x))
     width = float(law.bandwidth * law.frame.root[0, 0])
@@ -158,14 +162,14 @@ def test_a_flow_bounds_the_entropy_from_above():
     answer = esl.density.FlowEntropy(jax.random.key(0))(
         sample(np.random.default_rng(1), 2000).astype(np.float32)
     )
-    error = float(answer.standard_error)
+    error = float(answer.standard_error.value)
     assert -5 * error < float(answer.value) - truth < 0.06 + 4 * error
 
 
 # Input
 
 
-def test_coincident_members_are_refused_and_never_minus_infinity(refused):
+def test_coincident_members_are_rejected_and_never_minus_infinity(refused):
     positions = jnp.concatenate([skewed(40), jnp.ones((4, 2))])
     refused(
         lambda: esl.density.NearestNeighborEntropy()(positions),
@@ -180,7 +184,7 @@ def test_coincident_members_are_refused_and_never_minus_infinity(refused):
         )
 
 
-def test_bad_arguments_are_refused(refused):
+def test_bad_arguments_are_rejected(refused):
     refused(
         lambda: esl.density.NearestNeighborEntropy(0),
         "`neighbors` must be an integer of at least 1",
@@ -200,7 +204,7 @@ def test_bad_arguments_are_refused(refused):
     )
 
 
-def test_bad_ensembles_are_refused(refused):
+def test_bad_ensembles_are_rejected(refused):
     refused(
         lambda: esl.density.GaussianEntropy()(jnp.ones((4, 4, 4))),
         r"`positions` must have shape \(n, d\)",
@@ -221,6 +225,16 @@ def test_bad_ensembles_are_refused(refused):
 
 def test_an_entropy_prints_itself():
     assert str(esl.density.Entropy(jnp.array([1.0, 3.0]), "by hand")) == "H = 2 ± 1 nats (by hand)"
-    said = []
-    jax.jit(lambda x: said.append(str(esl.density.Entropy(x, "by hand"))))(jnp.zeros(2))
-    assert said[0].startswith("Entropy(")
+    assert str(esl.density.Entropy(jnp.array([1.0, 3.0]))) == "H = 2 ± 1 nats"
+    lines = []
+    jax.jit(lambda x: lines.append(str(esl.density.Entropy(x, "by hand"))))(jnp.zeros(2))
+    assert lines[0].startswith("Entropy(")
+
+
+def test_the_standard_error_is_named_after_its_number():
+    entropy = esl.density.Entropy(jnp.array([1.0, 2.0, 3.0, 4.0]))
+    truth = np.std([1, 2, 3, 4], ddof=1) / 2
+    np.testing.assert_allclose(entropy.standard_error.value, truth, rtol=1e-6)
+    assert "4 members" in entropy.errors
+    with pytest.raises(AttributeError, match="those of: value"):
+        _ = entropy.standard_error.note

@@ -1,4 +1,4 @@
-"""Kernel and network fields where the affine ones fail, where there is nothing to find, and along a run in a double well."""
+"""RKHS and network fields: where affine ones fail, where there is nothing to find, along a run."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,8 @@ def test_modes_that_diffuse(name):
     assert velocity.bound == "lower"
 
 
-# O9: stiffness, diffusion and E‖v‖² of rotation in a trap, and of linearized stochastic gradients with anisotropic noise.
+# O9: stiffness, diffusion and E‖v‖² of rotation in a trap, and of linearized stochastic gradients
+# with anisotropic noise.
 CIRCULATION = {
     "rotation": (np.array([[1.0, 2.0], [-2.0, 1.0]]), 0.5 * np.eye(2), 4.0),
     "stochastic gradients": (np.array([[2.0, 0.5], [0.5, 1.0]]), np.diag([0.3, 0.1]), 0.017857143),
@@ -64,25 +65,28 @@ def test_stationary_circulation_is_all_housekeeping(velocity, case):
     """From members with exact moments."""
     stiffness, diffusion, truth = CIRCULATION[case]
     x = exact_halves(4000, [0.0, 0.0], solve_continuous_lyapunov(stiffness, 2 * diffusion))
-    found = velocity(
+    result = velocity(
         x.astype(np.float32), (-x @ stiffness.T).astype(np.float32), diffusion.astype(np.float32)
     )
-    np.testing.assert_allclose(found.squared, truth, rtol=0.05)
-    assert abs(float(jnp.mean(found.gradient_contributions))) < 0.05 * truth
+    np.testing.assert_allclose(result.squared, truth, rtol=0.05)
+    assert abs(float(jnp.mean(result.gradient_contributions))) < 0.05 * truth
 
 
 @pytest.mark.parametrize("case", CIRCULATION)
 def test_stationary_circulation_of_plain_samples(case):
-    """Within 5 % where members are many enough to tell: drift and score, 40 times σ each for stochastic gradients, all but cancel."""
+    """Within 5 %, with enough members to resolve it.
+
+    For stochastic gradients the drift and the score, 40 times σ each, all but cancel.
+    """
     stiffness, diffusion, truth = CIRCULATION[case]
     covariance = solve_continuous_lyapunov(stiffness, 2 * diffusion)
     x = np.random.default_rng(0).normal(size=(400_000, 2)) @ np.linalg.cholesky(covariance).T
-    found = esl.AffineVelocity()(
+    velocity = esl.AffineVelocity()(
         x.astype(np.float32), (-x @ stiffness.T).astype(np.float32), diffusion.astype(np.float32)
     )
-    assert float(found.standard_error) < 0.02 * truth
-    np.testing.assert_allclose(found.squared, truth, rtol=0.05)
-    apart = found.contributions - found.gradient_contributions
+    assert float(velocity.standard_error.squared) < 0.02 * truth
+    np.testing.assert_allclose(velocity.squared, truth, rtol=0.05)
+    apart = velocity.contributions - velocity.gradient_contributions
     np.testing.assert_allclose(jnp.mean(apart), truth, rtol=0.05)  # all of it housekeeping
 
 
@@ -92,10 +96,10 @@ def test_stationary_circulation_of_plain_samples(case):
 )
 def test_nothing_moves_at_equilibrium(name):
     x = (np.random.default_rng(1).normal(size=(2000, 2)) * 0.5**0.5).astype(np.float32)
-    found = (esl.AffineVelocity() if name == "affine" else FLEXIBLE[name]())(x, -x, 0.5)
+    velocity = (esl.AffineVelocity() if name == "affine" else FLEXIBLE[name]())(x, -x, 0.5)
     # Both halves' fits err by about d²/n of the scale T k d = 1.
-    assert abs(float(found.squared)) < 5 * float(found.standard_error) + 5 * 8 / 2000
-    apart = found.contributions - found.gradient_contributions
+    assert abs(float(velocity.squared)) < 5 * float(velocity.standard_error.squared) + 5 * 8 / 2000
+    apart = velocity.contributions - velocity.gradient_contributions
     assert abs(float(jnp.mean(apart))) < 5 * float(jnp.std(apart)) / 2000**0.5 + 5 * 8 / 2000
 
 
@@ -103,13 +107,13 @@ def test_nothing_moves_at_equilibrium(name):
 def test_few_members_do_not_explode(seed):
     x = np.random.default_rng(seed).normal(size=(50, 5)).astype(np.float32)
     x[:, 0] += 2
-    found = esl.KernelVelocity()(x, -x, 0.1)
-    assert 0.5 < float(found.squared) / (4 + 5 * 0.81) < 1.5
+    velocity = esl.KernelVelocity()(x, -x, 0.1)
+    assert 0.5 < float(velocity.squared) / (4 + 5 * 0.81) < 1.5
 
 
 @pytest.mark.slow
 def test_double_well_with_noise():
-    """Σ, L² and W2² within 3 % of the Fokker-Planck equation, where a cloud on the top falls into both wells."""
+    """Σ, L² and W2² within 3 % of the Fokker-Planck equation; the cloud falls into two wells."""
     cloud = oracles_fokker_planck.FallingCloud()
     truth = cloud.numbers()
     potential, rule = (
@@ -129,10 +133,11 @@ def test_double_well_with_noise():
         velocity=esl.KernelVelocity(),
         potential=potential,
     )
-    found = (report.entropy_production, report.length_squared, report.w2_squared)
-    np.testing.assert_allclose(found, truth, rtol=0.03)
+    measured = (report.entropy_production, report.length_squared, report.w2_squared)
+    np.testing.assert_allclose(measured, truth, rtol=0.03)
     assert abs(float(report.housekeeping)) < 1e-6
-    # Affine fields see one broad cloud and miss most of it; the chain of empirical laws adds the noise of every link.
+    # Affine fields see one broad cloud and miss most of it; the chain of empirical laws adds the
+    # noise of every link.
     assert report.entropy_production_chain > 1.1 * report.entropy_production
     moments = {
         "transport": esl.GaussianTransport(),
@@ -143,7 +148,10 @@ def test_double_well_with_noise():
 
 
 def test_few_members_in_one_dimension_do_not_fool_the_cross_validation():
-    """Halves of 25 Gaussian members, whose best field is affine: the best of 25 kernels must not win by chance and blow up."""
+    """Halves of 25 Gaussian members, whose best field is affine.
+
+    The best of 25 kernels must not win by chance and blow up.
+    """
     keys = jax.random.split(jax.random.key(7), 60)
 
     def draw(key):

@@ -454,9 +454,7 @@ def test_a_run_at_fixed_controls_has_no_reversible_part():
 # Bad input
 
 BAD = {
-    "`potential` must be a potential such as Quadratic.*, but is None": {
-        "potential": None
-    },
+    "`potential` must be a potential such as Quadratic.*, but is None": {"potential": None},
     "`entropy` must be an entropy estimator such as GaussianEntropy.*, but is 'gaussian'": {
         "entropy": "gaussian"
     },

@@ -24,7 +24,7 @@ every = pytest.mark.parametrize(
 
 
 def snapshot(n=41, d=2, seed=0, dtype=np.float32):
-    """A skewed, sheared cloud in a drift that is neither linear nor a gradient, with a diffusion that mixes axes."""
+    """A skewed, sheared cloud in a drift neither linear nor a gradient; a diffusion mixes axes."""
     rng = np.random.default_rng(seed)
     x = (
         np.column_stack([rng.gamma(4.0, size=n), *(rng.normal(size=(d - 1, n)) * 3.0)])
@@ -95,7 +95,7 @@ def test_snapshots_follow_each_other_inside_a_scan(name):
 @pytest.mark.parametrize("name", ["kde", "histogram"])
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_shapes_of_a_diffusion_agree(name):
-    """A scalar, the same along each axis, and as a matrix; and a matrix mixes the axes of the score."""
+    """A scalar, a diagonal and a matrix agree; a matrix mixes the axes of the score."""
     velocity, given = VELOCITIES[name](), snapshot()
     answers = [
         velocity(given.positions, given.drift, d).squared
@@ -112,7 +112,10 @@ def test_the_shapes_of_a_diffusion_agree(name):
 @pytest.mark.parametrize("name", ["kde", "histogram"])
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_change_of_coordinates_changes_nothing(name):
-    """Members in other units and in another place move alike: v scales, and the diffusion with its square."""
+    """Members in other units and in another place move alike.
+
+    v scales, and the diffusion with its square.
+    """
     velocity, given = VELOCITIES[name](), snapshot()
     here = velocity(given.positions, given.drift, given.diffusion)
     there = velocity(given.positions * 4 + 8, given.drift * 4, given.diffusion * 16)
@@ -164,10 +167,10 @@ def test_two_modes_that_diffuse_freely(name):
         )
         answer = velocity(x, jnp.zeros_like(x), 1.0)
         ratios.append(float(answer.squared) / truth)
-        errors.append(float(answer.standard_error) / truth)
+        errors.append(float(answer.standard_error.squared) / truth)
         assert float(esl.AffineVelocity()(x, jnp.zeros_like(x), 1.0).squared) < 0.1 * truth
     assert -0.1 < np.mean(ratios) - 1 < 3 * np.mean(errors) / np.sqrt(len(ratios))
-    # What `standard_error` says is what comes out over seeds.
+    # `standard_error` is the spread over seeds.
     if name != "flow":
         assert 0.4 < np.std(ratios, ddof=1) / np.mean(errors) < 2.0
 
@@ -177,7 +180,10 @@ def test_two_modes_that_diffuse_freely(name):
 )
 @pytest.mark.parametrize("end", [False, True])
 def test_an_ornstein_uhlenbeck_snapshot(name, d, end):
-    """O1 at its start and at its end: against the members' true velocities, so that their own sampling does not count."""
+    """O1 at its start and at its end.
+
+    Against the members' true velocities, so that the sampling of the members does not count.
+    """
     (mean, variance) = (2 * np.exp(-1), 0.1 + 0.9 * np.exp(-2)) if end else (2.0, 1.0)
     ratios, errors = [], []
     for seed in range(3):
@@ -197,7 +203,10 @@ def test_an_ornstein_uhlenbeck_snapshot(name, d, end):
 
 @pytest.mark.parametrize("name", ["kde", "histogram"])
 def test_means_stay_below_and_follow_a_drift_that_is_not_linear(name):
-    """A double well's equilibrium, displaced by .3: σ = ∫ p (Φ'(x + .3) - Φ'(x))², of which affine fields miss a fifth."""
+    """The equilibrium p of a double well, displaced by .3: σ = ∫ p (Φ'(x + .3) - Φ'(x))².
+
+    Affine fields miss a fifth of it.
+    """
 
     def force(x):
         return -8 * x * (x**2 - 1)
@@ -209,7 +218,7 @@ def test_means_stay_below_and_follow_a_drift_that_is_not_linear(name):
     truth = np.sum(weight * true**2)
     x = np.random.default_rng(0).choice(grid, size=(2000, 1), p=weight) + 0.3
     answer = VELOCITIES[name]()(x.astype(np.float32), force(x).astype(np.float32), 0.5)
-    error = float(answer.standard_error)
+    error = float(answer.standard_error.squared)
     assert -0.1 * truth - 5 * error < float(answer.squared) - truth < 5 * error
     below = esl.AffineVelocity()(x.astype(np.float32), force(x).astype(np.float32), 0.5).squared
     assert float(below) < 0.9 * truth
@@ -221,22 +230,27 @@ def test_nothing_moves_at_equilibrium(name):
     """A Gaussian at rest, whose drift alone has σ = 1."""
     x = np.random.default_rng(0).normal(size=(2000, 1)).astype(np.float32)
     answer = VELOCITIES[name]()(x, -x, 1.0)
-    assert -0.01 < float(answer.squared) < 3 * float(answer.standard_error) + 0.002
+    assert -0.01 < float(answer.squared) < 3 * float(answer.standard_error.squared) + 0.002
 
 
 @pytest.mark.parametrize("name", ["kde", "histogram"])
 def test_a_drift_that_scatters_about_its_mean_moves_nothing_more(name):
-    """The drift of a projected law is no function of its positions. Only its mean at each place moves the law: σ = 1, where the score
-    plugged in would answer 5."""
+    """The drift of a projected law is no function of its positions.
+
+    Only its mean at each place moves the law: σ = 1, where the score plugged in would answer 5.
+    """
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2000, 1)).astype(np.float32)
     answer = VELOCITIES[name]()(x, 1 - x + 2 * rng.normal(size=x.shape), 1.0)
-    assert abs(float(answer.squared) - 1) < 4 * float(answer.standard_error)
-    assert float(answer.standard_error) < 0.12
+    assert abs(float(answer.squared) - 1) < 4 * float(answer.standard_error.squared)
+    assert float(answer.standard_error.squared) < 0.12
 
 
 def test_few_members_in_many_dimensions_fall_back_on_their_moments():
-    """A Gaussian displaced in 10 dimensions: 400 members know little of their density, and the answer is the affine one."""
+    """A Gaussian displaced in 10 dimensions, of which 400 members determine only the moments.
+
+    The answer is the affine one.
+    """
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 10)).astype(np.float32)
     answer, affine = (
@@ -259,7 +273,7 @@ def test_few_members_are_answered_by_their_affine_field(name, n):
     assert np.isclose(answer.squared, affine.squared, rtol=1e-5) == (n < 32)
 
 
-def test_what_each_estimator_says_of_itself():
+def test_each_estimator_describes_itself():
     given = snapshot()
     for name in ("kde", "histogram"):
         velocity = VELOCITIES[name]()
@@ -275,7 +289,7 @@ def test_what_each_estimator_says_of_itself():
 # Input
 
 
-def test_bad_input_is_refused(refused):
+def test_bad_input_is_rejected(refused):
     refused(lambda: esl.FlowVelocity(0), "`key` must be made by `jax.random.key`")
     refused(
         lambda: esl.FlowVelocity(jax.random.key(0), steps=0),
@@ -291,5 +305,5 @@ def test_bad_input_is_refused(refused):
             lambda name=name: once(
                 VELOCITIES[name](), esl.velocity.Snapshot(given.positions[:, :2])
             ),
-            "`snapshot` must carry the drift",
+            "`snapshot` must carry `drift`, `diffusion` for this estimator, but has no",
         )

@@ -1,4 +1,4 @@
-"""Velocities of one snapshot: the contract of every estimator, the affine one against closed forms, and Σ from velocities along a run."""
+"""Velocities of one snapshot: contracts, closed forms of the affine one, and Σ along a run."""
 
 import chex
 import equinox as eqx
@@ -61,24 +61,26 @@ def test_contract(name):
         traces += 1
         return estimate(velocity, snapshot)
 
-    found = [compiled(velocity, one) for one in given]
+    answers = [compiled(velocity, one) for one in given]
     assert traces == 1
-    # What training and the choice of a bandwidth amplify is rounding, not more.
+    # Training and the choice of a bandwidth amplify rounding, and nothing else.
     close = {"rtol": 1e-2, "atol": 1e-2} if name == "network" else {"rtol": 1e-3, "atol": 1e-3}
-    chex.assert_trees_all_close(estimate(velocity, given[0]), found[0], **close)
+    chex.assert_trees_all_close(estimate(velocity, given[0]), answers[0], **close)
     stacked = jax.jit(jax.vmap(lambda one: estimate(velocity, one)))(
         jax.tree.map(lambda *x: jnp.stack(x), *given)
     )
-    chex.assert_trees_all_close(stacked, jax.tree.map(lambda *x: jnp.stack(x), *found), **close)
-    assert {leaf.dtype for leaf in jax.tree.leaves(found[0])} == {np.dtype(np.float32)}
-    assert found[0].values.shape == given[0].positions.shape
-    assert found[0].contributions.shape == (24,)
-    np.testing.assert_allclose(found[0].squared, np.mean(found[0].contributions), rtol=1e-5)
+    chex.assert_trees_all_close(stacked, jax.tree.map(lambda *x: jnp.stack(x), *answers), **close)
+    assert {leaf.dtype for leaf in jax.tree.leaves(answers[0])} == {np.dtype(np.float32)}
+    assert answers[0].values.shape == given[0].positions.shape
+    assert answers[0].contributions.shape == (24,)
+    np.testing.assert_allclose(answers[0].squared, np.mean(answers[0].contributions), rtol=1e-5)
     np.testing.assert_allclose(
-        found[0].standard_error, np.std(found[0].contributions, ddof=1) / np.sqrt(24), rtol=1e-4
+        answers[0].standard_error.squared,
+        np.std(answers[0].contributions, ddof=1) / np.sqrt(24),
+        rtol=1e-4,
     )
-    assert ("lower bound" in str(found[0])) == (name in VARIATIONAL)
-    assert found[0].note in str(found[0])
+    assert ("lower bound" in str(answers[0])) == (name in VARIATIONAL)
+    assert answers[0].note in str(answers[0])
 
 
 @pytest.mark.parametrize("name", VELOCITIES)
@@ -93,7 +95,8 @@ def test_finite_values_and_gradients_at_the_edges(name, case):
             lambda x: jnp.broadcast_to(x[:1], x.shape) if x.ndim == 2 else x, given
         )
     else:
-        # One value of the second coordinate and members in pairs: no covariance and a singular kernel matrix.
+        # One value of the second coordinate and members in pairs: no covariance and a singular
+        # kernel matrix.
         given = jax.tree.map(
             lambda x: jnp.repeat(x[:12], 2, axis=0).at[:, 1].set(1.0) if x.ndim == 2 else x, given
         )
@@ -147,7 +150,10 @@ def test_gradients_are_finite_differences(velocity):
 @pytest.mark.parametrize("name", ["affine", "kernel"])
 @pytest.mark.parametrize(("n", "law"), [(40, "normal"), (200, "mixture")])
 def test_cross_fitting_bounds_from_below(name, n, law):
-    """The mean over repetitions is at most the truth, where a fit that is judged by its own members is above it by 2 d²/n and more."""
+    """The mean over repetitions is at most the truth.
+
+    A fit that is judged by its own members is above it by 2 d²/n and more.
+    """
     velocity = (
         esl.AffineVelocity()
         if name == "affine"
@@ -161,12 +167,12 @@ def test_cross_fitting_bounds_from_below(name, n, law):
         return estimate(velocity, esl.velocity.Snapshot(x, 0 * x, jnp.ones(()))).squared
 
     truth = 3.0 if law == "normal" else 3.993714  # T² E‖∇log q‖² of free diffusion
-    found = np.asarray(
+    values = np.asarray(
         jax.jit(lambda keys: jax.lax.map(once, keys))(jax.random.split(jax.random.key(0), 100))
     )
-    assert np.mean(found) <= truth + 5 * np.std(found) / 10
+    assert np.mean(values) <= truth + 5 * np.std(values) / 10
     if (name, law) == ("affine", "mixture"):
-        np.testing.assert_allclose(np.mean(found), 0.235294, atol=5 * np.std(found) / 10 + 0.01)
+        np.testing.assert_allclose(np.mean(values), 0.235294, atol=5 * np.std(values) / 10 + 0.01)
 
 
 # Closed forms
@@ -179,7 +185,10 @@ def test_cross_fitting_bounds_from_below(name, n, law):
     ids=["scalar", "diagonal", "matrix"],
 )
 def test_affine_is_exact_for_its_own_moments(diffusion):
-    """Linear drift -K θ of a normal law: v = -K (θ - c) - D ∇log q and its gradient part, from members whose halves have exact moments."""
+    """Linear drift -K θ of a normal law: v = -K (θ - c) - D ∇log q, and its gradient part.
+
+    From members whose halves have exact moments.
+    """
     stiffness, covariance = np.array([[1.0, 2.0], [-1.5, 0.7]]), np.array([[1.0, 0.3], [0.3, 0.5]])
     x = exact_halves(4000, [2.0, 1.0], covariance)
     velocity = esl.AffineVelocity()(x, -x @ stiffness.T, diffusion)
@@ -202,12 +211,15 @@ def test_affine_is_exact_for_its_own_moments(diffusion):
 
 
 def exact_halves(n, mean, covariance):
-    """Normal members whose every second one, and the others, have exactly this mean and covariance (1/n)."""
+    """Normal members, of which every second one, and the others, have exactly these moments.
+
+    The covariance is that of 1/n.
+    """
     x = np.random.default_rng(0).normal(size=(n, len(mean)))
     for half in (slice(0, None, 2), slice(1, None, 2)):
-        centred = x[half] - x[half].mean(axis=0)
+        centered = x[half] - x[half].mean(axis=0)
         x[half] = np.linalg.solve(
-            np.linalg.cholesky(centred.T @ centred / len(centred)), centred.T
+            np.linalg.cholesky(centered.T @ centered / len(centered)), centered.T
         ).T
     return x @ np.linalg.cholesky(np.asarray(covariance)).T + mean
 
@@ -287,7 +299,7 @@ def by_velocities(system, start):
 
 @pytest.mark.parametrize("d", [1, 10])
 def test_ornstein_uhlenbeck(d):
-    """O1 within 3 %; the chain, which sees one link at a time, stays below by what the spacing hides."""
+    """O1 within 3 %; the chain, one link at a time, stays below by the motion within links."""
     system, n = systems.ornstein_uhlenbeck(d, 400), 20_000
     x = exact_halves(n, 2 * np.eye(d)[0], np.eye(d)).astype(np.float32)
     report = by_velocities(system, x)
@@ -326,7 +338,7 @@ def test_housekeeping_is_what_a_chain_does_not_see():
     )
 
 
-def test_unmatched_pairs_are_refused(refused):
+def test_unmatched_pairs_are_rejected(refused):
     system = systems.ornstein_uhlenbeck(1, 8)
     path = system.run(system.sample(8, jax.random.key(0)), 4, jax.random.key(1))
 

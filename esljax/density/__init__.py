@@ -15,6 +15,7 @@ from esljax.density.flow import FlowDensity
 from esljax.density.gaussian import GaussianDensity
 from esljax.density.histogram import HistogramDensity
 from esljax.density.kernel import KDEDensity
+from esljax.density.training import train
 
 __all__ = [
     "BLOCK",
@@ -34,4 +35,5 @@ __all__ = [
     "KDEEntropy",
     "NearestNeighborEntropy",
     "TransportedEntropy",
+    "train",
 ]

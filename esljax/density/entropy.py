@@ -1,31 +1,55 @@
-r"""The differential entropy of an ensemble from its members: H[q] = -E log q, in nats, for the free energy F = E Φ - T H.
+r"""The differential entropy of an ensemble from its members, for the free energy F = E Φ - T H.
 
-Every estimator is a mean over members, H ≈ (1/n) Σ_i h_i, whose terms are -log q̂ at the member plus what corrects a known bias. The terms
-are kept: their spread is the standard error, and a jackknife may leave some out. In other units of θ every estimate moves by the
-logarithm of the unit for each coordinate, as H itself does.
+    H[q] = -E log q ≈ (1/n) Σ_i h_i,    in nats
+
+Each term h_i is -log q̂ at member i plus a correction for a known bias. The result keeps the terms:
+their spread is the standard error, and a jackknife may leave some out. A change of the units of θ
+moves every estimate by the logarithm of the unit for each coordinate, as it moves H itself.
 """
 
 import abc
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import digamma
 
-from esljax._checks import check_ensemble, check_key, check_positive_int, known, refuse
+from esljax._checks import (
+    check_ensemble,
+    check_key,
+    check_positive_int,
+    known,
+    refuse,
+    wrong_answer,
+)
+from esljax._numerics import product
 from esljax._types import Array, ArrayLike, Float, Key, Scalar
 from esljax.density.base import BLOCK, Frame
 from esljax.density.flow import FlowDensity
 from esljax.density.histogram import HistogramDensity
 from esljax.density.kernel import KDEDensity
+from esljax.results import StandardErrors, measured
 
 
 class Entropy(eqx.Module):
-    """An entropy with its standard error and what it is worth."""
+    """An entropy with its standard error; `print` shows it.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> entropy = esl.density.Entropy(jnp.array([1.0, 3.0]), "by hand")
+        >>> print(entropy)
+        H = 2 ± 1 nats (by hand)
+        >>> float(entropy.standard_error.value), entropy.errors
+        (1.0, 'spread over 2 members; bias is not included')
+    """
 
     contributions: Float[Array, " n"]
-    """One number for each member, in nats, whose mean is the entropy."""
+    """One number for each member, shape (n,), in nats, whose mean is the entropy."""
     note: str = eqx.field(static=True, default="")
     """How it was estimated and in which direction it errs, in words."""
 
@@ -35,37 +59,79 @@ class Entropy(eqx.Module):
         return jnp.mean(self.contributions)
 
     @property
-    def standard_error(self) -> Scalar:
-        """The standard error of `value` over members; of its bias it says nothing."""
-        return jnp.std(self.contributions, ddof=1) / jnp.sqrt(self.contributions.shape[0])
+    def standard_error(self) -> StandardErrors:
+        """The standard error of `value`, shape (), in nats."""
+        spread = jnp.std(self.contributions, ddof=1)
+        return StandardErrors({"value": spread / jnp.sqrt(self.contributions.shape[0])})
+
+    @property
+    def errors(self) -> str:
+        """The sample behind `standard_error`, in words."""
+        return f"spread over {self.contributions.shape[0]} members; bias is not included"
 
     def __str__(self) -> str:
         if not known(self.contributions) or self.contributions.ndim != 1:
             return repr(self)
-        return f"H = {float(self.value):.6g} ± {float(self.standard_error):.2g} nats ({self.note})"
+        note = f" ({self.note})" if self.note else ""
+        return f"H = {measured(self.value, self.standard_error.value)} nats{note}"
 
 
 class AbstractEntropy(eqx.Module):
-    """A way to estimate the entropy of an ensemble. Calls look like `GaussianEntropy()(positions)`."""
+    """A way to estimate the entropy of an ensemble, called as `GaussianEntropy()(positions)`.
+
+    A subclass defines one method, `estimate`, which returns an `Entropy` with one number for each
+    member. Its fields are its settings.
+
+    **Example:** the entropy of an exponential law on the positive axis, 1 + log(mean).
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> class ExponentialEntropy(esl.density.AbstractEntropy):
+        ...     def estimate(self, positions):
+        ...         mean = jnp.mean(positions, axis=0)
+        ...         terms = jnp.sum(positions / mean + jnp.log(mean), axis=1)
+        ...         return esl.density.Entropy(terms, "of the exponential law of this mean")
+        >>> print(ExponentialEntropy()(jnp.array([[1.0], [2.0], [2.0], [3.0]])))
+        H = 1.69315 ± 0.2 nats (of the exponential law of this mean)
+    """
 
     @abc.abstractmethod
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
-        """The entropy of the law of these members. Values are not checked: for use inside `jit`, `vmap` and `scan`."""
+        """Return the entropy of the law of these members, shape (n, d).
+
+        The values of the members are not checked: for use inside `jit`, `vmap` and `scan`.
+        """
+
+    def checked_estimate(self, positions: Float[Array, "n d"]) -> Entropy:
+        """Return `estimate(positions)`, or reject an answer of the wrong kind or shape.
+
+        **Raises:** `InputError` for anything but an `Entropy` with one number for each member.
+        """
+        answer: Any = self.estimate(positions)
+        if not isinstance(answer, Entropy):
+            raise wrong_answer("entropy", self, "estimate", "an Entropy", answer)
+        if jnp.shape(answer.contributions) != positions.shape[:1]:
+            expected = f"contributions of shape {positions.shape[:1]}"
+            raise wrong_answer("entropy", self, "estimate", expected, answer.contributions)
+        return answer
 
     def __call__(self, positions: Float[ArrayLike, "n d"]) -> Entropy:
-        """The entropy of the law of these members, compiled once per shape.
+        """Estimate the entropy of the law of these members, compiled once per shape.
 
         **Args:** `positions`: shape (n, d), n ≥ 4, one row per member.
         **Returns:** `Entropy`; `print` shows it.
-        **Raises:** `InputError` for wrong shapes, for members that are not finite, and where the members have no entropy because they
-        coincide or lie in a plane. Under `jit`, where values cannot be looked at, these give NaN, never -∞.
+        **Raises:** `InputError` for wrong shapes, for members that are not finite, and where the
+        members have no entropy because they coincide or lie in a plane. Under `jit`, where values
+        are not known, these give NaN, never -∞.
         **Differentiation:** as the class documents.
 
         **Example:**
 
             >>> import jax
-            >>> entropy = GaussianEntropy()(jax.random.normal(jax.random.key(0), (2000, 1)))
-            >>> abs(float(entropy.value) - 1.4189) < 5 * float(entropy.standard_error)  # ½ log(2πe)
+            >>> import esljax as esl
+            >>> x = jax.random.normal(jax.random.key(0), (2000, 1))
+            >>> entropy = esl.density.GaussianEntropy()(x)
+            >>> bool(abs(entropy.value - 1.4189) < 5 * entropy.standard_error.value)  # ½ log(2πe)
             True
         """
         positions = jnp.asarray(positions)
@@ -81,22 +147,27 @@ class AbstractEntropy(eqx.Module):
         return answer
 
 
-@eqx.filter_jit
-def _compiled_estimate(entropy: AbstractEntropy, positions: Float[Array, "n d"]) -> Entropy:
-    return entropy.estimate(positions)
-
-
 class GaussianEntropy(AbstractEntropy):
-    r"""The entropy of the Gaussian of the same covariance: exact for Gaussian laws, an upper bound for every other.
+    r"""The entropy of the Gaussian of the same covariance: an upper bound, exact for Gaussian laws.
 
         H = ½ d log(2πe) + ½ log|C|,    log|C| ≈ log|A| - d log 2 - Σ_{i=1..d} ψ((n - i)/2)
 
-    A is the scatter matrix Σ_i (θ_i - θ̄)(θ_i - θ̄)ᵀ. With the digammas the estimate is unbiased for Gaussian laws at every n > d; without
-    them it would be low by about d(d + 3)/4n.
+    A is the scatter matrix Σ_i (θ_i - θ̄)(θ_i - θ̄)ᵀ. With the digammas the estimate is unbiased for
+    Gaussian laws at every n > d; without them it would be low by about d(d + 3)/4n.
 
     **Raises:** `InputError` for n ≤ d, where the covariance has no volume.
     **Differentiation:** forward and reverse, of every order.
-    **Reference:** Misra, Singh and Demchuk, "Estimation of the entropy of a multivariate normal distribution", JMVA 92, 324 (2005).
+    **Reference:** Misra, Singh and Demchuk, "Estimation of the entropy of a multivariate normal
+    distribution", JMVA 92, 324 (2005).
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (500, 1))
+        >>> entropy = esl.density.GaussianEntropy()(x)
+        >>> bool(abs(entropy.value - 1.4189) < 5 * entropy.standard_error.value)  # ½ log(2πe)
+        True
     """
 
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
@@ -107,15 +178,16 @@ class GaussianEntropy(AbstractEntropy):
                 f"hold more than {d} members for {d} coordinates to span a volume",
                 f"holds {n}",
             )
-        centred = positions - jnp.mean(positions, axis=0)
-        root = jnp.linalg.cholesky(jnp.matmul(centred.T, centred, precision="highest") / n)
-        white = jax.scipy.linalg.solve_triangular(root, centred.T, lower=True)
+        centered = positions - jnp.mean(positions, axis=0)
+        root = jnp.linalg.cholesky(product(centered.T, centered) / n)
+        white = solve_triangular(root, centered.T, lower=True)
         volume = (
             2 * jnp.sum(jnp.log(jnp.diagonal(root)))
             + d * jnp.log(n / 2)
             - jnp.sum(digamma((n - jnp.arange(1, d + 1)) / 2))
         )
-        # The squares of the whitened members have mean d exactly, and spread the terms as the influence of each member on log|C|.
+        # The squares of the whitened members have mean d exactly, and spread the terms as each
+        # member's influence on log|C| does.
         terms = (d * jnp.log(2 * jnp.pi) + volume + jnp.sum(white**2, axis=0)) / 2
         return Entropy(
             terms.astype(positions.dtype),
@@ -124,21 +196,32 @@ class GaussianEntropy(AbstractEntropy):
 
 
 class NearestNeighborEntropy(AbstractEntropy):
-    r"""Distances to the k-th nearest neighbor: no bandwidth, little bias up to a few dimensions, a larger spread than the others.
+    r"""Distances to the k-th nearest neighbor: no bandwidth, little bias up to a few dimensions.
 
         H = (1/n) Σ_i [ψ(n) - ψ(k) + log V_d + d log r_i] + log|L|
 
-    r_i is the distance of member i from its k-th nearest neighbor in the frame of `density`, where the cloud has covariance 1 and not
-    L Lᵀ; V_d is the volume of the unit ball. The bias falls as (k/n)^{2/d}; it is upward where the density falls off inside the balls, as
-    it does in many dimensions. O(n²).
+    r_i is the distance of member i from its k-th nearest neighbor in the `Frame` of the ensemble,
+    where the cloud has covariance 1 and not L Lᵀ; V_d is the volume of the unit ball. The terms
+    spread more than those of the other estimators. The bias falls as (k/n)^{2/d}; it is upward
+    where the density falls off inside the balls, as it does in many dimensions. O(n²).
 
-    Members that coincide k + 1 at a time have r = 0: refused, and NaN under `jit`. Two equal members are no rarity among thousands in
-    float32, which is one reason not to take k = 1.
+    If k + 1 members coincide they have r = 0: they are rejected, and give NaN under `jit`. Two
+    equal members are no rarity among thousands in float32, which is one reason not to take k = 1.
 
-    **Args:** `neighbors`: k, at least 1: a larger k trades spread for bias.
+    **Args:** `neighbors`: k, at least 1; a larger k trades spread for bias.
     **Raises:** `InputError` if `neighbors` is not a positive integer or n ≤ k.
     **Differentiation:** forward and reverse, of every order, at the neighbors found.
-    **Reference:** Kozachenko and Leonenko, Probl. Inf. Transm. 23, 95 (1987); Kraskov, Stögbauer and Grassberger, PRE 69, 066138 (2004).
+    **Reference:** Kozachenko and Leonenko, Probl. Inf. Transm. 23, 95 (1987); Kraskov, Stögbauer
+    and Grassberger, PRE 69, 066138 (2004).
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (500, 1))
+        >>> entropy = esl.density.NearestNeighborEntropy(neighbors=5)(x)
+        >>> bool(abs(entropy.value - 1.4189) < 5 * entropy.standard_error.value)  # ½ log(2πe)
+        True
     """
 
     neighbors: int = eqx.field(static=True, default=3)
@@ -159,7 +242,8 @@ class NearestNeighborEntropy(AbstractEntropy):
         def neighbor(one):
             i, y = one
             squares = jnp.sum((members - y) ** 2, axis=1).at[i].set(jnp.inf)
-            # A few passes: `top_k` takes ten times as long on a CPU (2000 members in 2 or 10 dimensions).
+            # k passes: `top_k` takes ten times as long on a CPU (2000 members in 2 or 10
+            # dimensions).
             for _ in range(k - 1):
                 squares = squares.at[jnp.argmin(squares)].set(jnp.inf)
             return jnp.min(squares)
@@ -173,11 +257,23 @@ class NearestNeighborEntropy(AbstractEntropy):
 
 
 class KDEEntropy(AbstractEntropy):
-    """-log q̂_{-i} at each member i, with kernels around all the others (`KDEDensity`): too high by what kernels smear, in expectation,
-    but for the little that one bandwidth learns from the members that it is judged by. O(n²).
+    """-log q̂_{-i} at each member i, with kernels around all the others (`KDEDensity`). O(n²).
 
-    **Differentiation:** forward and reverse, of every order, at the bandwidth found.
-    **Reference:** Hall and Morton, "On the estimation of entropy", Ann. Inst. Statist. Math. 45, 69 (1993).
+    In expectation too high by the smearing of the kernels, but for the little that the one
+    bandwidth learns from the members that it is judged by.
+
+    **Differentiation:** forward and reverse, of every order, at the bandwidth chosen.
+    **Reference:** Hall and Morton, "On the estimation of entropy", Ann. Inst. Statist. Math. 45,
+    69 (1993).
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (500, 1))
+        >>> entropy = esl.density.KDEEntropy()(x)
+        >>> bool(abs(entropy.value - 1.4189) < 5 * entropy.standard_error.value)  # ½ log(2πe)
+        True
     """
 
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
@@ -189,15 +285,25 @@ class KDEEntropy(AbstractEntropy):
 
 
 class HistogramEntropy(AbstractEntropy):
-    r"""Counts c in the bins of `HistogramDensity`, corrected for their number, in at most three dimensions.
+    r"""Counts c in the bins of `HistogramDensity`, corrected for the number of bins.
 
         H = -Σ_bins (c/n) log(c/(n volume)) + (occupied bins - 1)/2n
 
-    The last term undoes the first order of what counting noise takes away; the width of the bins adds about E|∇log q · width|²/24.
+    The last term cancels the first order of the bias by counting noise; the width of the bins adds
+    about E|∇log q · width|²/24.
 
     **Raises:** `InputError` in more than three dimensions.
-    **Differentiation:** none in the members that is of use: counts are steps, so that only the box stretches.
+    **Differentiation:** of no use in the members: counts are steps, so that only the box stretches.
     **Reference:** Miller, "Note on the bias of information estimates" (1955).
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (500, 1))
+        >>> entropy = esl.density.HistogramEntropy()(x)
+        >>> bool(abs(entropy.value - 1.4189) < 5 * entropy.standard_error.value)  # ½ log(2πe)
+        True
     """
 
     def estimate(self, positions: Float[Array, "n d"]) -> Entropy:
@@ -214,12 +320,22 @@ class HistogramEntropy(AbstractEntropy):
 
 
 class FlowEntropy(AbstractEntropy):
-    """-log q̂ at each member, with a normalizing flow (`FlowDensity`) fitted to the half of the members that it is not in: in expectation an
-    upper bound of H, by the relative entropy of the law to the flow.
+    """-log q̂ at each member, with a normalizing flow fitted to the half that it is not in.
 
-    **Args:** `key`: what the flow is drawn from. `steps`: of the optimizer, for each half.
+    In expectation an upper bound of H, above it by the relative entropy of the law to the flow.
+
+    **Args:** `key`: draws the flow. `steps`: as in `FlowDensity`, for each half.
     **Raises:** `InputError` if `key` is not a key or `steps` not a positive integer.
-    **Differentiation:** forward and reverse; in the members also through the optimization of the flow, which costs its memory.
+    **Differentiation:** forward and reverse; in the members also through the optimization of the
+    flow, which costs its memory.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (40, 1))
+        >>> esl.density.FlowEntropy(jax.random.key(1), steps=2)(x).contributions.shape
+        (40,)
     """
 
     key: Key
@@ -243,12 +359,41 @@ class FlowEntropy(AbstractEntropy):
 
 
 class TransportedEntropy(eqx.Module):
-    """H(s) = H(0) + ∫ E[∇·v] ds, the entropy of the start, carried along by the velocity that `free_energy` is given.
+    """The entropy of the start, carried along by the velocity that `free_energy` is given.
 
-    What the estimator gets wrong about the start is then wrong by the same amount at all times. The velocity must know its divergence, and
-    is fitted anew without each group of the jackknife, as an error of the field is an error of H.
+        H(s) = H(0) + ∫₀ˢ E[∇·v] ds
+
+    An error of the estimate at the start then shifts H by the same amount at all times. The
+    velocity must know its divergence, and is fitted anew without each group of the jackknife,
+    because an error of the field is an error of H.
 
     **Args:** `start`: the estimator of H(0).
+    **Raises:** `InputError` if `start` is no entropy estimator.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> potential, rule = esl.Quadratic(1.0), esl.Langevin(0.1, 0.5)
+        >>> x = jax.random.normal(jax.random.key(0), (64, 1))
+        >>> run = {"steps": 8, "snapshots": 4, "key": jax.random.key(1)}
+        >>> path = esl.simulate(potential, rule, x, **run)
+        >>> entropy = esl.density.TransportedEntropy(esl.density.GaussianEntropy())
+        >>> velocity = esl.AffineVelocity()
+        >>> report = esl.free_energy(path, potential, entropy=entropy, velocity=velocity)
+        >>> bool(report.entropy[-1] < report.entropy[0])  # the law narrows
+        True
     """
 
     start: AbstractEntropy
+
+    def __check_init__(self):
+        if not isinstance(self.start, AbstractEntropy):
+            raise refuse(
+                "start", "be an entropy estimator such as GaussianEntropy()", f"is {self.start!r}"
+            )
+
+
+@eqx.filter_jit
+def _compiled_estimate(entropy: AbstractEntropy, positions: Float[Array, "n d"]) -> Entropy:
+    return entropy.checked_estimate(positions)

@@ -1,4 +1,7 @@
-"""Normalizing flows, from flowjax."""
+r"""Normalizing flows: a smooth invertible map f from the ensemble to a standard normal.
+
+log q̂(θ) = log N(f(y); 0, 1) + log|∂f/∂y| - log|L|,    y = L⁻¹(θ - θ̄)
+"""
 
 from typing import ClassVar
 
@@ -12,21 +15,36 @@ from flowjax.flows import block_neural_autoregressive_flow
 from esljax._checks import check_key, check_positive, check_positive_int
 from esljax._types import Array, Float, Key, Scalar
 from esljax.density.base import AbstractDensity, AbstractLogDensity, Frame
+from esljax.density.training import train
 
 
 class FlowDensity(AbstractDensity):
-    r"""A normalizing flow: smooth invertible layers from the ensemble to a standard normal, fitted by likelihood.
+    r"""A normalizing flow: smooth invertible layers from the ensemble to a standard normal.
 
         log q̂(θ) = log N(f(y); 0, 1) + log|∂f/∂y| - log|L|
 
-    f is a block neural autoregressive flow of smooth layers, so that the score is smooth as well. All but every fifth member are fitted, by
-    Adam on a cosine that ends at 0; what is kept are the parameters at which the members left over were likeliest.
+    f is a block neural autoregressive flow of smooth layers, so that the score is smooth as well.
+    Four members in five are fitted by likelihood, with Adam on a cosine that ends at 0; the fit is
+    the parameters at which every fifth member, left over, was likeliest.
 
-    **Args:** `key`: what the parameters of the first fit are drawn from. `layers`: of the flow. `width`: hidden units per coordinate.
-    `steps`: of the optimizer, per fit. `learning_rate`: of Adam, at the start.
+    **Args:** `key`: draws the parameters of the first fit. `layers`: of the flow. `width`: hidden
+    units per coordinate. `steps`: parameters that are compared in each fit; the first are those
+    that it starts from, each of the others is one update by Adam away from the one before.
+    `learning_rate`: of Adam, at the start.
     **Raises:** `InputError` if `key` is not a key or a number is not positive.
-    **Differentiation:** forward and reverse, of every order, in x. In the members it goes through the optimization and costs its memory.
-    **Reference:** De Cao, Aziz and Titov, "Block neural autoregressive flow", UAI 2019. The flow itself is flowjax's.
+    **Differentiation:** forward and reverse, of every order, in x. In the members the derivative
+    goes through the optimization and costs its memory.
+    **Reference:** De Cao, Aziz and Titov, "Block neural autoregressive flow", UAI 2019. The flow
+    itself is flowjax's.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (100, 1))
+        >>> flow = esl.density.FlowDensity(jax.random.key(1), layers=1, width=2, steps=5).fit(x)
+        >>> flow.score(x[0]).shape
+        (1,)
     """
 
     spares_a_fifth: ClassVar[bool] = True
@@ -45,7 +63,10 @@ class FlowDensity(AbstractDensity):
 
     @property
     def note(self) -> str:
-        return f"block neural autoregressive flow of {self.layers} layers, {self.steps} steps of Adam, stopped by every fifth member"
+        return (
+            f"block neural autoregressive flow of {self.layers} layers, {self.steps} steps of "
+            "Adam, stopped by every fifth member"
+        )
 
     def init(self, positions: Float[Array, "n d"]) -> list[Array]:
         parameters = jax.tree.leaves(
@@ -59,45 +80,40 @@ class FlowDensity(AbstractDensity):
         frame = Frame.of(positions)
         members = frame.into(positions)
         chosen = jnp.arange(len(members)) % 5 > 0  # `spares_a_fifth`
-        optimizer = optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps))
 
-        def losses(parameters):
+        def loss(parameters):
             logs = self.log_prob(parameters, members)
-            judged = -jnp.sum(jnp.where(chosen, 0, logs)) / jnp.sum(~chosen)
-            return -jnp.sum(jnp.where(chosen, logs, 0)) / jnp.sum(chosen), judged
+            return -jnp.sum(jnp.where(chosen, logs, 0)) / jnp.sum(chosen)
 
-        def step(carry, _):
-            parameters, moments, best, least = carry
-            slope, judged = jax.grad(losses, has_aux=True)(parameters)
-            best = jax.tree.map(
-                lambda new, old: jnp.where(judged < least, new, old), parameters, best
-            )
-            updates, moments = optimizer.update(slope, moments, parameters)
-            return (
-                optax.apply_updates(parameters, updates),
-                moments,
-                best,
-                jnp.minimum(judged, least),
-            ), None
+        def value(parameters):
+            logs = self.log_prob(parameters, members)
+            return jnp.sum(jnp.where(chosen, 0, logs)) / jnp.sum(~chosen)
 
-        start = (state, optimizer.init(state), state, jnp.asarray(jnp.inf, members.dtype))
-        best = jax.lax.scan(step, start, length=self.steps)[0][2]
+        best, _ = train(
+            state,
+            lambda parameters, _: jax.grad(loss)(parameters),
+            value,
+            optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.steps)),
+            rounds=self.steps - 1,
+        )
         return _Flow(frame, best, self), best
 
     def log_prob(self, parameters: list[Array], y: Float[Array, "*n d"]) -> Float[Array, "*n"]:
-        """log p̂ of positions in the frame, by the flow with these parameters."""
-        # Made anew in each trace: flowjax's layers hold functions that hold arrays, and those of one trace must not be met in another.
+        """Return log p̂ of positions in the frame, by the flow with these parameters."""
+        # Made anew in each trace: flowjax's layers hold functions that hold arrays, and the arrays
+        # of one trace must not appear in another.
         learned, rest = eqx.partition(self._flow(y.shape[-1]), eqx.is_inexact_array)
         flow = eqx.combine(jax.tree.unflatten(jax.tree.structure(learned), parameters), rest)
         with jax.default_matmul_precision("highest"):
-            return flow.log_prob(y).astype(
-                y.dtype
-            )  # flowjax answers in the default precision of numbers.
+            # flowjax answers in the default precision of numbers.
+            return flow.log_prob(y).astype(y.dtype)
 
     def _flow(self, d: int) -> AbstractDistribution:
-        base = StandardNormal((d,))
         return block_neural_autoregressive_flow(
-            self.key, base_dist=base, nn_block_dim=self.width, flow_layers=self.layers
+            self.key,
+            base_dist=StandardNormal((d,)),
+            nn_block_dim=self.width,
+            flow_layers=self.layers,
         )
 
 

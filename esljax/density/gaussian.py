@@ -1,4 +1,7 @@
-"""The Gaussian density with the moments of the members."""
+r"""The Gaussian density with the moments of the members.
+
+log q̂(θ) = -½ ‖y‖² - ½ d log 2π - log|L|,    ∇log q̂(θ) = -L⁻ᵀ y,    y = L⁻¹(θ - θ̄)
+"""
 
 import math
 from typing import Any, ClassVar
@@ -10,10 +13,21 @@ from esljax.density.base import AbstractDensity, AbstractLogDensity, Frame
 
 
 class GaussianDensity(AbstractDensity):
-    """The Gaussian of the members' mean and covariance, its correlations shrunk by the oracle-approximating rule: n < d is possible.
+    """The Gaussian with the mean and the covariance of the members.
+
+    Correlations are shrunk by the oracle-approximating rule, which allows n < d.
 
     **Differentiation:** forward and reverse, of every order, in the members and in x.
-    **Reference:** Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE TSP 58, 5016 (2010).
+    **Reference:** Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance
+    estimation", IEEE TSP 58, 5016 (2010).
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> law = esl.density.GaussianDensity().fit(jnp.array([[-1.0], [-1.0], [1.0], [1.0]]))
+        >>> round(float(law.score(jnp.array([2.0]))[0]), 4)  # mean 0, variance 1
+        -2.0
     """
 
     note: ClassVar[str] = "Gaussian, correlations shrunk by the oracle-approximating rule"

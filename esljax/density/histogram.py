@@ -1,4 +1,7 @@
-"""Binned densities, interpolated by a spline."""
+r"""Histogram densities: counts c in equal bins, and a spline through log(c + ½) for the score.
+
+q̂(θ) = (c + ½) / (n + ½ bins) / volume inside the box, 0 outside
+"""
 
 import math
 from collections.abc import Callable
@@ -14,17 +17,26 @@ from esljax.density.base import AbstractDensity, AbstractLogDensity, AbstractSmo
 
 
 class HistogramDensity(AbstractDensity):
-    r"""Counts in equal bins between the least and the greatest member, ⌈2 n^{1/(d+2)}⌉ along each of at most three axes.
+    r"""Counts in equal bins between the least and the greatest member, along at most three axes.
 
         q̂(θ) = (c + ½) / (n + ½ bins) / volume inside the box, 0 outside
 
-    with c the members in the bin of θ; half a member more in each bin (Jeffreys' prior) keeps empty ones finite. The number of bins is
-    what Scott's rule gives for a Gaussian law. A step has no slope, so the score is that of the quadratic B-spline through log(c + ½),
-    continuous, exact where log q is a parabola along each axis but for the noise of the counts, and constant outside the box.
+    c is the number of members in the bin of θ; half a member more in each bin (Jeffreys' prior)
+    keeps empty ones finite. Each axis has ⌈2 n^{1/(d+2)}⌉ bins, the number that Scott's rule gives
+    for a Gaussian law. A step has no slope, so the score is that of the quadratic B-spline through
+    log(c + ½): continuous, constant outside the box, and but for the noise of the counts exact
+    where log q is a parabola along each axis.
 
     **Raises:** `InputError` in more than three dimensions, where nearly every bin is empty.
-    **Differentiation:** the score, once, in x. The counts are steps: no slope in the members is taken from them.
+    **Differentiation:** the score, once, in x. Counts are steps and have no slope in the members.
     **Reference:** Scott, "On optimal and data-based histograms", Biometrika 66, 605 (1979).
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> esl.density.HistogramDensity().fit(jnp.arange(8.0)[:, None]).counts.tolist()
+        [2.0, 2.0, 2.0, 2.0]
     """
 
     note: ClassVar[str] = "histogram of ⌈2 n^{1/(d+2)}⌉ bins along each axis"
@@ -48,15 +60,17 @@ class HistogramDensity(AbstractDensity):
 
 
 class Histogram(AbstractLogDensity, AbstractSmoother):
-    """What `HistogramDensity` fits."""
+    """The density that `HistogramDensity` fits."""
 
     counts: Float[Array, "..."]
     """Members in each bin, one axis per coordinate."""
     lower: Float[Array, " d"]
+    """The corner of the box where every coordinate is least, shape (d,), in units of θ."""
     width: Float[Array, " d"]
+    """The sides of one bin, shape (d,), in units of θ."""
 
     def bin(self, x: Float[Array, "*n d"]) -> Array:
-        """The bin of each point, shape (..., d); points outside count to the bin at the edge."""
+        """Return the bin of each point, shape (..., d); outside the box the bin at the edge."""
         return jnp.clip(
             jnp.floor((x - self.lower) / self.width).astype(int), 0, len(self.counts) - 1
         )
@@ -77,7 +91,7 @@ class Histogram(AbstractLogDensity, AbstractSmoother):
     def smooth(
         self, positions: Float[Array, "n d"], values: Float[Array, "n p"]
     ) -> Callable[[Array], Array]:
-        """Means over each bin, drawn to 0 by half a member, through the same spline."""
+        """Return means over each bin, drawn to 0 by half a member, through the same spline."""
         sums = (
             jnp.zeros((*self.counts.shape, values.shape[1]), values.dtype)
             .at[tuple(self.bin(positions).T)]
@@ -92,7 +106,7 @@ class Histogram(AbstractLogDensity, AbstractSmoother):
         return jnp.clip(x, self.lower, self.lower + self.width * len(self.counts))
 
     def _spline(self, table: Float[Array, "..."], x: Float[Array, " d"]) -> Float[Array, "..."]:
-        # Beyond its edges the table goes on as a straight line.
+        # Beyond its edges the table continues as a straight line.
         axes = len(x)
         patch = jnp.pad(
             table,
@@ -106,10 +120,7 @@ class Histogram(AbstractLogDensity, AbstractSmoother):
         )
         offset = (x - self.lower) / self.width - corner - 0.5
         for t in offset:
-            patch = jnp.tensordot(
-                jnp.stack([(0.5 - t) ** 2 / 2, 0.75 - t**2, (0.5 + t) ** 2 / 2]),
-                patch,
-                axes=1,
-                precision="highest",
-            )
+            weights = jnp.stack([(0.5 - t) ** 2 / 2, 0.75 - t**2, (0.5 + t) ** 2 / 2])
+            # A sum over the first axis; transposed for `product` it rounds differently.
+            patch = jnp.tensordot(weights, patch, axes=1, precision="highest")
         return patch

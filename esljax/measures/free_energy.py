@@ -251,7 +251,7 @@ def _entropies(trajectory: Trajectory, entropy: Any) -> Float[Array, "snapshots 
     if isinstance(entropy, TransportedEntropy):
         return jnp.zeros(trajectory.positions.shape[:2], trajectory.positions.dtype)
     return jax.lax.map(
-        lambda members: entropy.estimate(members).contributions, trajectory.positions
+        lambda members: entropy.checked_estimate(members).contributions, trajectory.positions
     )
 
 
@@ -266,7 +266,7 @@ def _transported(
             "know its divergence, which TransportedEntropy follows",
             f"is {type(velocity).__name__}",
         )
-    start = entropy.start.estimate(trajectory.positions[0]).value
+    start = entropy.start.checked_estimate(trajectory.positions[0]).value
     gained = _trapezoids(jnp.mean(divergence, axis=1), spans(trajectory))
     return jnp.concatenate([start[None], start + jnp.cumsum(gained)])
 

@@ -89,7 +89,7 @@ def member_rates(
     )
 
     def at_moment(state: Any, moment: _Moment) -> Any:
-        found, state = velocity.estimate(snapshot_of(moment), state)
+        found, state = velocity.checked_estimate(snapshot_of(moment), state)
         return state, found
 
     moments = _moments(trajectory, positions, velocity.between)

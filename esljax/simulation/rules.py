@@ -181,5 +181,7 @@ class ProbabilityFlow(AbstractRule):
         snapshot = Snapshot(positions, -kicks, control.temperature * control.learning_rate)
         # Recompute the fit in the backward pass; storing its intermediates would keep an n × n
         # matrix per step.
-        flow = jax.checkpoint(lambda velocity, snapshot: velocity.flow(snapshot), prevent_cse=False)
+        flow = jax.checkpoint(
+            lambda velocity, snapshot: velocity.checked_flow(snapshot), prevent_cse=False
+        )
         return positions + flow(self.velocity, snapshot), energies

@@ -1,61 +1,99 @@
-r"""The velocity of an ensemble at one time, from its members: v in ∂_t q + ∇·(q v) = 0, and the rate σ = E‖v‖² of entropy production.
+r"""The velocity of an ensemble from its members, and the rate σ of entropy production.
 
-Members that move by dθ = b dt + sqrt(2 D) dW have v = b - D ∇log q, so only the score ∇log q of their law is missing. For any field w,
+    ∂_t q + ∇·(q v) = 0,    σ = E‖v‖²
 
-    σ ≥ 2 E[w·b] + 2 E[tr(D ∇w)] - E‖w‖² = σ - E‖w - v‖²,
+Members that move by dθ = b dt + sqrt(2 D) dW have v = b - D ∇log q, so only the score ∇log q of
+their law is missing. For any field w,
 
-(Hyvärinen, JMLR 6, 695 (2005)), so a field fitted on one half of the members and evaluated on the other half gives a lower bound in
-expectation, whose deficit is of second order in the error of the field. With w restricted to gradients the same expression bounds
-E‖∇ψ‖², the part of the velocity that moves mass; the rest of σ is housekeeping.
+    σ ≥ 2 E[w·b] + 2 E[tr(D ∇w)] - E‖w‖² = σ - E‖w - v‖²
 
-Time is any clock: with b = -η∇Φ and D = ηT it is training time, with b = -∇Φ and D = T learning time. Source of Σ: Okanohara, arXiv
-2601.17607.
+(Hyvärinen, JMLR 6, 695 (2005)). A field fitted on one half of the members and evaluated on the
+other half therefore gives a lower bound in expectation, short of σ by the second order of the error
+of the field. With w restricted to gradients the same expression bounds E‖∇ψ‖², the part of the
+velocity that moves mass; the rest of σ is housekeeping.
+
+Time is any clock: with b = -η∇Φ and D = ηT it is training time, with b = -∇Φ and D = T learning
+time. Source of Σ: Okanohara, arXiv 2601.17607.
 """
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
-from esljax._checks import check_ensemble, known, refuse
-from esljax._numerics import average, shrunk_covariance
+from esljax._checks import check_choice, check_ensemble, known, refuse, wrong_answer
+from esljax._numerics import product
 from esljax._types import Array, ArrayLike, Float, Scalar, ScalarLike
+from esljax.results import StandardErrors, measured
+
+BOUNDS = ("lower", "upper", "none")
+"""The directions in which the σ of an estimator can be a bound."""
 
 
 class Snapshot(eqx.Module):
-    """An ensemble at one time, as a velocity estimator sees it."""
+    """The input of a velocity estimator: an ensemble at one time.
+
+    A run gives an estimator only the parts that it asks for by `needs_drift` and `between`; the
+    others may be None.
+    """
 
     positions: Float[Array, "n d"]
-    # What an estimator does not need may be absent.
+    """The members, shape (n, d), in units of θ."""
     drift: Any = None
-    """b at every member, shape (n, d), per unit of the clock."""
+    """b at every member, shape (n, d), in units of θ per unit of the clock."""
     diffusion: Any = None
-    """D: a scalar, (d,) for a diagonal, or a symmetric (d, d)."""
+    """D, shape (), (d,) for a diagonal or symmetric (d, d), in θ² per unit of the clock."""
     before: Any = None
     """The members one snapshot earlier, shape (n, d), or now if there is none."""
     after: Any = None
     """The members one snapshot later, shape (n, d), or now if there is none."""
     elapsed: Any = None
-    """The time between `before` and `after`, shape ()."""
+    """The time between `before` and `after`, shape (), in units of the clock."""
 
 
 class Velocity(eqx.Module):
-    """Velocities of the members and the rate of entropy production, with what it is worth."""
+    """The answer of a velocity estimator for one snapshot; `print` shows it.
+
+    **Raises:** `InputError` if `bound` is not one of its three words.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> values = jnp.array([[1.0], [-2.0]])
+        >>> squares = jnp.sum(values**2, axis=1)
+        >>> velocity = esl.velocity.Velocity(values, squares, squares, None, bound="none")
+        >>> print(velocity)
+        σ = 2.5 ± 1.5
+        >>> float(velocity.standard_error.squared), velocity.errors
+        (1.5, 'spread over 2 members, for the field as it was fitted')
+    """
 
     values: Float[Array, "n d"]
-    """v at every member, in units of θ per unit of the clock."""
+    """v at every member, shape (n, d), in units of θ per unit of the clock."""
     contributions: Float[Array, " n"]
-    """One number for each member, whose mean is σ."""
+    """One number for each member, shape (n,), whose mean is σ, in the units of σ."""
     gradient_contributions: Float[Array, " n"] | None
-    """The same for E‖∇ψ‖², the part of the velocity that moves mass; None where the estimator does not resolve it."""
+    """The same for E‖∇ψ‖², the part of the velocity that moves mass, shape (n,).
+
+    None if the estimator does not resolve it.
+    """
     divergence: Float[Array, " n"] | None
-    """∇·v at every member, where the estimator knows it."""
+    """∇·v at every member, shape (n,), per unit of the clock; None if it is not known."""
     bound: str = eqx.field(static=True)
-    """"lower" if σ is a lower bound in expectation, "upper" if Σ made from it is not below W2² of the same members, "none" if neither."""
+    """The direction in which σ is a bound.
+
+    "lower": σ is a lower bound in expectation. "upper": Σ made from it is never below W2² of the
+    same members. "none": neither.
+    """
     note: str = eqx.field(static=True, default="")
-    """What was done to the data, in words."""
+    """How the estimator treated the data, in words."""
+
+    def __check_init__(self):
+        check_choice("bound", self.bound, BOUNDS)
 
     @property
     def squared(self) -> Scalar:
@@ -63,58 +101,142 @@ class Velocity(eqx.Module):
         return jnp.mean(self.contributions)
 
     @property
-    def standard_error(self) -> Scalar:
-        """The standard error of `squared` over members, for the field as it was fitted."""
-        return jnp.std(self.contributions, ddof=1) / jnp.sqrt(self.contributions.shape[0])
+    def standard_error(self) -> StandardErrors:
+        """The standard error of `squared`, shape (), in the units of σ."""
+        spread = jnp.std(self.contributions, ddof=1)
+        return StandardErrors({"squared": spread / jnp.sqrt(self.contributions.shape[0])})
+
+    @property
+    def errors(self) -> str:
+        """The sample behind `standard_error`, in words."""
+        return f"spread over {self.contributions.shape[0]} members, for the field as it was fitted"
 
     def __str__(self) -> str:
         if not known(self.contributions) or self.contributions.ndim != 1:
             return repr(self)
         bound = ", a lower bound in expectation" if self.bound == "lower" else ""
         note = f" ({self.note})" if self.note else ""
-        return f"σ = {float(self.squared):.6g} ± {float(self.standard_error):.2g}{bound}{note}"
+        return f"σ = {measured(self.squared, self.standard_error.squared)}{bound}{note}"
 
 
 class AbstractField(eqx.Module):
-    """A vector field w(θ), fitted once and then evaluated anywhere."""
+    """A vector field w(θ) that has been fitted and can be evaluated anywhere: a pytree.
+
+    A subclass holds arrays and defines one method, `evaluate`. `AbstractVariationalVelocity` has an
+    example.
+    """
 
     @abc.abstractmethod
     def evaluate(
         self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
     ) -> tuple[Array, Array, Array]:
-        """w (m, d), tr(D ∇w) (m,) and ∇·w (m,) at these positions."""
+        """Return w (m, d), tr(D ∇w) (m,) and ∇·w (m,) at these positions.
+
+        **Args:** `positions`: shape (m, d). `diffusion`: D, of shape (), (d,) or (d, d).
+        """
 
 
 class AbstractVelocity(eqx.Module):
-    """A way to estimate the velocity of an ensemble from snapshots. Calls look like `AffineVelocity()(positions, drift, diffusion)`."""
+    """A way to estimate the velocity of an ensemble, called as `AffineVelocity()(x, b, D)`.
+
+    A subclass defines three properties (class attributes do), `init`, `estimate` and `flow`. Its
+    fields are its settings. An estimator that fits fields is a shorter subclass of
+    `AbstractVariationalVelocity`, which needs `fit` alone.
+
+    **Example:** all members move as their mean does.
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> class Translation(esl.AbstractVelocity):
+        ...     moments_only, needs_drift, between = True, True, False
+        ...     def init(self, positions):
+        ...         return None
+        ...     def estimate(self, snapshot, state):
+        ...         values = self.flow(snapshot)
+        ...         squares = jnp.sum(values**2, axis=1)
+        ...         result = esl.velocity.Velocity(values, squares, squares, None, bound="lower")
+        ...         return result, state
+        ...     def flow(self, snapshot):
+        ...         return jnp.broadcast_to(jnp.mean(snapshot.drift, axis=0), snapshot.drift.shape)
+        >>> x = jnp.arange(4.0)[:, None]
+        >>> float(Translation()(x, -x, 1.0).squared)
+        2.25
+    """
 
     @property
     @abc.abstractmethod
     def moments_only(self) -> bool:
-        """Whether only the mean and covariance of the law are seen, so that Σ bounds no more than the Bures distance."""
+        """Whether the estimate depends on the law by its mean and covariance alone.
+
+        Its Σ then bounds no more than the Bures distance.
+        """
 
     @property
     @abc.abstractmethod
     def needs_drift(self) -> bool:
-        """Whether the drift and the diffusion of the members must be known, rather than their neighbors in time."""
+        """Whether it needs the drift and the diffusion at the members.
+
+        If not, it needs their neighbors in time: `before`, `after` and `elapsed` of a `Snapshot`.
+        """
 
     @property
     @abc.abstractmethod
     def between(self) -> bool:
-        """Whether a velocity belongs to the link between two snapshots, `before` and `after`, rather than to one snapshot."""
+        """Whether a velocity belongs to the link from `before` to `after`, not to one snapshot."""
 
     @abc.abstractmethod
     def init(self, positions: Float[Array, "n d"]) -> Any:
-        """The state before the first snapshot: what a warm start needs, or None."""
+        """Return the state before the first snapshot: arrays for warm starts, or None."""
 
     @abc.abstractmethod
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
-        """The velocity at one snapshot and the state for the next. Not checked: for use inside `jit`, `vmap` and `scan`."""
+        """Return the velocity at one snapshot and the state for the next, like the given one.
+
+        The values are not checked: for use inside `jit`, `vmap` and `scan`.
+        """
 
     @abc.abstractmethod
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
-        """The velocities to move members by, from one field fitted to all of them. Cross-fitting would move each half by the other's field,
-        and what sets the two halves apart then grows; as an estimate of σ these velocities would be optimistic."""
+        """Return velocities to move the members by, shape (n, d), from one field fitted to all.
+
+        Cross-fitting would move each half by the field of the other, and the difference of the two
+        halves would grow. As an estimate of σ these velocities would be optimistic.
+        """
+
+    def checked_estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
+        """Return `estimate(snapshot, state)`, or reject an answer of the wrong kind or shape.
+
+        **Raises:** `InputError` for anything but a `Velocity` of these members and a state of the
+        same structure, shapes and types as the given one.
+        """
+        answer: Any = self.estimate(snapshot, state)
+        pair = isinstance(answer, tuple) and len(answer) == 2
+        if not pair or not isinstance(answer[0], Velocity):
+            raise wrong_answer("velocity", self, "estimate", "a Velocity and a state", answer)
+        velocity, after = answer
+        n, d = snapshot.positions.shape
+        _check_shape(self, "estimate", "values", velocity.values, (n, d))
+        _check_shape(self, "estimate", "contributions", velocity.contributions, (n,))
+        for name in ("gradient_contributions", "divergence"):
+            if getattr(velocity, name) is not None:
+                _check_shape(self, "estimate", name, getattr(velocity, name), (n,))
+        if _kinds(after) != _kinds(state):
+            raise refuse(
+                "velocity",
+                "return a state from `estimate` with the structure, shapes and types of the one "
+                "that `init` returns",
+                f"{type(self).__name__}.estimate returns another",
+            )
+        return velocity, after
+
+    def checked_flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
+        """Return `flow(snapshot)`, or reject an answer of the wrong shape.
+
+        **Raises:** `InputError` for anything but one velocity for each member.
+        """
+        values: Any = self.flow(snapshot)
+        _check_shape(self, "flow", "velocities", values, snapshot.positions.shape)
+        return values
 
     def __call__(
         self,
@@ -122,18 +244,21 @@ class AbstractVelocity(eqx.Module):
         drift: Float[ArrayLike, "n d"],
         diffusion: ScalarLike | Float[ArrayLike, "..."],
     ) -> Velocity:
-        """The velocity of the members of one snapshot that move by `drift` and diffuse.
+        """Estimate the velocity of one snapshot of members that drift and diffuse.
 
-        **Args:** `positions`: shape (n, d), n ≥ 4. `drift`: b = -η∇Φ at each of them, shape (n, d). `diffusion`: D = ηT, a scalar, (d,) or
-        a symmetric matrix (d, d).
-        **Returns:** `Velocity`. **Raises:** `InputError` for wrong shapes or members that are not finite.
+        **Args:** `positions`: shape (n, d), n ≥ 4. `drift`: b = -η∇Φ at each of them, shape (n, d).
+        `diffusion`: D = ηT, a scalar, (d,) or a symmetric matrix (d, d).
+        **Returns:** `Velocity`; `print` shows it.
+        **Raises:** `InputError` for wrong shapes, for members that are not finite, and for an
+        estimator that needs a run.
         **Differentiation:** as the class documents.
 
         **Example:**
 
             >>> import jax
+            >>> import esljax as esl
             >>> x = jax.random.normal(jax.random.key(0), (2000, 2))
-            >>> velocity = AffineVelocity()(x, -x, 1.0)  # at equilibrium nothing moves
+            >>> velocity = esl.AffineVelocity()(x, -x, 1.0)  # at equilibrium nothing moves
             >>> bool(abs(velocity.squared) < 1e-2)
             True
         """
@@ -166,39 +291,31 @@ class AbstractVelocity(eqx.Module):
         return _compiled_estimate(self, snapshot)
 
 
-@eqx.filter_jit
-def _compiled_estimate(velocity: AbstractVelocity, snapshot: Snapshot) -> Velocity:
-    return velocity.estimate(snapshot, velocity.init(snapshot.positions))[0]
-
-
-def variational(field: AbstractField, snapshot: Snapshot) -> tuple[Array, Array, Array]:
-    """w (m, d), ∇·w (m,) and the contributions 2 w·b + 2 tr(D ∇w) - ‖w‖² (m,) of the members of `snapshot`."""
-    values, spread, divergence = field.evaluate(snapshot.positions, snapshot.diffusion)
-    return (
-        values,
-        divergence,
-        2 * jnp.sum(values * snapshot.drift, axis=1) + 2 * spread - jnp.sum(values**2, axis=1),
-    )
-
-
-def halves(snapshot: Snapshot) -> tuple[Snapshot, Snapshot]:
-    """Every second member, and the others."""
-    return rows(snapshot, slice(0, None, 2)), rows(snapshot, slice(1, None, 2))
-
-
-def rows(snapshot: Snapshot, which: Any) -> Snapshot:
-    """Some of the members: a slice or a NumPy mask."""
-    return Snapshot(snapshot.positions[which], snapshot.drift[which], snapshot.diffusion)
-
-
-def interleave(even: Array, odd: Array) -> Array:
-    """What was computed on the two `halves`, back in the members' order."""
-    joined = jnp.zeros((even.shape[0] + odd.shape[0], *even.shape[1:]), even.dtype)
-    return joined.at[0::2].set(even).at[1::2].set(odd)
-
-
 class AbstractVariationalVelocity(AbstractVelocity):
-    """Fields fitted on one half of the members and evaluated on the other, both ways: a lower bound of σ in expectation."""
+    """Fields fitted on one half of the members and evaluated on the other, both ways.
+
+    σ is a lower bound in expectation. A subclass defines `moments_only`, `note`, `init` and `fit`;
+    the cross-fitting, the gradient part and the bound come with the base.
+
+    **Example:** constant fields; all of them are gradients.
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> class ConstantField(esl.velocity.AbstractField):
+        ...     mean: jnp.ndarray
+        ...     def evaluate(self, positions, diffusion):
+        ...         none = jnp.zeros(len(positions))
+        ...         return jnp.broadcast_to(self.mean, positions.shape), none, none
+        >>> class ConstantVelocity(esl.velocity.AbstractVariationalVelocity):
+        ...     moments_only, note = True, "constant fields"
+        ...     def init(self, positions):
+        ...         return None
+        ...     def fit(self, snapshot, gradient, state):
+        ...         return ConstantField(jnp.mean(snapshot.drift, axis=0)), state
+        >>> x = jnp.array([[1.0], [1.0], [2.0], [2.0]])
+        >>> float(ConstantVelocity()(x, -x, 1.0).squared)
+        2.25
+    """
 
     needs_drift: ClassVar[bool] = True
     between: ClassVar[bool] = False
@@ -206,23 +323,31 @@ class AbstractVariationalVelocity(AbstractVelocity):
     @property
     @abc.abstractmethod
     def note(self) -> str:
-        """What a fit does to the data, in words."""
+        """How a fit treats the data, in words for a report."""
 
     @abc.abstractmethod
     def fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[AbstractField, Any]:
-        """The best field of the class, or its best gradient field, for these members; and the state for the next fit."""
+        """Return the best field of the class for these members, and the state for the next fit.
+
+        **Args:** `snapshot`: the members to learn from. `gradient`: whether the field must be a
+        gradient. `state`: None, or one of the four that `init` returns: two for any field, then two
+        for a gradient, each first for the odd members and then for the even ones.
+        """
 
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
-        """Both classes of fields, cross-fitted."""
+        """Cross-fit any field, and a gradient field."""
+        check_parts(snapshot, ("drift", "diffusion"))
         # Four fits (any field or a gradient, first or second half), each with its own warm start.
         given = [None] * 4 if state is None else state
+        if not isinstance(given, list) or len(given) != 4:
+            raise wrong_answer("velocity", self, "init", "None or a list of four states", given)
         # On a line every field is a gradient.
         classes = (False,) if snapshot.positions.shape[1] == 1 else (False, True)
         first, second = halves(snapshot)
         answers, states = [], []
         for gradient in classes:
             for learned, judged in ((second, first), (first, second)):
-                field, after = self.fit(learned, gradient, given[len(states)])
+                field, after = self._checked_fit(learned, gradient, given[len(states)])
                 answers.append(variational(field, judged))
                 states.append(after)
         values, divergence, contributions = (
@@ -235,30 +360,97 @@ class AbstractVariationalVelocity(AbstractVelocity):
         ), None if state is None else states
 
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
-        """The best gradient field of the class, at the members that it was fitted to."""
+        """Return the best gradient field of the class, at the members that it was fitted to."""
+        check_parts(snapshot, ("drift", "diffusion"))
         state = self.init(snapshot.positions)
-        field, _ = self.fit(snapshot, True, None if state is None else state[2])
-        return field.evaluate(snapshot.positions, snapshot.diffusion)[0]
+        field, _ = self._checked_fit(snapshot, True, None if state is None else state[2])
+        return evaluated(field, snapshot)[0]
+
+    def _checked_fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[Any, Any]:
+        answer: Any = self.fit(snapshot, gradient, state)
+        pair = isinstance(answer, tuple) and len(answer) == 2
+        if not pair or not isinstance(answer[0], AbstractField):
+            raise wrong_answer("velocity", self, "fit", "an AbstractField and a state", answer)
+        return answer
+
+
+def variational(field: AbstractField, snapshot: Snapshot) -> tuple[Array, Array, Array]:
+    """Return w (m, d), ∇·w (m,) and the terms (m,) of the lower bound at the members of `snapshot`.
+
+    The terms are 2 w·b + 2 tr(D ∇w) - ‖w‖².
+    """
+    values, spread, divergence = evaluated(field, snapshot)
+    return (
+        values,
+        divergence,
+        2 * jnp.sum(values * snapshot.drift, axis=1) + 2 * spread - jnp.sum(values**2, axis=1),
+    )
+
+
+def evaluated(field: AbstractField, snapshot: Snapshot) -> tuple[Array, Array, Array]:
+    """Return `field.evaluate` at the members of `snapshot`, or reject wrong shapes."""
+    answer: Any = field.evaluate(snapshot.positions, snapshot.diffusion)
+    if not isinstance(answer, tuple) or len(answer) != 3:
+        raise wrong_answer("field", field, "evaluate", "w, tr(D ∇w) and ∇·w", answer)
+    n, d = snapshot.positions.shape
+    for name, part, shape in zip(
+        ("w", "tr(D ∇w)", "∇·w"), answer, ((n, d), (n,), (n,)), strict=True
+    ):
+        _check_shape(field, "evaluate", name, part, shape, argument="field")
+    return answer
+
+
+def halves(snapshot: Snapshot) -> tuple[Snapshot, Snapshot]:
+    """Return every second member, the first included, and the others."""
+    return rows(snapshot, slice(0, None, 2)), rows(snapshot, slice(1, None, 2))
+
+
+def rows(snapshot: Snapshot, which: Any) -> Snapshot:
+    """Return some of the members, by a slice, a NumPy mask or NumPy indices."""
+    return Snapshot(snapshot.positions[which], snapshot.drift[which], snapshot.diffusion)
+
+
+def interleave(even: Array, odd: Array) -> Array:
+    """Return results on the two `halves` in the order of the members."""
+    joined = jnp.zeros((even.shape[0] + odd.shape[0], *even.shape[1:]), even.dtype)
+    return joined.at[0::2].set(even).at[1::2].set(odd)
 
 
 def diffusion_matrix(diffusion: Float[Array, "..."], d: int) -> Float[Array, "d d"]:
-    """D as a matrix, from a scalar, a diagonal or a matrix."""
+    """Return D as a matrix (d, d), from a scalar, a diagonal or a matrix."""
     return diffusion if jnp.ndim(diffusion) == 2 else diffusion * jnp.eye(d, dtype=diffusion.dtype)
 
 
-def whitening(positions: Float[Array, "n d"]) -> tuple[Float[Array, " d"], Float[Array, "d d"]]:
-    """The mean m and a W with unit covariance of W(θ - m), up to the shrinkage and to directions without width, which stay narrow."""
-    d = positions.shape[1]
-    covariance = shrunk_covariance(positions)
-    size = jnp.trace(covariance) / d
-    wide = size > 0
-    size = jnp.where(wide, size, 1)
-    identity = jnp.eye(d, dtype=positions.dtype)
-    # Members that all agree have no covariance to factorize, nor a derivative of its factor.
-    relative = (
-        jnp.where(wide, covariance / size, identity)
-        + 4 * d * jnp.finfo(positions.dtype).eps * identity
-    )
-    return average(positions), solve_triangular(
-        jnp.linalg.cholesky(relative), identity, lower=True
-    ) / jnp.sqrt(size)
+def diffuse(diffusion: Float[Array, "..."], x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """Return D x for one vector (d,), or for each of several."""
+    return product(x, diffusion) if jnp.ndim(diffusion) == 2 else diffusion * x
+
+
+def check_parts(snapshot: Snapshot, names: Sequence[str]) -> None:
+    """Reject a snapshot without one of these parts."""
+    for name in names:
+        if getattr(snapshot, name) is None:
+            raise refuse(
+                "snapshot",
+                f"carry {', '.join(f'`{each}`' for each in names)} for this estimator",
+                f"has no `{name}`",
+            )
+
+
+def _check_shape(
+    asked: Any, method: str, name: str, x: Any, shape: tuple[int, ...], argument: str = "velocity"
+) -> None:
+    """Reject the part `name` of an answer if it is no array of this shape."""
+    if getattr(x, "shape", None) != shape:
+        raise wrong_answer(argument, asked, method, f"{name} of shape {shape}", x)
+
+
+def _kinds(state: Any) -> tuple[Any, list[Any]]:
+    """Return the structure of a state, and the shapes and types of its arrays."""
+    leaves, structure = jax.tree.flatten(eqx.filter(state, eqx.is_array))
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+@eqx.filter_jit
+def _compiled_estimate(velocity: AbstractVelocity, snapshot: Snapshot) -> Velocity:
+    return velocity.checked_estimate(snapshot, velocity.init(snapshot.positions))[0]

@@ -1,17 +1,20 @@
-r"""Velocities by way of a density: a field made of a regression of the drift and of the score of a fitted density,
+r"""Velocities by way of a density: a regression of the drift and the score of a fitted density.
 
     w(θ) = A θ + a + m(θ) - D ∇log q̂(θ)
 
-with A θ + a the best affine drift and m a smooth mean of what it misses. The field is taken a share α of the way from the best affine one,
+A θ + a is the best affine drift and m a smooth mean of the rest. The field is taken a share α of
+the way from the best affine field w₀ of `AffineVelocity` to w,
 
     α = E[(w - w₀)·(v - w₀)] / E‖w - w₀‖²,   held within [0, 1],
 
-estimated from members that neither has seen: few members in many dimensions know their moments and not their density. Fitted on one
-half of the members and evaluated on the other in the variational expression of `velocity`, it is a lower bound of σ in expectation, short
-of it by E‖w - v‖², whatever the density.
+estimated from members that neither was fitted to: few members in many dimensions determine their
+moments and not their density. Fitted on one half of the members and evaluated on the other in the
+variational expression of `velocity.base`, the field gives a lower bound of σ in expectation, short
+of σ by E‖w - v‖², whatever the density.
 
-The score plugged in, E‖b - D ∇log q̂‖², would be no bound: it is high by the square of the same error wherever the law is nearly at rest,
-and where the drift is no function of the positions (that of a projection is not) it counts the scatter of the drift as entropy production.
+The score plugged in, E‖b - D ∇log q̂‖², would be no bound: it is high by the square of the same
+error wherever the law is nearly at rest, and where the drift is no function of the positions (that
+of a projection is not) it counts the scatter of the drift as entropy production.
 """
 
 import abc
@@ -22,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_key, check_positive_int, refuse
+from esljax._checks import check_key, check_positive_int, wrong_answer
+from esljax._numerics import product, safe_divide
 from esljax._types import Array, Float, Key, Scalar
 from esljax.density import (
     BLOCK,
@@ -40,18 +44,36 @@ from esljax.velocity.base import (
     AbstractVelocity,
     Snapshot,
     Velocity,
+    check_parts,
+    diffuse,
+    diffusion_matrix,
+    evaluated,
     halves,
     interleave,
     rows,
     variational,
 )
 
-FEWEST = 4
-"""Unseen members without which α stays 0: halves of fewer than 16."""
+# Unseen members without which α stays 0: halves of fewer than 16.
+_FEWEST = 4
 
 
 class AbstractDensityVelocity(AbstractVelocity):
-    """The field of a fitted density, α of the way from the affine one, cross-fitted: a lower bound in expectation."""
+    """The field of a fitted density, α of the way from the affine one, cross-fitted.
+
+    σ is a lower bound in expectation. A subclass defines one property, `density`.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> from esljax.velocity.density import AbstractDensityVelocity
+        >>> class GaussianVelocity(AbstractDensityVelocity):
+        ...     density = esl.density.GaussianDensity()
+        >>> x = jax.random.normal(jax.random.key(0), (64, 1))
+        >>> GaussianVelocity()(x, -x, 1.0).bound
+        'lower'
+    """
 
     moments_only: ClassVar[bool] = False
     needs_drift: ClassVar[bool] = True
@@ -60,16 +82,17 @@ class AbstractDensityVelocity(AbstractVelocity):
     @property
     @abc.abstractmethod
     def density(self) -> AbstractDensity:
-        """What is fitted to each half of the members."""
+        """The way to fit a density to each half of the members."""
 
     def init(self, positions: Float[Array, "n d"]) -> Any:
-        """The states of the two densities."""
+        """Return the states of the two densities."""
         return self.density.init(positions[1::2]), self.density.init(positions[0::2])
 
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
-        """The field at each member, with the density and the regression of the half that it is not in."""
+        """Evaluate each member's half in the field that was fitted to the other half."""
+        check_parts(snapshot, ("drift", "diffusion"))
         answers, states = [], []
-        first, second = halves(_moving(snapshot))
+        first, second = halves(snapshot)
         for learned, judged, given in ((second, first, state[0]), (first, second, state[1])):
             field, after = self._fit(learned, given)
             answers.append(variational(field, judged))
@@ -81,36 +104,56 @@ class AbstractDensityVelocity(AbstractVelocity):
             values, contributions, None, divergence, bound="lower", note=self.density.note
         ), tuple(states)
 
+    def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
+        """Return b - D ∇log q̂ with one density fitted to all members.
+
+        The drift is known at the members and needs no regression.
+        """
+        check_parts(snapshot, ("drift", "diffusion"))
+        positions = snapshot.positions
+        law, _ = self.density.checked_estimate(positions, self.density.init(positions))
+        scores = jax.lax.map(lambda x: _score(law, x), positions, batch_size=BLOCK)
+        return snapshot.drift - diffuse(snapshot.diffusion, scores)
+
     def _fit(self, snapshot: Snapshot, state: Any) -> tuple[AbstractField, Any]:
-        """The field of these members: α by the fifth that four in five are fitted without, everything else from all."""
+        """Return the field of these members, and the state of its density.
+
+        α is judged by every fifth member, from fits to the others; all else is fitted to all.
+        """
         fifth = np.arange(len(snapshot.positions)) % 5 == 0
         learned, unseen = rows(snapshot, ~fifth), rows(snapshot, fifth)
-        law, after = self.density.estimate(snapshot.positions, state)
-        if len(unseen.positions) < FEWEST:
+        law, after = self.density.checked_estimate(snapshot.positions, state)
+        if len(unseen.positions) < _FEWEST:
             return _affine(snapshot), after
         blind = (
             law
             if self.density.spares_a_fifth
-            else self.density.estimate(learned.positions, state)[0]
+            else self.density.checked_estimate(learned.positions, state)[0]
         )
         share = _share(_affine(learned), _field(blind, learned), unseen)
         return _Between(_affine(snapshot), _field(law, snapshot), share), after
 
-    def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
-        """b - D ∇log q̂ with one density fitted to all members; the drift is known there and needs no regression."""
-        law, _ = self.density.estimate(snapshot.positions, self.density.init(snapshot.positions))
-        scores = jax.lax.map(law.score, snapshot.positions, batch_size=BLOCK)
-        return snapshot.drift - _diffuse(snapshot.diffusion, scores)
-
 
 class KDEVelocity(AbstractDensityVelocity):
-    r"""Kernels for the density and for the drift: it follows multimodal laws, in few dimensions.
+    r"""A kernel density estimate (KDE), and the same kernels for the drift, in few dimensions.
 
-        m(θ) = Σ_j p_j(θ) r_j,    p_j(θ) ∝ N(θ; θ_j, h² C), Σ_j p_j = 1,
+        m(θ) = Σ_j p_j(θ) r_j,    p_j(θ) ∝ N(θ; θ_j, h² C), Σ_j p_j = 1
 
-    r_j being what the affine drift misses at member j, and h and C the bandwidth and the covariance of `KDEDensity`. O(n²).
+    r_j is the drift at member j less the affine drift; h and C are the bandwidth and the covariance
+    of `KDEDensity`. It follows multimodal laws. O(n²).
 
-    **Differentiation:** forward and reverse, of every order, at the bandwidth found.
+    **Differentiation:** forward and reverse, of every order, at the bandwidth chosen.
+
+    **Example:**
+
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (1000, 1)) / 2
+        >>> x = x.at[::4].add(2.0).at[1::4].add(2.0)  # two modes, in both halves of the members
+        >>> kde, affine = esl.KDEVelocity(), esl.AffineVelocity()
+        >>> bool(kde(x, 0 * x, 1.0).squared > 2 * affine(x, 0 * x, 1.0).squared)
+        True
     """
 
     @property
@@ -119,11 +162,23 @@ class KDEVelocity(AbstractDensityVelocity):
 
 
 class HistogramVelocity(AbstractDensityVelocity):
-    """Binned counts for the density, and means over the same bins for the drift, both through a spline (`HistogramDensity`): quick and
-    transparent, for at most three dimensions.
+    """Counts in bins for the density, and means over the same bins for the drift.
+
+    Both go through a spline (`HistogramDensity`). Quick and transparent, for at most three
+    dimensions.
 
     **Raises:** `InputError` in more than three dimensions.
-    **Differentiation:** in the drift and the diffusion; the members' positions move no counts, so that their slope is not the estimate's.
+    **Differentiation:** in the drift and the diffusion. The positions move no counts, so their
+    slope is not that of the estimate.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (1000, 1))
+        >>> velocity = esl.HistogramVelocity()(x, -x, 1.0)  # at equilibrium nothing moves
+        >>> bool(abs(velocity.squared) < 5 * velocity.standard_error.squared + 0.01)
+        True
     """
 
     @property
@@ -132,14 +187,23 @@ class HistogramVelocity(AbstractDensityVelocity):
 
 
 class FlowVelocity(AbstractDensityVelocity):
-    """A normalizing flow for the density (`FlowDensity`), which follows multimodal laws in several dimensions for seconds of fitting, and
-    kernels for the drift, as in `KDEVelocity`.
+    """A normalizing flow for the density (`FlowDensity`), and the kernels of `KDEVelocity`.
 
-    Each snapshot of a run starts from the flow of the one before.
+    It follows multimodal laws in several dimensions, for seconds of fitting. The flow of each
+    snapshot of a run starts from that of the snapshot before; the drift is smoothed by kernels.
 
-    **Args:** `key`: what the first flow is drawn from. `steps`: of the optimizer, per snapshot and half.
+    **Args:** `key`: draws the first flow. `steps`: as in `FlowDensity`, per snapshot and half.
     **Raises:** `InputError` if `key` is not a key or `steps` not a positive integer.
-    **Differentiation:** in the drift and the diffusion; in the positions through the optimization of the flow, which costs its memory.
+    **Differentiation:** in the drift and the diffusion; in the positions through the optimization
+    of the flow, which costs its memory.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (40, 1))
+        >>> esl.FlowVelocity(jax.random.key(1), steps=2)(x, -x, 1.0).bound
+        'lower'
     """
 
     key: Key
@@ -166,42 +230,17 @@ class _Field(AbstractField):
     def evaluate(
         self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
     ) -> tuple[Array, Array, Array]:
-        spread = (
-            diffusion
-            if diffusion.ndim == 2
-            else diffusion * jnp.eye(len(self.offset), dtype=positions.dtype)
-        )
+        matrix = diffusion_matrix(diffusion, len(self.offset))
 
         def at(x):
             jacobian = jax.jacfwd(self._value)(x)
-            return self._value(x), jnp.sum(spread * jacobian), jnp.trace(jacobian)
+            return self._value(x), jnp.sum(matrix * jacobian), jnp.trace(jacobian)
 
         return jax.lax.map(at, positions, batch_size=BLOCK)
 
     def _value(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
-        drift = (
-            self.offset
-            + jnp.matmul(self.slope, self.frame.into(x), precision="highest")
-            + self.missed(x)
-        )
-        return drift - _diffuse(self.diffusion, self.law.score(x))
-
-
-def _field(law: AbstractLogDensity, snapshot: Snapshot) -> _Field:
-    """The drift of these members by regression, and the score of a density of theirs."""
-    drift: Any = snapshot.drift
-    diffusion: Any = snapshot.diffusion
-    frame = Frame.of(snapshot.positions)
-    members, offset = frame.into(snapshot.positions), jnp.mean(drift, axis=0)
-    # In the frame the covariance is 1, so that the best slope is the cross-covariance itself.
-    slope = jnp.matmul((drift - offset).T, members, precision="highest") / len(members)
-    rest = drift - offset - jnp.matmul(members, slope.T, precision="highest")
-    smoother = (
-        law
-        if isinstance(law, AbstractSmoother)
-        else KDEDensity(for_score=True).estimate(snapshot.positions, None)[0]
-    )
-    return _Field(frame, offset, slope, smoother.smooth(snapshot.positions, rest), law, diffusion)
+        drift = self.offset + product(self.slope, self.frame.into(x)) + self.missed(x)
+        return drift - diffuse(self.diffusion, _score(self.law, x))
 
 
 class _Between(AbstractField):
@@ -219,37 +258,45 @@ class _Between(AbstractField):
         return w, spread, divergence
 
 
-def _share(base: AbstractField, other: AbstractField, unseen: Snapshot) -> Scalar:
-    """α, where the variational expression of unseen members is largest, with one standard error taken off its numerator: where the sample
-    cannot tell, the simpler field stands."""
-    (w, spread, _), (other_w, other_spread, _) = (
-        each.evaluate(unseen.positions, unseen.diffusion) for each in (base, other)
+def _affine(snapshot: Snapshot) -> AbstractField:
+    """Return the best affine field of these members."""
+    return AffineVelocity().fit(snapshot, False, None)[0]
+
+
+def _field(law: AbstractLogDensity, snapshot: Snapshot) -> _Field:
+    """Return the field of these members: the regression of their drift, and a score of theirs."""
+    drift: Any = snapshot.drift
+    diffusion: Any = snapshot.diffusion
+    frame = Frame.of(snapshot.positions)
+    members, offset = frame.into(snapshot.positions), jnp.mean(drift, axis=0)
+    # In the frame the covariance is 1, so the best slope is the cross-covariance itself.
+    slope = product((drift - offset).T, members) / len(members)
+    rest = drift - offset - product(members, slope.T)
+    smoother = (
+        law
+        if isinstance(law, AbstractSmoother)
+        else KDEDensity(for_score=True).estimate(snapshot.positions, None)[0]
     )
+    return _Field(frame, offset, slope, smoother.smooth(snapshot.positions, rest), law, diffusion)
+
+
+def _share(base: AbstractField, other: AbstractField, unseen: Snapshot) -> Scalar:
+    """Return the α at which the variational expression of unseen members is greatest.
+
+    One standard error is taken off its numerator, so that the simpler field stands where the sample
+    cannot decide.
+    """
+    (w, spread, _), (other_w, other_spread, _) = (evaluated(each, unseen) for each in (base, other))
     step = other_w - w
     gains = jnp.sum(step * (unseen.drift - w), axis=1) + other_spread - spread
     error = jnp.std(gains, ddof=1) / jnp.sqrt(len(gains))
     square = jnp.mean(jnp.sum(step**2, axis=1))
-    return jnp.where(
-        square > 0, jnp.clip((jnp.mean(gains) - error) / jnp.where(square > 0, square, 1), 0, 1), 0
-    )
+    return jnp.clip(safe_divide(jnp.mean(gains) - error, square), 0, 1)
 
 
-def _affine(snapshot: Snapshot) -> AbstractField:
-    """The best affine field of these members."""
-    return AffineVelocity().fit(snapshot, False, None)[0]
-
-
-def _moving(snapshot: Snapshot) -> Any:
-    """The snapshot, if it carries the drift and the diffusion that a velocity by way of a density needs."""
-    if snapshot.drift is None or snapshot.diffusion is None:
-        raise refuse("snapshot", "carry the drift and the diffusion of its members", "does not")
-    return snapshot
-
-
-def _diffuse(diffusion: Float[Array, "..."], scores: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
-    """D times a score, or each of several."""
-    return (
-        jnp.matmul(scores, diffusion, precision="highest")
-        if diffusion.ndim == 2
-        else diffusion * scores
-    )
+def _score(law: AbstractLogDensity, x: Float[Array, " d"]) -> Float[Array, " d"]:
+    """Return the score at one point, or reject a score of another shape."""
+    score: Any = law.score(x)
+    if getattr(score, "shape", None) != x.shape:
+        raise wrong_answer("density", law, "score", f"a score of shape {x.shape}", score)
+    return score

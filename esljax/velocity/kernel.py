@@ -1,9 +1,12 @@
-r"""Velocities from flexible fields: an affine field and a remainder u from a kernel or a network, fitted to the variational principle
+r"""Velocities from fields in a reproducing kernel Hilbert space (RKHS), on top of the affine field.
 
-    σ[w₀ + u] = σ[w₀] + 2 E[u·(b - w₀)] + 2 E[tr(D ∇u)] - E‖u‖².
+    σ[w₀ + u] = σ[w₀] + 2 E[u·(b - w₀)] + 2 E[tr(D ∇u)] - E‖u‖²,    u = Σ_m a_m k(·, θ_m)
 
-The affine field w₀ is fitted first, so the remainder sees the drift b - w₀ and is 0 where the law is Gaussian; how flexible it may be is
-chosen by the value of this very expression on members that it was not fitted to, which also decides whether there is any u at all.
+The affine field w₀ is fitted first, so the remainder u is fitted to the drift b - w₀ and is 0 where
+the law is Gaussian. The flexibility of u is chosen by the value of this expression on members that
+it was not fitted to, which also decides whether there is any u at all.
+
+Here a kernel k spans a space of fields. The kernels of `KDEVelocity` estimate a density.
 """
 
 from typing import Any, ClassVar
@@ -15,7 +18,7 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from esljax._checks import as_float, check_positive, check_positive_int
-from esljax._numerics import product
+from esljax._numerics import product, whitening
 from esljax._types import Array, Float, Scalar
 from esljax.velocity.affine import AffineVelocity
 from esljax.velocity.base import (
@@ -23,30 +26,41 @@ from esljax.velocity.base import (
     AbstractVariationalVelocity,
     Snapshot,
     diffusion_matrix,
-    whitening,
+    rows,
 )
-from esljax.velocity.network import _members
 
 
 class KernelVelocity(AbstractVariationalVelocity):
-    r"""Affine fields plus fields in a reproducing kernel Hilbert space: closed form, for few dimensions.
+    r"""Affine fields plus fields in an RKHS: closed form, for few dimensions.
 
-        u = Σ_m a_m k(θ, θ_m)   or   u = ∇ Σ_m a_m k(θ, θ_m),      k(θ, θ') = exp(-(θ - θ')ᵀ C⁻¹ (θ - θ')/(2 h² d))
+        u = Σ_m a_m k(θ, θ_m)   or   u = ∇ Σ_m a_m k(θ, θ_m)
 
-    maximizes the expression above less λ‖u‖², where the θ_m are members spread evenly over the half that is learned from (the Nyström
-    approximation). h, λ and whether u is needed at all are chosen by cross-validation within that half.
+        k(θ, θ') = exp(-(θ - θ')ᵀ C⁻¹ (θ - θ')/(2 h² d))
 
-    **Args:** `landmarks`: the most terms of the sum. `bandwidths`: h to choose from, in standard deviations √d of the ensemble.
-    `penalties`: λ to choose from, relative to the mean square of the kernel features. `folds`: of the cross-validation.
+    maximizes the variational expression less λ‖u‖². The θ_m are members spread evenly over the half
+    that is learned from (the Nyström approximation). h, λ and whether u is needed at all are chosen
+    by cross-validation within that half.
+
+    **Args:** `landmarks`: the greatest number of terms of the sum. `bandwidths`: shape (g,), the h
+    to choose from, in standard deviations √d of the ensemble. `penalties`: shape (g,), the λ to
+    choose from, relative to the mean square of the kernel features. `folds`: of the
+    cross-validation, at least 2.
+    **Raises:** `InputError` for numbers out of these ranges.
     **Differentiation:** forward and reverse, at the h and λ chosen.
-    **Reference:** Sriperumbudur, Fukumizu, Gretton, Hyvärinen and Kumar, "Density estimation in infinite dimensional exponential
-    families", JMLR 18, 57 (2017); Sutherland, Strathmann, Arbel and Gretton, "Efficient and principled score estimation with Nyström
-    kernel exponential families", AISTATS (2018).
+    **Reference:** Sriperumbudur, Fukumizu, Gretton, Hyvärinen and Kumar, "Density estimation in
+    infinite dimensional exponential families", JMLR 18, 57 (2017); Sutherland, Strathmann, Arbel
+    and Gretton, "Efficient and principled score estimation with Nyström kernel exponential
+    families", AISTATS (2018).
 
     **Example:**
 
-        >>> x = jax.random.normal(jax.random.key(0), (2000, 1)) / 2 + jnp.where(jnp.arange(2000) % 4 < 2, 2.0, -2.0)[:, None]
-        >>> bool(KernelVelocity()(x, 0 * x, 1.0).squared > 10 * AffineVelocity()(x, 0 * x, 1.0).squared)  # two modes that diffuse
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> x = jax.random.normal(jax.random.key(0), (500, 1)) / 2
+        >>> x = x.at[::4].add(4.0).at[1::4].add(4.0)  # two modes that diffuse, in both halves
+        >>> kernel, affine = esl.KernelVelocity(landmarks=40), esl.AffineVelocity()
+        >>> bool(kernel(x, 0 * x, 1.0).squared > 10 * affine(x, 0 * x, 1.0).squared)
         True
     """
 
@@ -59,7 +73,6 @@ class KernelVelocity(AbstractVariationalVelocity):
     penalties: Float[Array, " g"] = eqx.field(
         converter=as_float, default=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     )  # type: ignore
-
     folds: int = eqx.field(static=True, default=5)
 
     def __check_init__(self):
@@ -85,10 +98,14 @@ class KernelVelocity(AbstractVariationalVelocity):
     def _chosen(
         self, base: AbstractField, snapshot: Snapshot, gradient: bool
     ) -> tuple[Scalar, Scalar, Scalar]:
-        """The bandwidth and the penalty that gain most on held-out folds, and 1 if there is anything to gain, else 0."""
+        """Return the bandwidth and the penalty that gain most on held-out folds.
+
+        The third number is 1 if there is anything to gain, else 0.
+        """
         dtype = snapshot.positions.dtype
         n = snapshot.positions.shape[0]
-        # A kernel that is centered on a member fits that member too well, so the landmarks only learn and never judge.
+        # A kernel that is centered on a member fits that member too well, so the landmarks only
+        # learn and never judge.
         landmarks = _landmarks(n, self.landmarks)
         others = np.setdiff1d(np.arange(n), landmarks)
         count = min(self.folds, len(others))
@@ -98,8 +115,8 @@ class KernelVelocity(AbstractVariationalVelocity):
         def at_bandwidth(bandwidth):
             kernel = _Kernel(snapshot.positions, self.landmarks, bandwidth)
             each = [
-                _moments(kernel, base, _members(snapshot, rows), gradient)
-                for rows in (*folds, landmarks)
+                _moments(kernel, base, rows(snapshot, part), gradient)
+                for part in (*folds, landmarks)
             ]
             *grams, own_gram = (gram for gram, _ in each)
             *givens, own_given = (given for _, given in each)
@@ -107,7 +124,7 @@ class KernelVelocity(AbstractVariationalVelocity):
             own = len(landmarks) / n
 
             def of_folds(parts):
-                return jnp.tensordot(shares, parts, 1, precision="highest")
+                return product(parts.T, shares).T
 
             whole = (of_folds(grams) + own * own_gram, of_folds(givens) + own * own_given)
 
@@ -121,9 +138,11 @@ class KernelVelocity(AbstractVariationalVelocity):
                     weights = _ridge(rest[0], rest[1], penalty)
                     return 2 * jnp.sum(weights * given) - jnp.sum(weights * product(gram, weights))
 
-                # One factorization at a time: batched ones gain nothing here, and two of some kinds in one program can wait for each
-                # other forever. Three standard errors over folds are taken off, because the best of 25 noisy gains is positive by
-                # chance: with one, 6 % of fits to halves of 25 members of a Gaussian law blew up, with three none of 200.
+                # One factorization at a time: batched ones gain nothing here, and two of some
+                # kinds in one program can wait for each other forever. Three standard errors over
+                # folds are taken off, because the best of 25 noisy gains is positive by chance:
+                # with one, 6 % of fits to halves of 25 members of a Gaussian law blew up, with
+                # three none of 200.
                 gains = jax.lax.map(gain, (grams, givens, shares))
                 return jnp.mean(gains) - 3 * jnp.std(gains, ddof=1) / jnp.sqrt(count)
 
@@ -140,7 +159,10 @@ class KernelVelocity(AbstractVariationalVelocity):
 
 
 class _Kernel(eqx.Module):
-    """k(·, θ_m) on whitened coordinates, and the root R of the matrix k(θ_m, θ_l) = R Rᵀ: the features R⁻¹ k(θ_·, θ) have unit norms."""
+    """k(·, θ_m) on whitened coordinates, and the root R of the matrix k(θ_m, θ_l) = R Rᵀ.
+
+    The features R⁻¹ k(θ_·, θ) have unit norms.
+    """
 
     center: Float[Array, " d"]
     whitening: Float[Array, "d d"]
@@ -161,6 +183,7 @@ class _Kernel(eqx.Module):
         )
 
     def whiten(self, positions: Float[Array, "n d"]) -> Float[Array, "n d"]:
+        """Return positions in whitened coordinates."""
         return product(positions - self.center, self.whitening.T)
 
     def __call__(self, z: Float[Array, "n d"]) -> Float[Array, "n m"]:
@@ -168,18 +191,18 @@ class _Kernel(eqx.Module):
             -_squares(z, self.points, jnp.eye(z.shape[1], dtype=z.dtype)) / (2 * self.width**2)
         )
 
-    def unit(self, rows: Float[Array, "n m"]) -> Float[Array, "n m"]:
-        """Linear functions of k(·, θ_m) as the same functions of the features."""
-        return solve_triangular(self.root, rows.T, lower=True).T
+    def unit(self, functions: Float[Array, "n m"]) -> Float[Array, "n m"]:
+        """Return linear functions of k(·, θ_m) as the same functions of the features."""
+        return solve_triangular(self.root, functions.T, lower=True).T
 
     def expand(self, weights: Float[Array, "m c"]) -> Float[Array, "m c"]:
-        """Weights of the features as weights a_m of k(·, θ_m)."""
+        """Return weights of the features as weights a_m of k(·, θ_m)."""
         return solve_triangular(self.root, weights, lower=True, trans=1)
 
     def turned(
         self, z: Float[Array, "n d"], k: Float[Array, "n m"], diffusion: Float[Array, "d d"]
     ) -> Float[Array, "n m"]:
-        """tr(D ∇∇k), for D in whitened coordinates."""
+        """Return tr(D ∇∇k), for D in whitened coordinates."""
         return (
             k
             * (_squares(z, self.points, diffusion) / self.width**2 - jnp.trace(diffusion))
@@ -230,7 +253,10 @@ class _KernelField(AbstractField):
 def _moments(
     kernel: _Kernel, base: AbstractField, snapshot: Snapshot, gradient: bool
 ) -> tuple[Array, Array]:
-    """G (m, m) and g (m, c) of E‖u‖² = tr(aᵀ G a) and E[u·(b - w₀)] + E[tr(D ∇u)] = tr(aᵀ g), for the weights a of the features."""
+    """Return G (m, m) and g (m, c), the variational expression in the weights a of the features.
+
+    E‖u‖² = tr(aᵀ G a) and E[u·(b - w₀)] + E[tr(D ∇u)] = tr(aᵀ g).
+    """
     x = snapshot.positions
     n, d = x.shape
     rest = snapshot.drift - base.evaluate(x, snapshot.diffusion)[0]
@@ -258,9 +284,9 @@ def _moments(
 def _ridge(
     gram: Float[Array, "m m"], given: Float[Array, "m c"], penalty: Scalar
 ) -> Float[Array, "m c"]:
-    """(G + λ tr G)⁻¹ g, and 0 where no feature is felt."""
-    felt = jnp.trace(gram)
-    ridge = jnp.where(felt > 0, penalty * felt, 1)
+    """Return (G + λ tr G)⁻¹ g, and 0 where all features vanish."""
+    size = jnp.trace(gram)
+    ridge = jnp.where(size > 0, penalty * size, 1)
     factor = jnp.linalg.cholesky(gram + ridge * jnp.eye(gram.shape[0], dtype=gram.dtype))
     return solve_triangular(
         factor, solve_triangular(factor, given, lower=True), lower=True, trans=1
@@ -268,14 +294,14 @@ def _ridge(
 
 
 def _landmarks(n: int, most: int) -> np.ndarray:
-    """Evenly spread rows, at most half of them."""
+    """Return evenly spread rows, at most half of all."""
     return np.linspace(0, n - 1, max(1, min(n // 2, most))).round().astype(int)
 
 
 def _squares(
     x: Float[Array, "n d"], y: Float[Array, "m d"], metric: Float[Array, "d d"]
 ) -> Float[Array, "n m"]:
-    """(x - y)ᵀ M (x - y) for every pair."""
+    """Return (x - y)ᵀ M (x - y) for every pair."""
 
     def own(a):
         return jnp.sum(product(a, metric) * a, axis=1)
@@ -284,4 +310,5 @@ def _squares(
 
 
 def _whitened(kernel: _Kernel, diffusion: Float[Array, "..."], d: int) -> Float[Array, "d d"]:
+    """Return D in whitened coordinates."""
     return product(product(kernel.whitening, diffusion_matrix(diffusion, d)), kernel.whitening.T)

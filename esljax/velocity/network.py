@@ -1,4 +1,9 @@
-"""Velocities by networks on top of the affine field."""
+r"""Velocities by neural networks N on top of the affine field w₀, trained on the variational bound.
+
+w = w₀ + u,    u = s N(C^{-1/2}(θ - E[θ]))  or  u = ∇N,    maximizing
+
+2 E[u·(b - w₀)] + 2 E[tr(D ∇u)] - E‖u‖²
+"""
 
 from typing import Any, ClassVar
 
@@ -9,30 +14,47 @@ import numpy as np
 import optax
 
 from esljax._checks import as_float, check_key, check_positive, check_positive_int
-from esljax._numerics import product
+from esljax._numerics import product, safe_divide, whitening
 from esljax._types import Array, Float, Key, Scalar
+from esljax.density import train
 from esljax.velocity.affine import AffineVelocity
 from esljax.velocity.base import (
     AbstractField,
     AbstractVariationalVelocity,
     Snapshot,
+    diffuse,
     diffusion_matrix,
-    whitening,
+    rows,
 )
 
 
 class NetworkVelocity(AbstractVariationalVelocity):
-    r"""Affine fields plus networks: u = s N(C^{-1/2}(θ - E[θ])) or u = ∇N, trained by Adam from where the last snapshot left off.
+    r"""Affine fields plus networks: u = s N(C^{-1/2}(θ - E[θ])) or u = ∇N, trained by Adam.
 
-    A quarter of the half that is learned from is held out; kept are the weights that did best on it at the end of one of `rounds` rounds,
-    or none if the affine field alone did better. The network starts from u = 0. tr(D ∇u) is estimated by one random sign vector for each
-    member and iteration while learning (Hutchinson), and exact in the result.
+    The fit at a snapshot starts from the weights of the snapshot before. A quarter of the half that
+    is learned from is held out: the fit is the weights that did best on it after one of `rounds`
+    rounds, or the affine field alone if that did better. The network starts from u = 0. tr(D ∇u) is
+    estimated by one random sign vector for each member and iteration in training (Hutchinson), and
+    is exact in the result.
 
-    **Args:** `key`: of the first weights and the sign vectors. `width`, `depth`: of the hidden layers. `iterations`: of Adam for each
-    snapshot and each of its four fits. `learning_rate`: its largest; it falls on a cosine. `rounds`: how often weights are judged.
-    **Differentiation:** forward and reverse, at the fields found; what a change of the members does to a fit is of second order in σ.
-    **Reference:** Song, Garg, Shi and Ermon, "Sliced score matching", UAI (2019); Boffi and Vanden-Eijnden, "Probability flow solution of
-    the Fokker-Planck equation", MLST 4, 035012 (2023).
+    **Args:** `key`: draws the first weights and the sign vectors. `width`, `depth`: of the hidden
+    layers. `iterations`: of Adam for each snapshot and each of its four fits. `learning_rate`: its
+    greatest value; it falls on a cosine. `rounds`: how often weights are judged.
+    **Raises:** `InputError` if `key` is not a key or a number is not positive.
+    **Differentiation:** forward and reverse, at the fields found; a change of the members changes σ
+    through a fit by the second order only.
+    **Reference:** Song, Garg, Shi and Ermon, "Sliced score matching", UAI (2019); Boffi and
+    Vanden-Eijnden, "Probability flow solution of the Fokker-Planck equation", MLST 4, 035012
+    (2023).
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> network = esl.NetworkVelocity(key=jax.random.key(0), width=8, iterations=20, rounds=4)
+        >>> x = jax.random.normal(jax.random.key(1), (40, 1))
+        >>> network(x, -x, 0.5).bound
+        'lower'
     """
 
     moments_only: ClassVar[bool] = False
@@ -61,74 +83,42 @@ class NetworkVelocity(AbstractVariationalVelocity):
         snapshot = jax.lax.stop_gradient(snapshot)
         x = snapshot.positions
         n, d = x.shape
-        fixed = eqx.filter(self._network(x, gradient, 0), eqx.is_array, inverse=True)
         held_out = np.arange(n) % 4 == 3
-        learned, judged = _members(snapshot, ~held_out), _members(snapshot, held_out)
+        learned, judged = rows(snapshot, ~held_out), rows(snapshot, held_out)
         base, _ = AffineVelocity().fit(learned, gradient, None)
         center, linear = whitening(learned.positions)
-
-        def field_of(weights, felt):
-            return _NetworkField(
-                base, eqx.combine(weights, fixed), center, linear, scale * felt, gradient
-            )
-
         rest = learned.drift - base.evaluate(learned.positions, learned.diffusion)[0]
         noise = product(linear, diffusion_matrix(learned.diffusion, d))
         scale = jnp.sqrt(jnp.mean(rest**2) + jnp.sum(noise**2) / d)
-        safe = jnp.where(scale > 0, scale, 1)
+        fixed = eqx.filter(self._network(x, gradient, 0), eqx.is_array, inverse=True)
+
+        def field_of(weights, felt):
+            network = eqx.combine(weights, fixed)
+            return _NetworkField(base, network, center, linear, scale * felt, gradient)
 
         def loss(weights, signs):
-            field = field_of(weights, 1)
-            values, turned = jax.vmap(lambda x, s: jax.jvp(field.remainder, (x,), (s,)))(
-                learned.positions, _spread(signs, learned.diffusion)
-            )
-            return (
-                jnp.mean(jnp.sum(values**2 - 2 * values * rest - 2 * signs * turned, axis=1))
-                / safe**2
+            lost = _lost(field_of(weights, 1), learned, rest, signs)
+            return safe_divide(jnp.mean(lost), scale**2)
+
+        def slope(weights, i):
+            key = jax.random.fold_in(self.key, i)
+            return jax.grad(loss)(
+                weights, jax.random.rademacher(key, learned.positions.shape, x.dtype)
             )
 
         def value(weights):
-            field = field_of(weights, 1)
-            values, turned, _ = field.added(judged.positions, judged.diffusion)
-            ahead = judged.drift - base.evaluate(judged.positions, judged.diffusion)[0]
-            gains = jnp.sum(2 * values * ahead - values**2, axis=1) + 2 * turned
+            gains = _gained(field_of(weights, 1), judged)
             # Less its standard error, because the best of many noisy gains is positive by chance.
             return jnp.mean(gains) - jnp.std(gains) / jnp.sqrt(len(gains))
 
-        per_round = -(-self.iterations // self.rounds)
-        rate = optax.cosine_decay_schedule(1.0, per_round * self.rounds)
+        updates = -(-self.iterations // self.rounds)
         optimizer = optax.chain(
             optax.clip_by_global_norm(10.0),
             optax.scale_by_adam(b2=0.99),
-            optax.scale_by_schedule(rate),
+            optax.scale_by_schedule(optax.cosine_decay_schedule(1.0, updates * self.rounds)),
+            optax.scale(-self.learning_rate.astype(x.dtype)),
         )
-
-        def iteration(carry, i):
-            weights, memory = carry
-            signs = jax.random.rademacher(
-                jax.random.fold_in(self.key, i), learned.positions.shape, x.dtype
-            )
-            slopes = jax.grad(loss)(weights, signs)
-            steps, memory = optimizer.update(slopes, memory)
-            moved = jax.tree.map(
-                lambda w, step: w - self.learning_rate.astype(w.dtype) * step, weights, steps
-            )
-            return (moved, memory), None
-
-        def one_round(carry, iterations):
-            found, best, most = carry
-            found, _ = jax.lax.scan(iteration, found, iterations)
-            score = value(found[0])
-            better = score > most
-            return (
-                found,
-                jax.tree.map(lambda a, b: jnp.where(better, a, b), found[0], best),
-                jnp.where(better, score, most),
-            ), None
-
-        start = (state, optimizer.init(state))
-        counts = jnp.arange(self.rounds * per_round).reshape(self.rounds, per_round)
-        (_, best, most), _ = jax.lax.scan(one_round, (start, state, value(state)), counts)
+        best, most = train(state, slope, value, optimizer, rounds=self.rounds, updates=updates)
         return field_of(best, (most > 0).astype(x.dtype)), best
 
     def _network(self, positions: Array, gradient: bool, which: int) -> eqx.nn.MLP:
@@ -143,7 +133,7 @@ class NetworkVelocity(AbstractVariationalVelocity):
             dtype=positions.dtype,
             key=key,
         )
-        # u = 0 at first, so that nothing is worse than the affine field before something is learned.
+        # u = 0 at first, so that nothing is worse than the affine field before training.
         return eqx.tree_at(
             lambda n: (n.layers[-1].weight, n.layers[-1].bias), network, replace_fn=jnp.zeros_like
         )
@@ -158,9 +148,9 @@ class _NetworkField(AbstractField):
     gradient: bool = eqx.field(static=True)
 
     def remainder(self, position: Float[Array, " d"]) -> Float[Array, " d"]:
-        """u at one position."""
+        """Return u at one position."""
         z = product(self.whitening, position - self.center)
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision("highest"):  # equinox multiplies here
             if not self.gradient:
                 return self.scale * self.network(z)
             slope = jax.grad(lambda z: self.network(z)[0])(z)
@@ -171,12 +161,10 @@ class _NetworkField(AbstractField):
     def added(
         self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
     ) -> tuple[Array, Array, Array]:
-        """What u adds to the base."""
-        d = positions.shape[1]
+        """Return u (m, d), tr(D ∇u) (m,) and ∇·u (m,), which the field adds to its base."""
+        m, d = positions.shape
         slopes = jax.vmap(jax.jacfwd(self.remainder))(positions)
-        spread = jnp.einsum(
-            "ij,nij->n", diffusion_matrix(diffusion, d), slopes, precision=jax.lax.Precision.HIGHEST
-        )
+        spread = product(slopes.reshape(m, d * d), diffusion_matrix(diffusion, d).ravel())
         return jax.vmap(self.remainder)(positions), spread, jnp.trace(slopes, axis1=1, axis2=2)
 
     def evaluate(
@@ -187,9 +175,21 @@ class _NetworkField(AbstractField):
         return values + more, spread + turned, divergence + diverging
 
 
-def _members(snapshot: Snapshot, kept: np.ndarray) -> Snapshot:
-    return Snapshot(snapshot.positions[kept], snapshot.drift[kept], snapshot.diffusion)
+def _lost(
+    field: _NetworkField, learned: Snapshot, rest: Float[Array, "n d"], signs: Float[Array, "n d"]
+) -> Float[Array, " n"]:
+    """Return ‖u‖² - 2 u·(b - w₀) - 2 sᵀ D ∇u s at each member, for random signs s.
+
+    `rest` is b - w₀, computed once for all iterations.
+    """
+    values, turned = jax.vmap(lambda x, s: jax.jvp(field.remainder, (x,), (s,)))(
+        learned.positions, diffuse(learned.diffusion, signs)
+    )
+    return jnp.sum(values**2 - 2 * values * rest - 2 * signs * turned, axis=1)
 
 
-def _spread(x: Float[Array, "n d"], diffusion: Float[Array, "..."]) -> Float[Array, "n d"]:
-    return product(x, diffusion) if jnp.ndim(diffusion) == 2 else x * diffusion
+def _gained(field: _NetworkField, judged: Snapshot) -> Float[Array, " n"]:
+    """Return 2 u·(b - w₀) + 2 tr(D ∇u) - ‖u‖² at each member."""
+    values, turned, _ = field.added(judged.positions, judged.diffusion)
+    rest = judged.drift - field.base.evaluate(judged.positions, judged.diffusion)[0]
+    return jnp.sum(2 * values * rest - values**2, axis=1) + 2 * turned
