@@ -5,7 +5,7 @@ r"""Gradient optimization of any pytree of controls, under constraints, with fre
 by the augmented Lagrangian: minimize f + Σ (max(0, λ + μ r)² - λ²)/2μ + Σ (λ h + μ h²/2) for a
 while, then move the multipliers to max(0, λ + μ r) and λ + μ h, and repeat. Candidates are compared
 on keys that no gradient ever saw.
-Reference: Hestenes (1969), Powell (1969); Nocedal and Wright, Numerical Optimization (2006), ch. 17.
+Reference: Hestenes (1969); Powell (1969); Nocedal and Wright, Numerical Optimization (2006), ch. 17
 """
 
 import contextlib
@@ -96,7 +96,7 @@ class Optimum(eqx.Module):
     standard_error: StandardErrors
     """Of `value` and `residuals`, over the held-out keys; NaN with one key."""
     errors: str = eqx.field(static=True)
-    """What the standard errors are taken over, in words."""
+    """The source of the standard errors, in words."""
     satisfied: bool = eqx.field(static=True)
     """Whether every constraint holds to within `tolerance` on the held-out keys."""
     multipliers: Float[Array, " c"]
@@ -169,18 +169,18 @@ def optimize(
     - `validation`: held-out keys for each judgment.
     - `tolerance`: residual up to which a constraint counts as satisfied.
     - `penalty`: μ, for an objective divided by its first value.
-    - `callback`: sees an `Iteration` after each. `KeyboardInterrupt` ends the search with the best so
-      far; anything else that the callback raises passes through.
+    - `callback`: sees an `Iteration` after each. `KeyboardInterrupt` ends the search with the best
+      so far; anything else that the callback raises passes through.
     - `checkpoints`: where to save the search between iterations, so that it survives its process;
       see `Checkpoints`. A resumed search ends with the same bits as one that nothing disturbed.
     - `mesh`: the devices that every run in `objective` is spread over, such as `member_mesh()`, as
       if all of it stood under `jax.set_mesh`. By default each run lies where its own `mesh` or its
       `positions` are.
 
-    **Returns:** `Optimum`. A value or gradient that is not finite, or explodes, ends the search: the
-    best so far is returned and `message` names the iteration and the likely cause.
-    **Raises:** `InputError` if `controls` has no floating leaf, or the first value or gradient is not
-    finite.
+    **Returns:** `Optimum`. A value or gradient that is not finite, or explodes, ends the search:
+    the best so far is returned and `message` names the iteration and the likely cause.
+    **Raises:** `InputError` if `controls` has no floating leaf, or the first value or gradient is
+    not finite.
     **Differentiation:** none; this is a loop on the host around one compiled step.
 
     **Example:**

@@ -69,8 +69,8 @@ def _parse(
     if path is not None:
         defaults[command] = from_toml(path, flags[command])
     commands: Any = (
-        Annotated[CheckConfig, tyro.conf.subcommand("check", default=CheckConfig())]
-        | Annotated[StudyConfig, tyro.conf.subcommand("study")]
+        Annotated[StudyConfig, tyro.conf.subcommand("study")]
+        | Annotated[CheckConfig, tyro.conf.subcommand("check", default=CheckConfig())]
     )
     for command in reversed(flags):
         marker = tyro.conf.subcommand(command, default=defaults[command])

@@ -198,7 +198,7 @@ class _Progress:
             *columns, console=console, transient=True, disable=config.quiet
         )
         shapes = len(usual_shapes())
-        # A matching takes about two trials, a gradient about 2.3 forward runs, a judgment about 1.3.
+        # A matching takes about two trials, a gradient about 2.3 forward runs, a judgment 1.3.
         total = (
             (2 * shapes + 4) * config.match_runs
             + 2.3 * config.iterations

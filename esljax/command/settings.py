@@ -34,13 +34,13 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 @dataclasses.dataclass(frozen=True)
 class OptimizeConfig(TrainingConfig):
-    """Compare the usual learning-rate schedules with one found by gradient, at one final loss.
+    """Compare the usual learning-rate schedules with one found by gradient.
 
-    Each is held against the epistemic speed limit.
+    All are scaled to the same final loss and held against the epistemic speed limit.
 
-    Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input;
-    interrupted by Ctrl-C 130 (once the search has begun, the best schedule so far is judged and
-    written first); ended by SIGTERM 143, after saving. In every case --resume finishes the run.
+    Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input; 130
+    interrupted (once the search has begun, the best schedule so far is judged and written first);
+    or 143 ended by SIGTERM, after saving. In every case --resume finishes the run.
     """
 
     out: Path = Path("esljax-optimize")
@@ -105,12 +105,12 @@ class PlanConfig(OptimizeConfig):
 class MeasureConfig:
     """Hold a training run of your own against the epistemic speed limit.
 
-    RECORDING is an .npz file or a .zarr group of `positions` (snapshots, members, numbers) or
-    features (the same shape), and optionally `times`; or a folder of checkpoints (.npz,
-    .safetensors, Orbax) laid out as member_000/step_000100.npz. No pickled data is ever loaded.
+    The recording is an .npz file or a .zarr group of `positions` (snapshots, members, numbers) or
+    of `features` of such a shape, and optionally `times`; or a folder of checkpoints, each .npz,
+    or .safetensors, or Orbax, laid out as member_000/step_000100.npz. No pickled data is loaded.
 
     Exit codes: 0 done; 1 the numbers are written but not to be trusted (a transport problem did
-    not converge, or Σ is below W2²); 2 bad input; interrupted 130, with nothing written.
+    not converge, or Σ is below W2²); 2 bad input; 130 interrupted, with nothing written.
     """
 
     recording: Annotated[Path | None, tyro.conf.Positional] = None

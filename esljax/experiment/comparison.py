@@ -139,7 +139,7 @@ class Judgment(eqx.Module):
     schedule: Knots
     """The schedule that was judged, with a rate for each step."""
     report: SpeedLimit
-    """Means of Σ, L², W2² and the gap, in squared parameters; `report.standard_error` has errors."""
+    """Means of Σ, L², W2² and the gap, in squared parameters, with standard errors of its own."""
     final_loss: Scalar
     """Mean final training loss, shape ()."""
     test_accuracy: Scalar
@@ -147,7 +147,7 @@ class Judgment(eqx.Module):
     standard_error: StandardErrors
     """Of `final_loss` and `test_accuracy`, over the keys."""
     errors: str = eqx.field(static=True)
-    """What the standard errors are taken over, in words."""
+    """The source of the standard errors, in words."""
     entropy_productions: Float[Array, " R"]
     """Σ of each key, in squared parameters, for paired comparisons."""
 
@@ -193,7 +193,7 @@ class Comparison:
 
 @runtime_checkable
 class Watcher(Protocol):
-    """Watches a comparison go on, for instance to show its progress.
+    """Watches a comparison, for instance to show its progress.
 
     A comparison calls `stage` at the start of each stage, then the method of the stage's work.
     """
@@ -228,8 +228,9 @@ class _Unwatched:
 
 
 _OPTIMIZED = "optimized"
-# A checkpoint is resumed by the same problem alone. Its mesh may differ: bits do not depend on it.
+# Only the same problem resumes a checkpoint; its mesh may differ, to resume on other devices.
 _PARTS = [field.name for field in dataclasses.fields(Problem) if field.name != "mesh"]
+_LEAST = {"knots": 2, "iterations": 1, "match_runs": 1, "judge_runs": 2}
 
 
 def compare(
@@ -248,27 +249,29 @@ def compare(
 ) -> Comparison:
     """Compare the usual schedules with one found by gradient, at the same final loss.
 
-    Every usual shape is scaled until its mean final training loss is the target. From the mean rate
-    of the first one, a search by gradient looks for the schedule of least Σ at that loss; its result
-    is scaled likewise. All are then judged on common keys that no stage before has seen.
+    Every usual shape is scaled until its mean final training loss is the target. A search by
+    gradient starts at the mean rate of the first one and looks for the schedule of least Σ at that
+    loss; its result is scaled likewise. All are then judged on common keys that no earlier stage
+    has seen.
 
     **Args:**
-    - `problem`: what is learned, and how it is measured.
-    - `rate`: the constant learning rate per step, which sets the target and the scale of the search.
-    - `key`: the source of all keys. Its first quarter, `jax.random.split(key, 4)[0]`, is left to the
-      caller, for instance for the random directions of the problem's transport.
+    - `problem`: the learning problem.
+    - `rate`: the constant learning rate per step. It sets the default target and the scale from
+      which every search starts.
+    - `key`: the source of all keys. `jax.random.split(key, 4)[0]` is left to the caller, for
+      instance for the random directions of the problem's transport.
     - `target`: the mean final training loss; by default that of a constant schedule at `rate`.
     - `shapes`: schedules by name, whose scale does not matter; by default `usual_shapes()`.
     - `knots`: of the searched log learning rate. - `iterations`: gradient steps of the search.
     - `match_runs`: runs whose mean loss is matched. - `judge_runs`: held-out runs, at least 2.
-    - `watcher`: is called as the comparison goes on.
+    - `watcher`: called at each stage and after each piece of work.
     - `checkpoints`: where to save the stages; see `Checkpoints`. A resumed comparison ends with the
       same bits.
 
-    **Returns:** `Comparison`. `KeyboardInterrupt` during the search or after the first judgment ends
-    it early: what was found so far is returned, with `optimum.interrupted` True.
-    **Raises:** `InputError` if the constant schedule is unstable at `rate`, or if a shape cannot reach
-    the target.
+    **Returns:** `Comparison`. `KeyboardInterrupt` during the search ends the search alone, and
+    after the first judgment it ends the judging; `optimum.interrupted` is then True.
+    **Raises:** `InputError` if the constant schedule is unstable at `rate`, or if a shape cannot
+    reach the target.
     **Differentiation:** none; this is a loop on the host around compiled runs.
 
     **Example:**
@@ -288,31 +291,17 @@ def compare(
         >>> sorted(result.judgments)
         ['constant', 'cosine', 'optimized']
     """
-    check_positive("rate", rate)
-    check_key("key", key)
-    for name, value, least in (
-        ("knots", knots, 2),
-        ("iterations", iterations, 1),
-        ("match_runs", match_runs, 1),
-        ("judge_runs", judge_runs, 2),
-    ):
-        check_positive_int(name, value, least)
-    shapes = usual_shapes() if shapes is None else dict(shapes)
-    if not shapes or _OPTIMIZED in shapes:
-        must = f"hold at least one schedule, and none named {_OPTIMIZED!r}"
-        raise refuse("shapes", must, f"holds {', '.join(shapes) or 'none'}")
-    about = {
-        **{name: getattr(problem, name) for name in _PARTS},
-        "rate": rate,
-        "key": key,
-        "target": target,
-        "shapes": shapes,
+    counts = {
         "knots": knots,
         "iterations": iterations,
         "match_runs": match_runs,
         "judge_runs": judge_runs,
     }
+    shapes = usual_shapes() if shapes is None else dict(shapes)
     watcher = _Unwatched() if watcher is None else watcher
+    _check_settings(rate, key, target, shapes, counts)
+    about = {name: getattr(problem, name) for name in _PARTS}
+    about |= {**counts, "rate": rate, "key": key, "target": target, "shapes": shapes}
     # The first key is the caller's, as documented.
     _, match_key, search_key, judge_key = jax.random.split(key, 4)
     match = _Match(problem, rate * problem.steps, jax.random.split(match_key, match_runs), watcher)
@@ -366,15 +355,15 @@ def match_endpoint(
 ) -> Knots:
     """Scale a schedule until its mean final training loss over `keys` is `target`.
 
-    The search starts at the scale where the learning time U = Σ η_k is `learning_time`, because with
-    little noise the loss depends on U alone.
+    The search starts at the scale where the learning time U = Σ η_k is `learning_time`, because
+    with little noise the loss depends on U alone.
 
     **Args:** `shape`: any schedule with U > 0. `target`: the loss. `learning_time`: U, in squared
     parameters per unit of loss. `keys`: (R,), common to all trials. `name`: of the shape, for
     messages. `tolerance`: relative, on the loss. `watch`: called with the loss of each trial.
     **Returns:** the scaled schedule as a table of `Knots`.
-    **Raises:** `InputError` if no scale reaches the target before the run leaves the stable range of
-    its step.
+    **Raises:** `InputError` if no scale reaches the target before the run leaves the stable range
+    of its step.
     """
     table = problem.table(shape)
     time = float(jnp.sum(table.rates(problem.steps)))
@@ -449,6 +438,27 @@ def ratio(first: Judgment, second: Judgment) -> tuple[float, float]:
 
 
 # --- The stages -----------------------------------------------------------------------------------
+
+
+def _check_settings(
+    rate: float,
+    key: Key,
+    target: float | None,
+    shapes: Mapping[str, AbstractSchedule],
+    counts: Mapping[str, int],
+) -> None:
+    check_positive("rate", rate)
+    check_key("key", key)
+    if target is not None:
+        check_positive("target", target)
+    for name, count in counts.items():
+        check_positive_int(name, count, _LEAST[name])
+    if not shapes or _OPTIMIZED in shapes:
+        raise refuse(
+            "shapes",
+            f"hold at least one schedule, and none named {_OPTIMIZED!r}",
+            f"holds {', '.join(shapes) or 'none'}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

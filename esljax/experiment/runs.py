@@ -1,9 +1,9 @@
 r"""Training runs given by a `RunConfig`: one alone, or many that share one compiled program.
 
-Points of a study that share every shape share one program. Seed, rate, temperature, l2, epsilon and
-schedule are data of that program: a schedule is only a table of rates. On a CPU the runs go one
-after another (`width` 1): the members fill the vector units already, and the bits are those of a run
-alone. On an accelerator they go side by side, as many as fit its memory.
+Points of a study that share every shape share one program. Seed, rate, temperature, l2, epsilon
+and schedule are data of that program: a schedule is only a table of rates. On a CPU the runs go one
+after another (`width` 1): the members fill the vector units already, and the bits are those of a
+run alone. On an accelerator they go side by side, as many as fit its memory.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ class Task:
 
     points: tuple[RunConfig, ...]
     length: int
-    """The number of points that the program is compiled for. It pads to that, and runs no padding."""
+    """The number of points that the program is compiled for; it pads to that and skips padding."""
     width: int
     """The number of runs side by side."""
 
@@ -94,9 +94,9 @@ def make_problem(
 ) -> Problem:
     """The learning problem of a configuration, in jax's present floating type.
 
-    **Args:** `config`: data, network, ensemble and steps. `transport`: defines Σ and W2². `jackknife`:
-    most groups for the standard errors of one run. `mesh`: the devices that share the members.
-    `recompute`: whether the gradient keeps few states and recomputes the others.
+    **Args:** `config`: data, network, ensemble and steps. `transport`: defines Σ and W2².
+    `jackknife`: most groups for the standard errors of one run. `mesh`: the devices that share the
+    members. `recompute`: whether the gradient keeps few states and recomputes the others.
     """
     data = config.load_data()
     classes = int(max(data.train.labels.max(), data.test.labels.max())) + 1
@@ -189,7 +189,7 @@ def number_names(errors: bool) -> tuple[str, ...]:
 
 
 def shape_of(config: RunConfig) -> RunConfig:
-    """The configuration with its numbers at their defaults: equal for points that share a program."""
+    """The configuration with its numbers at their defaults: equal for runs of one program."""
     return dataclasses.replace(config, **{name: getattr(RunConfig, name) for name in NUMBERS})
 
 
@@ -201,8 +201,8 @@ def memory_of_a_run(config: RunConfig) -> int:
 def fitting_width(config: RunConfig, length: int, budget: float | None = None) -> int:
     """The number of runs that go side by side: one on a CPU, as many as fit on an accelerator.
 
-    **Args:** `config`: one of the runs. `length`: the most. `budget`: bytes to fill; by default half
-    the memory of the accelerator.
+    **Args:** `config`: one of the runs. `length`: the most. `budget`: bytes to fill; by default
+    half the memory of the accelerator.
     """
     device = jax.devices()[0]
     if budget is None:
@@ -313,8 +313,8 @@ def _reason(numbers: dict[str, float]) -> str:
         return ""
     if "final_loss" in bad:
         return (
-            f"diverged: the final loss is {numbers['final_loss']:g}; the likely cause is a learning "
-            "rate that is too high"
+            f"diverged: the final loss is {numbers['final_loss']:g}; the likely cause is a "
+            "learning rate that is too high"
         )
     return f"not finite: {', '.join(bad)}"
 
