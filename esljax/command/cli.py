@@ -67,7 +67,7 @@ def _parse(
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
     path = _config(arguments) if command in flags else None
     if path is not None:
-        defaults[command] = from_toml(path, flags[command])
+        defaults[command] = _as(flags[command], from_toml(path, kinds[command]))
     commands: Any = (
         Annotated[StudyConfig, tyro.conf.subcommand("study")]
         | Annotated[CheckConfig, tyro.conf.subcommand("check", default=CheckConfig())]
@@ -75,7 +75,7 @@ def _parse(
     for command in reversed(flags):
         marker = tyro.conf.subcommand(command, default=defaults[command])
         commands = Annotated[flags[command], marker] | commands
-    return tyro.cli(
+    config = tyro.cli(
         commands,
         prog="esljax",
         description=(
@@ -85,6 +85,8 @@ def _parse(
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+    settings = {flags[command]: kind for command, kind in kinds.items()}
+    return _as(settings[type(config)], config) if type(config) in settings else config
 
 
 def _config(arguments: list[str]) -> Path | None:
@@ -115,6 +117,12 @@ def _flags(kind: type[Settings]) -> type[Settings]:
     return dataclasses.make_dataclass(
         kind.__name__, fields, bases=(kind,), namespace=namespace, frozen=True
     )
+
+
+def _as(kind: type[Settings], settings: OptimizeConfig | MeasureConfig) -> Settings:
+    """The same settings as an instance of another class with the same fields."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)}
+    return kind(**values)
 
 
 def _check(config: CheckConfig) -> int:
