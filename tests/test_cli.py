@@ -1,4 +1,4 @@
-"""The command line: files, exit codes, reproducibility, bad input in one sentence, and interruption."""
+"""The command line: files, exit codes, reproducibility, bad input, choices and interruption."""
 
 import json
 import os
@@ -11,10 +11,15 @@ import sys
 import time
 import tomllib
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from processes import PATIENCE
 
+import esljax as esl
 from esljax.command import cli
+from esljax.experiment import DATASETS, TRANSPORTS
 
 SMALL = """
 data = "moons"
@@ -27,6 +32,7 @@ knots = 5
 iterations = 12
 judge_runs = 3
 """
+KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all", "precision_restored")
 NAMES = {
     "constant",
@@ -98,7 +104,7 @@ def test_writes_what_it_promises(small):
 
 
 def test_matched_endpoints(small):
-    """Held-out losses agree with each other far better than their own scatter, because all schedules see the same keys."""
+    """Held-out losses agree far better than their own scatter: all schedules see the same keys."""
     schedules = json.loads((small[1] / "first" / "report.json").read_text())["schedules"]
     losses = [schedule["final_loss"] for schedule in schedules.values()]
     assert max(losses) / min(losses) - 1 < 0.02
@@ -145,7 +151,9 @@ def test_the_written_config_gives_the_same_report_again(small):
             "Argument `temperature` must be at least 0 and not NaN, but has the value -1.",
         ),
         (["--epsilon", "0"], "Argument `epsilon` must be greater than 0, but is 0."),
-        (["--target", "-2"], "Argument `target` must be a positive loss, but is -2.0."),
+        (["--target", "-2"], "Argument `target` must be greater than 0, but is -2."),
+        (["--target", "inf"], "Argument `target` must be finite, but is inf."),
+        (["--seed", "4294967296"], "Argument `seed` must be below 2**32, where the keys"),
         (["--hidden", "0"], "Argument `hidden` must be an integer of at least 1, but is 0."),
         (
             ["--judge-runs", "1"],
@@ -167,8 +175,11 @@ def test_bad_values_are_one_sentence(arguments, sentence, capsys, tmp_path):
     ("content", "sentence"),
     [
         ("stepps = 3", "Key `stepps` of"),
-        ("steps = 'many'", "Argument `steps` must be a int"),
-        ("steps = true", "Argument `steps` must be a int"),
+        ("steps = 'many'", "Argument `steps` must be an integer in"),
+        ("steps = true", "Argument `steps` must be an integer in"),
+        ("rate = 'fast'", "Argument `rate` must be a number in"),
+        ("devices = 1.5", "Argument `devices` must be an integer in"),
+        ("quiet = 1", "Argument `quiet` must be true or false in"),
         ("hidden = 3", "Argument `hidden` must be a list of integers"),
         ("steps = = 3", "Argument `config` must be valid TOML"),
         ("data = 'mnist'", "Argument `data` must be one of"),
@@ -222,6 +233,57 @@ def test_target_out_of_reach(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"esljax {esl.__version__}\n"
+
+
+def mine():
+    """A data set of one feature."""
+    inputs = jnp.linspace(-1, 1, 12)[:, None]
+    examples = esl.potentials.Examples(inputs, (inputs[:, 0] > 0).astype(int))
+    return esl.datasets.Dataset(examples, examples)
+
+
+def test_one_line_adds_a_data_set(tmp_path, capsys, monkeypatch):
+    """The flag shows it, a TOML file takes it, and a run is made of it."""
+    small = ["--members", "4", "--hidden", "3", "--batch-size", "0"]
+    assert cli.main(["plan", "--data", "mine", *small]) == 2
+    assert "mine" in capsys.readouterr().err
+
+    monkeypatch.setitem(DATASETS, "mine", mine)
+
+    assert cli.main(["optimize", "--help"]) == 0
+    assert "{digits,moons,teacher,mine}" in capsys.readouterr().out
+    (tmp_path / "mine.toml").write_text("data = 'mine'")
+    for given in (["--data", "mine"], ["--config", str(tmp_path / "mine.toml")]):
+        assert cli.main(["plan", *given, *small]) == 0
+        # One feature, three hidden units and two classes: 1·3 + 3 + 3·2 + 2 parameters.
+        assert "4 members of 14 numbers" in capsys.readouterr().out
+    assert esl.RunConfig(data="mine").check().load_data().train.inputs.shape == (12, 1)
+
+
+def test_one_line_adds_a_transport(tmp_path, capsys, monkeypatch):
+    """The flags of all commands show it, and it gets the settings that it asks for."""
+    monkeypatch.setitem(
+        TRANSPORTS,
+        "first",
+        lambda numbers: esl.ProjectedTransport(
+            esl.ExactTransport(), jnp.eye(2)[:, :1] * numbers.epsilon
+        ),
+    )
+    for command in ("optimize", "measure"):
+        assert cli.main([command, "--help"]) == 0
+        assert "{exact,gaussian,sliced,sinkhorn,first}" in capsys.readouterr().out
+    transport = esl.RunConfig(transport="first", epsilon=2.0).check().make_transport(KEY)
+    assert float(transport.squared(jnp.ones((3, 2)), jnp.zeros((3, 2)))) == pytest.approx(4)
+    np.savez(tmp_path / "run.npz", positions=np.random.default_rng(0).normal(size=(3, 4, 2)))
+    given = ["measure", str(tmp_path / "run.npz"), "--transport", "first", "--quiet"]
+    assert cli.main([*given, "--jackknife", "0", "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["transport"]["name"] == "first"
+
+
 def test_help_explains_every_flag(capsys):
     assert cli.main(["optimize", "--help"]) == 0
     text = capsys.readouterr().out
@@ -241,7 +303,7 @@ def test_help_explains_every_flag(capsys):
 
 
 def test_interrupting_the_optimization_keeps_the_best_so_far(tmp_path):
-    """A real Ctrl-C to a real process on a terminal, once the progress bar shows that the optimization is under way."""
+    """A real Ctrl-C to a real process on a terminal, once its progress bar shows the search."""
     (tmp_path / "small.toml").write_text(SMALL.replace("iterations = 12", "iterations = 100000"))
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "esljax", "optimize", "--config", "small.toml", "--out", "out"]

@@ -1,5 +1,7 @@
 """Matched endpoints and judgments, on two moons with a small network."""
 
+import doctest
+import functools
 import json
 import math
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 import esljax as esl
-from esljax.experiment import comparison
+from esljax.experiment import comparison, settings
 from esljax.files.storage import write_json, write_toml
 
 
@@ -73,7 +75,7 @@ def test_unreachable_target_lists_what_was_tried(problem):
     keys = jax.random.split(jax.random.key(0), 1)
     with pytest.raises(
         esl.InputError,
-        match="Argument `target` must be a loss that cosine can reach, but is 1e-06: scaling the rates gave",
+        match="`target` must be a loss that cosine can reach, but is 1e-06: scaling the rates gave",
     ):
         comparison.match_endpoint(
             problem, esl.Cosine(1.0), target=1e-6, learning_time=4.0, keys=keys, name="cosine"
@@ -93,7 +95,13 @@ def test_judge_averages_single_runs(problem):
     np.testing.assert_allclose(judgment.report.gap, gaps.mean(), rtol=1e-4)
     np.testing.assert_allclose(judgment.report.standard_error.gap, gaps.std(ddof=1) / 2, rtol=1e-3)
     np.testing.assert_allclose(judgment.final_loss, losses.mean(), rtol=1e-5)
-    np.testing.assert_allclose(judgment.final_loss_error, losses.std(ddof=1) / 2, rtol=1e-3)
+    error = judgment.standard_error.final_loss
+    np.testing.assert_allclose(error, losses.std(ddof=1) / 2, rtol=1e-3)
+    assert judgment.errors == "spread over 4 independent runs"
+    with pytest.warns(DeprecationWarning, match=r"Judgment\.standard_error\.final_loss"):
+        assert judgment.final_loss_error == error
+    with pytest.warns(DeprecationWarning, match=r"Judgment\.standard_error\.test_accuracy"):
+        assert judgment.test_accuracy_error == judgment.standard_error.test_accuracy
     with pytest.raises(esl.InputError, match="at least 2"):
         comparison.judge(problem, esl.Constant(0.2), keys[:1])
 
@@ -112,6 +120,150 @@ def test_ratio_is_paired(problem):
         / np.mean(np.asarray(slow.entropy_productions))
     )
     assert error < spread
+
+
+class Recorder:
+    """A watcher that lists what it is called with, and interrupts at one of the stages."""
+
+    def __init__(self, interrupt_at=None):
+        self.stages, self.losses, self.iterations, self.judgments = [], [], [], []
+        self.interrupt_at = interrupt_at
+
+    def stage(self, name):
+        if name == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.stages.append(name)
+
+    def trial(self, loss):
+        self.losses.append(loss)
+
+    def iteration(self, iteration):
+        self.iterations.append(iteration)
+
+    def judged(self, judgment):
+        self.judgments.append(judgment)
+
+
+@pytest.fixture(scope="module")
+def compared(problem):
+    """A function that compares two shapes on the problem."""
+    return functools.partial(
+        comparison.compare,
+        problem,
+        rate=0.2,
+        key=jax.random.key(4),
+        shapes={"constant": esl.Constant(1.0), "cosine": esl.Cosine(1.0)},
+        knots=3,
+        iterations=3,
+        match_runs=1,
+        judge_runs=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(compared):
+    watcher = Recorder()
+    return compared(watcher=watcher), watcher
+
+
+def same(first, second):
+    assert first.target == second.target
+    assert list(first.judgments) == list(second.judgments)
+    for name, judgment in first.judgments.items():
+        other = second.judgments[name]
+        np.testing.assert_array_equal(judgment.schedule.values, other.schedule.values)
+        np.testing.assert_array_equal(judgment.entropy_productions, other.entropy_productions)
+
+
+def test_a_comparison_is_its_stages(problem, whole):
+    """The same numbers by hand, from the public functions and the four keys."""
+    result, watcher = whole
+    _, match_key, _, judge_key = jax.random.split(jax.random.key(4), 4)
+    keys = jax.random.split(match_key, 1)
+    assert result.target == comparison.final_loss(problem, esl.Constant(0.2), keys)
+    cosine = comparison.match_endpoint(
+        problem, esl.Cosine(1.0), target=result.target, learning_time=4.0, keys=keys
+    )
+    by_hand = comparison.judge(problem, cosine, jax.random.split(judge_key, 2))
+    np.testing.assert_array_equal(
+        result.judgments["cosine"].entropy_productions, by_hand.entropy_productions
+    )
+    sigmas = [float(each.report.entropy_production) for each in result.judgments.values()]
+    assert sigmas == sorted(sigmas)
+    assert set(result.judgments) == {"constant", "cosine", "optimized"}
+    assert result.best_usual in ("constant", "cosine")
+    assert result.optimized is result.judgments["optimized"]
+    off = abs(float(result.optimized.final_loss) / result.target - 1)
+    assert result.misses_target == (off > 0.01)
+    assert watcher.stages == [
+        "target",
+        "matching constant",
+        "matching cosine",
+        "optimizing",
+        "matching optimized",
+        "judging optimized",
+        "judging constant",
+        "judging cosine",
+    ]
+    assert [each.iteration for each in watcher.iterations] == [0, 1, 2]
+    assert len(watcher.losses) >= 3
+    assert len(watcher.judgments) == 3
+
+
+def test_an_interrupted_judging_keeps_what_was_judged(compared, whole):
+    result = compared(watcher=Recorder("judging constant"))
+    assert list(result.judgments) == ["optimized"]
+    assert result.optimum.interrupted
+    assert result.best_usual is None
+    assert not whole[0].optimum.interrupted
+    with pytest.raises(KeyboardInterrupt):
+        compared(watcher=Recorder("judging optimized"))
+
+
+@pytest.mark.parametrize("stage", ["matching cosine", "matching optimized"])
+def test_a_resumed_comparison_has_the_same_bits(compared, whole, tmp_path, stage):
+    with pytest.raises(KeyboardInterrupt):
+        compared(watcher=Recorder(stage), checkpoints=esl.Checkpoints(tmp_path, every=0))
+    watcher = Recorder()
+    resume = esl.Checkpoints(tmp_path, resume=True, every=0)
+    same(compared(watcher=watcher, checkpoints=resume), whole[0])
+    assert "target" not in watcher.stages
+    assert "matching constant" not in watcher.stages
+    assert len(watcher.iterations) == (3 if stage == "matching cosine" else 0)
+    with pytest.raises(esl.InputError, match=r"rate is 0\.2, not 0\.3"):
+        compared(rate=0.3, checkpoints=resume)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"rate": -1.0}, "`rate` must be greater than 0"),
+        ({"rate": 1e30}, "`rate` must leave the constant schedule stable"),
+        ({"key": 3}, "`key` must be made by"),
+        ({"target": 0.0}, "`target` must be greater than 0"),
+        ({"knots": 1}, "`knots` must be an integer of at least 2"),
+        ({"judge_runs": 1}, "`judge_runs` must be an integer of at least 2"),
+        ({"shapes": {}}, "`shapes` must hold at least one schedule.*, but holds none"),
+        ({"shapes": {"optimized": esl.Constant(1.0)}}, "`shapes` .* none named 'optimized'"),
+    ],
+    ids=str,
+)
+def test_bad_comparisons_are_rejected(compared, refused, arguments, sentence):
+    refused(lambda: compared(**arguments), sentence)
+
+
+def test_an_unknown_transport_is_rejected():
+    with pytest.raises(
+        esl.InputError, match=r"`transport` must be one of 'exact', .*, but is 'l1'"
+    ):
+        settings.make_transport("l1", 1.0, 1, 0, jax.random.key(0))
+
+
+@pytest.mark.parametrize("module", [comparison, settings], ids=lambda module: module.__name__)
+def test_examples(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 def test_files_are_whole_or_absent(tmp_path):

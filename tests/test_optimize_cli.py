@@ -1,4 +1,4 @@
-"""`esljax optimize` that is killed, told to end, and shared by processes: the same report in the end."""
+"""`esljax optimize` killed, ended by SIGTERM, and shared by processes: the same report."""
 
 import json
 import signal
@@ -72,7 +72,7 @@ def test_a_finished_run_leaves_no_checkpoints(folder):
 def ended_by(
     folder: Path, out: str, environment: dict[str, str], number: int, stage: str, *more: str
 ) -> int:
-    """Start the command, end it by a signal when a stage has been saved, and return its exit code."""
+    """Start the command, end it by a signal once a stage has been saved; its exit code."""
     with subprocess.Popen(
         command(folder, out, "--quiet", *more), env=environment, stderr=subprocess.DEVNULL
     ) as process:
@@ -132,14 +132,14 @@ def test_another_network_does_not_finish_what_was_matched(folder, environment, c
         "--resume",
     ]
     assert cli.main([*given, "--hidden", "8", "4", "4"]) == 2
-    assert "whose hidden is" in capsys.readouterr().err
+    assert "whose potential is" in capsys.readouterr().err
 
 
-def test_told_to_end_it_exits_with_its_own_code(folder, environment):
-    assert ended_by(folder, "told", environment, signal.SIGTERM, "search") == TERMINATED
-    assert not (folder / "told" / "report.json").exists()
-    finish(folder, "told", environment, "--resume")
-    assert report(folder, "told") == report(folder, "undisturbed")
+def test_ended_by_sigterm_it_exits_with_its_own_code(folder, environment):
+    assert ended_by(folder, "ended", environment, signal.SIGTERM, "search") == TERMINATED
+    assert not (folder / "ended" / "report.json").exists()
+    finish(folder, "ended", environment, "--resume")
+    assert report(folder, "ended") == report(folder, "undisturbed")
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_two_commands_do_not_write_one_folder(tmp_path, capsys):
     assert kept.exists()
 
 
-def test_a_refused_resumption_drops_nothing(folder, capsys):
-    """Refused it may be, but what is there took a while to compute."""
+def test_a_rejected_resumption_drops_nothing(folder, capsys):
+    """The checkpoints of the run before took a while to compute."""
     kept = folder / "refused" / "checkpoints"
     (kept / "matching" / "3").mkdir(parents=True)
     given = [

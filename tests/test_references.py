@@ -21,7 +21,7 @@ def test_all_reference_numbers_agree(capsys):
 
 
 def test_the_table_holds_the_numbers_of_the_theory():
-    """Against the list of the oracles, so that a reference cannot be bent to what the package computes."""
+    """Against the oracles, so that no reference can be bent to the computed value."""
     held = {(check.name, check.reference) for check in references.CHECKS}
     wanted = {("O1", number) for row in oracles.O1.values() for number in row}
     wanted |= {("O2", number) for number in oracles.O2.values()}

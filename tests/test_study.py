@@ -16,7 +16,7 @@ import zarr
 from studies import BASE, GRID, Idle
 
 import esljax as esl
-from esljax.experiment import comparison, runs
+from esljax.experiment import choices, comparison, runs
 from esljax.figures import plot_study
 from esljax.study import store as study_store
 
@@ -214,7 +214,7 @@ def test_double_precision_stays_within_its_runs(tmp_path):
 
 def test_schedules_are_those_that_are_compared():
     field = next(field for field in dataclasses.fields(esl.RunConfig) if field.name == "schedule")
-    assert field.type.__args__ == tuple(comparison.usual_shapes())
+    assert choices(field.type) == tuple(comparison.usual_shapes())
 
 
 @pytest.mark.slow
@@ -233,13 +233,13 @@ def test_memory_is_estimated_within_a_factor_of_three():
             .compiled.memory_analysis()
             .temp_size_in_bytes
         )
-        assert 1 / 3 < runs.memory(config) / needed < 3
+        assert 1 / 3 < runs.memory_of_a_run(config) / needed < 3
     jax.config.update("jax_disable_most_optimizations", True)
 
 
 def test_width_is_one_on_a_cpu_and_what_fits_elsewhere():
     assert runs.fitting_width(BASE, 32) == 1
-    assert runs.fitting_width(BASE, 32, budget=5.5 * runs.memory(BASE)) == 5
+    assert runs.fitting_width(BASE, 32, budget=5.5 * runs.memory_of_a_run(BASE)) == 5
     assert runs.fitting_width(BASE, 32, budget=1e15) == 32
     assert runs.fitting_width(BASE, 32, budget=1.0) == 1
 

@@ -1,4 +1,4 @@
-"""The commands of studies, and what happens to one that is interrupted, killed, or spread over processes and machines that die."""
+"""The commands of studies: interrupted, killed, and spread over processes and machines that die."""
 
 import gc
 import json
@@ -73,7 +73,7 @@ def same(path, other):
         np.testing.assert_array_equal(found[name].values, wanted[name].values, err_msg=name)
 
 
-# --- The commands -------------------------------------------------------------------------------------------------------------------------
+# --- The commands ---------------------------------------------------------------------------------
 
 
 def test_run_writes_its_store_beside_the_file(small, capsys):
@@ -91,24 +91,24 @@ def test_status(small, capsys):
     _, folder = small
     for named in ("study.toml", "study.zarr"):
         assert cli.main(["study", "status", str(folder / named)]) == 0
-        said = capsys.readouterr().out
-        assert "24 runs (rate 3 × seed 8)" in said
-        assert "24 done, 0 failed, 0 to do" in said
+        printed = capsys.readouterr().out
+        assert "24 runs (rate 3 × seed 8)" in printed
+        assert "24 done, 0 failed, 0 to do" in printed
 
 
 def test_show(small, capsys):
     _, folder = small
     assert cli.main(["study", "show", str(folder / "study.toml"), "--rows", "2"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     gap = esl.study.open_study(folder / "study.zarr")["gap"].sel(rate=0.1)
-    row = next(line.split() for line in said.splitlines() if line.startswith("0.1 "))
+    row = next(line.split() for line in printed.splitlines() if line.startswith("0.1 "))
     assert row[1] == "8"
     value, error = re.fullmatch(r"([\d.]+)\((\d+)\)", row[5]).groups()
     scale = 10 ** -len(value.partition(".")[2])
     assert abs(float(value) - float(gap.mean())) < scale
     assert abs(int(error) * scale - float(gap.std(ddof=1)) / np.sqrt(8)) < scale
-    assert "… and 1 more; --rows 3 shows all." in said
-    assert [line.split()[0] for line in said.splitlines() if "(" in line] == ["0.1", "0.4"]
+    assert "… and 1 more; --rows 3 shows all." in printed
+    assert [line.split()[0] for line in printed.splitlines() if "(" in line] == ["0.1", "0.4"]
 
 
 def test_plot(small, capsys):
@@ -131,14 +131,14 @@ def test_plot(small, capsys):
     assert "Argument `out` must be a figure that can be written" in capsys.readouterr().err
 
 
-def test_failed_runs_are_told_and_the_exit_code_is_1(tmp_path, capsys):
+def test_failed_runs_are_listed_and_the_exit_code_is_1(tmp_path, capsys):
     (tmp_path / "study.toml").write_text(
         SMALL.replace("[0.1, 0.4, 1.6]", "[0.1, 1e30]").replace("[0, 8]", "[0, 3]")
     )
     assert cli.main(["study", "run", str(tmp_path / "study.toml")]) == 1
-    said = capsys.readouterr().out
-    assert "3 of 6 runs done, 3 failed" in said
-    assert "3 failed: diverged: the final loss is nan" in said
+    printed = capsys.readouterr().out
+    assert "3 of 6 runs done, 3 failed" in printed
+    assert "3 failed: diverged: the final loss is nan" in printed
     cli.main(["study", "show", str(tmp_path / "study.toml")])
     assert re.search(r"^1e\+30 +0/3( +-){9}", capsys.readouterr().out, re.MULTILINE)
 
@@ -158,7 +158,7 @@ def test_failed_runs_are_told_and_the_exit_code_is_1(tmp_path, capsys):
         ),
         (
             ["run", "study.toml", "--processes", "2", "--slurm", "1"],
-            "Argument `slurm` must stand without processes",
+            "Argument `slurm` must be given without processes",
         ),
         (
             ["run", "study.toml", "--out", "study.toml"],
@@ -201,7 +201,7 @@ def test_unknown_command(capsys):
     assert cli.main(["study"]) == 2
 
 
-# --- What ends it -------------------------------------------------------------------------------------------------------------------------
+# --- What ends it ---------------------------------------------------------------------------------
 
 
 def begun(store, process, least=1):
@@ -242,16 +242,17 @@ def test_ctrl_c_leaves_a_store_to_go_on_with(processes, tmp_path, environment, c
         process.communicate()
     assert process.returncode == 130
     assert re.fullmatch(
-        r"esljax: interrupted; \d+ of 24 runs done in study.zarr, and the same command goes on from there.\n",
+        r"esljax: interrupted; \d+ of 24 runs done in study.zarr, and the same command resumes "
+        r"it\.\n",
         error,
     )
     assert not (tmp_path / "study.zarr.lock").exists()
     cli.main(["study", "status", str(tmp_path / "study.toml")])
-    assert "nothing is running it; go on by: esljax study run" in capsys.readouterr().out
+    assert "nothing is running it; resume it by: esljax study run" in capsys.readouterr().out
 
 
 def killed_again_and_again(folder, environment, kills):
-    """Kill the study at random moments, then let it end; how many of the kills came before its end."""
+    """Kill the study at random moments, then let it end; count the kills before its end."""
     store, codes = folder / "study.zarr", []
     for _ in range(kills):
         process = subprocess.Popen(
@@ -294,7 +295,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(kills, whole, tmp_p
     assert contents[0] == contents[1], "file by file"
 
 
-# --- Where it runs ------------------------------------------------------------------------------------------------------------------------
+# --- Where it runs --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -321,7 +322,7 @@ class Dying(esl.study.executors.InProcess):
         return future
 
 
-def test_a_pool_that_ends_early_is_told(small, tmp_path):
+def test_a_pool_that_ends_early_is_reported(small, tmp_path):
     study = esl.study.Study.from_toml(small[1] / "study.toml")
     with pytest.raises(
         esl.study.LostWorkersError,
@@ -385,7 +386,10 @@ def dask_cluster(tmp_path, environment, monkeypatch):
 def test_a_dask_worker_that_is_killed_costs_nothing_but_time(
     dask_cluster, whole, tmp_path, monkeypatch
 ):
-    """Two real workers, one killed by SIGKILL with a task in its hands: every run is there, written once, with the bits of this process."""
+    """Of two real workers one is killed by SIGKILL in the middle of a task.
+
+    Every run is there, written once, with the bits of this process.
+    """
     address, workers = dask_cluster
     study = esl.study.Study.from_dict(tomllib.loads(LONG))
     written, killed = [], []
@@ -506,7 +510,7 @@ def test_slurm_jobs_whose_time_is_up_are_sent_again(whole, machine):
 
 
 @LEFT
-def test_what_slurm_refuses_is_told_in_its_words(machine):
+def test_what_slurm_rejects_is_reported_in_its_words(machine):
     put(
         machine / "sbatch",
         "#!/bin/sh\necho 'sbatch: error: invalid partition specified: day' >&2\nexit 1\n",
@@ -535,7 +539,7 @@ def test_ctrl_c_while_it_waits_for_jobs(tmp_path, monkeypatch, capsys):
 
 
 @LEFT
-def test_jobs_that_do_not_come_are_told_of(machine, monkeypatch):
+def test_jobs_that_do_not_come_are_reported(machine, monkeypatch):
     monkeypatch.setattr(esl.study.executors, "_PATIENCE", 0.1)
     put(machine / "sbatch", "#!/bin/sh\necho Submitted batch job 7\n")
     with (
@@ -546,7 +550,7 @@ def test_jobs_that_do_not_come_are_told_of(machine, monkeypatch):
 
 
 def test_a_task_travels_as_plain_data():
-    """What a worker is sent: a few hundred bytes a run, and no array."""
+    """A worker is sent a few hundred bytes a run, and no array."""
     import pickle
 
     task = runs.Task((esl.RunConfig(),) * 32, 32, 1)

@@ -133,11 +133,11 @@ def test_toml(tmp_path):
             {"points": [{"seed": 1}, {"seed": 1, "members": 8}]},
             r"`points\[1\]` must be another run .* but is the same as points\[0\]",
         ),
-        ({"grid": {"seed": [0, 1.5]}}, "Argument `seed` must be a int in grid.seed, but is 1.5"),
-        ({"grid": {"seed": [0, True]}}, "Argument `seed` must be a int in grid.seed, but is True"),
+        ({"grid": {"seed": [0, 1.5]}}, "Argument `seed` must be an integer in grid.seed, but is 1.5"),
+        ({"grid": {"seed": [0, True]}}, "Argument `seed` must be an integer in grid.seed, but is True"),
         (
             {"grid": {"rate": ["fast"]}},
-            "Argument `rate` must be a float in grid.rate, but is 'fast'",
+            "Argument `rate` must be a number in grid.rate, but is 'fast'",
         ),
         ({"grid": {"rate": [0.1, -0.1]}}, "Argument `rate` must be greater than 0, but is -0.1"),
         ({"grid": {"rate": [0.1, math.nan]}}, "Argument `rate` must be greater than 0"),
@@ -200,7 +200,7 @@ def test_a_base_that_cannot_be_is_refused(field, sentence, refused):
         ("[base]\nrates = 1", r"Key `rates` of \[base\] of .*study.toml is unknown"),
         (
             "[base]\nrate = 'x'\n[grid]\nseed = [0]",
-            "Argument `rate` must be a float in .*study.toml, but is 'x'",
+            "Argument `rate` must be a number in .*study.toml, but is 'x'",
         ),
         ("grid = 3", "Argument `grid` must be a table in .*study.toml, but is 3"),
         ("points = 3", "Argument `points` must be a list of tables in .*study.toml, but is 3"),
@@ -225,7 +225,7 @@ def test_a_base_that_cannot_be_is_refused(field, sentence, refused):
         ),
         (
             "[grid]\nmembers = {start = 8, stop = 9, num = 3}",
-            "Argument `members` must be a int in grid.members, but is 8.5",
+            "Argument `members` must be an integer in grid.members, but is 8.5",
         ),
         ("[grid\n", "Argument `config` must be valid TOML"),
     ],

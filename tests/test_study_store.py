@@ -29,7 +29,7 @@ BASE = esl.RunConfig(**{**SETTINGS, "hidden": (4,)})
 
 def rows(count: int, reasons=None, converged=True) -> runs.Rows:
     """Numbers that say which run of a task and which quantity they are."""
-    numbers = {name: 100.0 * i + np.arange(count) for i, name in enumerate(runs.names(False))}
+    numbers = {name: 100.0 * i + np.arange(count) for i, name in enumerate(runs.number_names(False))}
     return runs.Rows(numbers, np.full(count, converged), reasons or ("",) * count)
 
 

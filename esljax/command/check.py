@@ -1,9 +1,10 @@
-"""The reference numbers of the theory, computed again through the public functions: what `esljax check` runs.
+"""`esljax check`: reference numbers of the theory, recomputed by the public functions.
 
-Every row names a number by its label in THEORY §4, states it with the digits printed there, and says how the package computes it. A number
-agrees if it is within half a unit of its last printed digit; rows that hold exactly, or that a discretization limits, state their own
-relative tolerance. Everything is computed in float64. Rows marked ∇ are slopes of a transport by automatic differentiation over the same by
-central differences.
+Every row names a number by its label in section 4 of the theory, gives its printed digits, and
+computes it with the package. A number agrees if it is within half a unit of its last printed digit.
+Rows that hold exactly, or that a discretization limits, have a relative tolerance of their own.
+Everything is computed in float64. Rows marked ∇ divide the slope of a transport by automatic
+differentiation by the same slope by central differences.
 """
 
 import dataclasses
@@ -40,26 +41,28 @@ from esljax.transport import (
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One reference number and how the package computes it.
-
-    **Args:** `name`: the label in THEORY. `what`: the quantity, in words. `reference`: its value. `tolerance`: the largest relative error.
-    `compute`: the package's value of it, called with 64-bit numbers enabled.
-    """
+    """One reference number and how the package computes it."""
 
     name: str
+    """The label in the theory, such as "O3"."""
     what: str
+    """The quantity, in words."""
     reference: float
+    """Its value."""
     tolerance: float
+    """The largest relative error that passes."""
     compute: Callable[[], ScalarLike]
+    """Computes it with the package; called with 64-bit numbers enabled."""
 
 
 def run_checks(*, quiet: bool = False) -> bool:
     """Compute every row of `CHECKS` and print it beside its reference.
 
-    Double precision is switched on for the run and set back afterwards.
+    Double precision is enabled for the run, and the precision of before is restored afterwards.
 
     **Args:** `quiet`: print failures only.
-    **Returns:** whether all rows agree. A value that is not finite, or a computation that fails, does not.
+    **Returns:** whether all rows agree. A value that is not finite, or a computation that fails,
+    does not agree.
     """
     console = rich.console.Console()
     table = rich.table.Table(
@@ -89,8 +92,8 @@ def run_checks(*, quiet: bool = False) -> bool:
     for trouble in troubles:
         console.print(trouble, markup=False, highlight=False, soft_wrap=True)
     if not quiet:
-        said = "All agree." if not failures else f"{failures} of them do not agree."
-        console.print(f"{len(CHECKS)} reference numbers. {said}", highlight=False)
+        verdict = "All agree." if not failures else f"{failures} of them do not agree."
+        console.print(f"{len(CHECKS)} reference numbers. {verdict}", highlight=False)
     return failures == 0
 
 
@@ -107,11 +110,11 @@ _COLUMNS: dict[str, Literal["left", "right"]] = {
 
 
 def _row(check: Check) -> tuple[tuple[str, ...], bool, list[str]]:
-    """The cells of a row, whether it agrees, and what kept it from being computed."""
+    """The cells of a row, whether it agrees, and the error if it cannot be computed."""
     trouble = []
     try:
         value = float(check.compute())
-    except Exception as exception:  # a broken installation is what this table is for, and the other rows narrow it down
+    except Exception as exception:  # the other rows help to find the fault of the installation
         computed, error, agrees = "none", "", False
         trouble = [
             f"{check.name}, {check.what}: {type(exception).__name__}: {exception}".splitlines()[0]
@@ -119,7 +122,7 @@ def _row(check: Check) -> tuple[tuple[str, ...], bool, list[str]]:
     else:
         relative = abs(value / check.reference - 1)
         computed, error, agrees = f"{value:.9g}", f"{relative:.1e}", relative <= check.tolerance
-    said = "pass" if agrees else "FAIL"
+    verdict = "pass" if agrees else "FAIL"
     return (
         (
             check.name,
@@ -128,18 +131,21 @@ def _row(check: Check) -> tuple[tuple[str, ...], bool, list[str]]:
             computed,
             error,
             f"{check.tolerance:.1e}",
-            said,
+            verdict,
         ),
         agrees,
         trouble,
     )
 
 
-# --- The rows -----------------------------------------------------------------------------------------------------------------------------
+# --- The rows -------------------------------------------------------------------------------------
 
 
 def _printed(name: str, what: str, digits: str, compute: Callable[[], ScalarLike]) -> Check:
-    """A row whose tolerance is half a unit of the last printed digit (and a little, because both sides are rounded)."""
+    """A row with a tolerance of half a unit of the last printed digit.
+
+    A little is added, because both sides are rounded.
+    """
     unit = 10.0 ** int(Decimal(digits).as_tuple().exponent)
     return Check(name, what, float(digits), 0.501 * unit / float(digits), compute)
 
@@ -156,7 +162,10 @@ def _start(d: int) -> gaussian.Law:
 
 
 class _Clock(AbstractSchedule):
-    """Σ_i w_i schedule_i, with one weight 1 and the others 0: one class for all mobilities, so that they share one compilation."""
+    """Σ_i w_i schedule_i, with one weight 1 and the others 0.
+
+    One class for all mobilities, so that they share one compilation.
+    """
 
     weights: Float[Array, " c"]
     parts: tuple[AbstractSchedule, ...]
@@ -212,7 +221,7 @@ def _o3(mobility: str, make: Callable[[], AbstractSchedule], one: str, ten: str)
 
 
 def _o3_path(d: int, dissipation: str, w2_squared: str, length_squared: str) -> list[Check]:
-    # The path is the same for every mobility; a cosine is the one that differs most from the constant of O1.
+    # The path is the same for every mobility; a cosine differs most from the constant of O1.
     return [
         _printed(
             "O3",
@@ -254,7 +263,7 @@ def _o3_optimum(d: int, digits: str) -> Check:
 
 def _o5(time: float, sigma: str, length_squared: str, w2_squared: str) -> list[Check]:
     def report():
-        # Among eight modes at rest, which change nothing, for the compiled code of the rows with d = 10.
+        # Eight more modes at rest change nothing, and reuse the compiled code of rows with d = 10.
         law = gaussian.Law(np.repeat([1.0, 0.0], [2, 8]), np.zeros((10, 10)))
         trap = Quadratic([1.0, 10.0, *np.ones(8)])
         return gaussian.speed_limit(law, trap, Langevin(_Clock.of(Constant(time)), 0.0), steps=1)
@@ -271,7 +280,8 @@ def _o12(links: int, digits: str) -> Check:
         path = gaussian.laws(
             _start(1), Quadratic(1.0), Langevin(1.0, 0.1), steps=1, times=jnp.linspace(0, 1, 65)
         )
-        # Coarse chains repeat their snapshots: a law is at distance 0 from itself, and all rows then have one shape.
+        # Coarse chains repeat their snapshots, so that all rows have one shape: a law is at
+        # distance 0 from itself.
         stride = 64 // links
         ends = np.arange(65) // stride * stride
         first, second = (jax.tree.map(lambda x, i=i: x[i], path) for i in (ends[:-1], ends[1:]))
@@ -299,8 +309,8 @@ def _o15(of: Callable[..., Scalar]) -> Callable[[], Scalar]:
     return lambda: of(gaussian.Law([0.0], [[1.0]]), gaussian.Law([1.0], [[4.0]]), epsilon=0.1)
 
 
-# Members of a grid of quantiles at the middles of equal shares. It lacks the spread within the shares, .0032 of the variance: the distance,
-# 1 + (2 - 1)² times the variance, comes out .0016 too small.
+# Members of a grid of quantiles at the middles of equal shares. It lacks the spread within the
+# shares, .0032 of the variance: the distance, 1 + (2 - 1)² times the variance, is .0016 too small.
 _GRID = 400
 
 
@@ -325,12 +335,15 @@ def _gradient(name: str, make: Callable[[], AbstractTransport]) -> Check:
             (both(transport, h)[0] - both(transport, -h)[0]) / (2 * h)
         )
 
-    # Central differences: rounding 1e-16/h and curvature h², both below 1e-9 of a slope of order 1.
+    # Central differences err by 1e-16/h and h², both below 1e-9 of a slope of order 1.
     return Check("∇", f"slope ratio, {name}", 1.0, 1e-7, compute)
 
 
 def _skewed_clouds() -> list[np.ndarray]:
-    """Two clouds of 12 members in 3 dimensions and a direction for each; exponential, because a symmetric law hides signs."""
+    """Two clouds of 12 members in 3 dimensions, and a direction for each.
+
+    They are exponential, because a symmetric law hides wrong signs.
+    """
     random = np.random.default_rng(0)
     x, y, dx, dy = random.exponential(size=(4, 12, 3)) * np.array([1.0, 0.5, 2.0])
     return [x, 1.5 * y + 0.3, dx, dy - 0.5]

@@ -1,8 +1,9 @@
-"""The commands: what the library does, with files, a progress bar and exit codes around it."""
+"""The commands: the library with files, a progress bar and exit codes around it."""
 
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -22,12 +23,16 @@ from esljax.command.settings import (
     from_toml,
 )
 from esljax.command.study import StudyConfig, study
-from esljax.files import TERMINATED, Terminated
+from esljax.experiment import choices
+from esljax.files import TERMINATED, Terminated, storage
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code; bad input is one sentence on standard error."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--version"]:
+        print(f"esljax {storage.versions()['esljax']}")
+        return DONE
     try:
         config = _parse(arguments)
         if isinstance(config, PlanConfig):
@@ -49,37 +54,75 @@ def main(arguments: list[str] | None = None) -> int:
     except Terminated as stop:
         print(f"esljax: {stop}", file=sys.stderr)
         return TERMINATED
-    except SystemExit as stop:  # tyro has said what was wrong, or printed the help
+    except SystemExit as stop:  # tyro has printed its error, or the help
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
 
 
 def _parse(
     arguments: list[str],
 ) -> OptimizeConfig | PlanConfig | MeasureConfig | StudyConfig | CheckConfig:
-    defaults = {"optimize": OptimizeConfig(), "plan": PlanConfig(), "measure": MeasureConfig()}
+    kinds = {"optimize": OptimizeConfig, "plan": PlanConfig, "measure": MeasureConfig}
+    flags = {command: _flags(kind) for command, kind in kinds.items()}
+    defaults = {command: kind() for command, kind in flags.items()}
     command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    for i, argument in enumerate(arguments if command in defaults else []):
-        if argument == "--config" and i + 1 < len(arguments):
-            defaults[command] = from_toml(Path(arguments[i + 1]), type(defaults[command]))
-        elif argument.startswith("--config="):
-            defaults[command] = from_toml(
-                Path(argument.removeprefix("--config=")), type(defaults[command])
-            )
-    commands = (
-        Annotated[OptimizeConfig, tyro.conf.subcommand("optimize", default=defaults["optimize"])]
-        | Annotated[PlanConfig, tyro.conf.subcommand("plan", default=defaults["plan"])]
-        | Annotated[MeasureConfig, tyro.conf.subcommand("measure", default=defaults["measure"])]
-        | Annotated[StudyConfig, tyro.conf.subcommand("study")]
+    path = _config(arguments) if command in flags else None
+    if path is not None:
+        defaults[command] = _as(flags[command], from_toml(path, kinds[command]))
+    commands: Any = (
+        Annotated[StudyConfig, tyro.conf.subcommand("study")]
         | Annotated[CheckConfig, tyro.conf.subcommand("check", default=CheckConfig())]
     )
-    description = "Learning as irreversible transport: how far is a training run from the epistemic speed limit?"
-    return tyro.cli(
+    for command in reversed(flags):
+        marker = tyro.conf.subcommand(command, default=defaults[command])
+        commands = Annotated[flags[command], marker] | commands
+    config = tyro.cli(
         commands,
         prog="esljax",
-        description=description,
+        description=(
+            "Learning as irreversible transport: how far is a training run from the epistemic "
+            "speed limit?"
+        ),
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+    settings = {flags[command]: kind for command, kind in kinds.items()}
+    return _as(settings[type(config)], config) if type(config) in settings else config
+
+
+def _config(arguments: list[str]) -> Path | None:
+    """The TOML file that the flags name: its settings are the defaults of the other flags."""
+    path = None
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            path = Path(arguments[i + 1])
+        elif argument.startswith("--config="):
+            path = Path(argument.removeprefix("--config="))
+    return path
+
+
+Settings = TypeVar("Settings", bound=OptimizeConfig | MeasureConfig)
+
+
+def _flags(kind: type[Settings]) -> type[Settings]:
+    """The same settings with the choices of each registry as a `Literal`, which tyro reads.
+
+    Made at each call, because a registry may have grown since the class was declared.
+    """
+    fields: list[tuple[str, Any, Any]] = [
+        (field.name, Literal[choices(field.type)], dataclasses.field(default=field.default))
+        for field in dataclasses.fields(kind)
+        if choices(field.type)
+    ]
+    namespace = {"__doc__": kind.__doc__}
+    return dataclasses.make_dataclass(
+        kind.__name__, fields, bases=(kind,), namespace=namespace, frozen=True
+    )
+
+
+def _as(kind: type[Settings], settings: OptimizeConfig | MeasureConfig) -> Settings:
+    """The same settings as an instance of another class with the same fields."""
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)}
+    return kind(**values)
 
 
 def _check(config: CheckConfig) -> int:

@@ -1,17 +1,15 @@
-"""`esljax optimize`: the usual schedules against one found by gradient, with files, a progress bar and checkpoints around them."""
+"""`esljax optimize` and `esljax plan`: a comparison with files, a progress bar and exit codes."""
 
 import contextlib
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import rich.console
 import rich.markup
 import rich.progress
@@ -22,105 +20,59 @@ from esljax._checks import InputError, refuse
 from esljax.command.settings import DONE, FAILED, INTERRUPTED, OptimizeConfig, PlanConfig
 from esljax.experiment import (
     WITH_ERROR,
+    Comparison,
     Judgment,
     Problem,
+    compare,
     enable,
-    final_loss,
-    judge,
     make_problem,
-    match_endpoint,
     memory_of_a_device,
     ratio,
     usual_shapes,
 )
 from esljax.figures import plot_schedules, plot_speed_limit
-from esljax.files import Checkpoints, Terminated, alone, session, storage
-from esljax.measures import concise
-from esljax.optimization import Iteration, Optimum, optimize
-from esljax.schedules import Constant, Knots
+from esljax.files import Checkpoints, Terminated, alone, storage
+from esljax.optimization import Iteration
+from esljax.results import concise
 from esljax.sharding import member_mesh
 
 
-class _Result(NamedTuple):
-    target: float
-    judgments: dict[str, Judgment]
-    optimum: Optimum
-
-
 def optimize_command(config: OptimizeConfig) -> int:
-    """Run the command and return its exit code."""
+    """Run `esljax optimize` and return its exit code."""
     started = time.perf_counter()
     config.check()
     _join(config)
     enable(config.dtype)
     config.out.mkdir(parents=True, exist_ok=True)
-    with alone(config.out, "out"):
-        return _optimize(config, started)
-
-
-def _optimize(config: OptimizeConfig, started: float) -> int:
-    # Of several processes each computes all, and the first one speaks and writes.
+    # Every process computes everything; the first one prints and writes.
     first = jax.process_index() == 0
     console = rich.console.Console(quiet=config.quiet or not first)
-    # The table has ten columns: let a narrow terminal break its lines rather than its numbers.
+    # The table has ten columns: a narrow terminal should break its lines rather than its numbers.
     console.width = max(console.width, 136)
-    kept = config.out / "checkpoints"
-    # What is half written is no checkpoint, and what is only locked has none yet.
-    unfinished = any(path.name.isdecimal() for path in kept.glob("*/*"))
-    if unfinished and not config.resume:
-        raise refuse(
-            "out",
-            "be a folder without an unfinished run, or be given with --resume to finish it",
-            f"{config.out} holds one",
-        )
-    if first and not unfinished:
-        storage.write_toml(config.out / "config.toml", config.as_dict())
-    try:
-        with _Progress(config, console) as progress, _ending():
-            result = _compare(config, progress, kept)
-    except InputError:
-        # What cannot be run need not be finished either; what an earlier run has left is not ours to drop.
-        if first and not unfinished:
+    with alone(config.out, "out"):
+        kept = config.out / "checkpoints"
+        with _unfinished_run(config, kept, first):
+            comparison = _compare(config, kept, console)
+        wall = time.perf_counter() - started
+        if first:
+            _write(config, comparison, wall)
+        _show(config, comparison, wall, console)
+        if comparison.optimum.interrupted:
+            return INTERRUPTED
+        if first:
             shutil.rmtree(kept, ignore_errors=True)
-        raise
-    wall = time.perf_counter() - started
-    ordered = dict(
-        sorted(result.judgments.items(), key=lambda item: float(item[1].report.entropy_production))
-    )
-    missed = (
-        "optimized" not in ordered
-        or abs(float(ordered["optimized"].final_loss) / result.target - 1) > 0.01
-    )
-    if first:
-        storage.write_json(
-            config.out / "report.json", _report(config, result.target, ordered, wall)
-        )
-        plot_schedules(ordered).savefig(config.out / "schedules.png", dpi=150)
-        plot_speed_limit({name: judgment.report for name, judgment in ordered.items()}).savefig(
-            config.out / "speed_limit.png", dpi=150
-        )
-    console.print(_table(ordered))
-    console.print(rich.markup.escape(_verdict(ordered, result, missed)), highlight=False)
-    console.print(
-        f"{wall:.0f} s; report.json, config.toml, schedules.png and speed_limit.png are in {config.out}/",
-        highlight=False,
-    )
-    if result.optimum.interrupted:
-        return INTERRUPTED
-    if first:
-        shutil.rmtree(kept, ignore_errors=True)
-    return FAILED if missed else DONE
+        return FAILED if comparison.misses_target else DONE
 
 
 def plan_command(config: PlanConfig) -> int:
-    """Run the command and return its exit code."""
+    """Run `esljax plan` and return its exit code."""
     config.check()
     enable(config.dtype)
     devices = config.devices or jax.device_count()
-    planned = _problem(config, jax.random.key(config.seed)).plan_memory(devices=devices)
+    plan = _problem(config, jax.random.key(config.seed)).plan_memory(devices=devices)
     if not config.quiet:
-        print(planned)
-    planned.check(memory_of_a_device() if config.memory is None else config.memory * 1e9)
+        print(plan)
+    plan.check(memory_of_a_device() if config.memory is None else config.memory * 1e9)
     return DONE
 
 
@@ -128,18 +80,43 @@ def _problem(config: OptimizeConfig, key: Any, mesh: Mesh | None = None) -> Prob
     return make_problem(config, config.make_transport(key), mesh=mesh, recompute=config.recompute)
 
 
+def _compare(config: OptimizeConfig, kept: Path, console: rich.console.Console) -> Comparison:
+    """Make the problem of the settings and compare schedules on it."""
+    with _Progress(config, console) as progress, _ending():
+        key = jax.random.key(config.seed)
+        mesh = _mesh(config)
+        problem = _problem(config, jax.random.split(key, 4)[0], mesh)
+        plan = problem.plan_memory(devices=1 if mesh is None else mesh.size)
+        plan.check(memory_of_a_device())
+        return compare(
+            problem,
+            rate=config.rate,
+            key=key,
+            target=config.target,
+            knots=config.knots,
+            iterations=config.iterations,
+            match_runs=config.match_runs,
+            judge_runs=config.judge_runs,
+            watcher=progress,
+            checkpoints=Checkpoints(kept, resume=config.resume, every=config.checkpoint_every),
+        )
+
+
+# --- What surrounds it ----------------------------------------------------------------------------
+
+
 def _join(config: OptimizeConfig) -> None:
     """Find the other processes, if there are any."""
     if not config.distributed:
         return
-    told = {
+    settings = {
         "coordinator_address": config.coordinator,
         "num_processes": config.processes,
         "process_id": config.process,
     }
     try:
         jax.distributed.initialize(
-            **{name: value for name, value in told.items() if value is not None}
+            **{name: value for name, value in settings.items() if value is not None}
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -150,117 +127,8 @@ def _join(config: OptimizeConfig) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _ending() -> Iterator[None]:
-    """Told to end between two checkpoints, the process does so at once: what is saved is saved."""
-
-    def end(*_: Any) -> None:
-        raise Terminated("Told to end; what is saved goes on with --resume.")
-
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, end) if main else None
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _compare(config: OptimizeConfig, progress: "_Progress", kept: Path) -> _Result:
-    """Match every shape to the target, optimize the knots, judge all on held-out keys; each stage can be taken up where it ended."""
-    data_key, match_key, search_key, judge_key = jax.random.split(jax.random.key(config.seed), 4)
-    mesh = _mesh(config)
-    problem = _problem(config, data_key, mesh)
-    problem.plan_memory(devices=1 if mesh is None else mesh.size).check(memory_of_a_device())
-    match_keys = jax.random.split(match_key, config.match_runs)
-    judge_keys = jax.random.split(judge_key, config.judge_runs)
-    learning_time = config.rate * config.steps
-    settings = {
-        name: value
-        for name, value in config.as_dict().items()
-        if name not in ("out", "quiet", "checkpoint_every")
-    }
-
-    def checkpoints(stage: str) -> Checkpoints:
-        return Checkpoints(kept / stage, resume=config.resume, every=config.checkpoint_every)
-
-    def match(shape: Any, name: str, target: float) -> Knots:
-        progress.phase(f"matching {name}")
-        return match_endpoint(
-            problem,
-            shape,
-            target=target,
-            learning_time=learning_time,
-            keys=match_keys,
-            name=name,
-            watch=progress.trial,
-        )
-
-    shapes = usual_shapes()
-    with session(checkpoints("matching"), settings) as saved:
-        # The target is kept with the schedules that meet it: they cost as much to find again.
-        like = Knots(jnp.ones(config.steps + 1), "linear")
-        done, (target, matched) = saved.restore(lambda done: (jnp.zeros(()), [like] * done)) or (
-            0,
-            (None, []),
-        )
-        target = float(target) if config.target is None and target is not None else config.target
-        if target is None:
-            progress.phase("target")
-            target = final_loss(problem, Constant(config.rate), match_keys)
-            if not np.isfinite(target):
-                raise refuse(
-                    "rate",
-                    "leave the constant schedule stable",
-                    f"is {config.rate:g}: its final loss is {target}",
-                )
-        for name, shape in list(shapes.items())[done:]:
-            matched.append(match(shape, name, target))
-            saved.offer(
-                len(matched),
-                lambda: (jnp.asarray(target), matched),
-                last=len(matched) == len(shapes),
-            )
-    matched = dict(zip(shapes, matched, strict=True))
-    progress.phase("optimizing")
-    knots = Knots(jnp.full(config.knots, jnp.mean(matched["constant"].values)))
-
-    def objective(learning_rate: Knots, key: Any) -> Any:
-        outcome = problem.run(learning_rate, key)
-        sigma = outcome.report.entropy_production
-        return (
-            sigma,
-            outcome.final_loss / target - 1,
-            (outcome.report.w2_squared, outcome.final_loss),
-        )
-
-    optimum = optimize(
-        objective,
-        knots,
-        key=search_key,
-        iterations=config.iterations,
-        callback=progress.iteration,
-        checkpoints=checkpoints("search"),
-    )
-    judgments = {}
-    try:
-        finite = np.all(np.isfinite(optimum.controls.values))
-        matched["optimized"] = (
-            match(optimum.controls, "optimized", target) if finite else optimum.controls
-        )
-        for name in ("optimized", *shapes):
-            progress.phase(f"judging {name}")
-            judgments[name] = judge(problem, matched[name], judge_keys)
-            progress.judged(judgments[name])
-    except KeyboardInterrupt:
-        if not judgments:
-            raise
-        optimum = optimum.as_interrupted()
-    return _Result(target, judgments, optimum)
-
-
 def _mesh(config: OptimizeConfig) -> Mesh | None:
-    """The devices asked for, or all there are; None for one."""
+    """The devices of the settings, by default all there are; None for one."""
     if config.devices is None and jax.device_count() == 1:
         return None
     mesh = member_mesh(config.devices)
@@ -271,6 +139,48 @@ def _mesh(config: OptimizeConfig) -> Mesh | None:
             f"is {config.members}",
         )
     return mesh
+
+
+@contextlib.contextmanager
+def _unfinished_run(config: OptimizeConfig, kept: Path, first: bool) -> Iterator[None]:
+    """Protect an unfinished run in `kept`; a new run writes its settings, and none if refused.
+
+    **Raises:** `InputError` if there is an unfinished run and no --resume.
+    """
+    # Half a checkpoint has more than a number in its name; a folder that is only locked has none.
+    unfinished = any(path.name.isdecimal() for path in kept.glob("*/*"))
+    if unfinished and not config.resume:
+        raise refuse(
+            "out",
+            "be a folder without an unfinished run, or be given with --resume to finish it",
+            f"{config.out} holds one",
+        )
+    ours = first and not unfinished
+    if ours:
+        storage.write_toml(config.out / "config.toml", config.as_dict())
+    try:
+        yield
+    except InputError:
+        # A run that is refused need not be finished; checkpoints of an earlier run stay.
+        if ours:
+            shutil.rmtree(kept, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """On SIGTERM outside of the stages that save, end at once: all there is to save is saved."""
+
+    def end(*_: Any) -> None:
+        raise Terminated("Ended by SIGTERM; the saved part is resumed by --resume.")
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if main else None
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 class _Progress:
@@ -288,7 +198,7 @@ class _Progress:
             *columns, console=console, transient=True, disable=config.quiet
         )
         shapes = len(usual_shapes())
-        # A matching takes about two trials, a gradient about 2.3 forward runs, a judgment about 1.3.
+        # A matching takes about two trials, a gradient about 2.3 forward runs, a judgment 1.3.
         total = (
             (2 * shapes + 4) * config.match_runs
             + 2.3 * config.iterations
@@ -303,36 +213,48 @@ class _Progress:
     def __exit__(self, *exception: Any) -> None:
         self.bar.stop()
 
-    def phase(self, name: str) -> None:
-        self.bar.update(self.task, description=name.replace("_", " "))
+    def stage(self, name: str) -> None:
+        self.bar.update(self.task, description=_words(name))
 
     def trial(self, loss: float) -> None:
         self.bar.update(self.task, advance=self.config.match_runs, numbers=f"final loss {loss:.4f}")
 
-    def iteration(self, seen: Iteration) -> None:
-        w2_squared, loss = seen.auxiliary
-        numbers = (
-            f"Σ {float(seen.value):.4g}  W2² {float(w2_squared):.4g}  final loss {float(loss):.4f}"
-        )
-        description = f"optimizing {seen.iteration + 1}/{self.config.iterations}"
+    def iteration(self, iteration: Iteration) -> None:
+        description = f"optimizing {iteration.iteration + 1}/{self.config.iterations}"
+        numbers = _numbers(iteration.value, *iteration.auxiliary)
         self.bar.update(self.task, advance=2.3, description=description, numbers=numbers)
 
     def judged(self, judgment: Judgment) -> None:
         report = judgment.report
-        numbers = f"Σ {float(report.entropy_production):.4g}  W2² {float(report.w2_squared):.4g}  final loss {float(judgment.final_loss):.4f}"
+        numbers = _numbers(report.entropy_production, report.w2_squared, judgment.final_loss)
         self.bar.update(self.task, advance=1.3 * self.config.judge_runs, numbers=numbers)
 
 
-def _report(
-    config: OptimizeConfig, target: float, judgments: Mapping[str, Judgment], wall: float
-) -> dict[str, Any]:
-    return {
-        "target_loss": target,
+def _numbers(sigma: Any, w2_squared: Any, loss: Any) -> str:
+    return f"Σ {float(sigma):.4g}  W2² {float(w2_squared):.4g}  final loss {float(loss):.4f}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+# --- The report -----------------------------------------------------------------------------------
+
+
+def _write(config: OptimizeConfig, comparison: Comparison, wall: float) -> None:
+    judgments = comparison.judgments
+    content = {
+        "target_loss": comparison.target,
         "schedules": {name: _schedule(judgment) for name, judgment in judgments.items()},
         "config": config.as_dict(),
         "versions": storage.versions(),
         "wall_seconds": wall,
     }
+    storage.write_json(config.out / "report.json", content)
+    plot_schedules(judgments).savefig(config.out / "schedules.png", dpi=150)
+    plot_speed_limit({name: judgment.report for name, judgment in judgments.items()}).savefig(
+        config.out / "speed_limit.png", dpi=150
+    )
 
 
 def _schedule(judgment: Judgment) -> dict[str, Any]:
@@ -348,17 +270,32 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
         "learning_rates": [float(rate) for rate in rates],
         "standard_error": {
             **{name: float(getattr(report.standard_error, name)) for name in WITH_ERROR},
-            "final_loss": float(judgment.final_loss_error),
-            "test_accuracy": float(judgment.test_accuracy_error),
+            "final_loss": float(judgment.standard_error.final_loss),
+            "test_accuracy": float(judgment.standard_error.test_accuracy),
             # The rates are given, not estimated.
             "learning_time": 0.0,
         },
     }
 
 
-def _table(judgments: Mapping[str, Judgment]) -> rich.table.Table:
-    runs = next(iter(judgments.values())).entropy_productions.size
-    title = f"Matched final loss, {runs} held-out runs; digits in parentheses: standard error of the last digits"
+def _show(
+    config: OptimizeConfig, comparison: Comparison, wall: float, console: rich.console.Console
+) -> None:
+    console.print(_table(comparison))
+    console.print(rich.markup.escape(_verdict(comparison)), highlight=False)
+    console.print(
+        f"{wall:.0f} s; report.json, config.toml, schedules.png and speed_limit.png are in "
+        f"{config.out}/",
+        highlight=False,
+    )
+
+
+def _table(comparison: Comparison) -> rich.table.Table:
+    runs = next(iter(comparison.judgments.values())).entropy_productions.size
+    title = (
+        f"Matched final loss, {runs} held-out runs; digits in parentheses: standard error of the "
+        "last digits"
+    )
     table = rich.table.Table(
         title=title, title_justify="left", title_style="", box=None, pad_edge=False
     )
@@ -375,53 +312,54 @@ def _table(judgments: Mapping[str, Judgment]) -> rich.table.Table:
         "accuracy",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, judgment in judgments.items():
-        report = judgment.report
+    for name, judgment in comparison.judgments.items():
+        report, errors = judgment.report, judgment.standard_error
         table.add_row(
-            name.replace("_", " "),
+            _words(name),
             *(
                 concise(getattr(report, number), getattr(report.standard_error, number))
                 for number in WITH_ERROR
             ),
             "unknown" if report.noise_floor is None else f"{float(report.noise_floor):.2g}",
-            concise(judgment.final_loss, judgment.final_loss_error),
-            concise(judgment.test_accuracy, judgment.test_accuracy_error),
+            concise(judgment.final_loss, errors.final_loss),
+            concise(judgment.test_accuracy, errors.test_accuracy),
         )
     return table
 
 
-def _verdict(judgments: Mapping[str, Judgment], result: _Result, missed: bool) -> str:
-    said = []
-    if (
-        result.optimum.interrupted
-        or result.optimum.history.value.size < 1
-        or result.optimum.message != "Ran all iterations."
-    ):
-        said.append(result.optimum.message)
-    usual = [name for name in judgments if name != "optimized"]
-    if "optimized" in judgments and usual:
-        optimized, best = judgments["optimized"], usual[0]
-        share, error = ratio(optimized, judgments[best])
-        over = float(optimized.report.entropy_production / optimized.report.w2_squared)
-        left = float(optimized.report.temporal / optimized.report.w2_squared)
-        said.append(
-            f"At the same final loss {result.target:.4g}, the optimized schedule produces {share:.3f} ± {error:.3f} times the entropy of "
-            f"the best usual shape ({best.replace('_', ' ')}) and {over:.3f} times the limit W2²; "
-            f"{left:.2%} of W2² is left to timing, the rest is the bend of the path."
+def _verdict(comparison: Comparison) -> str:
+    """The result in sentences, with the reasons to doubt it."""
+    optimum, optimized, usual = comparison.optimum, comparison.optimized, comparison.best_usual
+    sentences = []
+    if optimum.interrupted or optimum.message != "Ran all iterations.":
+        sentences.append(optimum.message)
+    if optimized is not None and usual is not None:
+        share, error = ratio(optimized, comparison.judgments[usual])
+        report = optimized.report
+        over = float(report.entropy_production / report.w2_squared)
+        left = float(report.temporal / report.w2_squared)
+        sentences.append(
+            f"At the same final loss {comparison.target:.4g}, the optimized schedule produces "
+            f"{share:.3f} ± {error:.3f} times the entropy of the best usual shape "
+            f"({_words(usual)}) and {over:.3f} times the limit W2²; {left:.2%} of W2² is left to "
+            "timing, the rest is the bend of the path."
         )
-    if missed and "optimized" in judgments:
-        said.append(
-            f"Its held-out final loss {float(judgments['optimized'].final_loss):.4g} misses the target by more than 1 %."
+    if optimized is not None and comparison.misses_target:
+        sentences.append(
+            f"Its held-out final loss {float(optimized.final_loss):.4g} misses the target by more "
+            "than 1 %."
         )
-    if not all(bool(judgment.report.converged) for judgment in judgments.values()):
-        said.append("Some transport problems did not converge: do not trust these numbers.")
+    reports = [judgment.report for judgment in comparison.judgments.values()]
+    if not all(bool(report.converged) for report in reports):
+        sentences.append("Some transport problems did not converge: do not trust these numbers.")
     floors = [
-        (j.report.noise_floor, j.report.entropy_production)
-        for j in judgments.values()
-        if j.report.noise_floor is not None
+        (report.noise_floor, report.entropy_production)
+        for report in reports
+        if report.noise_floor is not None
     ]
     if any(float(floor) > 0.05 * float(sigma) for floor, sigma in floors):
-        said.append(
-            "Injected noise alone makes up more than 5 % of some Σ (its floor): lower the temperature before comparing."
+        sentences.append(
+            "Injected noise alone makes up more than 5 % of some Σ (its floor): lower the "
+            "temperature before comparing."
         )
-    return " ".join(said)
+    return " ".join(sentences)

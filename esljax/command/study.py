@@ -1,4 +1,4 @@
-"""The commands of studies: run one, see how far it is, show its numbers, plot them."""
+"""`esljax study`: run a study, show its progress, print its numbers, plot them."""
 
 import contextlib
 import dataclasses
@@ -14,11 +14,12 @@ import rich.table
 import rich.text
 import tyro
 
-from esljax._checks import check_positive_int, refuse
+from esljax._checks import refuse
 from esljax.command.settings import DONE, FAILED, INTERRUPTED
+from esljax.experiment import AtLeast, check_fields
 from esljax.figures import plot_study
 from esljax.files import storage
-from esljax.measures import concise
+from esljax.results import concise
 from esljax.study import (
     LostWorkersError,
     Progress,
@@ -36,39 +37,39 @@ _Where = Annotated[Path, tyro.conf.Positional]
 
 @dataclasses.dataclass(frozen=True)
 class RunStudyConfig:
-    """Run what is left of a study: a TOML file with [base] and [grid], or [[points]], over the settings of one run.
+    """Run the unfinished runs of a study: a TOML file with [base] and [grid], or [[points]].
 
-    It can be interrupted or killed at any time; the same command goes on from there.
+    It may be interrupted or killed at any time; the same command resumes it.
 
-    Exit codes: 0 done; 1 some runs failed or have transport problems that were not solved, or the workers or the disk ended; 2 bad input;
-    130 interrupted.
+    Exit codes: 0 done; 1 some runs failed or have unsolved transport problems, or the workers or
+    the disk failed; 2 bad input; 130 interrupted.
     """
 
     study: _Where
-    """The TOML file of the study, or a store to go on with."""
+    """The TOML file of the study, or a store to resume."""
     out: Path | None = None
-    """Zarr store of the results; by default beside the TOML file, with its name and .zarr."""
-    processes: int = 0
-    """Processes of this machine to run in; 0 to run in this one."""
+    """Zarr store of the results; by default the TOML file with the ending .zarr."""
+    processes: Annotated[int, AtLeast(0)] = 0
+    """Worker processes on this machine; 0 to run in the process of the command."""
     scheduler: str = ""
-    """Address of a dask scheduler whose workers run the study, such as tcp://10.0.0.1:8786."""
-    slurm: int = 0
-    """Jobs of a SLURM cluster whose workers run the study, as ~/.config/dask/jobqueue.yaml describes them."""
-    task_size: int = 32
-    """The most runs in a task; results are kept task by task."""
-    width: int = 0
-    """Runs side by side in one program; 0 for one on a CPU and as many as fit the memory of an accelerator."""
+    """Address of a dask scheduler whose workers do the runs, such as tcp://10.0.0.1:8786."""
+    slurm: Annotated[int, AtLeast(0)] = 0
+    """SLURM jobs to run in, as ~/.config/dask/jobqueue.yaml describes them; 0 for none."""
+    task_size: Annotated[int, AtLeast(1)] = 32
+    """Most runs in a task; results are saved task by task."""
+    width: Annotated[int, AtLeast(0)] = 0
+    """Runs side by side in one program; 0 for 1 on a CPU, as many as fit on an accelerator."""
     retry: bool = False
-    """Run again what has failed."""
+    """Run failed runs again."""
     reuse: tuple[Path, ...] = ()
-    """Stores of other studies, whose finished runs are taken over where all their settings are the same: to extend a study."""
+    """Stores of other studies: finished runs with the same settings are copied, not run again."""
     quiet: bool = False
     """Print nothing but errors."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyStatusConfig:
-    """Say how far a study is: runs done, failed and to do, who is writing it and how long that may still take."""
+    """Show the progress of a study: runs done, failed and to do, its writer, and the time left."""
 
     study: _Where
     """The store, or the TOML file beside it."""
@@ -76,27 +77,30 @@ class StudyStatusConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ShowStudyConfig:
-    """Show the numbers of a study in a table: means over the seeds, with their standard errors."""
+    """Print the numbers of a study: means over the seeds, with their standard errors."""
 
     study: _Where
     """The store, or the TOML file beside it."""
-    rows: int = 60
-    """The most rows to print."""
+    rows: Annotated[int, AtLeast(1)] = 60
+    """Most rows to print."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlotStudyConfig:
-    """Plot Σ, W2² and the gap of a study against each of its numeric settings: means over the seeds, with their standard errors."""
+    """Plot Σ, W2² and the gap of a study against each of its numeric settings.
+
+    Points are means over the seeds, with their standard errors.
+    """
 
     study: _Where
     """The store, or the TOML file beside it."""
     out: Path | None = None
-    """The figure; by default beside the store, with its name and .png."""
+    """The figure; by default the store with the ending .png."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-    """Studies: many runs on a grid of settings, or point by point."""
+    """Run and read studies: many runs on a grid of settings, or point by point."""
 
     command: (
         Annotated[RunStudyConfig, tyro.conf.subcommand("run")]
@@ -107,8 +111,9 @@ class StudyConfig:
 
 
 def study(config: StudyConfig) -> int:
-    """Run one command of studies and return its exit code."""
+    """Run one of the commands and return its exit code."""
     command = config.command
+    check_fields(command)
     if isinstance(command, RunStudyConfig):
         return _run(command)
     if isinstance(command, StudyStatusConfig):
@@ -117,14 +122,11 @@ def study(config: StudyConfig) -> int:
 
 
 def _run(config: RunStudyConfig) -> int:
-    for name in ("processes", "slurm", "width"):
-        check_positive_int(name, getattr(config, name), 0)
-    check_positive_int("task_size", config.task_size)
     places = [name for name in ("processes", "scheduler", "slurm") if getattr(config, name)]
     if len(places) > 1:
-        raise refuse(places[1], f"stand without {places[0]}", "both are given")
+        raise refuse(places[1], f"be given without {places[0]}", "both are given")
     is_store = config.study.is_dir()
-    described = read_study(config.study) if is_store else Study.from_toml(config.study)
+    description = read_study(config.study) if is_store else Study.from_toml(config.study)
     out = config.out or (config.study if is_store else _store(config.study))
     console = rich.console.Console(quiet=config.quiet)
     with contextlib.ExitStack() as stack:
@@ -132,7 +134,7 @@ def _run(config: RunStudyConfig) -> int:
         try:
             with _executor(config) as executor:
                 run_study(
-                    described,
+                    description,
                     out,
                     executor=executor,
                     task_size=None if is_store else config.task_size,
@@ -143,7 +145,7 @@ def _run(config: RunStudyConfig) -> int:
                 )
         except KeyboardInterrupt:
             print(
-                f"esljax: interrupted; {bar.said()} in {out}, and the same command goes on from there.",
+                f"esljax: interrupted; {bar.words()} in {out}, and the same command resumes it.",
                 file=sys.stderr,
             )
             return INTERRUPTED
@@ -152,11 +154,12 @@ def _run(config: RunStudyConfig) -> int:
             return FAILED
         except OSError as error:
             print(
-                f"esljax: ended by {error}; {bar.said()} in {out}, and the same command goes on from there.",
+                f"esljax: ended by {error}; {bar.words()} in {out}, and the same command resumes "
+                "it.",
                 file=sys.stderr,
             )
             return FAILED
-    console.print(f"{bar.said()} in {out}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{bar.words()} in {out}", markup=False, highlight=False, soft_wrap=True)
     doubts = _doubts(open_study(out))
     for doubt in doubts:
         console.print(f"  {doubt}", markup=False, highlight=False, soft_wrap=True)
@@ -181,27 +184,24 @@ def _status(config: StudyStatusConfig) -> int:
         "to do": int(np.sum(done == 0)),
     }
     dimensions = " × ".join(f"{name} {length}" for name, length in dataset.sizes.items())
-    said = [
+    lines = [
         f"{path}: {done.size} runs ({dimensions})",
         ", ".join(f"{count} {name}" for name, count in counts.items()),
     ]
-    said += [f"  {doubt}" for doubt in _doubts(dataset)]
+    lines += [f"  {doubt}" for doubt in _doubts(dataset)]
     writer = storage.holder(lock_path(path))
     if writer is not None:
-        elapsed, fresh = (
-            time.time() - writer.get("started", time.time()),
-            done.size - counts["to do"] - writer.get("before", 0),
-        )
+        elapsed = time.time() - writer.get("started", time.time())
+        fresh = done.size - counts["to do"] - writer.get("before", 0)
         left = f", {_duration(elapsed / fresh * counts['to do'])} left" if fresh > 0 else ""
-        said.append(f"process {writer['pid']} of {writer['host']} is running it{left}")
+        lines.append(f"process {writer['pid']} of {writer['host']} is running it{left}")
     elif counts["to do"]:
-        said.append(f"nothing is running it; go on by: esljax study run {config.study}")
-    print("\n".join(said))
+        lines.append(f"nothing is running it; resume it by: esljax study run {config.study}")
+    print("\n".join(lines))
     return DONE
 
 
 def _show(config: ShowStudyConfig) -> int:
-    check_positive_int("rows", config.rows)
     path = _existing(config.study)
     groups = summarize(open_study(path))
     fields = [
@@ -215,7 +215,10 @@ def _show(config: ShowStudyConfig) -> int:
         if name not in fields
     )
     over = "means over the seeds; " * any(group.asked > 1 for group in groups)
-    title = f"{path}{f', {alike}' if alike else ''}: {over}digits in parentheses: standard error of the last digits"
+    title = (
+        f"{path}{f', {alike}' if alike else ''}: {over}digits in parentheses: standard error of "
+        "the last digits"
+    )
     table = rich.table.Table(
         title=rich.text.Text(title), title_justify="left", title_style="", box=None, pad_edge=False
     )
@@ -236,7 +239,7 @@ def _show(config: ShowStudyConfig) -> int:
             *shown,
         )
     console = rich.console.Console()
-    # Let a narrow terminal break the lines rather than the numbers.
+    # A narrow terminal should break the lines rather than the numbers.
     console.width = max(
         console.width,
         console.measure(table, options=console.options.update(max_width=10_000)).maximum,
@@ -267,7 +270,7 @@ def _words(name: str) -> str:
 
 
 def _value(value: Any) -> str:
-    # As many digits as tell any two values of a study apart.
+    # Enough digits to distinguish any two values of a study.
     return f"{value:.12g}" if isinstance(value, float) else str(value).replace("_", " ")
 
 
@@ -290,7 +293,7 @@ def _store(toml: Path) -> Path:
 
 
 def _existing(path: Path) -> Path:
-    """The store that is meant, and a word if the file beside it tells of another study by now."""
+    """The store of a TOML file; a warning is printed if the file has changed since."""
     if path.is_dir() or not (path.suffix == ".toml" or path.is_file()):
         return path
     store = _store(path)
@@ -298,22 +301,26 @@ def _existing(path: Path) -> Path:
         differs = Study.from_toml(path).difference(read_study(store))
         if differs is not None:
             print(
-                f"esljax: {path} has changed since, in {differs}; this is what is in {store}.",
+                f"esljax: {path} has changed since, in {differs}; {store} holds the old study.",
                 file=sys.stderr,
             )
     return store
 
 
 def _doubts(dataset: Any) -> list[str]:
-    """What is wrong with the runs of a study, each with how many it concerns."""
+    """Each kind of trouble with the runs of a study, and how many it concerns."""
     state = dataset["done"].values
     reasons, counts = np.unique(
         dataset["reason"].values[state == 2].astype(str), return_counts=True
     )
     failed = sorted(zip(reasons.tolist(), counts.tolist(), strict=True), key=lambda item: -item[1])
     unsolved = int(np.sum((state == 1) & ~dataset["converged"].values))
-    said = f"{unsolved} done, but with transport problems that were not solved: do not trust their numbers"
-    return [*(f"{count} failed: {reason}" for reason, count in failed), *[said] * bool(unsolved)]
+    doubts = [f"{count} failed: {reason}" for reason, count in failed]
+    if unsolved:
+        doubts.append(
+            f"{unsolved} done, but with unsolved transport problems: do not trust their numbers"
+        )
+    return doubts
 
 
 def _duration(seconds: float) -> str:
@@ -322,7 +329,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Bar:
-    """Runs done of all, and the time left; on a terminal a bar, elsewhere a line now and then."""
+    """Runs done, and the time left: a bar on a terminal, elsewhere a line every 10 seconds."""
 
     def __init__(self, console: rich.console.Console):
         columns = (
@@ -347,23 +354,23 @@ class _Bar:
     def __exit__(self, *exception: Any) -> None:
         self._bar.stop()
 
-    def said(self) -> str:
+    def words(self) -> str:
         if not self.last.runs:
             return "nothing was begun"
         failed = f", {self.last.failed} failed" if self.last.failed else ""
-        taken = f", {self.last.taken} taken from other stores" if self.last.taken else ""
-        return f"{self.last.done} of {self.last.runs} runs done{failed}{taken}"
+        reused = f", {self.last.taken} taken from other stores" if self.last.taken else ""
+        return f"{self.last.done} of {self.last.runs} runs done{failed}{reused}"
 
     def watch(self, progress: Progress) -> None:
         self.last = progress
         ended, now = progress.done + progress.failed, time.monotonic()
         if self._task is None:
-            self._task = self._bar.add_task(self.said(), total=progress.runs, completed=ended)
+            self._task = self._bar.add_task(self.words(), total=progress.runs, completed=ended)
             self._started = self._printed = now
-        self._bar.update(self._task, description=self.said(), completed=ended)
+        self._bar.update(self._task, description=self.words(), completed=ended)
         if not self.console.is_terminal and progress.fresh and now - self._printed > 10:
             left = (now - self._started) / progress.fresh * (progress.runs - ended)
             self.console.print(
-                f"{self.said()}, {_duration(left)} left", markup=False, highlight=False
+                f"{self.words()}, {_duration(left)} left", markup=False, highlight=False
             )
             self._printed = now

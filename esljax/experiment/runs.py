@@ -1,8 +1,9 @@
-r"""Training runs told by a `RunConfig`: one alone, or many that differ in numbers only, in one compiled program.
+r"""Training runs given by a `RunConfig`: one alone, or many that share one compiled program.
 
-Points of a study that share every shape share one program, in which seed, rate, temperature, l2, epsilon and schedule are data: a schedule
-is only a table of rates. The runs go one after another (`width` 1) on a CPU, where the members fill the vector units already and the bits
-are then those of a run alone; side by side on an accelerator, as many as fit its memory.
+Points of a study that share every shape share one program. Seed, rate, temperature, l2, epsilon
+and schedule are data of that program: a schedule is only a table of rates. On a CPU the runs go one
+after another (`width` 1): the members fill the vector units already, and the bits are those of a
+run alone. On an accelerator they go side by side, as many as fit its memory.
 """
 
 import dataclasses
@@ -18,22 +19,30 @@ from jax.sharding import Mesh
 
 from esljax._types import Array, Float
 from esljax.experiment.comparison import Outcome, Problem, usual_shapes
-from esljax.experiment.settings import RunConfig, TrainingConfig, make_transport
+from esljax.experiment.settings import (
+    DTYPES,
+    MODEL_DTYPES,
+    RunConfig,
+    TrainingConfig,
+    make_transport,
+)
 from esljax.potentials import FlaxLoss, mlp
 from esljax.schedules import Constant, Knots
 from esljax.simulation import HessianAdjoint
 from esljax.transport import AbstractTransport
 
-# What runs of one compiled program may differ in.
+# The settings in which runs of one compiled program may differ.
 NUMBERS = ("seed", "rate", "temperature", "l2", "epsilon", "schedule")
 
 
 class Quantity(NamedTuple):
-    """A number that every run answers with: its name, unit, and name in words."""
+    """A number that every run gives."""
 
     name: str
+    """As in `SpeedLimit` or `Outcome`."""
     units: str
     words: str
+    """The name in words, for labels."""
 
 
 _SQUARED = "squared parameters"
@@ -55,23 +64,25 @@ WITH_ERROR = ("entropy_production", "length_squared", "w2_squared", "gap", "temp
 
 
 class Rows(NamedTuple):
-    """The results of some points: numbers by name, each (points,), and what went wrong with each point, "" where nothing did."""
+    """The results of some points."""
 
     numbers: dict[str, np.ndarray]
+    """Numbers by name (`number_names`), each (points,); NaN where a run failed."""
     converged: np.ndarray
+    """Whether all transport problems of each point were solved, (points,)."""
     reasons: tuple[str, ...]
+    """Why each point failed, "" where it did not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Points of one shape for one call of the program compiled for it: plain data, which travels to a worker.
-
-    `length` is what the program is compiled for; points missing to it are padding, and padding is not run.
-    """
+    """Points of one shape for one call of their program: plain data that travels to a worker."""
 
     points: tuple[RunConfig, ...]
     length: int
+    """The number of points that the program is compiled for; it pads to that and skips padding."""
     width: int
+    """The number of runs side by side."""
 
 
 def make_problem(
@@ -81,7 +92,12 @@ def make_problem(
     mesh: Mesh | None = None,
     recompute: bool = False,
 ) -> Problem:
-    """The learning problem of a configuration, in jax's present floating type."""
+    """The learning problem of a configuration, in jax's present floating type.
+
+    **Args:** `config`: data, network, ensemble and steps. `transport`: defines Σ and W2².
+    `jackknife`: most groups for the standard errors of one run. `mesh`: the devices that share the
+    members. `recompute`: whether the gradient keeps few states and recomputes the others.
+    """
     data = config.load_data()
     classes = int(max(data.train.labels.max(), data.test.labels.max())) + 1
     model = mlp(data.train.inputs.shape[1], *config.hidden, classes)
@@ -91,7 +107,7 @@ def make_problem(
             data.train,
             batch_size=config.batch_size or None,
             l2=config.l2,
-            dtype=None if config.model_dtype == "same" else config.model_dtype,
+            dtype=MODEL_DTYPES[config.model_dtype],
         ),
         test=data.test,
         temperature=config.temperature,
@@ -106,43 +122,46 @@ def make_problem(
 
 
 def run(config: RunConfig) -> Outcome:
-    """One run alone, in its own floating type: a `Study` stores the numbers of such runs.
+    """Make one run alone, in its own floating type: a `Study` stores the numbers of such runs.
 
     **Returns:** `Outcome`: the `SpeedLimit` report, the final loss and the test accuracy.
     **Raises:** `InputError` for settings that cannot run.
 
     **Example:**
 
-        >>> outcome = run(RunConfig(data="moons", hidden=(4,), members=4, steps=10, snapshots=5))
+        >>> import esljax as esl
+        >>> config = esl.RunConfig(data="moons", hidden=(4,), members=4, steps=10, snapshots=5)
+        >>> outcome = esl.run(config)
         >>> bool(outcome.report.holds)
         True
     """
     config.check()
-    with jax.enable_x64(config.dtype == "float64"):
+    with jax.enable_x64(DTYPES[config.dtype]):
         shape = shape_of(config)
         problem = _problem(shape, config.dtype)
         return _alone(problem, shape, jax.tree.map(lambda x: x[0], _numbers(problem, (config,))))
 
 
 def work(task: Task) -> Rows:
-    """Run the points of a task and return their numbers; called in this process or in a worker.
+    """Run the points of a task and return their numbers, in this process or in a worker.
 
-    A point whose numbers are not finite comes back with the reason. What fails as a whole (memory, a wrong model) fails each point of it.
+    A point whose numbers are not finite comes back with the reason. A failure of the whole task
+    (memory, a wrong model) fails each of its points.
     """
     config = task.points[0]
     try:
-        with jax.enable_x64(config.dtype == "float64"):
+        with jax.enable_x64(DTYPES[config.dtype]):
             shape = shape_of(config)
             problem = _problem(shape, config.dtype)
             length = -(-task.length // task.width) * task.width
             padded = (*task.points, *itertools.repeat(config, length - len(task.points)))
-            asked = np.arange(length) < len(task.points)
+            wanted = np.arange(length) < len(task.points)
             answer = _many(
-                problem, shape, _numbers(problem, padded), jnp.asarray(asked), task.width
+                problem, shape, _numbers(problem, padded), jnp.asarray(wanted), task.width
             )
             answer = {name: np.asarray(value)[: len(task.points)] for name, value in answer.items()}
     except Exception as error:
-        # Anything a backend raises ends here: the point gets the reason and the study goes on.
+        # Anything a backend raises ends here: the points get the reason and the study continues.
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
         return failed(task, reason)
     converged = answer.pop("converged")
@@ -155,43 +174,47 @@ def work(task: Task) -> Rows:
 
 def failed(task: Task, reason: str) -> Rows:
     """The rows of a task that gave no numbers."""
-    nothing = np.full(len(task.points), np.nan)
+    missing = np.full(len(task.points), np.nan)
     return Rows(
-        dict.fromkeys(names(task.points[0].jackknife > 0), nothing),
+        dict.fromkeys(number_names(errors=task.points[0].jackknife > 0), missing),
         np.zeros(len(task.points), bool),
         (reason,) * len(task.points),
     )
 
 
-def names(errors: bool) -> tuple[str, ...]:
-    """The numbers of a run by name, with the standard errors among them if there are any."""
-    plain = tuple(quantity.name for quantity in QUANTITIES)
-    return (*plain, *(f"{name}_error" for name in WITH_ERROR)) if errors else plain
+def number_names(errors: bool) -> tuple[str, ...]:
+    """The names of the numbers of a run, and of their standard errors if `errors`."""
+    numbers = tuple(quantity.name for quantity in QUANTITIES)
+    return (*numbers, *(f"{name}_error" for name in WITH_ERROR)) if errors else numbers
 
 
 def shape_of(config: RunConfig) -> RunConfig:
-    """The configuration with its numbers at their defaults: equal for points that share a program."""
+    """The configuration with its numbers at their defaults: equal for runs of one program."""
     return dataclasses.replace(config, **{name: getattr(RunConfig, name) for name in NUMBERS})
 
 
-def memory(config: RunConfig) -> int:
-    """About how many bytes one run takes while it runs, from its shapes alone."""
+def memory_of_a_run(config: RunConfig) -> int:
+    """The bytes that one run takes, about, from its shapes alone; 0 if it cannot be made."""
     return _memory(shape_of(config))
 
 
 def fitting_width(config: RunConfig, length: int, budget: float | None = None) -> int:
-    """How many runs go side by side: one on a CPU, and on an accelerator as many as half its memory (or `budget` bytes) holds."""
+    """The number of runs that go side by side: one on a CPU, as many as fit on an accelerator.
+
+    **Args:** `config`: one of the runs. `length`: the most. `budget`: bytes to fill; by default
+    half the memory of the accelerator.
+    """
     device = jax.devices()[0]
     if budget is None:
         if device.platform == "cpu":
             return 1
-        # Where a device does not tell, half of what the smallest accelerators have.
+        # For a device that does not report its memory, half of that of the smallest accelerators.
         budget = float((device.memory_stats() or {}).get("bytes_limit", 8e9)) / 2
-    return int(np.clip(budget // max(memory(config), 1), 1, length))
+    return int(np.clip(budget // max(memory_of_a_run(config), 1), 1, length))
 
 
 class _Numbers(NamedTuple):
-    """What runs of one program differ in, one row a run."""
+    """The numbers in which runs of one program differ, one row a run."""
 
     rates: Float[Array, "*runs knots"]
     keys: Array
@@ -236,28 +259,28 @@ _alone = eqx.filter_jit(_one)
 
 @eqx.filter_jit
 def _many(
-    problem: Problem, shape: RunConfig, numbers: _Numbers, asked: Array, width: int
+    problem: Problem, shape: RunConfig, numbers: _Numbers, wanted: Array, width: int
 ) -> dict[str, Array]:
-    """The program of all points of one shape: `width` runs side by side, and batches that are all padding skipped."""
+    """Run all points of one shape, `width` side by side; skip batches that are all padding."""
 
     def one(numbers):
         return _answer(_one(problem, shape, numbers), shape.jackknife > 0)
 
-    def batch(numbers_and_asked):
-        numbers, asked = numbers_and_asked
-        # A batch of one is left as it is: the bits are then those of a run alone.
+    def batch(numbers_and_wanted):
+        numbers, wanted = numbers_and_wanted
+        # A batch of one stays without `vmap`: the bits are then those of a run alone.
         some = (
             jax.vmap(one)
             if width > 1
             else lambda x: jax.tree.map(lambda y: y[None], one(jax.tree.map(lambda y: y[0], x)))
         )
-        nothing = jax.tree.map(
+        padding = jax.tree.map(
             lambda x: jnp.full(x.shape, np.nan if x.dtype != bool else False, x.dtype),
             jax.eval_shape(some, numbers),
         )
-        return jax.lax.cond(jnp.any(asked), some, lambda _: nothing, numbers)
+        return jax.lax.cond(jnp.any(wanted), some, lambda _: padding, numbers)
 
-    batches = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), (numbers, asked))
+    batches = jax.tree.map(lambda x: x.reshape(-1, width, *x.shape[1:]), (numbers, wanted))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(batch, batches))
 
 
@@ -271,7 +294,7 @@ def _answer(outcome: Outcome, errors: bool) -> dict[str, Array]:
         )
         answer[quantity.name] = missing if value is None else value
     if errors:
-        # Too few members for two groups leave none to take.
+        # With too few members for two groups there is no standard error.
         answer |= {
             f"{name}_error": getattr(report.standard_error, name, missing) for name in WITH_ERROR
         }
@@ -279,8 +302,8 @@ def _answer(outcome: Outcome, errors: bool) -> dict[str, Array]:
 
 
 def _reason(numbers: dict[str, float]) -> str:
-    """Why a point has failed, or nothing."""
-    # Other transports have no noise floor.
+    """Why a point has failed, "" if it has not."""
+    # Only some transports have a noise floor.
     bad = [
         name
         for name, value in numbers.items()
@@ -289,21 +312,27 @@ def _reason(numbers: dict[str, float]) -> str:
     if not bad:
         return ""
     if "final_loss" in bad:
-        return f"diverged: the final loss is {numbers['final_loss']:g}; the likely cause is a learning rate that is too high"
+        return (
+            f"diverged: the final loss is {numbers['final_loss']:g}; the likely cause is a "
+            "learning rate that is too high"
+        )
     return f"not finite: {', '.join(bad)}"
 
 
 @functools.lru_cache(maxsize=1024)
 def _memory(shape: RunConfig) -> int:
     try:
-        with jax.enable_x64(shape.dtype == "float64"):
+        with jax.enable_x64(DTYPES[shape.dtype]):
             return _problem(shape, shape.dtype).plan_memory(differentiated=False).total
     except Exception:
-        # What cannot even be made takes nothing; its task will say why.
+        # The problem cannot be made: its task will report why.
         return 0
 
 
 @functools.lru_cache(maxsize=16)
 def _problem(shape: RunConfig, dtype: str) -> Problem:
-    """A problem of that shape, whose numbers are replaced run by run. jax computes in `dtype` already; here it is a key of the cache."""
+    """A problem of that shape, whose numbers are replaced run by run.
+
+    jax computes in `dtype` already; the argument is only a key of the cache.
+    """
     return make_problem(shape, shape.make_transport(jax.random.key(0)), shape.jackknife)

@@ -1,190 +1,206 @@
-"""The settings of a training run: a frozen dataclass whose fields are the flags and the keys of a TOML file."""
+"""The settings of a training run: a frozen dataclass whose fields are flags and keys of TOML files.
+
+Each kind of choice has one registry here, from names to what makes the thing. The flags of the
+commands, the check of TOML files and the construction all read it, so one line adds a choice:
+
+    DATASETS["mine"] = load_mine  # () -> Dataset
+    TRANSPORTS["mine"] = lambda numbers: MyTransport(numbers.epsilon)
+"""
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, NamedTuple
 
 import jax
-import numpy as np
 
-from esljax._checks import (
-    InputError,
-    check_choice,
-    check_nonnegative,
-    check_positive,
-    check_positive_int,
-    refuse,
-)
+from esljax._checks import check_choice, refuse
 from esljax._types import Array, ScalarLike
+from esljax.experiment.bounds import (
+    AtLeast,
+    Below,
+    Nonnegative,
+    OneOf,
+    Positive,
+    check_fields,
+    is_manner,
+)
 from esljax.potentials import datasets
+from esljax.schedules import (
+    AbstractSchedule,
+    Constant,
+    Cosine,
+    Exponential,
+    Linear,
+    WarmupStableDecay,
+)
 from esljax.transport import (
     AbstractTransport,
     ExactTransport,
     GaussianTransport,
     SinkhornTransport,
     SlicedTransport,
+    principal_directions,
+    random_directions,
 )
+from esljax.velocity import AbstractVelocity, TransportVelocity
+
+
+class TransportNumbers(NamedTuple):
+    """The settings that a transport may be made from; most look at few of them."""
+
+    epsilon: ScalarLike
+    """Entropic regularization, in squared coordinates; may be traced."""
+    directions: int
+    """Number of directions to project on."""
+    chunk: int
+    """Members whose distances are held at a time; 0 for all."""
+    key: Array
+    """Of random directions; may be traced."""
+
+
+def _transport_velocity(transport: Any) -> AbstractVelocity:
+    if not callable(getattr(transport, "map", None)):
+        raise refuse(
+            "velocity",
+            f"be 'none' beside {type(transport).__name__}, which maps no member onto another",
+            "is 'transport'",
+        )
+    return TransportVelocity(transport)
+
+
+DATASETS: dict[str, Callable[[], datasets.Dataset]] = {
+    "digits": datasets.digits,
+    "moons": datasets.two_moons,
+    "teacher": datasets.teacher,
+}
+
+TRANSPORTS: dict[str, Callable[[TransportNumbers], AbstractTransport]] = {
+    "exact": lambda numbers: ExactTransport(),
+    "gaussian": lambda numbers: GaussianTransport(),
+    "sliced": lambda numbers: SlicedTransport(numbers.directions, numbers.key),
+    "sinkhorn": lambda numbers: SinkhornTransport(numbers.epsilon, chunk=numbers.chunk or None),
+}
+
+# The learning-rate schedules in common use, each with peak 1.
+SCHEDULES: dict[str, Callable[[], AbstractSchedule]] = {
+    "constant": lambda: Constant(1.0),
+    "linear_decay": lambda: Linear(1.0, 0.0),
+    "cosine": lambda: Cosine(1.0),
+    "warmup_stable_decay": lambda: WarmupStableDecay(1.0),
+    "exponential_decay": lambda: Exponential(1.0, 0.1),
+}
+
+# Whether jax must have 64-bit numbers enabled.
+DTYPES: dict[str, bool] = {"float32": False, "float64": True}
+
+# As `FlaxLoss` takes them; None is the type of everything else.
+MODEL_DTYPES: dict[str, str | None] = {"same": None, "bfloat16": "bfloat16"}
+
+# From positions (J+1, n, d), a number p of coordinates and a key to a matrix (d, p), or None.
+PROJECTIONS: dict[str, Callable[[Array, int, Array], Array | None]] = {
+    "none": lambda positions, coordinates, key: None,
+    "pca": lambda positions, coordinates, key: principal_directions(positions, coordinates),
+    "random": lambda positions, coordinates, key: random_directions(
+        positions.shape[2], coordinates, key
+    ),
+}
+
+# From the transport of a measurement to a velocity, or None for the chain of distances alone.
+VELOCITIES: dict[str, Callable[[AbstractTransport], AbstractVelocity | None]] = {
+    "none": lambda transport: None,
+    "transport": _transport_velocity,
+}
+
+_SEEDS = Below(2**32, "2**32", "where the keys of single precision repeat themselves")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """What every training run has: data, network, ensemble, steps, noise, and the geometry that it is measured in."""
+    """The settings of every training run: data, network, ensemble, steps, noise and geometry.
 
-    data: Literal["digits", "moons", "teacher"] = "digits"
+    `check` reads the bounds in the annotations; each field says its meaning and unit below.
+    """
+
+    data: Annotated[str, OneOf(DATASETS)] = "digits"
     """Data set: scikit-learn's digits, two moons, or a random teacher network."""
-    hidden: tuple[int, ...] = (32,)
+    hidden: tuple[Annotated[int, AtLeast(1)], ...] = (32,)
     """Widths of the hidden layers of the network."""
-    members: int = 32
+    members: Annotated[int, AtLeast(2)] = 32
     """Members of the ensemble, each with its own initialization, batches and noise."""
-    steps: int = 200
+    steps: Annotated[int, AtLeast(1)] = 200
     """Training steps."""
-    snapshots: int = 20
+    snapshots: Annotated[int, AtLeast(1)] = 20
     """Links between the snapshots of a run; must divide the steps."""
-    batch_size: int = 256
+    batch_size: Annotated[int, AtLeast(0)] = 256
     """Examples per step and member, drawn with replacement; 0 for all of them."""
-    temperature: float = 1e-7
+    temperature: Annotated[float, Nonnegative()] = 1e-7
     """Temperature of the injected noise, in units of the loss."""
-    l2: float = 1e-4
-    """Weight decay: l2/2 times the squared norm of the parameters is added to the loss."""
-    rate: float = 0.25
-    """Learning rate per step: all of a constant schedule, the peak of another."""
-    transport: Literal["exact", "gaussian", "sliced", "sinkhorn"] = "exact"
-    """Geometry of entropy production and distance."""
-    epsilon: float = 1.0
+    l2: Annotated[float, Nonnegative()] = 1e-4
+    """Weight decay: the loss has l2/2 times the squared norm of the parameters added."""
+    rate: Annotated[float, Positive()] = 0.25
+    """Learning rate per step: all of a constant schedule, the peak of any other."""
+    transport: Annotated[str, OneOf(TRANSPORTS)] = "exact"
+    """Optimal transport that defines entropy production and distance."""
+    epsilon: Annotated[float, Positive()] = 1.0
     """Entropic regularization of the sinkhorn transport, in squared parameters."""
-    directions: int = 64
-    """Directions of the sliced transport."""
-    chunk: int = 0
-    """Members whose distances the sinkhorn transport holds at a time; 0 for all, in memory for the square of their number."""
-    seed: int = 0
-    """Seed of everything random; the same seed gives the same numbers on the same machine and versions."""
-    dtype: Literal["float32", "float64"] = "float32"
+    directions: Annotated[int, AtLeast(1)] = 64
+    """Random directions of the sliced transport."""
+    chunk: Annotated[int, AtLeast(0)] = 0
+    """Members whose distances sinkhorn holds at a time; 0 for all, an n × n matrix in memory."""
+    seed: Annotated[int, AtLeast(0), _SEEDS] = 0
+    """Seed of all random numbers; on one machine and versions it fixes every result."""
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """Floating-point type."""
-    model_dtype: Literal["same", "bfloat16"] = "same"
-    """Floating-point type that the network computes in; all else is in `dtype`."""
+    model_dtype: Annotated[str, OneOf(MODEL_DTYPES)] = "same"
+    """Floating-point type that the network computes in; everything else uses `dtype`."""
 
     def check_training(self) -> None:
-        """Refuse a run that cannot be, before any computation, in one sentence."""
-        for name in ("members", "steps", "snapshots", "batch_size", "directions", "chunk", "seed"):
-            check_positive_int(name, getattr(self, name), LEAST[name])
-        if self.seed >= 2**32:
-            raise refuse(
-                "seed",
-                "be below 2**32, where the keys of single precision repeat themselves",
-                f"is {self.seed}",
-            )
-        for name in ("rate", "epsilon", "temperature", "l2"):
-            if isinstance(getattr(self, name), bool) or not isinstance(
-                getattr(self, name), int | float
-            ):
-                raise refuse(name, "be a number", f"is {getattr(self, name)!r}")
-        for name in ("rate", "epsilon"):
-            check_positive(name, getattr(self, name))
-        for name in ("temperature", "l2"):
-            check_nonnegative(name, getattr(self, name))
-        for name in ("rate", "epsilon", "temperature", "l2"):
-            if not np.isfinite(getattr(self, name)):
-                raise refuse(name, "be finite", f"is {getattr(self, name)}")
+        """**Raises:** `InputError`, before any computation, for settings that cannot run."""
+        check_fields(self)
         if self.steps % self.snapshots:
             raise refuse("snapshots", f"divide the {self.steps} steps", f"is {self.snapshots}")
-        if not isinstance(self.hidden, tuple):
-            raise refuse("hidden", "be a tuple of integers", f"is {self.hidden!r}")
-        for width in self.hidden:
-            check_positive_int("hidden", width)
-        for name in ("data", "transport", "dtype", "model_dtype"):
-            check_choice(name, getattr(self, name), CHOICES[name])
 
     def load_data(self) -> datasets.Dataset:
-        return {
-            "digits": datasets.digits,
-            "moons": datasets.two_moons,
-            "teacher": datasets.teacher,
-        }[self.data]()
+        """The data set of that name."""
+        return DATASETS[self.data]()
 
     def make_transport(self, key: Array) -> AbstractTransport:
+        """The transport of that name; `key` is of its random directions, if it has any."""
         return make_transport(self.transport, self.epsilon, self.directions, self.chunk, key)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig(TrainingConfig):
-    """One training run held against the speed limit: a point of a `Study`.
+    """One training run to compare with the speed limit: a point of a `Study`.
+
+    The fields are those of `TrainingConfig` and the two below.
 
     **Example:**
 
-        >>> RunConfig(data="moons", hidden=(4,), schedule="cosine", rate=0.5).members
+        >>> import esljax as esl
+        >>> esl.RunConfig(data="moons", hidden=(4,), schedule="cosine", rate=0.5).members
         32
     """
 
-    schedule: Literal[
-        "constant", "linear_decay", "cosine", "warmup_stable_decay", "exponential_decay"
-    ] = "constant"
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "constant"
     """Shape of the learning rate over training time; `rate` is its peak."""
-    jackknife: int = 0
-    """The most groups of members left out in turn for standard errors of this one run, each of which repeats all transports; 0 for none."""
+    jackknife: Annotated[int, AtLeast(0)] = 0
+    """Most groups of members left out in turn for the standard errors of one run; 0 for none."""
 
     def check(self) -> "RunConfig":
-        """Refuse what cannot run, before any computation, in one sentence."""
+        """**Raises:** `InputError`, before any computation, for settings that cannot run."""
         self.check_training()
-        check_choice("schedule", self.schedule, CHOICES["schedule"])
-        check_positive_int("jackknife", self.jackknife, 0)
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as TOML and JSON know them; reading them back gives the same run."""
+        """The settings as TOML and JSON hold them; reading them back gives the same run."""
         return plain(self)
 
 
-CHOICES = {
-    "data": ("digits", "moons", "teacher"),
-    "transport": ("exact", "gaussian", "sliced", "sinkhorn"),
-    "velocity": ("none", "transport"),
-    "schedule": ("constant", "linear_decay", "cosine", "warmup_stable_decay", "exponential_decay"),
-    "dtype": ("float32", "float64"),
-    "model_dtype": ("same", "bfloat16"),
-}
-
-# What may be left out has no default to tell its type.
-OPTIONAL = {
-    "target": float,
-    "recording": Path,
-    "memory": float,
-    "devices": int,
-    "coordinator": str,
-    "processes": int,
-    "process": int,
-}
-
-# What says how a command runs, not what it computes.
-MANNER = (
-    "memory",
-    "config",
-    "resume",
-    "devices",
-    "distributed",
-    "coordinator",
-    "processes",
-    "process",
-)
-
-LEAST = {
-    "members": 2,
-    "steps": 1,
-    "snapshots": 1,
-    "batch_size": 0,
-    "knots": 2,
-    "iterations": 1,
-    "directions": 1,
-    "chunk": 0,
-    "judge_runs": 2,
-    "match_runs": 1,
-    "seed": 0,
-}
-
-
 def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file. **Raises:** `InputError` if it cannot be read or is none."""
+    """The content of a TOML file. **Raises:** `InputError` if it cannot be read or parsed."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -193,72 +209,30 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise refuse("config", "be valid TOML", f"{path} is not: {error}") from error
 
 
-def converted(
-    content: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], place: str
-) -> dict[str, Any]:
-    """The values of a table as the fields of a configuration want them. **Raises:** `InputError` for an unknown key or a wrong type."""
-    for key in content:
-        if key not in fields:
-            raise InputError(
-                f"Key `{key}` of {place} is unknown; the known keys are {', '.join(fields)}."
-            )
-    return {key: convert(key, value, fields[key].default, place) for key, value in content.items()}
-
-
-def convert(key: str, value: Any, default: Any, place: str) -> Any:
-    """A value as the field `key` wants it, which is told by its default. **Raises:** `InputError` for a wrong type."""
-    if key in CHOICES:
-        check_choice(key, value, CHOICES[key])
-        return value
-    kind = OPTIONAL.get(key, Path if isinstance(default, Path) else type(default))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if (
-        kind is tuple
-        and isinstance(value, list)
-        and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
-    ):
-        return tuple(value)
-    if type(value) is not kind:
-        said = {tuple: "list of integers", str: "string", Path: "string"}.get(kind, kind.__name__)
-        raise refuse(key, f"be a {said} in {place}", f"is {value!r}")
-    return value
-
-
 def plain(config: Any) -> dict[str, Any]:
-    """What a configuration holds, in types that TOML and JSON know; how and from where it is run is not part of it."""
+    """The fields of a configuration in types that TOML and JSON hold, without its `Manner`s."""
 
-    def plain(value):
-        return (
-            str(value)
-            if isinstance(value, Path)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-        )
+    def value(x):
+        return str(x) if isinstance(x, Path) else list(x) if isinstance(x, tuple) else x
 
     return {
-        name: plain(value)
-        for name, value in dataclasses.asdict(config).items()
-        if name not in MANNER
+        field.name: value(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if not is_manner(field)
     }
 
 
 def make_transport(
     name: str, epsilon: ScalarLike, directions: int, chunk: int, key: Array
 ) -> AbstractTransport:
-    """The transport of that name; `epsilon` and `key`, which few of them look at, may be traced."""
-    if name == "exact":
-        return ExactTransport()
-    if name == "gaussian":
-        return GaussianTransport()
-    if name == "sliced":
-        return SlicedTransport(directions, key)
-    return SinkhornTransport(epsilon, chunk=chunk or None)
+    """The transport of that name; `epsilon` and `key` may be traced.
+
+    **Raises:** `InputError` for a name that `TRANSPORTS` does not have.
+    """
+    check_choice("transport", name, tuple(TRANSPORTS))
+    return TRANSPORTS[name](TransportNumbers(epsilon, directions, chunk, key))
 
 
 def enable(dtype: str) -> None:
-    """Make jax compute in `dtype` from here on; called by the commands, never on import."""
-    jax.config.update("jax_enable_x64", dtype == "float64")
+    """Make jax compute in `dtype` from here on; the commands call it, importing never does."""
+    jax.config.update("jax_enable_x64", DTYPES[dtype])

@@ -287,7 +287,7 @@ def _value(name: str, value: Any, place: str) -> Any:
         if isinstance(value, tuple)
         else value
     )
-    return convert(name, value, _FIELDS[name].default, place)
+    return convert(name, value, _FIELDS[name], place)
 
 
 def _spread(name: str, values: Any) -> Any:

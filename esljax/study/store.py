@@ -22,9 +22,9 @@ from esljax.experiment import (
     Quantity,
     Rows,
     RunConfig,
-    memory,
+    memory_of_a_run,
     memory_of_the_machine,
-    names,
+    number_names,
     size,
 )
 from esljax.files import storage
@@ -94,7 +94,7 @@ class StudyStore:
             }
             self.attributes["reused"] = json.dumps(reused)
             here, there = np.array(pairs).T
-            self.write(here, other.read(there, names(self.study.has_errors)))
+            self.write(here, other.read(there, number_names(self.study.has_errors)))
         return len(pairs)
 
     def read(self, indices: np.ndarray, wanted: tuple[str, ...]) -> Rows:
@@ -201,7 +201,9 @@ def open_study(path: str | Path) -> Any:
         if dataset[name].dtype.kind not in "iufb"
     }
     dataset = dataset.assign(strings)
-    ordered = [name for name in (*names(True), "converged", "done", "reason") if name in dataset]
+    ordered = [
+        name for name in (*number_names(True), "converged", "done", "reason") if name in dataset
+    ]
     # In the order of the study: a folder lists its files in an order of its own.
     variables, coordinates = (
         {name: dataset[name].variable for name in some} for some in (ordered, study.coordinates)
@@ -312,7 +314,7 @@ def _check_room(path: Path, study: Study, task_size: int) -> None:
     """Refuse what would not fit, by an estimate, before anything is written."""
     if not path.parent.is_dir():
         raise refuse("out", "be in a folder that exists", f"{path.parent} does not")
-    variables = len(names(study.has_errors)) + 3
+    variables = len(number_names(study.has_errors)) + 3
     chunks = int(
         np.prod(
             [
@@ -346,7 +348,7 @@ def check_memory(study: Study, slices: list[Slice]) -> None:
     """Refuse a run that this machine cannot hold, by an estimate from its shapes."""
     for part in slices:
         config: RunConfig = study.point(int(part.indices[0]))
-        needed = memory(config)
+        needed = memory_of_a_run(config)
         if needed > memory_of_the_machine():
             what = f"{config.members} members of hidden {config.hidden} over {config.snapshots} snapshots"
             raise refuse(

@@ -1,0 +1,213 @@
+"""Bounds of settings, stated once in the annotation of the field and read by every check.
+
+    members: Annotated[int, AtLeast(2)] = 32
+    data: Annotated[str, OneOf(DATASETS)] = "digits"
+
+The same annotations check a configuration (`check_fields`), convert a value from a TOML file
+(`convert`) and give the command line the choices of its flags (`choices`).
+"""
+
+import dataclasses
+import functools
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
+
+import numpy as np
+
+from esljax._checks import (
+    InputError,
+    check_choice,
+    check_nonnegative,
+    check_positive,
+    check_positive_int,
+    refuse,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class AtLeast:
+    """An integer of at least `least`."""
+
+    least: int
+
+    def check(self, argument: str, value: Any) -> None:
+        """**Raises:** `InputError` for a smaller value or none that is an integer."""
+        check_positive_int(argument, value, self.least)
+
+
+@dataclasses.dataclass(frozen=True)
+class Below:
+    """A number below `limit`; `reason` completes the sentence of the error."""
+
+    limit: int | float
+    words: str
+    reason: str
+
+    def check(self, argument: str, value: Any) -> None:
+        """**Raises:** `InputError` for a value of `limit` or more."""
+        if value >= self.limit:
+            raise refuse(argument, f"be below {self.words}, {self.reason}", f"is {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Positive:
+    """A number greater than 0; finite, unless `infinite` is allowed."""
+
+    infinite: bool = False
+
+    def check(self, argument: str, value: Any) -> None:
+        """**Raises:** `InputError` for 0, a negative number, NaN, or infinity if not allowed."""
+        check_positive(argument, value)
+        _check_infinite(argument, value, self.infinite)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nonnegative:
+    """A number of at least 0; finite, unless `infinite` is allowed."""
+
+    infinite: bool = False
+
+    def check(self, argument: str, value: Any) -> None:
+        """**Raises:** `InputError` for a negative number, NaN, or infinity if not allowed."""
+        check_nonnegative(argument, value)
+        _check_infinite(argument, value, self.infinite)
+
+
+# Compared by identity: a registry may grow after the field has been declared.
+@dataclasses.dataclass(frozen=True, eq=False)
+class OneOf:
+    """One of the names of a registry, a mapping from names to what they stand for."""
+
+    registry: Mapping[str, Any]
+
+    def check(self, argument: str, value: Any) -> None:
+        """**Raises:** `InputError` for a name that the registry does not have."""
+        check_choice(argument, value, tuple(self.registry))
+
+
+@dataclasses.dataclass(frozen=True)
+class Manner:
+    """A setting of how a command runs, not of what it computes: reports leave it out."""
+
+    def check(self, argument: str, value: Any) -> None:
+        """Any value will do."""
+
+
+class _Anatomy(NamedTuple):
+    """An annotation taken apart."""
+
+    kind: type
+    rules: tuple[Any, ...] = ()
+    optional: bool = False
+    item: "_Anatomy | None" = None
+
+
+def check_fields(config: Any) -> None:
+    """Check every field of a frozen dataclass against its own annotation.
+
+    **Raises:** `InputError` for the first value of a wrong type or outside its bounds.
+    """
+    for name, anatomy in _anatomies(type(config)).items():
+        _check(name, getattr(config, name), anatomy)
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The names that a field with this annotation may hold; none if it has no registry."""
+    registries = [rule.registry for rule in _anatomy(annotation).rules if isinstance(rule, OneOf)]
+    return tuple(registries[0]) if registries else ()
+
+
+def is_manner(field: dataclasses.Field) -> bool:
+    """Whether the field describes how a command runs, and not what it computes."""
+    return any(isinstance(rule, Manner) for rule in _anatomy(field.type).rules)
+
+
+def converted(
+    content: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], place: str
+) -> dict[str, Any]:
+    """The values of a TOML table in the types of the fields of a configuration.
+
+    **Args:** `content`: keys and values as `tomllib` reads them. `fields`: the known keys. `place`:
+    where the table stands, for messages.
+    **Raises:** `InputError` for an unknown key or a wrong type.
+    """
+    for key in content:
+        if key not in fields:
+            raise InputError(
+                f"Key `{key}` of {place} is unknown; the known keys are {', '.join(fields)}."
+            )
+    return {key: convert(key, value, fields[key], place) for key, value in content.items()}
+
+
+def convert(key: str, value: Any, field: dataclasses.Field, place: str) -> Any:
+    """One value of a TOML table in the type of its field.
+
+    **Raises:** `InputError` for a wrong type, or a name that the field's registry does not have.
+    """
+    anatomy = _anatomy(field.type)
+    kind = anatomy.kind
+    for rule in anatomy.rules:
+        if isinstance(rule, OneOf):
+            rule.check(key, value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is tuple and isinstance(value, list) and all(type(item) is int for item in value):
+        return tuple(value)
+    if type(value) is not kind:
+        raise refuse(key, f"be {_IN_TOML[kind]} in {place}", f"is {value!r}")
+    return value
+
+
+_IN_TOML = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    Path: "a string",
+    tuple: "a list of integers",
+}
+
+
+@functools.cache
+def _anatomies(config: type) -> dict[str, _Anatomy]:
+    return {field.name: _anatomy(field.type) for field in dataclasses.fields(config)}
+
+
+def _anatomy(annotation: Any) -> _Anatomy:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = _anatomy(parts[0])
+        rules = tuple(rule for rule in parts[1:] if isinstance(rule, _Rule))
+        return inner._replace(rules=(*inner.rules, *rules))
+    if origin in (Union, types.UnionType):
+        (inner,) = (part for part in parts if part is not types.NoneType)
+        return _anatomy(inner)._replace(optional=True)
+    if origin is tuple:
+        return _Anatomy(tuple, item=_anatomy(parts[0]))
+    return _Anatomy(annotation)
+
+
+_Rule = AtLeast | Below | Positive | Nonnegative | OneOf | Manner
+
+
+def _check(name: str, value: Any, anatomy: _Anatomy) -> None:
+    if value is None and anatomy.optional:
+        return
+    if anatomy.kind is float and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise refuse(name, "be a number", f"is {value!r}")
+    if anatomy.item is not None:
+        if not isinstance(value, tuple):
+            raise refuse(name, "be a tuple of integers", f"is {value!r}")
+        for item in value:
+            _check(name, item, anatomy.item)
+    for rule in anatomy.rules:
+        rule.check(name, value)
+
+
+def _check_infinite(argument: str, value: Any, allowed: bool) -> None:
+    if not allowed and not np.isfinite(value):
+        raise refuse(argument, "be finite", f"is {value}")
