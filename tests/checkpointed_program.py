@@ -1,8 +1,9 @@
-"""What test_checkpoints.py runs, kills and runs again: a simulation and a search that save themselves after every round.
+"""A simulation and a search with checkpoints after every round, which test_checkpoints.py kills.
 
     python checkpointed_program.py OUT.npz FOLDER [--devices N] [--pause SECONDS]
 
-Prints a line before the simulation, after it, and after each iteration of the search, so that a test may kill it in the middle.
+Prints a line before the simulation, after it, and after each iteration of the search, so that a
+test can kill it in the middle.
 """
 
 import argparse
@@ -18,8 +19,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--pause", type=float, default=0.02)
-    asked = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", asked.devices)
+    arguments = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", arguments.devices)
 
     import jax.numpy as jnp
     import numpy as np
@@ -46,11 +47,11 @@ def main() -> None:
 
     def pause(seen):
         print("round", seen.iteration, flush=True)
-        time.sleep(asked.pause)
+        time.sleep(arguments.pause)
 
     print("starts", flush=True)
     path = simulate(
-        esl.Cosine(0.3), key, esl.Checkpoints(asked.folder / "run", resume=True, every=0)
+        esl.Cosine(0.3), key, esl.Checkpoints(arguments.folder / "run", resume=True, every=0)
     )
     print("simulated", flush=True)
     optimum = esl.optimize(
@@ -59,10 +60,10 @@ def main() -> None:
         key=key,
         iterations=20,
         callback=pause,
-        checkpoints=esl.Checkpoints(asked.folder / "search", resume=True, every=0),
+        checkpoints=esl.Checkpoints(arguments.folder / "search", resume=True, every=0),
     )
     leaves = jax.tree.leaves((path, optimum))
-    np.savez(asked.out, **{str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)})
+    np.savez(arguments.out, **{str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)})
 
 
 if __name__ == "__main__":

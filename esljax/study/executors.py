@@ -57,12 +57,14 @@ def processes(count: int) -> Iterator[Executor]:
     **Args:** `count`: the number of processes, at least 1.
     **Yields:** the executor.
 
-    **Example:**
+    **Example:** a script.
 
-        >>> import esljax as esl
-        >>> with esl.study.executors.processes(2) as executor:
-        ...     executor.submit(abs, -3).result()
-        3
+        import esljax as esl
+
+        if __name__ == "__main__":
+            study = esl.study.Study.from_toml("study.toml")
+            with esl.study.executors.processes(4) as executor:
+                results = esl.study.run_study(study, "study.zarr", executor=executor)
     """
     check_positive_int("processes", count)
     before = set(multiprocessing.active_children())

@@ -31,7 +31,7 @@ class Group(NamedTuple):
     means: dict[str, float]
     """The mean of each number by name; NaN if no run is done."""
     errors: dict[str, float]
-    """The standard error of each mean by name; of a single run its own, by the jackknife, or NaN."""
+    """The standard error of each mean by name; of a single run its own, by jackknife, or NaN."""
 
 
 def summarize(dataset: Any) -> list[Group]:
