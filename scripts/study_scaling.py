@@ -41,9 +41,9 @@ def costs(
 
         if not np.array_equal(in_study()[0], in_loop()):
             raise RuntimeError("The study and the loop should give the same bits.")
-        taken = timing.medians({"study": in_study, "loop": in_loop}, rounds)
+        medians = timing.medians({"study": in_study, "loop": in_loop}, rounds)
         rows.append(
-            {"members": n, **{name: 1e3 * seconds / runs for name, seconds in taken.items()}}
+            {"members": n, **{name: 1e3 * seconds / runs for name, seconds in medians.items()}}
         )
     return rows
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -177,6 +178,80 @@ def test_a_link_to_a_store_is_the_store(folder, refused):
 # Reading
 
 
+# The description that version 0.1 wrote into the attributes of a store, field by field.
+OF_0_1 = """
+[base]
+data = "moons"
+hidden = [4]
+members = 6
+steps = 10
+snapshots = 5
+batch_size = 32
+temperature = 1e-07
+l2 = 0.0001
+rate = 0.25
+transport = "exact"
+epsilon = 1.0
+directions = 64
+chunk = 0
+seed = 0
+dtype = "float32"
+model_dtype = "same"
+schedule = "constant"
+jackknife = 0
+
+[grid]
+rate = [0.1, 0.4]
+seed = [3, 1, 2]
+"""
+NUMBERS_OF_0_1 = (
+    *("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric"),
+    *("learning_time", "final_loss", "test_accuracy", "noise_floor"),
+)
+
+
+def store_of_0_1(path, **attributes):
+    """A finished store as version 0.1 laid it out, made by hand."""
+    about = {
+        "version": 1,
+        "study": OF_0_1,
+        "task_size": 32,
+        "created": "2026-11-26T09:54:58+00:00",
+        "versions": json.dumps(storage.versions()),
+        "commit": "8f28a06f8af0c734b688368c5c2dad7d93c3ed7f",
+    }
+    group = zarr.create_group(str(path), zarr_format=3, attributes={**about, **attributes})
+    arrays = {name: np.full((2, 3), float(i)) for i, name in enumerate(NUMBERS_OF_0_1)}
+    arrays |= {"converged": np.full((2, 3), True), "done": np.full((2, 3), 1, np.int8)}
+    arrays |= {"rate": np.array([0.1, 0.4]), "seed": np.array([3, 1, 2])}
+    for name, values in arrays.items():
+        dimensions = (name,) if name in ("rate", "seed") else ("rate", "seed")
+        group.create_array(name, data=values, dimension_names=dimensions)
+    group.create_array("reason", shape=(2, 3), dtype="string", dimension_names=("rate", "seed"))
+
+
+def test_a_store_of_0_1_is_read_and_resumed(tmp_path):
+    describe(tmp_path)
+    store_of_0_1(tmp_path / "study.zarr")
+    study = esl.study.Study.from_toml(tmp_path / "study.toml")
+    results = esl.study.run_study(study, tmp_path / "study.zarr", executor=Idle())
+    groups = esl.study.summarize(results)
+    assert [(group.settings, group.runs) for group in groups] == [
+        ({"rate": 0.1}, 3),
+        ({"rate": 0.4}, 3),
+    ]
+    assert list(groups[0].means.values()) == list(range(len(NUMBERS_OF_0_1)))
+    assert results["seed"].values.tolist() == [3, 1, 2]
+
+
+def test_a_store_of_another_layout_is_rejected(tmp_path, refused):
+    store_of_0_1(tmp_path / "study.zarr", version=0)
+    refused(
+        lambda: esl.study.open_study(tmp_path / "study.zarr"),
+        "`path` must be a store with layout 1, but .*study.zarr has layout 0: read it with",
+    )
+
+
 def test_coordinates_come_in_the_order_of_the_study(tmp_path):
     """Not in the order of a folder's files, on which the lines of a figure would depend."""
     grid = {
@@ -205,16 +280,14 @@ def test_unsolved_transport_problems_are_reported(folder, capsys):
     shutil.rmtree(folder / "study.zarr")
     store = written(folder / "study.zarr", study)
     store.write(np.array([1, 2]), rows(2, converged=False))
-    sentence = (
-        "2 done, but with transport problems that were not solved: do not trust their numbers"
-    )
+    sentence = re.compile("2 done, but with .*transport problems.*: do not trust their numbers")
     for command, code in (("run", 1), ("status", 0)):
         ended, out, _ = output(command, folder, capsys)
-        assert (ended, sentence in out, "failed:" in out) == (code, True, False)
+        assert (ended, bool(sentence.search(out)), "failed:" in out) == (code, True, False)
     # A failed run has solved nothing either, but is reported as failed.
     store.write(np.array([5]), rows(1, reasons=("diverged",), converged=False))
     out = output("status", folder, capsys)[1]
-    assert sentence in out
+    assert sentence.search(out)
     assert "1 failed: diverged" in out
     _, shown, _ = output("show", folder, capsys)
     assert [line.split()[:2] for line in shown.splitlines()[-3:-1]] == [

@@ -283,6 +283,7 @@ def _open(path: Path, mode: Any, argument: str = "path") -> Any:
 
 
 def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
+    """Lay out a store: its attributes, and arrays filled with "to do" and NaN."""
     about = {
         "version": _VERSION,
         "study": storage.toml(study.as_dict()),
@@ -292,11 +293,10 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
         "commit": storage.commit() or "",
     }
     group = zarr.create_group(str(path), zarr_format=3, attributes=about)
-    dimensions = study.dimensions
     layout = {
-        "shape": tuple(dimensions.values()),
+        "shape": tuple(study.dimensions.values()),
         "chunks": study.chunks(task_size),
-        "dimension_names": tuple(dimensions),
+        "dimension_names": tuple(study.dimensions),
     }
 
     def variable(name: str, dtype: str, fill: Any, words: str, **more: str) -> None:
@@ -308,28 +308,23 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
         variable(quantity.name, "float64", np.nan, quantity.words, units=quantity.units)
     variable("converged", "bool", False, "whether every transport problem of the run was solved")
     variable("reason", "string", "", "why the run failed")
-    variable(
-        "done",
-        "int8",
-        TO_DO,
-        "state of the run",
-        flag_values="0 1 2",
-        flag_meanings="to_do done failed",
-    )
+    flags = {"flag_values": "0 1 2", "flag_meanings": "to_do done failed"}
+    variable("done", "int8", TO_DO, "state of the run", **flags)
     for name, (dimension, values) in study.coordinates.items():
-        array = _labels(values)
-        attributes = {
-            "long_name": name.replace("_", " "),
-            **({"units": _UNITS[name]} if name in _UNITS else {}),
-        }
-        coordinate = group.create_array(
-            name,
-            shape=array.shape,
-            dtype="string" if array.dtype == object else array.dtype,
-            dimension_names=(dimension,),
-            attributes=attributes,
-        )
-        coordinate[...] = array
+        _add_coordinate(group, name, dimension, values)
+
+
+def _add_coordinate(group: Any, name: str, dimension: str, values: tuple) -> None:
+    labels = _labels(values)
+    units = {"units": _UNITS[name]} if name in _UNITS else {}
+    array = group.create_array(
+        name,
+        shape=labels.shape,
+        dtype="string" if labels.dtype == object else labels.dtype,
+        dimension_names=(dimension,),
+        attributes={"long_name": name.replace("_", " "), **units},
+    )
+    array[...] = labels
 
 
 def _quantities(study: Study) -> list[Quantity]:
