@@ -469,7 +469,7 @@ def test_memory_is_predicted_once_for_each_shape(tmp_path, monkeypatch):
     plans, plain = [], comparison.Problem.plan_memory
     monkeypatch.setattr(
         comparison.Problem,
-        "plan",
+        "plan_memory",
         lambda self, **more: plans.append(self.members) or plain(self, **more),
     )
     runs._memory.cache_clear()
