@@ -242,7 +242,7 @@ def test_another_run_is_rejected(tmp_path, refused, other, sentence):
     run(esl.Checkpoints(tmp_path, every=0))
     refused(
         lambda: run(esl.Checkpoints(tmp_path, resume=True), **other),
-        sentence + ".* use another folder",
+        sentence + ".*use another folder",
     )
 
 
