@@ -1,9 +1,10 @@
-"""A study of a thousand training runs: how Σ, W2² and the gap scale with the rate and the size of the ensemble, and what a run costs.
+"""A study of a thousand training runs: how Σ, W2² and the gap scale, and the cost of a run.
 
     python scripts/study_scaling.py [--smoke] [--out FILE.json] [--store STUDY.zarr]
 
-Students of a teacher network, rates × members × seeds, in one resumable store. The cost of a run in the study, its share of the store
-included, stands beside that in a loop over `esl.run`, compiled as well; both are compiled first and take turns.
+The runs are students of a teacher network: rates × members × seeds, in one resumable store. The
+cost of a run in the study, with its share of the store, is compared with that in a loop over
+`esl.run`. Both are compiled first and take turns.
 """
 
 import tempfile
@@ -40,9 +41,9 @@ def costs(
 
         if not np.array_equal(in_study()[0], in_loop()):
             raise RuntimeError("The study and the loop should give the same bits.")
-        taken = timing.medians({"study": in_study, "loop": in_loop}, rounds)
+        medians = timing.medians({"study": in_study, "loop": in_loop}, rounds)
         rows.append(
-            {"members": n, **{name: 1e3 * seconds / runs for name, seconds in taken.items()}}
+            {"members": n, **{name: 1e3 * seconds / runs for name, seconds in medians.items()}}
         )
     return rows
 
@@ -50,7 +51,7 @@ def costs(
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = timing.parser(__doc__.splitlines()[0])
     parser.add_argument(
-        "--store", type=Path, help="where to keep the results; by default they are dropped"
+        "--store", type=Path, help="where to store the results; by default they are deleted"
     )
     arguments = parser.parse_args(argv)
     rates, seeds, members = (
@@ -64,25 +65,30 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results = esl.study.run_study(study, arguments.store or Path(folder) / "study.zarr").load()
         wall = time.perf_counter() - started
     done = int((results["done"] == 1).sum())
-    print(
-        f"{done} of {study.size} runs in {wall:.0f} s, compilation of {len(members)} programs included"
-    )
-    print(f"{'members':>8}{'rate':>8}{'Σ':>20}{'W2²':>20}{'gap':>20}{'accuracy':>20}")
+    print(f"{done} of {study.size} runs in {wall:.0f} s, with {len(members)} programs compiled")
     numbers = ("entropy_production", "w2_squared", "gap", "test_accuracy")
-    table = []
+    rows, lines = [], [("members", "rate", "Σ", "W2²", "gap", "accuracy")]
     for group in esl.study.summarize(results):
         cells = {name: (group.means[name], group.errors[name]) for name in numbers}
-        table.append({**group.settings, "runs": group.runs, **cells})
-        told = "".join(f"{f'{mean:.4g} ± {error:.1g}':>20}" for mean, error in cells.values())
-        print(f"{group.settings['members']:>8}{group.settings['rate']:>8g}{told}")
-    cost = costs(BASE, members, *((4, 1) if arguments.smoke else (64, 5)))
-    print(f"\n{'members':>8}{'ms a run: study':>18}{'loop of esl.run':>18}{'ratio':>8}")
-    for row in cost:
-        print(
-            f"{row['members']:>8}{row['study']:>18.2f}{row['loop']:>18.2f}{row['study'] / row['loop']:>8.2f}"
+        rows.append({**group.settings, "runs": group.runs, **cells})
+        lines.append(
+            (
+                f"{group.settings['members']}",
+                f"{group.settings['rate']:g}",
+                *(esl.results.concise(mean, error) for mean, error in cells.values()),
+            )
         )
-    timing.write(arguments.out, {"wall_seconds": wall, "runs": done, "table": table, "cost": cost})
-    return {"table": table, "cost": cost}
+    print(esl.results.table(lines, "rrrrrr"))
+    cost = costs(BASE, members, *((4, 1) if arguments.smoke else (64, 5)))
+    lines = [("members", "ms a run: study", "loop of esl.run", "ratio")]
+    for row in cost:
+        ratio = row["study"] / row["loop"]
+        lines.append(
+            (f"{row['members']}", f"{row['study']:.2f}", f"{row['loop']:.2f}", f"{ratio:.2f}")
+        )
+    print("\n" + esl.results.table(lines, "rrrr"))
+    timing.write(arguments.out, {"wall_seconds": wall, "runs": done, "table": rows, "cost": cost})
+    return {"table": rows, "cost": cost}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""The program that test_checkpoints.py runs, kills and runs again.
-
-It holds a simulation and a search that save themselves after every round.
+"""A simulation and a search with checkpoints after every round, which test_checkpoints.py kills.
 
     python checkpointed_program.py OUT.npz FOLDER [--devices N] [--pause SECONDS]
 
-It prints a line before the simulation, after it, and after each iteration of the search, so that a
+Prints a line before the simulation, after it, and after each iteration of the search, so that a
 test can kill it in the middle.
 """
 

@@ -1,5 +1,9 @@
-"""Runs that are really killed, told to end, corrupted, moved to other devices, and taken up again to the very same bits."""
+"""Runs that are killed, terminated, corrupted or moved to other devices resume to the same bits.
 
+The last part kills real processes.
+"""
+
+import json
 import os
 import random
 import re
@@ -65,7 +69,7 @@ def stopped_at(iteration: int):
 # In one process
 
 
-def test_a_saved_run_is_the_run(tmp_path):
+def test_a_run_with_checkpoints_has_the_bits_of_one_without(tmp_path):
     same(run(), run(esl.Checkpoints(tmp_path / "run", every=0)))
     observed = {"observe": lambda member: member[:1] ** 2}
     same(run(**observed), run(esl.Checkpoints(tmp_path / "observed", every=0), **observed))
@@ -82,14 +86,13 @@ def test_a_run_of_many_snapshots_compiles_no_more_than_one_of_few(tmp_path, capl
     assert compiled[0] == compiled[1] > 0
 
 
-def test_a_saved_search_is_the_search(tmp_path):
+def test_a_search_with_checkpoints_has_the_bits_of_one_without(tmp_path):
     same(search(), search(esl.Checkpoints(tmp_path, every=0)))
 
 
-def test_a_run_goes_on_from_where_it_was(tmp_path, monkeypatch):
+def test_a_run_resumes_from_its_latest_checkpoint(tmp_path, monkeypatch):
     run(esl.Checkpoints(tmp_path, every=0))
     shutil.rmtree(tmp_path / "6")
-    # What is taken up must be what was saved, not a run from the start: a saved state that is altered shows in the end.
     resumed = esl.Checkpoints(tmp_path, resume=True, every=0)
     same(run(), run(resumed))
     with session(resumed, {}) as opened:
@@ -104,7 +107,7 @@ def test_a_run_goes_on_from_where_it_was(tmp_path, monkeypatch):
     assert seen == [6]
 
 
-def test_a_search_goes_on_from_where_it_was(tmp_path):
+def test_a_search_resumes_from_its_latest_checkpoint(tmp_path):
     with pytest.raises(Stop):
         search(esl.Checkpoints(tmp_path, every=0), stopped_at(7))
     seen = []
@@ -123,7 +126,7 @@ def test_a_search_goes_on_from_where_it_was(tmp_path):
     ],
     ids=["a scalar alone", "auxiliary without residuals"],
 )
-def test_a_search_without_constraints_goes_on(tmp_path, objective):
+def test_a_search_without_constraints_resumes(tmp_path, objective):
     with pytest.raises(Stop):
         search(esl.Checkpoints(tmp_path, every=0), stopped_at(7), objective)
     same(
@@ -132,7 +135,7 @@ def test_a_search_without_constraints_goes_on(tmp_path, objective):
     )
 
 
-def test_an_optimizer_with_a_key_goes_on(tmp_path):
+def test_an_optimizer_with_a_key_resumes(tmp_path):
     settings = {"optimizer": optax.noisy_sgd(0.01, key=jax.random.key(5)), "iterations": 6}
     with pytest.raises(Stop):
         search(esl.Checkpoints(tmp_path, every=0), stopped_at(3), **settings)
@@ -140,7 +143,7 @@ def test_an_optimizer_with_a_key_goes_on(tmp_path):
 
 
 @pytest.mark.usefixtures("x64")
-def test_a_history_comes_back_in_double_precision(tmp_path):
+def test_a_history_is_restored_in_double_precision(tmp_path):
     """The norm of the gradient has more digits than a value in half precision."""
 
     def objective(x, key):
@@ -154,20 +157,48 @@ def test_a_history_comes_back_in_double_precision(tmp_path):
     )
 
 
-def test_a_finished_run_is_read_and_not_run_again(tmp_path):
+def test_a_finished_run_is_read_and_not_repeated(tmp_path):
     first = search(esl.Checkpoints(tmp_path, every=0))
     same(first, search(esl.Checkpoints(tmp_path, resume=True), stopped_at(0)))
 
 
-def test_checkpoints_wait_for_their_time(tmp_path):
+def test_checkpoints_wait_until_they_are_due(tmp_path):
     run(esl.Checkpoints(tmp_path, every=3600))
-    assert [path.name for path in tmp_path.iterdir()] == ["6"]  # the last one is always kept
+    assert [path.name for path in tmp_path.iterdir()] == ["6"]  # the last one is always saved
+
+
+def as_0_1_saved_it(folder, **digests):
+    """Rewrite the descriptions of a run as version 0.1 did: without a format."""
+    for path in folder.glob("*/about/metadata"):
+        about = json.loads(path.read_text())
+        assert about.pop(module._FORMAT)
+        path.write_text(json.dumps(about | digests))
+
+
+def test_a_checkpoint_of_0_1_is_resumed(tmp_path):
+    run(esl.Checkpoints(tmp_path, every=0))
+    as_0_1_saved_it(tmp_path)
+    shutil.rmtree(tmp_path / "6")
+    same(run(), run(esl.Checkpoints(tmp_path, resume=True, every=0)))
+
+
+def test_a_checkpoint_of_0_1_with_other_digests_is_rejected(tmp_path, refused):
+    run(esl.Checkpoints(tmp_path))
+    as_0_1_saved_it(tmp_path, rule="Langevin 0123456789ab")
+    refused(
+        lambda: run(esl.Checkpoints(tmp_path, resume=True)),
+        "whose rule is Langevin 0123456789ab, not Langevin .*an earlier esljax saved it",
+    )
+    refused(
+        lambda: run(esl.Checkpoints(tmp_path, resume=True), steps=48),
+        "whose steps is 24, not 48 .*use another folder",
+    )
 
 
 # Orbax leaves a coroutine behind when a file breaks off.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("part", ["state", "about"])
-def test_a_half_written_checkpoint_is_ignored_and_a_broken_one_passed_over(tmp_path, part):
+def test_half_written_checkpoints_are_ignored_and_broken_ones_skipped(tmp_path, part):
     run(esl.Checkpoints(tmp_path, every=0))
     # A writer that dies leaves folders of such names behind.
     for half in ("7.orbax-checkpoint-tmp", "5.orbax-checkpoint-tmp-1234"):
@@ -175,13 +206,13 @@ def test_a_half_written_checkpoint_is_ignored_and_a_broken_one_passed_over(tmp_p
     for path in (tmp_path / "6" / part).rglob("*"):
         if path.is_file():
             os.truncate(path, 0)
-    with pytest.warns(RuntimeWarning, match="round 6 .* cannot be read and is passed over"):
+    with pytest.warns(RuntimeWarning, match="round 6 .* cannot be read and is skipped"):
         same(run(), run(esl.Checkpoints(tmp_path, resume=True, every=0)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "6"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_nothing_readable_is_refused(tmp_path, refused):
+def test_a_folder_without_readable_checkpoints_is_rejected(tmp_path, refused):
     run(esl.Checkpoints(tmp_path, every=0))
     for folder in ("5", "6"):
         for path in (tmp_path / folder).rglob("*"):
@@ -190,7 +221,7 @@ def test_nothing_readable_is_refused(tmp_path, refused):
     with pytest.warns(RuntimeWarning, match="cannot be read"):
         refused(
             lambda: run(esl.Checkpoints(tmp_path, resume=True)),
-            "hold at least one checkpoint that can be read",
+            "hold at least one checkpoint that can be read, but .* delete its contents to start",
         )
 
 
@@ -208,20 +239,24 @@ def test_nothing_readable_is_refused(tmp_path, refused):
         ({"observe": jnp.sin}, "whose observe is None, not "),
     ],
 )
-def test_another_run_is_refused(tmp_path, refused, other, sentence):
+def test_another_run_is_rejected(tmp_path, refused, other, sentence):
     run(esl.Checkpoints(tmp_path, every=0))
-    refused(lambda: run(esl.Checkpoints(tmp_path, resume=True), **other), sentence)
-
-
-def test_another_version_is_refused(tmp_path, refused, monkeypatch):
-    run(esl.Checkpoints(tmp_path))
-    monkeypatch.setattr(module, "versions", lambda: {**versions(), "jax": "0.1"})
     refused(
-        lambda: run(esl.Checkpoints(tmp_path, resume=True)), "whose version of jax is .*, not '?0.1"
+        lambda: run(esl.Checkpoints(tmp_path, resume=True), **other),
+        sentence + ".*use another folder",
     )
 
 
-def test_another_search_is_refused(tmp_path, refused):
+def test_another_version_is_rejected(tmp_path, refused, monkeypatch):
+    run(esl.Checkpoints(tmp_path))
+    monkeypatch.setattr(module, "versions", lambda: {**versions(), "jax": "0.1"})
+    refused(
+        lambda: run(esl.Checkpoints(tmp_path, resume=True)),
+        r"whose version of jax is \S+, not 0.1 \(install that version to resume it\)",
+    )
+
+
+def test_another_search_is_rejected(tmp_path, refused):
     search(esl.Checkpoints(tmp_path))
 
     def steeper(x, key):
@@ -239,13 +274,13 @@ def test_bad_input_is_one_sentence(tmp_path, refused):
     run(esl.Checkpoints(tmp_path / "used"))
     refused(
         lambda: run(esl.Checkpoints(tmp_path / "used")),
-        "be a folder without a run, or say resume=True .* come to round 6",
+        "be a folder without a run, or have resume=True .* holds a run at round 6",
     )
     (tmp_path / "file").touch()
-    refused(lambda: esl.Checkpoints(tmp_path / "file"), "`folder` must be a folder")
+    refused(lambda: esl.Checkpoints(tmp_path / "file"), "`folder` must be a folder, but .* a file")
     refused(
         lambda: esl.Checkpoints("gs://bucket/run"),
-        "`folder` must be a folder of a file system that is mounted here, but is gs:",
+        "`folder` must be a folder of a mounted file system, but is the address gs:",
     )
     refused(lambda: esl.Checkpoints(tmp_path, every=-1), "`every` must be at least 0")
     refused(lambda: run(str(tmp_path)), "`checkpoints` must be Checkpoints")
@@ -262,28 +297,26 @@ def test_two_runs_do_not_write_one_folder(tmp_path, refused):
     with session(again, {}):
         refused(
             lambda: run(again),
-            f"`checkpoints` must have no other writer, but process {os.getpid()} of .* is writing it",
+            f"`checkpoints` must have no other writer, but process {os.getpid()} of .* is writing",
         )
     run(again)
     assert [path.name for path in tmp_path.iterdir()] == ["6"]
 
 
-def test_what_was_killed_on_another_host_goes_on_on_this_one(tmp_path):
-    """Nobody is there to delete the lock that it has left."""
+def test_a_run_killed_on_another_host_resumes_on_this_one(tmp_path):
+    """Nobody is there to delete the lock that it left behind."""
     (tmp_path / ".lock").write_text('{"pid": 1, "host": "another"}')
     run(esl.Checkpoints(tmp_path, resume=True))
     assert [path.name for path in tmp_path.iterdir()] == ["6"]
 
 
-def test_told_to_end_it_saves_and_ends(tmp_path):
+def test_a_terminated_run_is_saved_first(tmp_path):
     def callback(seen):
         if seen.iteration == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(
-        esl.Terminated, match="Told to end after round 5; the run is saved"
-    ) as ended:
+    with pytest.raises(esl.Terminated, match="Terminated after round 5; the run is saved") as ended:
         search(esl.Checkpoints(tmp_path, every=3600), callback)
     assert ended.value.code == TERMINATED == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
@@ -303,32 +336,32 @@ def disturbed(monkeypatch, disturb):
     monkeypatch.setattr(orbax, "CheckpointManager", Disturbed)
 
 
-def test_told_to_end_during_the_last_save_it_ends(tmp_path, monkeypatch):
+def test_terminated_during_the_last_save_it_ends(tmp_path, monkeypatch):
     disturbed(monkeypatch, lambda step: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(esl.Terminated, match="Told to end; the run is saved"):
+    with pytest.raises(esl.Terminated, match="Terminated; the run is saved"):
         run(esl.Checkpoints(tmp_path, every=3600))
     monkeypatch.undo()
     same(run(), run(esl.Checkpoints(tmp_path, resume=True)))
 
 
-def test_told_to_end_while_a_finished_run_is_read_it_ends(tmp_path, monkeypatch):
+def test_terminated_while_a_finished_run_is_read_it_ends(tmp_path, monkeypatch):
     run(esl.Checkpoints(tmp_path))
     restore = module.Session.restore
 
-    def told(self, like):
+    def terminated(self, like):
         os.kill(os.getpid(), signal.SIGTERM)
         return restore(self, like)
 
-    monkeypatch.setattr(module.Session, "restore", told)
-    with pytest.raises(esl.Terminated, match="Told to end; the run is saved"):
+    monkeypatch.setattr(module.Session, "restore", terminated)
+    with pytest.raises(esl.Terminated, match="Terminated; the run is saved"):
         run(esl.Checkpoints(tmp_path, resume=True))
 
 
-def test_interrupted_while_it_saves_it_finishes_that_first(tmp_path, monkeypatch):
+def test_an_interrupt_waits_for_the_checkpoint_being_written(tmp_path, monkeypatch):
     disturbed(monkeypatch, lambda step: step == 5 and os.kill(os.getpid(), signal.SIGINT))
-    found = search(esl.Checkpoints(tmp_path, every=0))
-    assert found.interrupted
-    assert len(found.history.value) == 5
+    optimum = search(esl.Checkpoints(tmp_path, every=0))
+    assert optimum.interrupted
+    assert len(optimum.history.value) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
     monkeypatch.undo()
     same(search(), search(esl.Checkpoints(tmp_path, resume=True)))
@@ -356,16 +389,18 @@ def test_a_full_disk_does_not_end_the_search(tmp_path, monkeypatch):
     same(search(), search(esl.Checkpoints(tmp_path, resume=True)))
 
 
-@pytest.mark.parametrize(("told", "failing"), [(3, 4), (12, 12)])
-def test_told_to_end_on_a_full_disk_it_says_how_far_it_came(tmp_path, monkeypatch, told, failing):
+@pytest.mark.parametrize(("terminated", "failing"), [(3, 4), (12, 12)])
+def test_terminated_on_a_full_disk_it_names_the_round_that_is_saved(
+    tmp_path, monkeypatch, terminated, failing
+):
     def full(step):
-        if step == told:
+        if step == terminated:
             os.kill(os.getpid(), signal.SIGTERM)
         if step == failing:
             raise OSError("No space left on device")
 
     disturbed(monkeypatch, full)
-    left = f"goes on from round {failing - 1}, which is saved"
+    left = f"saved in .* up to round {failing - 1} and resumes from there"
     with (
         pytest.warns(RuntimeWarning, match=f"round {failing} .* cannot be written"),
         pytest.raises(esl.Terminated, match=left),
@@ -373,7 +408,7 @@ def test_told_to_end_on_a_full_disk_it_says_how_far_it_came(tmp_path, monkeypatc
         search(esl.Checkpoints(tmp_path, every=0))
 
 
-def test_interrupted_it_saves_and_gives_the_best_so_far(tmp_path):
+def test_an_interrupted_search_is_saved_and_returns_the_best_so_far(tmp_path):
     def callback(seen):
         if seen.iteration == 4:
             raise KeyboardInterrupt
@@ -384,7 +419,7 @@ def test_interrupted_it_saves_and_gives_the_best_so_far(tmp_path):
 
 @pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("from_where", ["step", "callback"])
-def test_interrupted_in_the_first_iteration_it_gives_the_start(
+def test_interrupted_in_the_first_iteration_it_returns_the_start(
     tmp_path, monkeypatch, saved, from_where
 ):
     def interrupt(*_):
@@ -396,10 +431,10 @@ def test_interrupted_in_the_first_iteration_it_gives_the_start(
     def alone(x, key):
         return noisy_parabola(x, key)[0]
 
-    found = search(esl.Checkpoints(tmp_path) if saved else None, interrupt, alone)
-    assert found.interrupted
-    assert len(found.history.value) == (from_where == "callback")
-    assert found.history.residuals.shape[1] == 0
+    optimum = search(esl.Checkpoints(tmp_path) if saved else None, interrupt, alone)
+    assert optimum.interrupted
+    assert len(optimum.history.value) == (from_where == "callback")
+    assert optimum.history.residuals.shape[1] == 0
     monkeypatch.undo()
     if saved:
         same(
@@ -407,7 +442,7 @@ def test_interrupted_in_the_first_iteration_it_gives_the_start(
         )
 
 
-# In processes that are really killed
+# In real processes
 
 
 def command(out: Path, folder: Path, *more: str) -> list[str]:
@@ -434,7 +469,7 @@ def finish(out: Path, folder: Path, environment: dict[str, str], *more: str) -> 
 def killed_after(
     lines: int, seconds: float, out: Path, folder: Path, environment: dict[str, str], *more: str
 ) -> int:
-    """Run until so many lines have been printed and so many seconds more have passed; the exit code."""
+    """Kill a process some seconds after it has printed some lines, and return its exit code."""
     with subprocess.Popen(
         command(out, folder, *more), env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -445,8 +480,8 @@ def killed_after(
     return process.returncode
 
 
-def same_files(found: Path, expected: dict[str, np.ndarray]) -> None:
-    with np.load(found) as other:
+def same_arrays(file: Path, expected: dict[str, np.ndarray]) -> None:
+    with np.load(file) as other:
         assert set(other) == set(expected)
         for name, array in expected.items():
             np.testing.assert_array_equal(other[name], array)
@@ -458,7 +493,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
 ):
     out, moments = tmp_path / "out.npz", random.Random(kills)
     for i in range(kills):
-        # The first line comes before anything is computed, the second after the simulation, each other after a round of the search.
+        # The first line comes before anything is computed, the second after the simulation, and
+        # each later one after a round of the search.
         lines = 1 if i < kills // 2 else moments.randint(2, 4)
         killed_after(
             lines,
@@ -470,11 +506,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(
         if i == 0:
             assert not out.exists()
     finish(out, tmp_path / "kept", environment)
-    same_files(out, undisturbed)
+    same_arrays(out, undisturbed)
 
 
 @pytest.mark.slow
-def test_terminated_it_exits_with_its_own_code_and_goes_on(tmp_path, undisturbed, environment):
+def test_terminated_it_exits_with_its_own_code_and_resumes(tmp_path, undisturbed, environment):
     out = tmp_path / "out.npz"
     ended = command(out, tmp_path / "kept", "--pause", "0.2")
     with subprocess.Popen(ended, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -483,19 +519,19 @@ def test_terminated_it_exits_with_its_own_code_and_goes_on(tmp_path, undisturbed
                 process.terminate()
     assert process.returncode == TERMINATED
     finish(out, tmp_path / "kept", environment)
-    same_files(out, undisturbed)
+    same_arrays(out, undisturbed)
 
 
-def test_it_goes_on_on_other_devices(tmp_path, undisturbed, environment):
+def test_it_resumes_on_other_devices(tmp_path, undisturbed, environment):
     out = tmp_path / "out.npz"
     assert (
         killed_after(2, 0, out, tmp_path / "kept", environment, "--devices", "8") == -signal.SIGKILL
     )
-    # Without the last of its checkpoints it has a link to go.
+    # Without its last checkpoint the run has a link left.
     for step in sorted((tmp_path / "kept" / "run").glob("[0-9]*"), key=lambda path: int(path.name))[
         -1:
     ]:
         shutil.rmtree(step)
     finish(out, tmp_path / "kept", environment, "--devices", "4")
-    with np.load(out) as found:
-        np.testing.assert_array_equal(found["1"], undisturbed["1"])  # the positions
+    with np.load(out) as arrays:
+        np.testing.assert_array_equal(arrays["1"], undisturbed["1"])  # the positions

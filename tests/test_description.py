@@ -1,4 +1,4 @@
-"""What makes two runs the same run: nothing that changes numbers is overlooked, and nothing else counts."""
+"""Descriptions of runs: everything that changes numbers counts, and nothing else does."""
 
 import argparse
 import dataclasses
@@ -41,7 +41,7 @@ class Loss:
         return self.scale * x
 
 
-class Said(Loss):
+class Named(Loss):
     def __repr__(self):
         return "a loss"
 
@@ -54,7 +54,7 @@ class Slotted:
 
 
 def potential(power):
-    """Classes of one name, whose instances hold nothing."""
+    """An instance without attributes; all its classes have the same name."""
 
     def steep(x):
         return jnp.sum(x**power)
@@ -86,7 +86,7 @@ def network(bend):
 
 
 def script(text, name="__main__", **others):
-    """The functions of a script: what a user writes at the top of a file."""
+    """The functions of a script, as a user writes them at the top of a file."""
     module = types.ModuleType(name)
     vars(module).update(others)
     exec(textwrap.dedent(text), vars(module))
@@ -141,7 +141,7 @@ through = "from jax import numpy\ndef objective(x):\n    return mine.SCALE * x"
         (jax.vmap(jnp.sin, in_axes=0), jax.vmap(jnp.sin, in_axes=1)),
         (Loss(1.0), Loss(2.0)),
         (Loss(1.0).__call__, Loss(2.0).__call__),
-        (Said(1.0), Said(2.0)),
+        (Named(1.0), Named(2.0)),
         (Slotted(1.0), Slotted(2.0)),
         (Loss(np.zeros(5000)), Loss(np.r_[np.zeros(2500), 1, np.zeros(2499)])),
         (np.array([None, 1], object), np.array([None, 2], object)),
@@ -161,7 +161,7 @@ through = "from jax import numpy\ndef objective(x):\n    return mine.SCALE * x"
         (jax.random.key(0), jax.random.key(0, impl="rbg")),
     ],
 )
-def test_runs_are_told_apart(one, other):
+def test_different_runs_have_different_descriptions(one, other):
     assert describe(function(one)) != describe(function(other))
     assert describe(one) != describe(other)
 
@@ -202,17 +202,17 @@ def nested(depth):
         lambda: Loss(Loss(esl.Langevin(0.1, 0.2))),
     ],
 )
-def test_the_same_made_twice_is_the_same(make):
+def test_equal_things_have_the_same_description(make):
     assert describe(make()) == describe(make())
     assert " at 0x" not in describe(make())
 
 
-def test_what_does_not_change_numbers_does_not_count():
+def test_details_that_change_no_number_do_not_count():
     assert describe(jnp.zeros(2)) == describe(np.zeros(2, np.float32))
     assert describe({"a": 1, "b": 2}) == describe({"b": 2, "a": 1})
     shared = [1.0]
     assert describe([shared, shared]) == describe([[1.0], [1.0]])
-    # What no function looks up, and what a script does with the rest.
+    # A global that no function loads.
     assert describe(loading("SCALE = 1.0")) == describe(loading("SCALE = 1.0\nUNUSED = 2"))
     assert describe(ring("one")) != describe(ring("other"))
     assert describe(3) == "3"
@@ -220,7 +220,7 @@ def test_what_does_not_change_numbers_does_not_count():
 
 
 def test_the_devices_do_not_count():
-    """A run goes on on others, or on a single one, where there is no mesh at all."""
+    """A run may resume on other devices, or on a single one, where there is no mesh at all."""
     places = (
         esl.member_mesh(),
         esl.member_mesh().abstract_mesh,
@@ -231,15 +231,15 @@ def test_the_devices_do_not_count():
     assert len({describe(function(place)) for place in places}) == 1
 
 
-def test_what_is_looked_up_once_does_not_count():
+def test_cached_values_do_not_count():
     class Lazy(Loss):
         @functools.cached_property
-        def found(self):
+        def tripled(self):
             return 3 * self.scale
 
     lazy = Lazy(1.0)
     before = describe(lazy)
-    assert lazy.found
+    assert lazy.tripled
     assert describe(lazy) == before
     compiled = jax.jit(function(1.0))
     before = describe(compiled)
@@ -270,30 +270,31 @@ def odd(x):
     return even(x) and Rule
 
 FUNCTIONS = {even, odd, len}
-told = [describe(each) for each in (NAMES, Rule(), even, optax.inject_hyperparams(optax.adam, static_args=("b1", "b2"))(learning_rate=0.1))]
+adam = optax.inject_hyperparams(optax.adam, static_args=("b1", "b2"))(learning_rate=0.1)
+descriptions = [describe(thing) for thing in (NAMES, Rule(), even, adam)]
 if __name__ == "__main__":
-    print(told)
+    print(descriptions)
 """
 
 
-def test_no_process_describes_it_otherwise(tmp_path):
-    """Sets of strings have another order in every process."""
+def test_every_process_gives_the_same_description(tmp_path):
+    """Sets of strings have a different order in every process."""
     path = tmp_path / "hashed.py"
     path.write_text(HASHED)
-    here = runpy.run_path(str(path))["told"]
+    ours = runpy.run_path(str(path))["descriptions"]
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    there = subprocess.run(
+    theirs = subprocess.run(
         [sys.executable, path],
         env={**os.environ, "PYTHONHASHSEED": seed},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert str(here) == there.stdout.strip()
+    assert str(ours) == theirs.stdout.strip()
 
 
-def test_of_the_flags_of_a_script_those_count_that_are_read():
-    """A run is started again with another flag, to go on; with another rate it is another run."""
+def test_only_the_flags_that_a_function_reads_count():
+    """A run is resumed with another flag; with another rate it is another run."""
 
     def objective(flags):
         return lambda x: flags.rate * x
@@ -303,3 +304,42 @@ def test_of_the_flags_of_a_script_those_count_that_are_read():
         for rate, resume in ((0.1, False), (0.1, True), (0.2, True))
     )
     assert describe(objective(first)) == describe(objective(again)) != describe(objective(other))
+
+
+using = "def objective(x):\n    return simulate(ExactTransport, x)"
+
+
+def test_a_move_within_a_room_does_not_count(monkeypatch):
+    """Checkpoints outlive files: functions and classes of the package count by their room."""
+
+    def descriptions():
+        parts = {"simulate": esl.simulate, "ExactTransport": esl.ExactTransport}
+        local = type("Mine", (esl.AbstractTransport,), {"scale": 2.0})
+        things = (*parts.values(), script(using, **parts).objective, local, esl.ExactTransport())
+        return [describe(thing) for thing in things]
+
+    before = descriptions()
+    for name, room in (
+        ("simulate", "simulation"),
+        ("ExactTransport", "transport"),
+        ("AbstractTransport", "transport"),
+    ):
+        thing, file = getattr(esl, name), f"esljax.{room}.elsewhere"
+        monkeypatch.setitem(sys.modules, file, types.SimpleNamespace(**{name: thing}))
+        monkeypatch.setattr(thing, "__module__", file)
+    assert descriptions() == before
+
+
+@pytest.mark.parametrize(
+    ("thing", "digest"),
+    [
+        (esl.simulate, "0ce44a6e05e4"),
+        (esl.ExactTransport, "9b21b7e5598e"),
+        (esl.AbstractPotential, "82685552b938"),
+        (np.arange(3.0), "b5cbb0f7c52e"),
+        ({"a": [1, (2.0, None)]}, "692a2e3d2c5d"),
+    ],
+)
+def test_checkpoints_of_0_1_are_resumed(thing, digest):
+    """Digests made by version 0.1, when each room was a single file."""
+    assert describe(thing).endswith(f" {digest}")

@@ -1,4 +1,4 @@
-"""Studies: what is in the store, and that no number depends on what it was run with."""
+"""Studies: the content of the store, and that no number depends on how it was run."""
 
 import dataclasses
 import json
@@ -27,23 +27,23 @@ QUANTITIES = {
 }
 
 
-# The networks are tiny; what is compiled is the same program less its optimizations.
+# The networks are tiny, so the programs are compiled without most optimizations.
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 
 
 @pytest.fixture(scope="module")
 def grid_store(tmp_path_factory):
-    """A study of 24 runs in two shapes, in tasks of at most 8 runs: (its path, the progress that it told)."""
+    """A study of 24 runs in two shapes, in tasks of at most 8 runs: (its path, its progress)."""
     path, seen = tmp_path_factory.mktemp("grid") / "grid.zarr", []
     esl.study.run_study(esl.study.Study(BASE, grid=GRID), path, task_size=8, watch=seen.append)
     return path, seen
 
 
-# --- The numbers --------------------------------------------------------------------------------------------------------------------------
+# The numbers
 
 
-def test_a_run_is_the_simulation_that_it_says():
-    """Rebuilt from the public pieces."""
+def test_a_run_is_the_simulation_that_its_settings_describe():
+    """Rebuilt from the public functions."""
     config = dataclasses.replace(
         BASE, schedule="cosine", rate=0.7, temperature=1e-3, l2=0.01, seed=5
     )
@@ -58,7 +58,7 @@ def test_a_run_is_the_simulation_that_it_says():
     )
     report = esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
     for name in QUANTITIES - {"final_loss", "test_accuracy"}:
-        # Reductions of another program round otherwise; what is a difference is off by that of its terms.
+        # Reductions of another program round differently; a difference has the error of its terms.
         error = 1e-5 * float(report.entropy_production)
         np.testing.assert_allclose(
             getattr(outcome.report, name),
@@ -92,7 +92,7 @@ def test_a_study_holds_the_same_bits_as_each_run_alone(grid_store):
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_no_number_depends_on_how_it_was_batched(listed, grid_store, tmp_path):
-    """Other tasks and other company: the same bits, because one run after another goes through the same operations."""
+    """Runs go through the same operations one after another, whatever shares their task."""
     first = esl.study.open_study(grid_store[0]).load()
     study = esl.study.Study(BASE, grid=GRID)
     if listed:
@@ -111,7 +111,10 @@ def test_no_number_depends_on_how_it_was_batched(listed, grid_store, tmp_path):
 
 
 def test_side_by_side_is_the_same_to_rounding(grid_store, tmp_path):
-    """Four at a time are vectorized in another order of additions: single precision, ten steps; differences are off by their terms'."""
+    """Four runs at a time add up in another order: single precision, ten steps.
+
+    A difference has the error of its terms.
+    """
     first = esl.study.open_study(grid_store[0]).sel(members=8).load()
     second = esl.study.run_study(
         esl.study.Study(BASE, grid={name: GRID[name] for name in ("rate", "schedule", "seed")}),
@@ -171,7 +174,7 @@ def test_jackknife_errors_are_those_of_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("transport", ["sliced", "sinkhorn", "gaussian"])
-def test_every_transport_is_that_of_its_point(transport, tmp_path):
+def test_every_point_has_its_own_transport(transport, tmp_path):
     """ε differs within a task; the directions of the sliced transport are drawn from the seed."""
     base = dataclasses.replace(BASE, transport=transport, directions=3, seed=4)
     results = esl.study.run_study(
@@ -179,7 +182,7 @@ def test_every_transport_is_that_of_its_point(transport, tmp_path):
     )
     problem = runs.make_problem(base, esl.ExactTransport())
     run_key, transport_key = jax.random.split(jax.random.key(4))
-    found = []
+    distances = []
     for epsilon in (0.5, 2.0):
         made = {
             "sliced": lambda: esl.SlicedTransport(3, transport_key),
@@ -196,8 +199,8 @@ def test_every_transport_is_that_of_its_point(transport, tmp_path):
         np.testing.assert_allclose(
             float(stored["entropy_production"]), outcome.report.entropy_production, rtol=1e-3
         )
-        found.append(float(stored["w2_squared"]))
-    assert (found[0] != found[1]) == (transport == "sinkhorn")
+        distances.append(float(stored["w2_squared"]))
+    assert (distances[0] != distances[1]) == (transport == "sinkhorn")
     assert np.isnan(results["noise_floor"]).all(), "known for the exact transport alone"
     assert (results["done"] == 1).all(), "and its absence is no failure"
 
@@ -219,7 +222,7 @@ def test_schedules_are_those_that_are_compared():
 
 @pytest.mark.slow
 def test_memory_is_estimated_within_a_factor_of_three():
-    """Against what XLA says that the compiled run needs."""
+    """Against the memory that XLA plans for the compiled run."""
     jax.config.update("jax_disable_most_optimizations", False)
     for config in (
         BASE,
@@ -244,7 +247,7 @@ def test_width_is_one_on_a_cpu_and_what_fits_elsewhere():
     assert runs.fitting_width(BASE, 32, budget=1.0) == 1
 
 
-# --- The store ----------------------------------------------------------------------------------------------------------------------------
+# The store
 
 
 def test_the_store_is_labelled(grid_store):
@@ -275,7 +278,7 @@ def test_the_store_is_labelled(grid_store):
     assert float(results.sel(rate=0.4, schedule="cosine", members=6, seed=1)["w2_squared"]) > 0
 
 
-def test_progress_is_told_task_by_task(grid_store):
+def test_progress_is_reported_task_by_task(grid_store):
     seen = grid_store[1]
     assert [progress.done for progress in seen] == [0, 8, 16, 20, 24]
     assert [progress.fresh for progress in seen] == [0, 8, 16, 20, 24]
@@ -283,7 +286,7 @@ def test_progress_is_told_task_by_task(grid_store):
 
 
 class Counting(esl.study.executors.InProcess):
-    """Keeps the points that it ran, and ends where it is told to."""
+    """Records the points that it ran, and is interrupted after some tasks."""
 
     def __init__(self, most=10**9):
         self.points, self.most = [], most
@@ -296,7 +299,7 @@ class Counting(esl.study.executors.InProcess):
         return super().submit(fn, *args)
 
 
-def test_a_stopped_study_goes_on_where_it_was(grid_store, tmp_path):
+def test_a_stopped_study_resumes_where_it_was(grid_store, tmp_path):
     study, first, second = esl.study.Study(BASE, grid=GRID), Counting(most=2), Counting()
     with pytest.raises(KeyboardInterrupt):
         esl.study.run_study(study, tmp_path / "study.zarr", task_size=8, executor=first)
@@ -321,8 +324,8 @@ def same(results, others):
 
 
 @pytest.mark.parametrize("written", [0, 1, 7, 11, 12])
-def test_what_is_done_is_on_disk(written, grid_store, tmp_path, monkeypatch):
-    """The writer ends between any two files of a task: no run counts as done whose numbers are not there."""
+def test_runs_that_count_as_done_are_on_disk(written, grid_store, tmp_path, monkeypatch):
+    """The writer ends between any two files of a task."""
     study, calls = esl.study.Study(BASE, grid=GRID), []
     plain = zarr.Array.set_coordinate_selection
 
@@ -343,7 +346,7 @@ def test_what_is_done_is_on_disk(written, grid_store, tmp_path, monkeypatch):
     )
 
 
-def test_a_failed_run_is_kept_with_its_reason(tmp_path):
+def test_a_failed_run_is_stored_with_its_reason(tmp_path):
     study = esl.study.Study(BASE, points=[{"seed": 1}, {"rate": 1e30}, {"seed": 2}])
     results = esl.study.run_study(study, tmp_path / "study.zarr")
     assert results["done"].values.tolist() == [1, 2, 1]
@@ -357,7 +360,7 @@ def test_a_failed_run_is_kept_with_its_reason(tmp_path):
     ]
 
 
-def test_a_failed_task_is_kept_and_run_again_if_asked(tmp_path, monkeypatch):
+def test_a_failed_task_is_stored_and_run_again_on_request(tmp_path, monkeypatch):
     study = esl.study.Study(BASE, grid={"members": [5, 6], "seed": [0, 1]})
     plain = runs.make_problem
 
@@ -385,7 +388,7 @@ def test_a_failed_task_is_kept_and_run_again_if_asked(tmp_path, monkeypatch):
 
 
 def test_a_study_is_extended_by_the_runs_of_another(grid_store, tmp_path):
-    """Of a larger grid only what is new is run, and the numbers are those of a study that reused nothing."""
+    """Only new runs are computed, and all numbers are those of a study that reused nothing."""
     path, _ = grid_store
     larger = esl.study.Study(
         dataclasses.replace(BASE, rate=0.1),
@@ -404,7 +407,7 @@ def test_a_study_is_extended_by_the_runs_of_another(grid_store, tmp_path):
     assert list(reused) == [str(path)]
     assert reused[str(path)]["created"] == esl.study.open_study(path).attrs["created"]
     assert "reused" not in fresh.attrs
-    # Of runs that were not asked for standard errors there are none.
+    # Standard errors of runs without a jackknife are NaN.
     rows = study_store.StudyStore(path, zarr.open_group(path, mode="r")).read(
         np.array([3]), ("gap", "gap_error")
     )
@@ -412,7 +415,7 @@ def test_a_study_is_extended_by_the_runs_of_another(grid_store, tmp_path):
     assert np.isnan(rows.numbers["gap_error"])
 
 
-def test_what_failed_is_not_reused(tmp_path):
+def test_failed_runs_are_not_reused(tmp_path):
     failing = esl.study.Study(BASE, points=[{"rate": 1e30}, {"rate": 0.1}])
     esl.study.run_study(failing, tmp_path / "failing.zarr")
     again = esl.study.run_study(
@@ -425,7 +428,7 @@ def test_what_failed_is_not_reused(tmp_path):
     assert again["done"].values.tolist() == [2, 1]
 
 
-def test_stores_that_cannot_be_reused_are_refused(grid_store, tmp_path, refused):
+def test_stores_that_cannot_be_reused_are_rejected(grid_store, tmp_path, refused):
     path, _ = grid_store
     study = esl.study.Study(BASE, grid={"seed": [1]})
     refused(
@@ -443,16 +446,17 @@ def test_stores_that_cannot_be_reused_are_refused(grid_store, tmp_path, refused)
         lambda: esl.study.run_study(
             study, tmp_path / "s.zarr", reuse=[tmp_path / "old.zarr"], executor=Idle()
         ),
-        f"Argument `reuse` must be a store made with the versions .*old.zarr was made with jax 0.1 there and {jax.__version__} here",
+        "`reuse` must be a store made with the installed versions, but .*old.zarr differs: "
+        f"jax 0.1 there and {jax.__version__} here",
     )
 
 
-def test_memory_is_foretold_once_a_shape(tmp_path, monkeypatch):
+def test_memory_is_predicted_once_for_each_shape(tmp_path, monkeypatch):
     """A study of very many runs starts at once."""
     plans, plain = [], comparison.Problem.plan_memory
     monkeypatch.setattr(
         comparison.Problem,
-        "plan",
+        "plan_memory",
         lambda self, **more: plans.append(self.members) or plain(self, **more),
     )
     runs._memory.cache_clear()
@@ -461,12 +465,12 @@ def test_memory_is_foretold_once_a_shape(tmp_path, monkeypatch):
     assert plans == [6, 8]
 
 
-def test_another_study_is_refused(grid_store, refused, tmp_path):
+def test_another_study_is_rejected(grid_store, refused, tmp_path):
     path, _ = grid_store
     other = {**GRID, "rate": [0.1, 0.4, 1.7]}
     refused(
         lambda: esl.study.run_study(esl.study.Study(BASE, grid=other), path),
-        r"Argument `out` must be the store of this study .*, but .* grid.rate, \[0.1",
+        r"Argument `out` must be the store of this study, but .* grid.rate, \[0.1",
     )
     refused(
         lambda: esl.study.run_study(
@@ -503,7 +507,7 @@ def test_another_study_is_refused(grid_store, refused, tmp_path):
     assert (tmp_path / "file.zarr").read_text() == "precious"
 
 
-def test_wrong_types_are_refused(tmp_path, refused):
+def test_wrong_types_are_rejected(tmp_path, refused):
     study = esl.study.Study(BASE, grid=GRID)
     refused(
         lambda: esl.study.run_study(GRID, tmp_path / "s.zarr"), "Argument `study` must be a Study"
@@ -523,7 +527,7 @@ def test_wrong_types_are_refused(tmp_path, refused):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_does_not_fit_is_refused(tmp_path, refused, monkeypatch):
+def test_studies_that_do_not_fit_are_rejected(tmp_path, refused, monkeypatch):
     study = esl.study.Study(BASE, grid={"seed": range(100_000)})
     usage = type("Usage", (), {"free": 5e6})
     with monkeypatch.context() as patched:
@@ -536,18 +540,18 @@ def test_what_does_not_fit_is_refused(tmp_path, refused, monkeypatch):
         patched.setattr(study_store, "memory_of_the_machine", lambda: 2e7)
         refused(
             lambda: esl.study.run_study(study, tmp_path / "s.zarr", executor=Idle()),
-            r"`grid` must fit in memory, here 20.0 MB, but its 100,000 runs need",
+            "`grid` must fit in the 20.0 MB of memory .*, but the results of 100,000 runs need",
         )
     vast = esl.study.Study(BASE, grid={"members": [8, 10_000_000]})
     refused(
         lambda: esl.study.run_study(vast, tmp_path / "v.zarr"),
-        "Argument `members` must fit in memory, .* 10000000 members .* need about",
+        "Argument `members` must fit in the .* of memory .* 10000000 members .* need about",
     )
     assert not (tmp_path / "s.zarr").exists()
 
 
 def test_one_writer_at_a_time(tmp_path, refused):
-    """A second writer is refused while the first lives, and takes over when it has been killed."""
+    """A second writer is rejected while the first lives, and succeeds when it has been killed."""
     study, lock = esl.study.Study(BASE, grid={"seed": [0]}), tmp_path / "study.zarr.lock"
     hold = (
         "import sys, time; from pathlib import Path; from esljax.files.storage import locked\n"
@@ -558,7 +562,8 @@ def test_one_writer_at_a_time(tmp_path, refused):
         assert holder.stdout.readline() == "held\n"
         refused(
             lambda: esl.study.run_study(study, tmp_path / "study.zarr"),
-            f"Argument `out` must have no other writer, but process {holder.pid} of {platform.node()} is writing it",
+            f"Argument `out` must have no other writer, but process {holder.pid} of "
+            f"{platform.node()} is writing it",
         )
         assert not (tmp_path / "study.zarr").exists()
     finally:
@@ -569,12 +574,12 @@ def test_one_writer_at_a_time(tmp_path, refused):
     lock.write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
     refused(
         lambda: esl.study.run_study(study, tmp_path / "study.zarr"),
-        "process 1 of elsewhere says it is writing it; .* delete .*study.zarr.lock",
+        "process 1 of elsewhere is writing it .if it is dead, delete .*study.zarr.lock",
     )
     assert lock.exists()
 
 
-def test_leftovers_of_a_killed_writer_are_cleared(tmp_path):
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     study = esl.study.Study(BASE, grid={"seed": [0]})
     (tmp_path / "study.zarr.123.part").mkdir()
     esl.study.run_study(study, tmp_path / "study.zarr")
@@ -584,24 +589,24 @@ def test_leftovers_of_a_killed_writer_are_cleared(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path, refused, monkeypatch):
+def test_a_missing_extra_is_named_with_a_command_that_installs_it(tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, "zarr", None)
     refused(
         lambda: esl.study.run_study(esl.study.Study(BASE, grid={"seed": [0]}), tmp_path / "s.zarr"),
-        r"zarr, which is not installed: pip install",
+        r"Studies need zarr, which is not installed: pip install 'xarray>=\S+' 'zarr>=\S+'",
     )
     monkeypatch.setitem(sys.modules, "distributed", None)
     with (
         pytest.raises(
             esl.InputError,
-            match=r"distributed, which is not installed: pip install 'esljax\[cluster\]'",
+            match=r"Clusters need distributed, .*: pip install .*'distributed>=",
         ),
         esl.study.executors.scheduler("x"),
     ):
         pass
 
 
-# --- What it says -------------------------------------------------------------------------------------------------------------------------
+# Summaries and figures
 
 
 def test_means_are_over_the_seeds(grid_store):

@@ -1,4 +1,4 @@
-"""What a study describes, from Python and from TOML, and what it refuses to."""
+"""The description of a study, from Python and from TOML, and the input that it rejects."""
 
 import dataclasses
 import math
@@ -171,7 +171,7 @@ def test_toml(tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_be_is_refused(given, sentence, refused):
+def test_bad_studies_are_rejected(given, sentence, refused):
     refused(lambda: esl.study.Study(**{"base": BASE, **given}), sentence)
 
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_is_refused(given, sentence, refused):
     ],
     ids=str,
 )
-def test_a_base_that_cannot_be_is_refused(field, sentence, refused):
+def test_a_bad_base_is_rejected(field, sentence, refused):
     refused(
         lambda: esl.study.Study(dataclasses.replace(BASE, **field), grid={"seed": [0]}), sentence
     )
@@ -230,6 +230,6 @@ def test_a_base_that_cannot_be_is_refused(field, sentence, refused):
         ("[grid\n", "Argument `config` must be valid TOML"),
     ],
 )
-def test_what_a_file_cannot_say(content, sentence, tmp_path, refused):
+def test_bad_files_are_rejected(content, sentence, tmp_path, refused):
     (tmp_path / "study.toml").write_text(content)
     refused(lambda: esl.study.Study.from_toml(tmp_path / "study.toml"), sentence)

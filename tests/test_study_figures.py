@@ -1,4 +1,4 @@
-"""The figure of a study, of groups made by hand: what it draws, what it says, and that all of it can be read."""
+"""The figure of a study, of groups made by hand: its lines, its words, and that all can be read."""
 
 import itertools
 
@@ -7,7 +7,9 @@ import pytest
 from matplotlib.text import Text
 
 import esljax as esl
-from esljax.figures import plot_study
+from esljax.figures import plot_schedules, plot_speed_limit, plot_study
+from esljax.figures.schedules import ReportLike
+from esljax.figures.study import GroupLike
 
 
 def group(settings, gap=1.0, error=0.1, runs=4, failed=0, unconverged=0):
@@ -37,7 +39,7 @@ def one_at_a_time(base, **values):
 
 
 def drawn(groups):
-    """The figure, after a look at all of its text: within the figure, and no tick label over its neighbor."""
+    """A figure whose text lies within it, and whose tick labels do not overlap."""
     figure = plot_study(groups)
     figure.draw_without_rendering()
     inside = figure.bbox.padded(1)
@@ -47,16 +49,16 @@ def drawn(groups):
         box = text.get_window_extent()
         # Ticks beyond the ends of an axis are kept, but not drawn.
         if all(
-            text not in axis.get_ticklabels(which="both") or text in told(axis)
+            text not in axis.get_ticklabels(which="both") or text in labels(axis)
             for axes in figure.axes
             for axis in _two(axes)
         ):
             assert inside.contains(box.x0, box.y0), text
             assert inside.contains(box.x1, box.y1), text
     for axes in figure.axes:
-        boxes = [text.get_window_extent() for text in told(axes.xaxis) if not text.get_rotation()]
+        boxes = [text.get_window_extent() for text in labels(axes.xaxis) if not text.get_rotation()]
         for left, right in itertools.pairwise(sorted(boxes, key=lambda box: box.x0)):
-            assert left.x1 < right.x0, told(axes.xaxis)
+            assert left.x1 < right.x0, labels(axes.xaxis)
     return figure
 
 
@@ -64,8 +66,8 @@ def _two(axes):
     return (axes.xaxis, axes.yaxis)
 
 
-def told(axis):
-    """The tick labels that can be read."""
+def labels(axis):
+    """The visible tick labels of an axis."""
     low, high = sorted(axis.get_view_interval())
     ticks = [*zip(axis.get_majorticklocs(), axis.get_majorticklabels(), strict=True)]
     ticks += zip(axis.get_minorticklocs(), axis.get_minorticklabels(), strict=True)
@@ -73,7 +75,7 @@ def told(axis):
 
 
 def words(axis):
-    return [text.get_text() for text in told(axis)]
+    return [text.get_text() for text in labels(axis)]
 
 
 def rows(figure):
@@ -103,7 +105,7 @@ def markers(axes):
     }
 
 
-# --- What is held -------------------------------------------------------------------------------------------------------------------------
+# Held settings
 
 
 def test_one_setting_at_a_time():
@@ -122,8 +124,8 @@ def test_one_setting_at_a_time():
         np.testing.assert_allclose(longest[:, 0], values[name])
 
 
-def test_held_is_what_leaves_most_to_see():
-    """Where the middle of a full grid has diverged, another value is held; else it is the middle."""
+def test_settings_are_held_where_most_groups_are():
+    """The middle of a full grid is held, unless its runs have diverged."""
     full = grid(rate=[0.1, 0.2, 0.4], members=[4, 8, 16], schedule=["constant", "cosine"])
     assert "members 8" in drawn(full).axes[1].get_title()
     nan = dict.fromkeys(("entropy_production", "w2_squared", "gap"), np.nan)
@@ -170,7 +172,7 @@ def test_many_held_settings_stay_in_the_figure():
         "chunk": 0,
         "schedule": "warmup_stable_decay",
     }
-    # Of names alone there is one row.
+    # Settings that are all names have one row.
     groups = [
         group({**{name: f"{name} {value}" for name, value in base.items()}, "schedule": shape})
         for shape in ("constant", "cosine")
@@ -181,7 +183,7 @@ def test_many_held_settings_stay_in_the_figure():
     assert "\n" in title
 
 
-# --- Axes ---------------------------------------------------------------------------------------------------------------------------------
+# Axes
 
 
 def test_an_axis_of_many_values_has_labels():
@@ -222,7 +224,7 @@ def test_all_comes_last(name, values):
     assert line[-1, 1] == max(line[:, 1])
 
 
-def test_all_is_said_where_it_is_held_or_a_line():
+def test_all_is_named_where_it_is_held_or_a_line():
     figure = drawn(grid(rate=[0.1, 0.2, 0.4], batch_size=[0, 32]))
     assert [text.get_text() for text in figure.axes[2].get_legend().get_texts()] == ["32", "all"]
     figure = drawn(grid(rate=[0.1, 0.2, 0.4], batch_size=[0], chunk=[0, 64, 128], members=[8, 16]))
@@ -239,7 +241,7 @@ def test_close_values_are_thinned():
     assert words(axes.xaxis) == ["0.1", "50"]
 
 
-def test_values_are_told_by_as_few_digits_as_tell_them_apart():
+def test_labels_have_as_few_digits_as_distinguish_them():
     axes = rows(drawn(grid(rate=[0.123456789, 0.2, 1 / 3])))[0]
     assert words(axes.xaxis) == ["0.123", "0.2", "0.333"]
     axes = rows(drawn(grid(rate=[0.123456, 0.123466])))[0]
@@ -248,7 +250,7 @@ def test_values_are_told_by_as_few_digits_as_tell_them_apart():
     assert words(axes.xaxis) == ["1500", "3000"]
 
 
-def test_what_is_not_positive_is_on_the_axis():
+def test_numbers_that_are_not_positive_are_on_the_axis():
     gaps = {0.1: -0.02, 0.2: 0.01, 0.4: 0.0, 0.8: 5.0}
     figure = drawn([group({"rate": rate}, gap, error=0.001) for rate, gap in gaps.items()])
     panel = figure.axes[2]
@@ -269,10 +271,10 @@ def test_a_bar_that_reaches_zero_leaves_the_axis_readable():
     assert len(words(panel.yaxis)) >= 2
 
 
-# --- Lines --------------------------------------------------------------------------------------------------------------------------------
+# Lines
 
 
-def test_many_lines_are_chosen_from_and_said_to_be():
+def test_a_choice_of_many_lines_is_drawn_and_counted():
     figure = drawn(
         grid(rate=np.linspace(0.1, 1, 30).tolist(), temperature=np.linspace(0.1, 1, 31).tolist())
     )
@@ -286,7 +288,7 @@ def test_many_lines_are_chosen_from_and_said_to_be():
     assert (texts[0], texts[-1]) == ("0.1", "1")
 
 
-def test_a_line_that_goes_far_is_not_left_out_for_dots():
+def test_a_long_line_is_drawn_before_single_dots():
     base = {"rate": 0.1, "members": 9}
     figure = drawn(
         one_at_a_time(base, rate=np.linspace(0.1, 1, 12).tolist(), members=list(range(2, 22)))
@@ -327,10 +329,10 @@ def test_a_single_group(settings):
     assert len(words(figure.axes[0].xaxis)) == 1
 
 
-# --- What the points say of themselves ----------------------------------------------------------------------------------------------------
+# Marks
 
 
-def test_points_that_are_less_than_they_seem_are_marked_and_explained():
+def test_doubtful_points_are_marked_and_explained():
     groups = [
         group({"rate": 0.1}),
         group({"rate": 0.2}, runs=1, failed=3, error=np.nan),
@@ -352,15 +354,35 @@ def test_points_that_are_less_than_they_seem_are_marked_and_explained():
     ]
 
 
-def test_nothing_is_explained_that_is_not_there():
+def test_only_marks_that_occur_are_explained():
     assert drawn(grid(rate=[0.1, 0.2])).legends == []
-    # A run alone with an error of its own, by the jackknife, has its bar.
+    # A single run with a standard error of its own, by the jackknife, is an ordinary point.
     assert drawn([group({"rate": 0.1}, runs=1)]).legends == []
 
 
-def test_nothing_to_plot_is_refused(refused):
+def test_an_empty_study_is_rejected(refused):
     refused(lambda: plot_study([]), "Argument `study` must have runs that are done")
     refused(
         lambda: plot_study([group({"rate": 0.1}, gap=np.nan)]),
         "Argument `study` must have runs that are done",
     )
+
+
+def test_empty_comparisons_are_rejected(refused):
+    refused(lambda: plot_schedules({}), "Argument `judgments` must hold at least one schedule")
+    refused(lambda: plot_speed_limit({}), "Argument `reports` must hold at least one report")
+
+
+def test_results_of_the_package_can_be_drawn():
+    """The protocols of the figures ask for nothing that these classes lack."""
+    report = esl.speed_limit(
+        esl.from_snapshots(np.random.default_rng(0).normal(size=(3, 4, 2))),
+        transport=esl.GaussianTransport(),
+    )
+    assert isinstance(report, ReportLike)
+    assert isinstance(group({}), GroupLike)
+    bars, speeds = plot_speed_limit({"optimized": report, "cosine": report}).axes
+    assert [text.get_text() for text in bars.get_yticklabels()] == ["optimized", "cosine"]
+    ends = [bar.get_x() + bar.get_width() for bar in bars.patches]
+    np.testing.assert_allclose(max(ends), report.entropy_production, rtol=1e-5)
+    np.testing.assert_allclose(speeds.lines[0].get_ydata(), report.speed)

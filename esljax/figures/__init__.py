@@ -1,4 +1,4 @@
-"""Every figure, and the only use of matplotlib. Reports and tables go in; nothing above is imported."""
+"""All figures, and the only use of matplotlib: reports and tables go in, figures come out."""
 
 from esljax.figures.schedules import plot_schedules, plot_speed_limit
 from esljax.figures.study import plot_study

@@ -1,16 +1,89 @@
-"""Figures of schedules held against the speed limit."""
+"""Figures that hold schedules against the speed limit."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
+from esljax._checks import refuse
 from esljax.figures.style import COLORS, clean, in_words
 
 
-def plot_schedules(judgments: Mapping[str, Any]) -> Figure:
-    """Learning rate against training time, one line a schedule."""
+@runtime_checkable
+class JudgmentLike(Protocol):
+    """Anything that `plot_schedules` can draw, such as the judgments of a comparison."""
+
+    @property
+    def schedule(self) -> Any:
+        """A table of learning rates: its `values` (K,) are evenly spaced over training time."""
+        ...
+
+
+@runtime_checkable
+class ReportLike(Protocol):
+    """Anything that `plot_speed_limit` can draw, such as an `esl.SpeedLimit`.
+
+    Its three parts are stacked. They add up to Σ for an estimate by the chain of snapshots, which
+    knows no housekeeping.
+    """
+
+    @property
+    def w2_squared(self) -> SupportsFloat:
+        """W2² between start and end, the limit."""
+        ...
+
+    @property
+    def geometric(self) -> SupportsFloat:
+        """The part of Σ - W2² that a bent path costs, L² - W2²."""
+        ...
+
+    @property
+    def temporal(self) -> SupportsFloat:
+        """The part of Σ - W2² that an uneven speed ℓ costs, ∫ℓ² ds - L²."""
+        ...
+
+    @property
+    def standard_error(self) -> Any:
+        """None, or an object with the attribute `entropy_production`, the standard error of Σ."""
+        ...
+
+    @property
+    def times(self) -> ArrayLike:
+        """The training times of `speed`, between 0 and 1, shape (J,)."""
+        ...
+
+    @property
+    def speed(self) -> ArrayLike:
+        """The metric speed in W2 per unit of training time, shape (J,)."""
+        ...
+
+
+def plot_schedules(judgments: Mapping[str, JudgmentLike]) -> Figure:
+    """Plot learning rates against training time, with one line for each schedule.
+
+    **Args:** `judgments`: by name; anything with a `schedule` that has `values`. The one named
+    "optimized" is drawn in black.
+    **Returns:** the figure, which `savefig` writes.
+    **Raises:** `InputError` if there are none.
+
+    **Example:**
+
+        >>> import types
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> from esljax.figures import plot_schedules
+        >>> rates = {"constant": jnp.full(11, 0.1), "optimized": jnp.linspace(0.2, 0.1, 11)}
+        >>> judgments = {
+        ...     name: types.SimpleNamespace(schedule=esl.Knots(values))
+        ...     for name, values in rates.items()
+        ... }
+        >>> [line.get_label() for line in plot_schedules(judgments).axes[0].lines]
+        ['constant', 'optimized']
+    """
+    if not judgments:
+        raise refuse("judgments", "hold at least one schedule", "is empty")
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     for name, style in _styles(judgments).items():
@@ -29,54 +102,82 @@ def plot_schedules(judgments: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def plot_speed_limit(reports: Mapping[str, Any]) -> Figure:
-    """Where Σ goes (stacked bars, with the standard error of Σ), and the metric speed along the way; one bar and line a report."""
+def plot_speed_limit(reports: Mapping[str, ReportLike]) -> Figure:
+    """Plot the parts of Σ as stacked bars, and the metric speed against training time.
+
+    The bars end in the standard error of Σ. A dotted line marks W2 (with several reports their
+    mean), the constant speed at which Σ would equal W2².
+
+    **Args:** `reports`: by name, one bar and one line each; the one named "optimized" is drawn in
+    black.
+    **Returns:** the figure, which `savefig` writes.
+    **Raises:** `InputError` if there are none.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> from esljax.figures import plot_speed_limit
+        >>> start, key = jax.random.normal(jax.random.key(0), (8, 2)), jax.random.key(1)
+        >>> path = esl.simulate(esl.Quadratic(1.0), esl.Langevin(0.1), start, steps=20, key=key)
+        >>> report = esl.speed_limit(path, transport=esl.GaussianTransport())
+        >>> bars, speeds = plot_speed_limit({"constant": report}).axes
+        >>> [text.get_text() for text in bars.get_yticklabels()]
+        ['constant']
+    """
+    if not reports:
+        raise refuse("reports", "hold at least one report", "is empty")
     figure = Figure(figsize=(10.0, 4.2), layout="constrained")
     bars, speeds = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    names = list(reports)
-    rows = np.arange(len(names))[::-1]
-    left = np.zeros(len(names))
-    parts = (
-        ("w2_squared", "$W_2^2$, the limit", "#555555"),
-        ("geometric", "geometric", "#56B4E9"),
-        ("temporal", "temporal", "#E69F00"),
-    )
-    for part, label, color in parts:
-        width = np.array([float(getattr(reports[name], part)) for name in names])
-        bars.barh(rows, width, left=left, color=color, label=label, height=0.7)
-        left = left + width
-    errors = [reports[name].standard_error for name in names]
-    widths = [float(error.entropy_production) if error is not None else 0.0 for error in errors]
-    bars.errorbar(left, rows, xerr=widths, fmt="none", ecolor="black", capsize=2, linewidth=1)
-    bars.set(
-        yticks=rows,
-        yticklabels=[in_words(name) for name in names],
-        ylim=(-0.75, len(names) - 0.25),
-        xlabel="entropy production $\\Sigma$",
-    )
-    bars.legend(
-        frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3
-    )
-    for name, style in _styles(reports).items():
-        report = reports[name]
-        speeds.plot(
-            np.asarray(report.times), np.asarray(report.speed), label=in_words(name), **style
-        )
-    limit = float(np.mean([np.sqrt(max(float(reports[name].w2_squared), 0.0)) for name in names]))
-    speeds.axhline(limit, color="#555555", linestyle=":", linewidth=1.2, label="$W_2$")
-    speeds.set(
-        xlabel="training time $s$", ylabel="metric speed $\\ell(s)$", xlim=(0, 1), ylim=(0, None)
-    )
-    speeds.legend(frameon=False, fontsize="small")
+    _draw_parts(bars, reports)
+    _draw_speeds(speeds, reports)
     clean(bars, speeds)
     return figure
 
 
+def _draw_parts(axes: Any, reports: Mapping[str, ReportLike]) -> None:
+    rows = np.arange(len(reports))[::-1]
+    left = np.zeros(len(reports))
+    for part, label, color in (
+        ("w2_squared", "$W_2^2$, the limit", "#555555"),
+        ("geometric", "geometric", "#56B4E9"),
+        ("temporal", "temporal", "#E69F00"),
+    ):
+        width = np.array([float(getattr(report, part)) for report in reports.values()])
+        axes.barh(rows, width, left=left, color=color, label=label, height=0.7)
+        left = left + width
+    errors = [report.standard_error for report in reports.values()]
+    widths = [0.0 if error is None else float(error.entropy_production) for error in errors]
+    axes.errorbar(left, rows, xerr=widths, fmt="none", ecolor="black", capsize=2, linewidth=1)
+    axes.set(
+        yticks=rows,
+        yticklabels=[in_words(name) for name in reports],
+        ylim=(-0.75, len(reports) - 0.25),
+        xlabel="entropy production $\\Sigma$",
+    )
+    axes.legend(
+        frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3
+    )
+
+
+def _draw_speeds(axes: Any, reports: Mapping[str, ReportLike]) -> None:
+    for name, style in _styles(reports).items():
+        report = reports[name]
+        axes.plot(np.asarray(report.times), np.asarray(report.speed), label=in_words(name), **style)
+    limits = [np.sqrt(max(float(report.w2_squared), 0.0)) for report in reports.values()]
+    limit = float(np.mean(limits))
+    axes.axhline(limit, color="#555555", linestyle=":", linewidth=1.2, label="$W_2$")
+    axes.set(
+        xlabel="training time $s$", ylabel="metric speed $\\ell(s)$", xlim=(0, 1), ylim=(0, None)
+    )
+    axes.legend(frameon=False, fontsize="small")
+
+
 def _styles(names: Collection[str]) -> dict[str, dict]:
     # The optimized schedule is drawn in black.
-    usual = [name for name in sorted(names) if name != "optimized"]
+    others = [name for name in sorted(names) if name != "optimized"]
     styles = {
-        name: {"color": COLORS[i % len(COLORS)], "linewidth": 1.4} for i, name in enumerate(usual)
+        name: {"color": COLORS[i % len(COLORS)], "linewidth": 1.4} for i, name in enumerate(others)
     }
     if "optimized" in names:
         styles["optimized"] = {"color": "black", "linewidth": 2.4}

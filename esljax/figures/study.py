@@ -1,12 +1,12 @@
 """The figure of a study: each number against each setting that varies.
 
-First what is drawn is chosen (the rows of panels, their lines, what is held), then each setting is laid out on an axis (its scale, its
-labels), and only then drawn.
+The figure first chooses what to draw (rows of panels, their lines, settings held at one value),
+then lays each setting out on an axis (its scale and labels), and then draws.
 """
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import matplotlib
 import numpy as np
@@ -24,23 +24,78 @@ _PANELS = {
     "gap": "gap $\\Sigma - W_2^2$",
 }
 
-# More lines than these are not told apart.
+# More lines than these cannot be distinguished.
 _MOST_LINES = 8
 
-# The settings of which zero means all.
+# Settings whose value 0 means all.
 _ZERO_IS_ALL = ("batch_size", "chunk")
 
 
-def plot_study(groups: Sequence[Any]) -> Figure:
-    """Σ, W2² and the gap against each numeric setting of a study (a row of panels each): means over the seeds, with standard errors.
+@runtime_checkable
+class GroupLike(Protocol):
+    """Anything that `plot_study` can draw, such as an `esl.study.Group`.
 
-    Lines are the values of one other setting, eight of them at most. Any further ones are held where most runs share them, if possible at
-    their middle value; the row says which. Where nothing is shared, all groups are drawn as dots.
+    A group is a set of runs that differ in their seed alone.
+    """
 
-    Means without the runs that failed, means with a transport problem that was not solved, and single runs without a standard error have
-    marks of their own, explained below the panels.
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The settings that vary and their values here; every group has the same settings."""
+        ...
 
-    **Args:** `groups`: what `summarize` returns. **Raises:** `InputError` if no run is done.
+    @property
+    def runs(self) -> int:
+        """The number of runs that are done."""
+        ...
+
+    @property
+    def failed(self) -> int:
+        """The number of runs that failed."""
+        ...
+
+    @property
+    def unconverged(self) -> int:
+        """The number of finished runs with a transport problem that was not solved."""
+        ...
+
+    @property
+    def means(self) -> Mapping[str, float]:
+        """Means over the runs: `entropy_production`, `w2_squared` and `gap` are drawn."""
+        ...
+
+    @property
+    def errors(self) -> Mapping[str, float]:
+        """Standard errors of the means by the same names; NaN where one is not known."""
+        ...
+
+
+def plot_study(groups: Sequence[GroupLike]) -> Figure:
+    """Plot Σ, W2² and the gap, with standard errors, against each numeric setting of a study.
+
+    Each setting has a row of three panels. The lines of a panel are the values of one other
+    setting, at most eight of them. Any further settings are held at the values that most groups
+    share, if possible at their middle values; the title of the row names them. Where groups share
+    no values, all are drawn as dots.
+
+    Three marks, explained below the panels, show means without the runs that failed, means that
+    include a transport problem that was not solved, and single runs without a standard error.
+
+    **Args:** `groups`: the result of `esl.study.summarize`.
+    **Returns:** the figure, which `savefig` writes.
+    **Raises:** `InputError` if no group has a finished run with finite numbers.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> from esljax.figures import plot_study
+        >>> means = [{"entropy_production": 3 + i, "w2_squared": 2, "gap": 1 + i} for i in range(3)]
+        >>> errors = {"entropy_production": 0.2, "w2_squared": 0.1, "gap": 0.1}
+        >>> groups = [
+        ...     esl.study.Group({"rate": 0.1 * 2**i}, 4, 4, 0, 0, means[i], errors)
+        ...     for i in range(3)
+        ... ]
+        >>> [axes.get_xlabel() for axes in plot_study(groups).axes]
+        ['rate', 'rate', 'rate']
     """
     known = [
         group
@@ -48,7 +103,7 @@ def plot_study(groups: Sequence[Any]) -> Figure:
         if group.runs and np.isfinite([group.means[name] for name in _PANELS]).all()
     ]
     if not known:
-        raise refuse("study", "have runs that are done", "has none yet")
+        raise refuse("study", "have runs that are done", "has none with finite numbers yet")
     settings = {
         name: _setting(name, [group.settings[name] for group in known])
         for name in known[0].settings
@@ -59,40 +114,40 @@ def plot_study(groups: Sequence[Any]) -> Figure:
         _draw(row, settings, panels)
     _explain(
         figure,
-        {_mark(group) for row in rows for some in row.lines.values() for group in some},
+        {_mark(group) for row in rows for line in row.lines.values() for group in line},
         len(groups) - len(known),
         len(groups),
     )
     return figure
 
 
-# --- What is drawn ------------------------------------------------------------------------------------------------------------------------
+# Choice of what is drawn
 
 
 class _Setting(NamedTuple):
-    """Where each value of a setting lies on an axis, in order, and what it is called there."""
+    """The places of a setting's values on an axis, in order, and their labels there."""
 
     places: dict[Any, float | int]
     texts: dict[Any, str]
     scale: str
-    """A scale of matplotlib's, or `names`."""
+    """A scale of matplotlib, or `names`."""
 
 
-# Of a study whose runs differ in their seed alone.
+# The axis of a study whose runs differ in their seed alone.
 _SEEDS = _Setting({None: 0.0}, {None: "all seeds"}, "names")
 
 
 class _Row(NamedTuple):
-    """Panels with the setting `along` on their axis, and a line for each value of the setting `by`."""
+    """Panels with the setting `along` on their axis, and a line for each value of `by`."""
 
     along: str
     by: str
-    lines: dict[Any, list[Any]]
+    lines: dict[Any, list[GroupLike]]
     joined: bool
     title: str
 
 
-def _rows(groups: list[Any], settings: Mapping[str, _Setting]) -> list[_Row]:
+def _rows(groups: list[GroupLike], settings: Mapping[str, _Setting]) -> list[_Row]:
     varying = [name for name, setting in settings.items() if len(setting.places) > 1] or list(
         settings
     )[:1]
@@ -104,34 +159,38 @@ def _rows(groups: list[Any], settings: Mapping[str, _Setting]) -> list[_Row]:
 
 
 def _row(
-    along: str, others: list[str], groups: list[Any], settings: Mapping[str, _Setting]
+    along: str, others: list[str], groups: list[GroupLike], settings: Mapping[str, _Setting]
 ) -> _Row:
-    # The setting with the fewest values makes the lines; the rest are held.
+    # The setting with the fewest values makes the lines; the others are held.
     by, *rest = sorted(others, key=lambda name: len(settings[name].places)) or [""]
     held = _held(along, rest, groups, settings)
-    lines: dict[Any, list[Any]] = {value: [] for value in settings[by].places} if by else {None: []}
+    lines: dict[Any, list[GroupLike]] = (
+        {value: [] for value in settings[by].places} if by else {None: []}
+    )
     for group in groups:
         if all(group.settings[name] == value for name, value in held.items()):
             lines[group.settings[by] if by else None].append(group)
-    if others and not any(_goes_along(along, some) for some in lines.values()):
+    if others and not any(_goes_along(along, line) for line in lines.values()):
         return _Row(along, "", {None: groups}, False, "the other settings vary as well")
     lines = _clearest(along, lines)
     if by and len(lines) == 1:
         held[by], by = next(iter(lines)), ""
-    told = ", ".join(
+    values = ", ".join(
         f"{in_words(name)} {settings[name].texts[held[name]]}" for name in settings if name in held
     )
-    return _Row(along, by, lines, settings[along].scale != "names", f"at {told}" if told else "")
+    title = f"at {values}" if values else ""
+    return _Row(along, by, lines, settings[along].scale != "names", title)
 
 
 def _held(
-    along: str, names: list[str], groups: list[Any], settings: Mapping[str, _Setting]
+    along: str, names: list[str], groups: list[GroupLike], settings: Mapping[str, _Setting]
 ) -> dict[str, Any]:
-    """The combination of values that leaves most to see; of equals, the one in the middle.
+    """The combination of values with the most groups to draw; of equals, the one in the middle.
 
-    A list of points need not hold the middle values together, and what diverges leaves holes in a grid.
+    A list of points need not have the middle values together, and diverged runs leave holes in a
+    grid.
     """
-    sharing: dict[tuple, list[Any]] = {}
+    sharing: dict[tuple, list[GroupLike]] = {}
     for group in groups:
         sharing.setdefault(tuple(group.settings[name] for name in names), []).append(group)
     ranks = [{value: i for i, value in enumerate(settings[name].places)} for name in names]
@@ -145,22 +204,22 @@ def _held(
     return dict(zip(names, max(sharing, key=worth), strict=True))
 
 
-def _goes_along(along: str, groups: list[Any]) -> bool:
-    """Whether these are two points or more on the axis."""
+def _goes_along(along: str, groups: list[GroupLike]) -> bool:
+    """Whether the groups have two or more places on the axis."""
     return len({group.settings.get(along) for group in groups}) > 1
 
 
-def _clearest(along: str, lines: Mapping[Any, list[Any]]) -> dict[Any, list[Any]]:
-    """The lines with something on them; of too many the longer ones, evenly chosen."""
-    kept = {value: some for value, some in lines.items() if some}
-    if len(kept) <= _MOST_LINES:
-        return kept
-    values = [value for value, some in kept.items() if _goes_along(along, some)]
+def _clearest(along: str, lines: Mapping[Any, list[GroupLike]]) -> dict[Any, list[GroupLike]]:
+    """The lines that are not empty; if there are too many, an even choice of the longer ones."""
+    drawn = {value: groups for value, groups in lines.items() if groups}
+    if len(drawn) <= _MOST_LINES:
+        return drawn
+    values = [value for value, groups in drawn.items() if _goes_along(along, groups)]
     chosen = np.linspace(0, len(values) - 1, min(len(values), _MOST_LINES)).round().astype(int)
-    return {values[i]: kept[values[i]] for i in chosen}
+    return {values[i]: drawn[values[i]] for i in chosen}
 
 
-# --- How a setting lies on an axis --------------------------------------------------------------------------------------------------------
+# Settings on axes
 
 
 def _setting(name: str, seen: list) -> _Setting:
@@ -184,7 +243,7 @@ def _setting(name: str, seen: list) -> _Setting:
 
 
 def _beyond(counts: Sequence[float | int], scale: str) -> float | int:
-    """One more step of the usual size."""
+    """The place of "all": one step of the usual size beyond the last count."""
     if len(counts) < 2:
         return 2.0 * counts[0] if counts else 0.0
     steps = len(counts) - 1
@@ -194,7 +253,10 @@ def _beyond(counts: Sequence[float | int], scale: str) -> float | int:
 
 
 def _scale(values: Sequence[float | int]) -> str:
-    """The scale on which the two closest values are further apart; where there is no difference, the logarithmic one if they span much."""
+    """The scale on which the two closest values are further apart.
+
+    Without a difference, the logarithmic one if the values span a factor of four.
+    """
     positive = [value for value in values if value > 0]
     if len(values) < 2 or values[0] < 0 or values[-1] < 4 * positive[0]:
         return "linear"
@@ -204,7 +266,7 @@ def _scale(values: Sequence[float | int]) -> str:
 
 
 def _positions(places: Sequence[float | int], scale: str) -> np.ndarray:
-    """Where places lie along the axis, in its lengths."""
+    """The places along the axis, as fractions of its length."""
     x = np.array(places, float)
     if scale == "names":
         return (x + 0.5) / len(x)
@@ -215,7 +277,7 @@ def _positions(places: Sequence[float | int], scale: str) -> np.ndarray:
 
 
 def _texts(values: Sequence[float | int]) -> dict[Any, str]:
-    """The numbers in the fewest digits, three at least, that tell them apart."""
+    """The numbers in the fewest digits, at least three, that distinguish them."""
     if all(isinstance(value, int) for value in values):
         return {value: str(value) for value in values}
     sizes = [abs(value) for value in values if value]
@@ -234,28 +296,31 @@ def _number(value: float | int, digits: int, powers: bool) -> str:
 
 
 def _labeled(setting: _Setting, slanted: bool) -> list:
-    """The values with a label, as many as do not touch: zero first, which cannot be guessed from others, then ends and round numbers."""
+    """The values to label, as many as do not touch each other.
+
+    Zero has priority, because it cannot be guessed from the others; then ends and short labels.
+    """
     at = dict(
         zip(setting.places, _positions(list(setting.places.values()), setting.scale), strict=True)
     )
-    # In widths of a panel: a character takes a thirtieth.
+    # In widths of a panel, of which a character takes a thirtieth.
     half = {
         value: 0.03 if slanted else max(0.06, 0.017 * len(text) + 0.015)
         for value, text in setting.texts.items()
     }
-    kept, ends = [], {min(at.values()), max(at.values())}
+    labeled, ends = [], {min(at.values()), max(at.values())}
     for value in sorted(
         at, key=lambda value: (value != 0, at[value] not in ends, len(setting.texts[value]))
     ):
-        if all(abs(at[value] - at[other]) >= half[value] + half[other] for other in kept):
-            kept.append(value)
-    return sorted(kept, key=lambda value: at[value])
+        if all(abs(at[value] - at[other]) >= half[value] + half[other] for other in labeled):
+            labeled.append(value)
+    return sorted(labeled, key=lambda value: at[value])
 
 
-# --- Drawing ------------------------------------------------------------------------------------------------------------------------------
+# Drawing
 
 
-# What a point has to say of itself, the worst last; most have nothing to.
+# The marks of points and their explanations, the worst last; an ordinary point needs none.
 _MARKS = {
     "": ({"marker": "o", "markersize": 3.5}, ""),
     "alone": (
@@ -273,7 +338,7 @@ _MARKS = {
 }
 
 
-def _mark(group: Any) -> str:
+def _mark(group: GroupLike) -> str:
     if group.unconverged:
         return "unconverged"
     if group.failed:
@@ -285,21 +350,21 @@ def _draw(row: _Row, settings: Mapping[str, _Setting], panels: Any) -> None:
     setting = settings[row.along]
     colors = _shades(list(row.lines))
     width = 1.3 if row.joined else 0.0
-    # Over a name, lines stand side by side.
+    # Over a name, lines are drawn side by side.
     apart = 0.6 / max(len(colors), 5) if setting.scale == "names" else 0.0
     for axes, (name, title) in zip(panels, _PANELS.items(), strict=True):
-        # Before the lines, whose margins depend on the scale.
+        # Laid out before the lines, whose margins depend on the scale.
         _lay(axes, setting)
-        for i, (some, color) in enumerate(zip(row.lines.values(), colors, strict=True)):
+        for i, (line, color) in enumerate(zip(row.lines.values(), colors, strict=True)):
             shift = apart * (i - (len(colors) - 1) / 2)
             _draw_line(
                 axes,
                 name,
-                [(setting.places[group.settings.get(row.along)] + shift, group) for group in some],
+                [(setting.places[group.settings.get(row.along)] + shift, group) for group in line],
                 color,
                 width,
             )
-        drawn = [group for some in row.lines.values() for group in some]
+        drawn = [group for line in row.lines.values() for group in line]
         _scale_heights(
             axes,
             *(
@@ -316,7 +381,11 @@ def _draw(row: _Row, settings: Mapping[str, _Setting], panels: Any) -> None:
 
 
 def _draw_line(
-    axes: Axes, name: str, points: list[tuple[float | int, Any]], color: Any, width: float | int
+    axes: Axes,
+    name: str,
+    points: list[tuple[float | int, GroupLike]],
+    color: Any,
+    width: float | int,
 ) -> None:
     points = sorted(points, key=lambda point: point[0])
     x, y = (
@@ -377,7 +446,7 @@ def _lay(axes: Axes, setting: _Setting) -> None:
     )
     axes.xaxis.set_minor_formatter(NullFormatter())
     if "all" in setting.texts.values():
-        # Where all lies is no number, and no ticks lead up to it.
+        # The place of "all" is no number, so no minor ticks lead up to it.
         axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(labelsize="small")
     if slanted:
@@ -387,7 +456,10 @@ def _lay(axes: Axes, setting: _Setting) -> None:
 
 
 def _scale_heights(axes: Axes, means: np.ndarray, errors: np.ndarray) -> None:
-    """From zero, unless some bars go below; logarithmic where all means are positive and a linear axis would not tell them apart."""
+    """Scale an axis of numbers: from zero, unless some error bars go below it.
+
+    The scale is logarithmic if all means are positive and span a factor of thirty.
+    """
     lowest = float((means - np.nan_to_num(errors)).min())
     if means.min() > 0 and means.max() >= 30 * means.min():
         axes.set_yscale("log")
@@ -413,11 +485,11 @@ def _shades(lines: Sequence[Any]) -> list:
 
 
 def _explain(figure: Figure, marks: set[str], missing: int, total: int) -> None:
-    """What the marks mean and how much is not there, below the panels."""
-    told = [_MARKS[mark] for mark in _MARKS if mark and mark in marks]
+    """Explain the marks, and count the missing groups, below the panels."""
+    explained = [_MARKS[mark] for mark in _MARKS if mark and mark in marks]
     handles = [
         Line2D([], [], linestyle="none", color="black", label=words, **style)
-        for style, words in told
+        for style, words in explained
     ]
     if missing:
         handles.append(

@@ -1,8 +1,8 @@
-"""How every figure looks."""
+"""The look of every figure."""
 
 from typing import Any
 
-# Okabe and Ito's palette, told apart by all eyes.
+# Okabe and Ito's palette, which color-blind readers can distinguish.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 
@@ -12,6 +12,6 @@ def in_words(name: str) -> str:
 
 
 def clean(*all_axes: Any) -> None:
-    """Remove the upper and the right spine."""
+    """Remove the upper and the right spine of each panel."""
     for axes in all_axes:
         axes.spines[["top", "right"]].set_visible(False)

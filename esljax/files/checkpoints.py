@@ -1,9 +1,13 @@
-"""Runs that survive: what a loop needs to go on, saved whole or not at all, and taken up by nothing but the same run.
+"""Runs that survive: a loop saves its state whole or not at all, and resumes where it stopped.
 
-A loop on the host says after each of its rounds what it would need to go on (`Session.offer`). That is written when enough time has
-passed, when the process is told to end (SIGTERM), and at the end. A folder that is half written is none: Orbax renames it when it is
-complete. With the state goes a description of the run, made of its arguments and the versions that numbers depend on; what is taken up
-under another description would silently become a different run, so it is refused.
+After each round a loop on the host offers its state (`Session.offer`). The state is written when
+enough time has passed, when the process receives SIGTERM, and at the end. Orbax renames a folder
+when it is complete, so a half-written folder is never taken for a checkpoint.
+
+A checkpoint is resumed only by an identical run. Beside the state lies a description of the run,
+made of its arguments and of the versions that numbers depend on. Any other settings, arrays,
+functions or versions are rejected with a message that names the difference, because resuming them
+would silently produce a different run.
 """
 
 import contextlib
@@ -31,33 +35,55 @@ from esljax.files.description import describe
 from esljax.files.storage import locked, versions
 
 TERMINATED = 143
-"""The exit code of a process that was told to end and has saved its run: 128 and the number of SIGTERM, as shells have it."""
+"""Exit code of a process that saved its run after SIGTERM: 128 + 15, the convention of shells."""
+
+_FORMAT = "format of descriptions"
+# 2: functions and classes of esljax are named by their room. Before (without a format): by their
+# file, so that the digests of what refers to one may differ for the very same run.
+_FORMAT_NOW = "2"
 
 
 class Terminated(SystemExit):
-    """The process was told to end, and the run is saved. Uncaught, it ends the process with exit code 143."""
+    """Raised when the process has received SIGTERM; uncaught, it ends the process with code 143.
 
-    def __init__(self, said: str):
+    **Args:** `message`: one sentence on what is saved and where.
+    """
+
+    def __init__(self, message: str):
         super().__init__(TERMINATED)
-        self.said = said
+        self.message = message
 
     def __str__(self) -> str:
-        return self.said
+        return self.message
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """Where a run is saved, how often, and whether to go on with what is there.
+    """Where a run is saved, how often, and whether to resume the run saved there.
 
-    **Args:** `folder`: of this run alone; made if it does not exist. Several processes must all see it. `resume`: go on from the latest
-    checkpoint there; a folder without one starts the run, so that one command serves every start. Without it a folder that holds a run is
-    refused. `every`: the least number of seconds between two checkpoints; 0 for one after each round.
-    **Raises:** `InputError` if `every` is negative, or `folder` a file or the address of a bucket.
+    **Args:**
+    - `folder`: a folder for this run alone, made if it does not exist. If several processes share
+      the run, all of them must see it.
+    - `resume`: continue from the latest checkpoint in `folder`; a folder without one starts the
+      run, so that one command serves every start. If False, a folder that holds a run is rejected.
+    - `every`: the least number of seconds between two checkpoints; 0 saves after each round.
+
+    **Raises:** `InputError` if `every` is negative, or if `folder` is a file or a bucket's address.
 
     **Example:**
 
-        >>> Checkpoints("run/checkpoints", resume=True).every
-        60.0
+        >>> import tempfile
+        >>> import jax
+        >>> import esljax as esl
+        >>> start, key = jax.random.normal(jax.random.key(0), (4, 2)), jax.random.key(1)
+        >>> def run(folder):
+        ...     checkpoints = esl.Checkpoints(folder, resume=True)
+        ...     return esl.simulate(esl.Quadratic(1.0), esl.Langevin(0.1), start,
+        ...                         steps=20, key=key, checkpoints=checkpoints)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     first, again = run(folder), run(folder)  # the second call only reads the run
+        >>> bool((first.final == again.final).all())
+        True
     """
 
     folder: str | Path
@@ -68,137 +94,44 @@ class Checkpoints:
         check_nonnegative("every", self.every)
         if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(self.folder)):
             raise refuse(
-                "folder", "be a folder of a file system that is mounted here", f"is {self.folder}"
+                "folder",
+                "be a folder of a mounted file system",
+                f"is the address {self.folder}: mount the bucket, or choose a local folder",
             )
         if Path(self.folder).exists() and not Path(self.folder).is_dir():
-            raise refuse("folder", "be a folder", f"is the file {self.folder}")
-
-
-class Session:
-    """One loop and its checkpoints, if it has any: without a folder every method does nothing."""
-
-    def __init__(self, manager: Any, settings: Checkpoints | None, about: dict[str, str]):
-        self._manager, self._settings, self._about = manager, settings, about
-        self._folder = "" if settings is None else settings.folder
-        self._last, self._told, self._at = time.monotonic(), False, -1
-        self._offered = 0
-
-    def restore(self, like: Callable[[int], Any]) -> tuple[int, Any] | None:
-        """The round and the state of the latest checkpoint that can be read; None if there is none.
-
-        **Args:** `like`: from a round to a state of the structure, shapes and shardings that it had then. What lay on other devices is
-        moved to these.
-        """
-        if self._manager is None or self._settings is None:
-            return None
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        if steps and not self._settings.resume:
-            raise refuse(
-                "checkpoints",
-                "be a folder without a run, or say resume=True to go on with the one that is there",
-                f"{self._settings.folder} holds one that has come to round {steps[0]}",
-            )
-        for step in steps:
-            try:
-                about = self._manager.restore(
-                    step, args=_orbax().Composite(about=_orbax().JsonRestore())
-                )["about"]
-            except Exception as error:
-                self._passed_over(step, error)
-                continue
-            self._compare(about)
-            arrays, rest = eqx.partition(like(step), eqx.is_array)
-            leaves, structure = jax.tree.flatten(arrays)
-            abstract = {name: _stored(x) for name, x in _numbered(leaves).items()}
-            try:
-                found = self._manager.restore(
-                    step, args=_orbax().Composite(state=_orbax().StandardRestore(abstract))
-                )["state"]
-            except Exception as error:
-                self._passed_over(step, error)
-                continue
-            self._at = step
-            back = [_as_it_was(found[_name(i)], x) if x.size else x for i, x in enumerate(leaves)]
-            return step, eqx.combine(structure.unflatten(back), rest)
-        if steps:
-            raise refuse(
-                "checkpoints",
-                "hold at least one checkpoint that can be read",
-                f"{self._settings.folder} holds none",
-            )
-        return None
-
-    def offer(self, step: int, state: Callable[[], Any], *, last: bool = False) -> None:
-        """Save the state after `step` rounds if it is time to, if it is the last one, or if the process was told to end.
-
-        **Args:** `state`: makes the state; called only if it is saved.
-        **Raises:** `Terminated` in the last case. **Warns:** `RuntimeWarning` if it cannot be written; the next offer tries again.
-        """
-        if self._manager is None or self._settings is None:
-            return
-        self._offered = step
-        due, told = _agreed(time.monotonic() - self._last >= self._settings.every, self._told)
-        if (due or told or last) and step > self._at:
-            self._save(step, jax.tree.leaves(eqx.filter(state(), eqx.is_array)))
-            self._last = time.monotonic()
-        if told:
-            raise self.terminated(f" after round {step}")
-
-    def _save(self, step: int, leaves: list[Any]) -> None:
-        arrays = {name: x if _placed(x) else np.asarray(x) for name, x in _numbered(leaves).items()}
-        kept = _orbax().Composite(
-            state=_orbax().StandardSave(arrays), about=_orbax().JsonSave(self._about)
-        )
-        try:
-            with _uninterrupted():
-                if step in self._manager.all_steps():
-                    self._manager.delete(step)  # it was passed over
-                self._manager.save(step, args=kept, force=True)
-                self._at = step
-        except Exception as error:
-            # Half a checkpoint would fill a full disk for good.
-            _drop_halves(Path(self._folder))
-            said = f"The checkpoint of round {step} in {self._folder} cannot be written: {_brief(error)}"
-            warnings.warn(said, RuntimeWarning, stacklevel=3)
-
-    def terminated(self, when: str = "") -> Terminated:
-        """What ends a process that was told to."""
-        if self._at >= self._offered:
-            return Terminated(
-                f"Told to end{when}; the run is saved in {self._folder} and goes on from there."
-            )
-        left = f"goes on from round {self._at}, which is" if self._at >= 0 else "is not"
-        return Terminated(f"Told to end{when}; the run {left} saved in {self._folder}.")
-
-    def told(self, *_: Any) -> None:
-        """Take note that the process should end; the next offer, or the end of the session, will do so."""
-        self._told = True
-
-    def was_told(self) -> bool:
-        """Whether any of the processes was told to end."""
-        return any(_agreed(self._told))
-
-    def _compare(self, about: dict[str, str]) -> None:
-        for name in [*self._about, *about]:
-            now, then = self._about.get(name, "absent"), about.get(name, "absent")
-            if now != then:
-                raise refuse(
-                    "checkpoints",
-                    "hold the run that is to go on",
-                    f"{self._folder} holds one whose {name} is {then}, not {now}",
-                )
-
-    def _passed_over(self, step: int, error: Exception) -> None:
-        said = f"The checkpoint of round {step} in {self._folder} cannot be read and is passed over: {_brief(error)}"
-        warnings.warn(said, RuntimeWarning, stacklevel=3)
+            raise refuse("folder", "be a folder", f"{self.folder} is a file")
 
 
 @contextlib.contextmanager
-def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Session]:
-    """Open the checkpoints of the run that these arguments (by name) make; without any, a session that does nothing.
+def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator["Session"]:
+    """Open the checkpoints of one run around its loop.
 
-    While it is open, SIGTERM is noted instead of ending the process (in the main thread, the only one that signals reach); when it closes
-    without having heeded that, it raises `Terminated`.
+    While the session is open in the main thread (the only thread that signals reach), SIGTERM is
+    noted instead of ending the process. The next offer then saves the state and raises
+    `Terminated`; if none comes, the session raises it when it closes.
+
+    **Args:**
+    - `checkpoints`: where to save; None gives a session that does nothing.
+    - `run`: the arguments of the run by name, which together decide every number of it.
+
+    **Yields:** `Session`.
+    **Raises:** `InputError` if `checkpoints` is not `Checkpoints`, if the run is traced by `jit`,
+    `grad` or `vmap`, if the folder cannot be written, or if another run is writing it.
+
+    **Example:** a loop that adds up numbers.
+
+        >>> import tempfile
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> from esljax.files import session
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with session(esl.Checkpoints(folder, resume=True), {"rounds": 5}) as saved:
+        ...         done, total = saved.restore(lambda done: jnp.zeros(())) or (0, jnp.zeros(()))
+        ...         for i in range(done, 5):
+        ...             total = total + i
+        ...             saved.offer(i + 1, lambda: total, last=i == 4)
+        >>> float(total)
+        10.0
     """
     if checkpoints is None:
         yield Session(None, None, {})
@@ -211,16 +144,9 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
             "be left out inside jit, grad and vmap, where there is nothing to save",
             "is given",
         )
-    folder = Path(checkpoints.folder).resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise refuse(
-            "checkpoints", "be a folder that can be written", f"{folder} gives: {error.strerror}"
-        ) from error
-    made = versions()
+    folder = _made(Path(checkpoints.folder).resolve())
     about = {name: describe(argument) for name, argument in run.items()}
-    about |= {f"version of {name}": made[name] for name in ("esljax", "jax", "jaxlib")}
+    about |= {f"version of {name}": versions()[name] for name in ("esljax", "jax", "jaxlib")}
     options = _orbax().CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     manage = functools.partial(
         _orbax().CheckpointManager, folder, options=options, item_names=("state", "about")
@@ -228,68 +154,236 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator[Se
     with alone(folder, "checkpoints"), _quiet(), manage() as manager:
         _drop_halves(folder)
         opened = Session(manager, checkpoints, about)
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, opened.told) if main else None
-        try:
+        with _handling(signal.SIGTERM, opened.request_end):
             yield opened
-        finally:
-            if main:
-                signal.signal(signal.SIGTERM, before)
-        # It came too late for the last offer, or there was none because the run had been finished before.
-        if opened.was_told():
+        # SIGTERM came after the last offer, or the run was already finished and made no offer.
+        if opened.end_requested():
             raise opened.terminated()
 
 
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until what is being written is whole."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    noted = []
-    before = signal.signal(signal.SIGINT, lambda *_: noted.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if noted:
-            signal.raise_signal(signal.SIGINT)
+class Session:
+    """One loop and its checkpoints; without a folder, every method does nothing."""
 
+    def __init__(self, manager: Any, settings: Checkpoints | None, about: dict[str, str]):
+        self._manager, self._settings, self._about = manager, settings, about
+        self._folder = "" if settings is None else settings.folder
+        self._last_save, self._end = time.monotonic(), False
+        self._saved_round, self._offered_round = -1, 0
 
-def _drop_halves(folder: Path) -> None:
-    """Remove what writers that died, or failed, have left behind; the first process does, which holds the folder."""
-    for half in folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
-        shutil.rmtree(half, ignore_errors=True)
+    def restore(self, like: Callable[[int], Any]) -> tuple[int, Any] | None:
+        """Read the latest checkpoint that can be read.
 
+        **Args:** `like`: a function of a round, returning a state of the structure, shapes and
+        shardings that the state had after that round. Arrays that lay on other devices move.
+        **Returns:** the round and the state, or None if there is no checkpoint.
+        **Raises:** `InputError` if the folder holds a run that is not to be resumed, another run,
+        or no checkpoint that can be read. **Warns:** `RuntimeWarning` for each that cannot.
+        """
+        if self._manager is None or self._settings is None:
+            return None
+        rounds = sorted(self._manager.all_steps(), reverse=True)
+        if rounds and not self._settings.resume:
+            raise refuse(
+                "checkpoints",
+                "be a folder without a run, or have resume=True to continue the run in it",
+                f"{self._folder} holds a run at round {rounds[0]}",
+            )
+        for done in rounds:
+            about = self._read(done, "about", _orbax().JsonRestore())
+            if about is None:
+                continue
+            self._compare(about)
+            state = self._read_state(done, like(done))
+            if state is not None:
+                self._saved_round = done
+                return done, state
+        if rounds:
+            raise refuse(
+                "checkpoints",
+                "hold at least one checkpoint that can be read",
+                f"{self._folder} holds none: delete its contents to start the run again",
+            )
+        return None
 
-def _brief(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    def offer(self, step: int, state: Callable[[], Any], *, last: bool = False) -> None:
+        """Save the state if enough time has passed, if it is the last, or after SIGTERM.
+
+        **Args:** `step`: the number of rounds done. `state`: makes the state, a pytree; called only
+        if the state is saved. `last`: whether the loop ends here.
+        **Raises:** `Terminated` after SIGTERM.
+        **Warns:** `RuntimeWarning` if the state cannot be written; the next offer tries again.
+        """
+        if self._manager is None or self._settings is None:
+            return
+        self._offered_round = step
+        due, end = _any_process(
+            time.monotonic() - self._last_save >= self._settings.every, self._end
+        )
+        if (due or end or last) and step > self._saved_round:
+            self._save(step, jax.tree.leaves(eqx.filter(state(), eqx.is_array)))
+            self._last_save = time.monotonic()
+        if end:
+            raise self.terminated(f" after round {step}")
+
+    def request_end(self, *_: Any) -> None:
+        """Note that the process should end: the handler of SIGTERM while the session is open."""
+        self._end = True
+
+    def end_requested(self) -> bool:
+        """Whether any of the processes received SIGTERM."""
+        return any(_any_process(self._end))
+
+    def terminated(self, when: str = "") -> Terminated:
+        """The exception that ends the process, with how much of the run is saved and where."""
+        if self._saved_round >= self._offered_round:
+            saved = f"saved in {self._folder} and resumes from there"
+        elif self._saved_round >= 0:
+            saved = (
+                f"saved in {self._folder} up to round {self._saved_round} and resumes from there"
+            )
+        else:
+            saved = f"not saved, because {self._folder} could not be written"
+        return Terminated(f"Terminated{when}; the run is {saved}.")
+
+    def _read(self, done: int, item: str, how: Any) -> Any:
+        """One item of a checkpoint, or None, with a warning, if it cannot be read."""
+        try:
+            return self._manager.restore(done, args=_orbax().Composite(**{item: how}))[item]
+        except Exception as error:
+            warnings.warn(
+                f"The checkpoint of round {done} in {self._folder} cannot be read and is skipped: "
+                f"{_first_line(error)}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return None
+
+    def _read_state(self, done: int, like: Any) -> Any:
+        arrays, rest = eqx.partition(like, eqx.is_array)
+        leaves, structure = jax.tree.flatten(arrays)
+        abstract = {name: _stored(x) for name, x in _numbered(leaves).items()}
+        stored = self._read(done, "state", _orbax().StandardRestore(abstract))
+        if stored is None:
+            return None
+        restored = [_as_it_was(stored[_name(i)], x) if x.size else x for i, x in enumerate(leaves)]
+        return eqx.combine(structure.unflatten(restored), rest)
+
+    def _compare(self, about: dict[str, str]) -> None:
+        for name in [*self._about, *(name for name in about if name != _FORMAT)]:
+            now, then = self._about.get(name, "absent"), about.get(name, "absent")
+            if now != then:
+                advice = "use another folder for another run"
+                if name.startswith("version of "):
+                    advice = "install that version to resume it"
+                elif _FORMAT not in about and _is_digest(then):
+                    advice = "an earlier esljax saved it, whose digests of the same run may differ"
+                raise refuse(
+                    "checkpoints",
+                    "hold the run that is to be resumed",
+                    f"{self._folder} holds a run whose {name} is {then}, not {now} ({advice})",
+                )
+
+    def _save(self, step: int, leaves: list[Any]) -> None:
+        arrays = {name: x if _placed(x) else np.asarray(x) for name, x in _numbered(leaves).items()}
+        items = _orbax().Composite(
+            state=_orbax().StandardSave(arrays),
+            about=_orbax().JsonSave({**self._about, _FORMAT: _FORMAT_NOW}),
+        )
+        try:
+            with _uninterrupted():
+                if step in self._manager.all_steps():
+                    self._manager.delete(step)  # it could not be read
+                self._manager.save(step, args=items, force=True)
+                self._saved_round = step
+        except Exception as error:
+            # Half a checkpoint would fill a full disk for good.
+            _drop_halves(Path(self._folder))
+            warnings.warn(
+                f"The checkpoint of round {step} in {self._folder} cannot be written: "
+                f"{_first_line(error)}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 @contextlib.contextmanager
 def alone(folder: Path, argument: str) -> Iterator[None]:
-    """Hold a folder, so that no other run writes into it meanwhile. Of several processes that share a run the first one holds it.
+    """Hold a folder, so that no other run writes into it meanwhile.
+
+    If several processes share a run, the first of them holds the folder for all.
 
     **Raises:** `InputError`, about `argument`, while another run holds it.
     """
     refusal = None
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             try:
-                # A run that was killed on one host goes on on another, with nobody there to delete its lock.
-                held.enter_context(locked(folder / ".lock", argument, elsewhere=False))
+                # A run killed on one host resumes on another, where nobody can delete its lock.
+                stack.enter_context(locked(folder / ".lock", argument, elsewhere=False))
             except InputError as error:
                 refusal = error
-        if any(_agreed(refusal is not None)):
+        if any(_any_process(refusal is not None)):
             raise refusal or refuse(
-                argument, "have no other writer", "the first process says that it has one"
+                argument, "have no other writer", f"the first process found one in {folder}"
             )
         yield
 
 
-def _agreed(*flags: bool) -> list[bool]:
-    """Whether any process says so: all save together or none does."""
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refuse(
+            "checkpoints", "be a folder that can be written", f"{folder} gives: {error.strerror}"
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def _handling(number: signal.Signals, handler: Callable[..., Any]) -> Iterator[None]:
+    """Handle a signal in the main thread; elsewhere signals do not arrive, and nothing is done.
+
+    A handler that was not set from Python cannot be put back, so it is left alone.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(number) is None:
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Delay Ctrl-C until the file being written is complete."""
+    interrupts: list[bool] = []
+    try:
+        with _handling(signal.SIGINT, lambda *_: interrupts.append(True)):
+            yield
+    finally:
+        if interrupts:
+            signal.raise_signal(signal.SIGINT)
+
+
+def _drop_halves(folder: Path) -> None:
+    """Remove the half-written folders of writers that failed; only the first process does."""
+    for half in folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _is_digest(description: str) -> bool:
+    return re.search(" [0-9a-f]{12}$", description) is not None
+
+
+def _any_process(*flags: bool) -> list[bool]:
+    """Whether any process raises each flag, so that all of them save together or none does."""
     if jax.process_count() == 1:
         return list(flags)
     from jax.experimental.multihost_utils import process_allgather
@@ -298,7 +392,10 @@ def _agreed(*flags: bool) -> list[bool]:
 
 
 def _placed(x: Any) -> bool:
-    """Whether anyone put an array anywhere in particular. What nobody did is the same in every process, and kept as numbers alone."""
+    """Whether an array was put on particular devices.
+
+    Any other array is the same in every process, and is saved as numbers alone.
+    """
     return isinstance(x, jax.Array) and x.committed
 
 
@@ -311,22 +408,22 @@ def _stored(x: Any) -> Any:
 
 
 def _numbered(leaves: list[Any]) -> dict[str, Any]:
-    """What Orbax accepts of the leaves, by their places: no keys, and no arrays without entries."""
+    """The leaves by their places, as Orbax accepts them: no keys, and no empty arrays."""
     return {
         _name(i): jax.random.key_data(x) if is_key(x) else x for i, x in enumerate(leaves) if x.size
     }
 
 
-def _as_it_was(found: Any, like: Any) -> Any:
-    """An array read back, as the kind of array that was saved."""
+def _as_it_was(stored: Any, like: Any) -> Any:
+    """A stored array, as the kind of array that was saved."""
     if is_key(like):
         return jax.random.wrap_key_data(
-            _as_it_was(found, jax.random.key_data(like)), impl=jax.random.key_impl(like)
+            _as_it_was(stored, jax.random.key_data(like)), impl=jax.random.key_impl(like)
         )
     if isinstance(like, jax.Array):
-        # What lay nowhere in particular must not come back bound to one device.
-        return found if _placed(like) else jnp.asarray(found)
-    return np.asarray(found)
+        # An array that was on no particular device must not come back bound to one.
+        return stored if _placed(like) else jnp.asarray(stored)
+    return np.asarray(stored)
 
 
 def _name(i: int) -> str:
@@ -335,7 +432,7 @@ def _name(i: int) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax talks through the logger of absl, and warns of choices that are made here on purpose."""
+    """Silence absl's logger, through which Orbax warns of choices that are made here on purpose."""
     import logging
 
     logger = logging.getLogger("absl")
@@ -349,7 +446,7 @@ def _quiet() -> Iterator[None]:
 
 @functools.cache
 def _orbax() -> types.SimpleNamespace:
-    """What is used of Orbax, imported on first use: it takes as long to load as jax."""
+    """The used part of Orbax, imported on first use because it takes as long to load as jax."""
     import orbax.checkpoint as ocp
 
     return types.SimpleNamespace(

@@ -1,8 +1,13 @@
-"""What two runs must have in common, as a digest: numbers, arrays, functions with all that they look up, objects with their classes.
+"""A digest of everything that two runs must share: numbers, arrays, functions, objects.
 
-The digest of a thing is a hash of its kind and of the digests of its parts. It says nothing about where they lie in memory, in which order
-a set or a dictionary hands them out, or whether two equal parts are one object. What an installed package has at its top level counts by
-its name. Devices do not count, as a run may go on on others.
+The digest of a thing is a hash of its kind and of the digests of its parts. Functions count with
+all that they look up, objects with their classes. The digest does not depend on addresses in
+memory, on the order of a set or a dictionary, or on whether two equal parts are one object. A
+function or class at the top level of an installed package counts by its name alone, and one of
+esljax by its name and room, so that it may move between the files of a room. Devices do not count,
+because a run may resume on others.
+
+Checkpoints record digests: any change of the strings hashed here rejects every older checkpoint.
 """
 
 import argparse
@@ -28,13 +33,27 @@ from esljax._checks import is_key, known
 _PLAIN = bool | int | float | complex | str | bytes | range | types.EllipsisType | None
 _PLACES = Mesh | AbstractMesh | Sharding | jax.Device
 _ARRAYS = jax.Array | np.ndarray | np.generic
+_PACKAGE = __name__.partition(".")[0]
 
 
 def describe(thing: Any) -> str:
-    """What two runs must have in common, short enough to read: a number as itself, anything else as its kind and a digest.
+    """Describe a part of a run in a few words: a number as itself, else its kind and a digest.
 
-    Arrays count by their contents; functions by their code, what they close over and the globals they load; objects by their attributes
-    and, unless a package brings it, the methods of their class. Of an array that is spread over processes only the shape counts.
+    Arrays count by their contents; functions by their code, the variables that they close over and
+    the globals that they load; objects by their attributes and, unless an installed package defines
+    their class, by its methods. An array that is spread over processes counts by its shape alone.
+
+    **Args:** `thing`: any argument of a run.
+    **Returns:** a line of text. Two runs are the same if all their arguments have the same lines.
+
+    **Example:**
+
+        >>> from esljax.files.description import describe
+        >>> describe(40), describe("cosine")
+        ('40', "'cosine'")
+        >>> import esljax as esl
+        >>> describe(esl.Cosine(0.1)) == describe(esl.Cosine(0.1)) != describe(esl.Cosine(0.2))
+        True
     """
     if isinstance(thing, bool | int | float | str | None):
         return repr(thing)
@@ -44,33 +63,33 @@ def describe(thing: Any) -> str:
 
 
 class _Anatomy(NamedTuple):
-    said: str | bytes
+    kind: str | bytes
     parts: Iterable[Any] = ()
     ordered: bool = True
 
 
 class _Node:
-    """A thing whose parts are being looked at."""
+    """A thing whose parts are being hashed."""
 
     def __init__(self, thing: Any, anatomy: _Anatomy):
         self.thing, self.digests = thing, []
-        self.said, parts, self.ordered = anatomy
+        self.kind, parts, self.ordered = anatomy
         self.parts = iter(parts)
 
     def digest(self) -> bytes:
-        return _hash(self.said, *(self.digests if self.ordered else sorted(self.digests)))
+        return _hash(self.kind, *(self.digests if self.ordered else sorted(self.digests)))
 
 
 def _digest(thing: Any) -> bytes:
-    """By a stack of its own: lists may be nested deeper than Python calls itself."""
-    # Things are kept beside their digests, so that nothing else gets their number meanwhile.
+    """The digest, by an explicit stack: lists may be nested deeper than Python can recurse."""
+    # A thing is kept beside its digest, so that no new object can reuse its id meanwhile.
     finished: dict[int, tuple[Any, bytes]] = {}
     within: dict[int, int] = {}
     stack = [_Node(None, _Anatomy("", [thing]))]
     while True:
         node = stack[-1]
         for part in node.parts:
-            # One device has no mesh at all.
+            # A run on one device has no mesh at all.
             part = None if isinstance(part, _PLACES) else part
             number = id(part)
             if isinstance(part, _PLAIN):
@@ -159,17 +178,20 @@ def _filled(cell: Any) -> bool:
 
 
 def _loaded(function: types.FunctionType) -> dict[str, Any]:
-    """The globals that a function loads, and of modules that no package brings the attributes that may be what it looks up there."""
+    """The globals that a function loads.
+
+    Of a module that no installed package brings, the attributes whose names occur in the code.
+    """
     codes = list(_codes(function.__code__))
     loads = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
     names = {
         step.argval for code in codes for step in dis.get_instructions(code) if step.opname in loads
     }
     mentioned = {name for code in codes for name in code.co_names}
-    found, modules = {}, []
+    values, modules = {}, []
     for name in sorted(names & set(function.__globals__)):
-        found[name] = _looked_up(function.__globals__[name], mentioned)
-        modules += [found[name]] if isinstance(found[name], types.ModuleType) else []
+        values[name] = _looked_up(function.__globals__[name], mentioned)
+        modules += [values[name]] if isinstance(values[name], types.ModuleType) else []
     for module in modules:
         if _installed(module.__name__):
             continue
@@ -177,12 +199,12 @@ def _loaded(function: types.FunctionType) -> dict[str, Any]:
             value = vars(module)[name]
             if isinstance(value, types.ModuleType) and value not in modules:
                 modules.append(value)
-            found[f"{module.__name__}.{name}"] = value
-    return found
+            values[f"{module.__name__}.{name}"] = value
+    return values
 
 
 def _looked_up(value: Any, mentioned: set[str]) -> Any:
-    """Of the flags of a script only those that a function reads: it is started again with another one, to go on."""
+    """A value; of a script's flags only those that are read: a resumed script has other flags."""
     if not isinstance(value, argparse.Namespace):
         return value
     return {name: flag for name, flag in vars(value).items() if name in mentioned}
@@ -197,13 +219,13 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 def _of_class(thing: type) -> _Anatomy:
     if _installed(thing.__module__):
-        return _Anatomy(f"{thing.__module__}.{thing.__qualname__}")
+        return _Anatomy(_address(thing.__module__, thing.__qualname__))
     members = {name: value for name, value in vars(thing).items() if _counts(name, value)}
     return _Anatomy(thing.__qualname__, [members, thing.__bases__])
 
 
 def _counts(name: str, value: Any) -> bool:
-    """Whether a member of a class may change numbers: not what Python notes there about the text of the class."""
+    """Whether a member of a class may change numbers: Python's notes on its text cannot."""
     if name in ("__annotate__", "__annotate_func__"):
         return False
     special = name.startswith("__") and name.endswith("__")
@@ -213,7 +235,7 @@ def _counts(name: str, value: Any) -> bool:
 def _of_object(thing: Any) -> _Anatomy:
     kind = type(thing)
     name, own = kind.__qualname__, not _installed(kind.__module__)
-    # The class comes after the parts, so that no number of parts can pass for it.
+    # The class comes last, so that no number of parts can pass for it.
     methods = [kind] if own else []
     if hasattr(thing, "__wrapped__"):
         return _Anatomy(name, [thing.__wrapped__, _attributes(thing), *methods])
@@ -231,8 +253,8 @@ def _of_object(thing: Any) -> _Anatomy:
     if isinstance(thing, dict | types.MappingProxyType):
         return _Anatomy(name, [*thing.items(), *methods], ordered=False)
     if isinstance(thing, set | frozenset):
-        # Parts that contain each other are met in the same order in every process.
-        return _Anatomy(name, [*sorted(thing, key=_said), *methods], ordered=False)
+        # Sorted, so that every process meets parts that contain each other in the same order.
+        return _Anatomy(name, [*sorted(thing, key=_text), *methods], ordered=False)
     if isinstance(thing, list | tuple | collections.deque):
         return _Anatomy(name, [*thing, *methods])
     parts, structure = jax.tree.flatten(thing, is_leaf=lambda node: node is not thing)
@@ -240,59 +262,70 @@ def _of_object(thing: Any) -> _Anatomy:
         return _Anatomy(_without_addresses(f"{structure}"), [*parts, *methods])
     if own or kind.__repr__ is object.__repr__:
         return _Anatomy(name, [_attributes(thing), *methods])
-    return _Anatomy(_said(thing))
+    return _Anatomy(_text(thing))
 
 
 def _attributes(thing: Any) -> dict[str, Any]:
-    """What an object holds, in its dictionary or in slots; not what it has found out and keeps for later."""
+    """The attributes of an object, from its dictionary and its slots, without cached properties."""
     slots = [
         name for kind in type(thing).__mro__ for name in _names(vars(kind).get("__slots__", ()))
     ]
-    found = {
+    attributes = {
         name: getattr(thing, name)
         for name in slots
         if not name.startswith("__") and hasattr(thing, name)
     }
     for name, value in getattr(thing, "__dict__", {}).items():
-        later = isinstance(getattr(type(thing), name, None), functools.cached_property)
-        if not later and not (name.startswith("__") and name.endswith("__")):
-            found[name] = value
-    return found
+        cached = isinstance(getattr(type(thing), name, None), functools.cached_property)
+        if not cached and not (name.startswith("__") and name.endswith("__")):
+            attributes[name] = value
+    return attributes
 
 
 def _names(slots: Any) -> Iterable[str]:
     return (slots,) if isinstance(slots, str) else slots
 
 
-def _said(thing: Any) -> str:
+def _text(thing: Any) -> str:
     return _without_addresses(repr(thing))
 
 
-def _without_addresses(said: str) -> str:
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", said)
+def _without_addresses(text: str) -> str:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def _name_in_a_package(thing: Any) -> str | None:
-    """The name that a thing can be found under in an installed package; None if it cannot."""
+    """The name under which an installed package has a thing; None if none has it."""
     module, name = getattr(thing, "__module__", None), getattr(thing, "__qualname__", None)
     if not isinstance(module, str) or not isinstance(name, str) or not _installed(module):
         return None
-    found = sys.modules.get(module)
+    value = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return f"{module}.{name}" if found is thing else None
+        value = getattr(value, part, None)
+    return _address(module, name) if value is thing else None
+
+
+def _address(module: str, name: str) -> str:
+    """The name of a thing in a module; in esljax in a room, whichever file of it holds the thing.
+
+    Checkpoints outlive files: `esljax.transport.exact.ExactTransport` was once, and is here,
+    `esljax.transport.ExactTransport`.
+    """
+    if module.partition(".")[0] == _PACKAGE:
+        module = ".".join(module.split(".")[:2])
+    return f"{module}.{name}"
 
 
 @functools.cache
 def _installed(module: str | None) -> bool:
-    """Whether a package brings a module, this one or another, rather than whoever runs it."""
+    """Whether a module belongs to an installed package (esljax counts) and not to a user."""
     root = (module or "__main__").partition(".")[0]
     if root == "__main__":
         return False
-    if root in sys.stdlib_module_names or root == __name__.partition(".")[0]:
+    if root in sys.stdlib_module_names or root == _PACKAGE:
         return True
-    found = sys.modules.get(root)
-    files = [getattr(found, "__file__", None), *getattr(found, "__path__", ())]
+    package = sys.modules.get(root)
+    files = [getattr(package, "__file__", None), *getattr(package, "__path__", ())]
     return any(_among_packages(Path(file)) for file in files if file)
 
 

@@ -1,17 +1,18 @@
-r"""Training runs made elsewhere, read from disk: snapshots in one file, or a folder of checkpoints.
+r"""Training runs made elsewhere, read from disk: a file of snapshots or a folder of checkpoints.
 
-    snapshots.npz    `positions` (J+1, n, d) or `features` (J+1, n, p), and optionally `times` (J+1,)
+    snapshots.npz    `positions` (J+1, n, d) or `features` (J+1, n, p), optionally `times` (J+1,)
     snapshots.zarr   a Zarr v3 group of the same arrays; needs the extra `zarr`
-    folder/          member_000/step_000100.npz, member_000/step_000200.npz, ..., member_001/step_000100.npz, ...
+    folder/          member_000/step_000100.npz, member_000/step_000200.npz, ..., member_001/...
 
-**Checkpoints.** The last number in a folder's name is the member, the last number in a checkpoint's name is its time (digits, with or
-without decimals: `epoch_2.5.npz` is 2.5); what has no number is passed over. A checkpoint is a plain `.npz`, a `.safetensors` or a folder
-written by Orbax. All its arrays, raveled in the sorted order of their keys, are one member; so it should hold parameters alone, without the
-state of an optimizer. Integers are refused there, because they are counters, while a file of snapshots may hold integers. bfloat16 is read
-everywhere.
+**Checkpoints.** The last number in a folder's name is the member, and the last number in a
+checkpoint's name is its time (digits, with or without decimals: `epoch_2.5.npz` is 2.5). Names
+without a number are ignored. A checkpoint is a plain `.npz`, a `.safetensors` or a folder written
+by Orbax. All its arrays, raveled in the sorted order of their keys, are one member, so it should
+hold parameters alone, without the state of an optimizer. Integers are rejected in checkpoints,
+where they are counters; a file of snapshots may hold them. bfloat16 is read everywhere.
 
-**Pickles** (`.pt`, `.pth`, `.pkl`, object arrays) are never loaded: a pickle runs whatever code it carries. Whatever a decoder raises on a
-broken file comes out as `InputError`.
+**Pickles** (`.pt`, `.pth`, `.pkl`, object arrays) are never loaded, because a pickle runs whatever
+code it carries. Any error of a decoder on a broken file becomes an `InputError`.
 """
 
 import contextlib
@@ -27,40 +28,48 @@ import numpy as np
 import safetensors.numpy
 
 from esljax._checks import InputError, refuse
+from esljax.files.storage import installation
 
 _LAYOUT = (
     "hold one folder for each member, each with its checkpoints, as in member_000/step_000100.npz"
 )
-# What Python's pickle is usually kept in; some of these may hold other things, but none can be told without opening it.
+# Suffixes of files that are usually pickles; only opening one would show whether it is.
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".bin")
 _FILES = (".npz", ".safetensors")
 
 
 class Recording(NamedTuple):
-    """The members of a run at J+1 snapshots, as they were stored; `esljax.from_snapshots` makes a `Trajectory` of it."""
+    """The members of a run at J+1 snapshots, as they were stored.
+
+    `esl.from_snapshots(recording.positions, recording.times)` makes a `Trajectory` of it.
+    """
 
     positions: np.ndarray
     """Shape (J+1, n, d), or the features (J+1, n, p) of an observed run."""
     times: np.ndarray | None
-    """When the snapshots were taken, shape (J+1,), in the unit they were stored in; None if no times were stored."""
+    """When the snapshots were taken, shape (J+1,), in the stored unit; None if not stored."""
     observed: bool
-    """Whether `positions` holds features."""
+    """Whether `positions` holds features (J+1, n, p) rather than positions."""
 
 
 def read(path: str | Path) -> Recording:
     """Read a training run from `.npz`, `.zarr` or a folder of checkpoints.
 
     **Args:** `path`: the file or folder, laid out as this module describes.
-    **Returns:** `Recording`. Shapes and values are checked by `esljax.from_snapshots`, not here.
-    **Raises:** `InputError` for what is missing, broken, pickled, or different from one checkpoint to the next.
+    **Returns:** `Recording`. `esl.from_snapshots` checks its shapes and values.
+    **Raises:** `InputError` if anything is missing, broken or pickled, or if checkpoints differ in
+    their keys or shapes, or members in their times.
 
     **Example:**
 
         >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "snapshots.npz"
-        >>> np.savez(file, positions=np.zeros((5, 8, 3)), times=[0, 10, 20, 50, 100])
-        >>> read(file).positions.shape
-        (5, 8, 3)
+        >>> import numpy as np
+        >>> import esljax as esl
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(folder + "/run.npz", positions=np.zeros((3, 8, 2)), times=[0, 10, 50])
+        ...     recording = esl.recordings.read(folder + "/run.npz")
+        >>> recording.positions.shape, recording.times.tolist()
+        ((3, 8, 2), [0, 10, 50])
     """
     path = Path(path)
     _refuse_pickle("recording", path)
@@ -77,9 +86,20 @@ def read(path: str | Path) -> Recording:
 
 
 def read_matrix(path: str | Path) -> np.ndarray:
-    """The projection `matrix` (d, p) stored under this name in an `.npz` file.
+    """Read the projection stored as `matrix` (d, p) in an `.npz` file.
 
-    **Raises:** `InputError` if the file is missing or broken, or holds no such array of finite numbers.
+    **Returns:** the array, of any real type.
+    **Raises:** `InputError` if the file is missing or broken, or holds no such finite array.
+
+    **Example:**
+
+        >>> import tempfile
+        >>> import numpy as np
+        >>> import esljax as esl
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(folder + "/project.npz", matrix=np.eye(3)[:, :2])
+        ...     esl.recordings.read_matrix(folder + "/project.npz").shape
+        (3, 2)
     """
     path = Path(path)
     _refuse_pickle("project", path)
@@ -88,10 +108,10 @@ def read_matrix(path: str | Path) -> np.ndarray:
             raise refuse(
                 "project", "be 'pca', 'random', 'none' or an .npz file", f"{path} does not exist"
             )
-        found = _npz("project", path, ("matrix",))
-    if "matrix" not in found:
+        arrays = _npz("project", path, ("matrix",))
+    if "matrix" not in arrays:
         raise refuse("project", "hold an array `matrix` (d, p)", f"{path} holds none")
-    matrix = found["matrix"]
+    matrix = arrays["matrix"]
     if matrix.ndim != 2 or not matrix.size or not _is_real(matrix.dtype):
         raise refuse(
             "project",
@@ -125,7 +145,7 @@ def _decoding(argument: str, path: Path) -> Iterator[None]:
             argument, "be readable", f"{path} gives: {error.strerror or _first_clause(error)}"
         ) from error
     except Exception as error:
-        # Decoders meet arbitrary bytes here and fail each in its own way (struct, zlib, syntax, memory, ...): the file is what is wrong.
+        # On arbitrary bytes each decoder fails in its own way (struct, zlib, syntax, memory, ...).
         raise refuse(
             argument, "be a whole, readable file", f"{path} is not: {_first_clause(error)}"
         ) from error
@@ -140,16 +160,17 @@ def _refuse_pickle(argument: str, path: Path) -> None:
     if path.suffix.lower() in _PICKLES:
         raise refuse(
             argument,
-            "be plain arrays, because a pickle runs whatever code it carries and is never loaded here (save .npz or .safetensors)",
+            "be plain arrays (save .npz or .safetensors), because a pickle runs whatever code it "
+            "carries and is never loaded",
             f"{path} may be a pickle",
         )
 
 
 def _npz(argument: str, path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of these names that there are, or all of them."""
+    """The arrays of an archive, or those of the given names that it has."""
     if not zipfile.is_zipfile(path):
         raise refuse(argument, "be a whole .npz archive", f"{path} is cut short or something else")
-    # Opened here, because numpy leaves the file open when the archive's directory is damaged.
+    # Opened here, because NumPy leaves the file open when the archive's directory is damaged.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         wanted = (
             archive.files if names is None else [name for name in names if name in archive.files]
@@ -173,7 +194,7 @@ def _stored(argument: str, where: str, load: Any) -> np.ndarray:
         raise
     if not isinstance(array, np.ndarray):
         raise refuse(argument, "be plain arrays", f"{where} is none")
-    # np.save knows no bfloat16 and writes two raw bytes; it writes no other number so.
+    # np.save does not know bfloat16 and writes it as two raw bytes, as it does no other number.
     return array.view(jnp.bfloat16) if array.dtype == np.dtype("V2") else array
 
 
@@ -183,60 +204,69 @@ def _zarr_group(path: Path) -> dict[str, np.ndarray]:
     except ImportError as error:
         raise refuse(
             "recording",
-            "be .npz unless zarr is installed (pip install 'esljax[zarr]')",
+            f"be .npz unless zarr is installed ({installation('zarr')})",
             f"is {path}",
         ) from error
     group = zarr.open_group(str(path), mode="r", zarr_format=3)
-    found = {}
+    arrays = {}
     for name in ("positions", "features", "times"):
         if name in group:
             array = group[name]
             if not isinstance(array, zarr.Array):
                 raise refuse("recording", "hold arrays", f"`{name}` of {path} is a group")
-            found[name] = np.asarray(array[...])
-    return found
+            arrays[name] = np.asarray(array[...])
+    return arrays
 
 
 def _checkpoints(folder: Path) -> Recording:
-    members = _numbered(folder, [entry for entry in _entries(folder) if entry.is_dir()])
-    if not members:
-        raise refuse("recording", _LAYOUT, f"{folder} has no folder with a number in its name")
-    table = {member: _numbered(inside, _candidates(inside)) for member, inside in members.items()}
-    first = next(iter(table))
+    """All members of a folder at all times; the first checkpoint is the model of the others."""
+    table = _files_by_member_and_time(folder)
+    members, first = sorted(table), next(iter(table))
     times = sorted(table[first])
-    for member, found in table.items():
-        if not found:
-            raise refuse(
-                "recording",
-                _LAYOUT,
-                f"{members[member]} has no .npz, .safetensors or Orbax folder with a number in its name",
-            )
-        odd = sorted(set(found) ^ set(times))
-        if odd:
-            lacking = member if odd[0] in times else first
-            raise refuse(
-                "recording",
-                "hold every member at every time",
-                f"{members[lacking]} has no checkpoint at {odd[0]:.12g}",
-            )
     origin = table[first][times[0]]
     model = _parameters(origin)
     dtype = np.result_type(np.float32, *(array.dtype for array in model.values()))
-    positions = np.empty(
-        (len(times), len(table), sum(array.size for array in model.values())), dtype
-    )
+    size = sum(array.size for array in model.values())
+    positions = np.empty((len(times), len(members), size), dtype)
     for j, time in enumerate(times):
-        for i, member in enumerate(sorted(table)):
-            parameters = _parameters(table[member][time])
-            _compare(table[member][time], parameters, origin, model)
+        for i, member in enumerate(members):
+            path = table[member][time]
+            parameters = _parameters(path)
+            _compare(path, parameters, origin, model)
             positions[j, i] = np.concatenate(
                 [parameters[key].ravel().astype(dtype) for key in sorted(parameters)]
             )
     return Recording(positions, np.array(times), observed=False)
 
 
+def _files_by_member_and_time(folder: Path) -> dict[float, dict[float, Path]]:
+    """The checkpoint of each member at each time; every member has the same times."""
+    members = _numbered(folder, [entry for entry in _entries(folder) if entry.is_dir()])
+    if not members:
+        raise refuse("recording", _LAYOUT, f"{folder} has no folder with a number in its name")
+    table = {member: _numbered(inside, _candidates(inside)) for member, inside in members.items()}
+    first = next(iter(table))
+    for member, files in table.items():
+        if not files:
+            raise refuse(
+                "recording",
+                _LAYOUT,
+                f"{members[member]} has no .npz, .safetensors or Orbax folder with a number in its "
+                "name",
+            )
+        odd = sorted(set(files) ^ set(table[first]))
+        if odd:
+            lacking = member if odd[0] in table[first] else first
+            raise refuse(
+                "recording",
+                "hold every member at every time",
+                f"{members[lacking]} has no checkpoint at {odd[0]:.12g}",
+            )
+    return table
+
+
 def _entries(folder: Path) -> list[Path]:
-    # What an interrupted Orbax leaves behind ends in a number as well.
+    # The leftovers of an interrupted Orbax end in a number as well.
     return sorted(
         entry
         for entry in folder.iterdir()
@@ -245,13 +275,13 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _candidates(folder: Path) -> list[Path]:
-    found = []
+    candidates = []
     for entry in _entries(folder):
         if _number(entry) is not None:
             _refuse_pickle("recording", entry)
             if entry.is_dir() or entry.suffix in _FILES:
-                found.append(entry)
-    return found
+                candidates.append(entry)
+    return candidates
 
 
 def _number(path: Path) -> float | None:
@@ -262,45 +292,45 @@ def _number(path: Path) -> float | None:
 
 
 def _numbered(folder: Path, entries: Iterable[Path]) -> dict[float, Path]:
-    found: dict[float, Path] = {}
+    numbered: dict[float, Path] = {}
     for entry in entries:
         number = _number(entry)
-        if number in found:
+        if number in numbered:
             raise refuse(
                 "recording",
                 "name each member and time once",
-                f"{folder} has both {found[number].name} and {entry.name}",
+                f"{folder} has both {numbered[number].name} and {entry.name}",
             )
         if number is not None:
-            found[number] = entry
-    return found
+            numbered[number] = entry
+    return numbered
 
 
 def _parameters(path: Path) -> dict[str, np.ndarray]:
     with _decoding("recording", path):
         if path.is_dir():
-            found = _orbax(path)
+            parameters = _orbax(path)
         elif path.suffix == ".npz":
-            found = _npz("recording", path)
+            parameters = _npz("recording", path)
         else:
-            found = safetensors.numpy.load_file(path)
-    for key, array in found.items():
+            parameters = safetensors.numpy.load_file(path)
+    for key, array in parameters.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise refuse(
                 "recording",
                 "hold floating-point parameters alone",
                 f"`{key}` of {path} has dtype {array.dtype}",
             )
-    if not sum(array.size for array in found.values()):
+    if not sum(array.size for array in parameters.values()):
         raise refuse("recording", "hold parameters", f"{path} holds none")
-    return found
+    return parameters
 
 
 def _orbax(path: Path) -> dict[str, np.ndarray]:
     import jax
     import orbax.checkpoint as ocp
 
-    # A checkpoint of a CheckpointManager keeps its only item one folder down.
+    # A CheckpointManager keeps the only item of a checkpoint one folder down.
     path = (path / "default" if (path / "default").is_dir() else path).resolve()
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     with _silence("absl"):
@@ -309,9 +339,9 @@ def _orbax(path: Path) -> dict[str, np.ndarray]:
             raise refuse(
                 "recording",
                 "hold Orbax checkpoints in the folders of a member",
-                f"{path} is none, or is not whole",
+                f"{path} is none or is incomplete",
             )
-        # As NumPy arrays: the devices it was saved from need not exist here.
+        # As NumPy arrays: the devices that it was saved from need not exist here.
         plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored.tree)
         tree = checkpointer.restore(path, restore_args=plain)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -323,7 +353,7 @@ def _orbax(path: Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def _silence(name: str) -> Iterator[None]:
-    """What a library logs about a broken file is said by the error, once."""
+    """Silence a logger that repeats the error which is raised anyway."""
     logger = logging.getLogger(name)
     before, logger.disabled = logger.disabled, True
     try:

@@ -1,10 +1,11 @@
-"""Results on disk: whole files or none, what made them, and who is writing."""
+"""Results on disk: files written whole or not at all, the versions behind them, and their locks."""
 
 import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 import time
@@ -30,7 +31,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """The versions that a number depends on."""
+    """The versions of Python and of each package that a number depends on, by name."""
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -38,7 +39,10 @@ def versions() -> dict[str, str]:
 
 
 def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None:
-    """The first package of two `versions()` that differs, as "jax 0.1 there and 0.10.2 here"; None if none does."""
+    """The first package that differs between two `versions()`; None if none does.
+
+    **Returns:** a phrase such as "jax 0.1 there and 0.10.2 here".
+    """
     differing = (name for name in _PACKAGES if theirs.get(name) != ours.get(name))
     return next(
         (
@@ -49,10 +53,20 @@ def difference(theirs: Mapping[str, str], ours: Mapping[str, str]) -> str | None
     )
 
 
+def installation(extra: str) -> str:
+    """The command that installs the packages of an extra, in a checkout as well as elsewhere."""
+    packages = [
+        requirement.partition(";")[0].strip()
+        for requirement in importlib.metadata.requires("esljax") or ()
+        if re.search(f"extra == ['\"]{extra}['\"]", requirement)
+    ]
+    return "pip install " + " ".join(f"'{package}'" for package in packages)
+
+
 def commit() -> str | None:
-    """The git commit that this package is checked out at, with a + if files have changed since; None outside of git."""
+    """The git commit of this checkout, with a + if files have changed since; None outside git."""
     folder = Path(__file__).parent.parent
-    told = []
+    outputs = []
     for command in (
         ("rev-parse", "HEAD"),
         ("status", "--porcelain", "--untracked-files=no", "--", "."),
@@ -67,17 +81,18 @@ def commit() -> str | None:
             )
         except (OSError, subprocess.SubprocessError):
             return None
-        told.append(done.stdout.strip())
-    return told[0] + "+" * bool(told[1])
+        outputs.append(done.stdout.strip())
+    head, changes = outputs
+    return head + "+" * bool(changes)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON: a number that is not finite becomes null."""
+    """Write strict JSON. Numbers that are not finite become null."""
     _write(path, json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def write_toml(path: Path, content: dict[str, Any]) -> None:
-    """Write TOML; keys whose value is None are left out."""
+    """Write TOML without the keys whose value is None."""
     _write(path, toml({key: value for key, value in content.items() if value is not None}))
 
 
@@ -87,18 +102,21 @@ def toml(content: dict[str, Any]) -> str:
 
 
 def holder(lock: Path) -> dict[str, Any] | None:
-    """Who holds a lock: its `pid`, `host` and what else it said; None if nobody does."""
+    """The content of a lock file that a process holds; None if no process does.
+
+    **Returns:** the holder's `pid` and `host`, and whatever else it has recorded.
+    """
     import fcntl
 
     try:
         with lock.open(encoding="utf-8") as file:
-            told = json.load(file)
-            if told["host"] != platform.node():
-                return told
-            # The kernel knows who is alive; a number of a process may be another's by now.
+            content = json.load(file)
+            if content["host"] != platform.node():
+                return content
+            # Ask the kernel: the process may be dead, and its number another's.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return told
+        return content
     except (OSError, ValueError):
         return None
     return None
@@ -108,16 +126,42 @@ def holder(lock: Path) -> dict[str, Any] | None:
 def locked(
     lock: Path, argument: str, *, elsewhere: bool = True
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Hold a lock file that says which process of which host is writing; a dead process of this host loses it.
+    """Hold a lock file that names the process and the host of the writer.
 
-    **Args:** `elsewhere`: whether to believe a file that names another host. Without, what the kernel says of the file is all that counts:
-    file systems that hosts share tell it of each other's locks, though not all do.
-    **Yields:** a function that adds to what the lock file says.
-    **Raises:** `InputError`, about `argument`, while another process holds it.
+    A process of this host that dies loses the lock at once.
+
+    **Args:** `lock`: the file, in a folder that exists. `argument`: the argument that messages
+    name. `elsewhere`: whether to believe a file that names another host. If False, only the
+    kernel's lock counts; most shared file systems, though not all, pass it on between hosts.
+    **Yields:** a function that records more about the writer in the file.
+    **Raises:** `InputError`, about `argument`, while another process holds the lock, and if the
+    folder cannot be written.
     """
-    import fcntl  # of Unix alone: the rest of the package runs without
+    handle = _acquired(lock, argument)
+    try:
+        content = holder(lock)
+        if elsewhere and content is not None and content["host"] != platform.node():
+            raise _other_writer(argument, content, f" (if it is dead, delete {lock})")
+        writer = {"pid": os.getpid(), "host": platform.node()}
 
-    must = "have no other writer"
+        def record(more: dict[str, Any]) -> None:
+            text = json.dumps({**writer, **more}).encode()
+            os.truncate(handle, 0)
+            os.pwrite(handle, text, 0)
+
+        record({})
+        try:
+            yield record
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _acquired(lock: Path, argument: str) -> int:
+    """The open file of a lock that this process now holds."""
+    import fcntl  # exists on Unix alone, and the rest of the package runs without it
+
     while True:
         try:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -128,42 +172,25 @@ def locked(
                 f"{lock.parent} gives: {error.strerror}",
             ) from error
         try:
-            # The kernel drops this with the process, however that ends; what the file says is for people and other hosts.
+            # The kernel drops this lock with the process, however it ends. The content of the file
+            # is for people and other hosts.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _same(handle, lock):
-                break
+                return handle
         except BlockingIOError:
             os.close(handle)
-            if (told := holder(lock)) is not None:
-                raise refuse(
-                    argument, must, f"process {told['pid']} of {told['host']} is writing it"
-                ) from None
-            # Somebody was only asking, or has not said yet who it is.
+            if (content := holder(lock)) is not None:
+                raise _other_writer(argument, content) from None
+            # Another process was only asking, or has not recorded its name yet.
             time.sleep(0.01)
             continue
         # The last holder has removed the file between our two calls.
         os.close(handle)
-    try:
-        told = holder(lock)
-        if elsewhere and told is not None and told["host"] != platform.node():
-            raise InputError(
-                f"Argument `{argument}` must {must}, but process {told['pid']} of {told['host']} says it is writing it; "
-                f"if that process is dead, delete {lock}."
-            )
-        ours = {"pid": os.getpid(), "host": platform.node()}
 
-        def say(more: dict[str, Any]) -> None:
-            text = json.dumps({**ours, **more}).encode()
-            os.truncate(handle, 0)
-            os.pwrite(handle, text, 0)
 
-        say({})
-        try:
-            yield say
-        finally:
-            lock.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
+def _other_writer(argument: str, content: dict[str, Any], advice: str = "") -> InputError:
+    writer = f"process {content['pid']} of {content['host']}"
+    return refuse(argument, "have no other writer", f"{writer} is writing it{advice}")
 
 
 def _same(handle: int, path: Path) -> bool:
@@ -174,7 +201,7 @@ def _same(handle: int, path: Path) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    """A reader, or an interruption, meets the old file or the new one, never a half of either."""
+    """Replace a file at once: a reader or an interruption meets the old one or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Many experiments: their description, their store, the workers that run them, and their summary."""
+"""Many experiments: their description, store, workers and summary."""
 
 from esljax.study import executors
 from esljax.study.description import Study

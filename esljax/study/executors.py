@@ -1,6 +1,7 @@
-"""Where the tasks of a study run: in this process, in processes of this machine, or on the workers of a dask cluster.
+"""Where the tasks of a study run: this process, processes of this machine, or a dask cluster.
 
-Each is a context manager whose value is a `concurrent.futures.Executor`; `run_study` takes any other one as well.
+Each function here is a context manager whose value is a `concurrent.futures.Executor` for
+`run_study(executor=)`, which also takes any other such executor.
 """
 
 import contextlib
@@ -15,17 +16,20 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any
 
 from esljax._checks import InputError, check_positive_int, refuse
+from esljax.files import storage
 
-# Seconds for a scheduler to answer, and for a first worker to be there.
+# Seconds for a scheduler to answer, and for its first worker to arrive.
 _PATIENCE = 15
-# Seconds between two looks at whether jobs have ended.
+# Seconds between two checks for jobs that have ended.
 _RENEWAL = 10
 
 
 class InProcess(Executor):
-    """Runs each task at once, in the thread that submits it."""
+    """Runs each task at once, in the thread that submits it: the default of `run_study`."""
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any) -> Future:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def submit(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, fn: Callable[..., Any], /, *args: Any
+    ) -> Future:
         future: Future = Future()
         try:
             future.set_result(fn(*args))
@@ -35,7 +39,7 @@ class InProcess(Executor):
 
 
 def capacity(executor: Executor) -> int | float:
-    """How many tasks an executor should have at a time, so that no worker waits and not all tasks are copied at once."""
+    """How many tasks to submit at a time: no worker waits, and not all tasks are copied at once."""
     if isinstance(executor, InProcess):
         return 1
     workers = getattr(executor, "_max_workers", None)
@@ -44,20 +48,33 @@ def capacity(executor: Executor) -> int | float:
 
 @contextlib.contextmanager
 def processes(count: int) -> Iterator[Executor]:
-    """`count` processes of this machine, each with a jax of its own; they end with the block, at once if it is interrupted.
+    """Start `count` processes of this machine, each with its own jax.
 
-    They start afresh (spawn), because a fork of a process that has imported jax hangs, so a script that uses them has to keep what it
-    does below `if __name__ == "__main__":`.
+    The processes end with the block, at once if it is interrupted. They are spawned, because a fork
+    of a process that has imported jax hangs: a script that uses them must keep its work below
+    `if __name__ == "__main__":`.
+
+    **Args:** `count`: the number of processes, at least 1.
+    **Yields:** the executor.
+
+    **Example:** a script.
+
+        import esljax as esl
+
+        if __name__ == "__main__":
+            study = esl.study.Study.from_toml("study.toml")
+            with esl.study.executors.processes(4) as executor:
+                results = esl.study.run_study(study, "study.zarr", executor=executor)
     """
     check_positive_int("processes", count)
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
-        count, mp_context=multiprocessing.get_context("spawn"), initializer=_deaf
+        count, mp_context=multiprocessing.get_context("spawn"), initializer=_ignore_interrupt
     )
     try:
         yield pool
     except BaseException:
-        # A task may take minutes, and nothing of it would be kept.
+        # A task may take minutes, and its results would be dropped.
         for child in set(multiprocessing.active_children()) - before:
             child.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
@@ -67,9 +84,12 @@ def processes(count: int) -> Iterator[Executor]:
 
 @contextlib.contextmanager
 def scheduler(address: str) -> Iterator[Executor]:
-    """The workers of a running dask scheduler, at an address such as "tcp://10.0.0.1:8786". They need esljax installed.
+    """Use the workers of a running dask scheduler; they need esljax installed.
 
-    **Raises:** `InputError` if nothing answers at the address, if no worker is there, or if its esljax is missing or another.
+    **Args:** `address`: of the scheduler, such as "tcp://10.0.0.1:8786".
+    **Yields:** the executor.
+    **Raises:** `InputError` if no scheduler answers at the address, if it has no worker, or if a
+    worker cannot import esljax. Workers with other versions are rejected by `run_study`.
     """
     distributed = _distributed()
     try:
@@ -81,20 +101,32 @@ def scheduler(address: str) -> Iterator[Executor]:
             f"nothing answers at {address}",
         ) from error
     with client:
-        _check_workers(client, address)
+        try:
+            client.wait_for_workers(1, timeout=_PATIENCE)
+        except TimeoutError as error:
+            raise refuse(
+                "scheduler",
+                "have a worker",
+                f"{address} has none: start one with `dask worker {address}`",
+            ) from error
+        _check_import(client, "scheduler", f"a worker of {address}")
         with client.get_executor(pure=False) as executor:
             yield executor
 
 
 @contextlib.contextmanager
 def slurm(jobs: int) -> Iterator[Executor]:
-    """The workers that `jobs` jobs of a SLURM cluster start, as dask-jobqueue's own configuration describes them.
+    """Start `jobs` jobs of a SLURM cluster, and use their workers.
 
-    What a job asks for (queue, cores, memory, time) stands in ~/.config/dask/jobqueue.yaml. Tasks wait until SLURM starts a job; a job
-    whose worker is gone, because its time was up or it was cancelled, is sent again, and so is what it was working at.
+    dask-jobqueue reads the resources of a job (queue, cores, memory, time) from
+    ~/.config/dask/jobqueue.yaml. Tasks wait until SLURM starts a job. A job whose worker is gone,
+    because its time was up or it was cancelled, is submitted again, and so is its task.
 
-    **Raises:** `InputError` if there is no such description or no `sbatch`, if SLURM refuses such a job, or if the first worker's esljax is
-    missing.
+    **Args:** `jobs`: the number of jobs, at least 1.
+    **Yields:** the executor.
+    **Raises:** `InputError` if no jobs are described there, if there is no `sbatch`, if SLURM
+    rejects such a job, or if the first worker cannot import esljax.
+    **Warns:** `UserWarning` if no job has started a worker within a minute.
     """
     check_positive_int("slurm", jobs)
     distributed = _distributed()
@@ -111,11 +143,12 @@ def slurm(jobs: int) -> Iterator[Executor]:
         with distributed.Client(cluster) as client, _renewed(cluster, jobs):
             try:
                 client.wait_for_workers(1, timeout=4 * _PATIENCE)
-                _check_import(client, "slurm", "a job's worker")
+                _check_import(client, "slurm", "the worker of a job")
             except TimeoutError:
                 warnings.warn(
-                    "No job of SLURM has brought a worker yet, and everything waits for one: `squeue` tells whether they are queued, and "
-                    "those that have failed leave their reasons in the log-directory of ~/.config/dask/jobqueue.yaml.",
+                    "No job of SLURM has brought a worker yet, and the study waits for one: "
+                    "`squeue` shows whether jobs are queued, and failed jobs leave their reasons "
+                    "in the log-directory of ~/.config/dask/jobqueue.yaml.",
                     stacklevel=4,
                 )
             with client.get_executor(pure=False) as executor:
@@ -124,8 +157,12 @@ def slurm(jobs: int) -> Iterator[Executor]:
 
 @contextlib.contextmanager
 def _renewed(cluster: Any, jobs: int) -> Iterator[None]:
-    """Keep that many jobs. dask notices that a worker is gone, but starts another only when it is told the number again; a job that never
-    brought a worker counts as there, so that one that cannot start is not sent again and again."""
+    """Keep that many jobs running.
+
+    dask notices that a worker is gone, but starts another only when the number of jobs is set
+    again. A job that never brought a worker counts as running, so that a job that cannot start is
+    not submitted again and again.
+    """
     ended = threading.Event()
 
     def renew() -> None:
@@ -143,9 +180,9 @@ def _renewed(cluster: Any, jobs: int) -> Iterator[None]:
 
 
 def _check_job(script: str) -> None:
-    """Let SLURM look at a job without running it: of one that it refuses only a log of dask's would tell."""
+    """Let SLURM test a job without running it: only a log of dask would show a rejected job."""
     try:
-        asked = subprocess.run(
+        test = subprocess.run(
             ["sbatch", "--test-only"],
             input=script,
             capture_output=True,
@@ -154,39 +191,33 @@ def _check_job(script: str) -> None:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _not_described(error) from error
-    if asked.returncode:
+    if test.returncode:
         raise _not_described(
-            RuntimeError(asked.stderr.strip() or f"sbatch ends with code {asked.returncode}")
+            RuntimeError(test.stderr.strip() or f"sbatch ends with code {test.returncode}")
         )
 
 
 def _not_described(error: BaseException) -> InputError:
-    said = str(error).splitlines()[0].rstrip(".")
     return refuse(
-        "slurm", "have jobs described in ~/.config/dask/jobqueue.yaml that sbatch takes", said
+        "slurm",
+        "have jobs described in ~/.config/dask/jobqueue.yaml that sbatch takes",
+        first_line(error),
     )
 
 
-def _deaf() -> None:
-    """A Ctrl-C goes to the parent alone, which ends its workers."""
+def _ignore_interrupt() -> None:
+    """Leave Ctrl-C to the parent, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _check_workers(client: Any, address: str) -> None:
-    try:
-        client.wait_for_workers(1, timeout=_PATIENCE)
-    except TimeoutError as error:
-        raise refuse("scheduler", "have a worker", f"{address} has none") from error
-    _check_import(client, "scheduler", f"a worker of {address}")
-
-
-def _check_import(client: Any, argument: str, whose: str) -> None:
+def _check_import(client: Any, argument: str, worker: str) -> None:
     try:
         client.submit(_import_runs, pure=False).result(timeout=4 * _PATIENCE)
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise refuse(
-            argument, "have workers that can import esljax", f"{whose} says: {said}"
+            argument,
+            "have workers that can import esljax",
+            f"{worker} raises: {first_line(error)}",
         ) from error
 
 
@@ -204,5 +235,10 @@ def _distributed() -> Any:
 
 def _missing(package: str) -> InputError:
     return InputError(
-        f"Clusters are reached by {package}, which is not installed: pip install 'esljax[cluster]'."
+        f"Clusters need {package}, which is not installed: {storage.installation('cluster')}."
     )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type, to end a sentence."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""A study run to its end: tasks go to an executor, and this process alone writes what comes back."""
+"""Runs a study to its end: tasks go to an executor, and only this process writes their results."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from esljax._checks import check_positive_int, refuse
 from esljax.experiment import Rows, Task, failed, fitting_width, work
 from esljax.files import storage
 from esljax.study.description import Slice, Study
-from esljax.study.executors import InProcess, capacity
+from esljax.study.executors import InProcess, capacity, first_line
 from esljax.study.store import (
     DONE,
     FAILED,
@@ -33,19 +33,29 @@ from esljax.study.store import (
     store_to_reuse,
 )
 
+_TASK_SIZE = 32
+
 
 class Progress(NamedTuple):
-    """How far a study is: runs of all, runs done and failed, how many of both this call has run, and how many it took from other stores."""
+    """How far a study is, in numbers of runs."""
 
     runs: int
+    """All runs of the study."""
     done: int
+    """Runs with results, from this call or before."""
     failed: int
+    """Runs that failed, in this call or before."""
     fresh: int
+    """Runs that this call has computed, done or failed."""
     taken: int
+    """Runs that this call has copied from the stores of `reuse`."""
 
 
 class LostWorkersError(RuntimeError):
-    """The workers ended before the study did, or cannot take part in it; what they had finished is kept."""
+    """The workers ended before the study did, or have other versions than the store.
+
+    The runs that they had finished are saved; call `run_study` again to resume.
+    """
 
 
 def run_study(
@@ -59,65 +69,52 @@ def run_study(
     reuse: Sequence[str | Path] = (),
     watch: Callable[[Progress], Any] = lambda progress: None,
 ) -> Any:
-    """Run what is left of a study and return its results. It can be interrupted or killed at any time and called again.
+    """Run the runs of a study that are left, and return all results.
 
-    The numbers of a run are a function of its own settings: alone, in another study, in tasks of another size, in another process of the
-    same machine they are the same bits, as long as `width` is 1, and otherwise the same up to rounding.
+    The call can be interrupted or killed at any time; the same call resumes. The numbers of a run
+    are a function of its own settings: alone, in another study, in tasks of another size or in
+    another process of the same machine they are the same bits if `width` is 1, and otherwise the
+    same up to rounding.
 
     **Args:**
     - `study`: what to run.
     - `out`: the Zarr store of the results, made if it does not exist.
-    - `executor`: where tasks run, from `esljax.executors` or any `concurrent.futures.Executor`; by default in this process.
-    - `task_size`: the most runs in a task. Results are kept task by task. By default 32, or what the store was made with.
-    - `width`: how many runs of a task go side by side in one program: by default 1 on a CPU, and as many as fit the memory of an
-      accelerator (a cluster's workers do as this process would).
-    - `retry`: whether to run again what has failed.
-    - `reuse`: other stores, whose finished runs are taken over where their settings are the same. So a study is extended by more seeds or
-      rates: describe the larger one, and reuse the store of the smaller.
-    - `watch`: is called with the `Progress` at the start and after each task.
+    - `executor`: where tasks run, from `esl.study.executors` or any `concurrent.futures.Executor`;
+      by default in this process.
+    - `task_size`: the most runs in a task. Results are saved task by task. By default the task size
+      of the store, or 32 for a new one.
+    - `width`: the number of runs of a task that go side by side in one program; by default 1 on a
+      CPU, and as many as fit the memory of an accelerator (of this process, also on a cluster).
+    - `retry`: whether to run again the runs that failed.
+    - `reuse`: other stores, whose finished runs are copied where their settings are the same. To
+      extend a study by seeds or rates, describe the larger one and reuse the store of the smaller.
+    - `watch`: called with the `Progress` at the start and after each task.
 
-    **Returns:** `open_study(out)`, an `xarray.Dataset`. A run that failed is marked there with its reason.
-    **Raises:** `InputError`, before anything runs, if `out` is no store of this study or another process is writing it, if one of `reuse`
-    is no store or has no run of this study, if either was made with other versions of what numbers depend on, or if the study needs more
-    disk or memory than there is; `LostWorkersError` if a pool or a cluster ends before the study does, or has other versions.
+    **Returns:** `open_study(out)`, an `xarray.Dataset`, which marks failed runs with their reasons.
+    **Raises:** `InputError`, before anything runs, if `out` is no store of this study or another
+    process is writing it, if one of `reuse` is no store or has no run of this study, if either was
+    made with other versions, or if the study needs more disk or memory than there is.
+    `LostWorkersError` if the workers end before the study does, or have other versions.
 
     **Example:**
 
         >>> import tempfile
-        >>> from esljax.experiment import RunConfig
-        >>> base = RunConfig(data="moons", hidden=(4,), members=4, steps=10, snapshots=5)
+        >>> import esljax as esl
+        >>> base = esl.RunConfig(data="moons", hidden=(4,), members=4, steps=10, snapshots=5)
+        >>> study = esl.study.Study(base, grid={"rate": [0.1, 0.2], "seed": range(3)})
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     results = run_study(Study(base, grid={"rate": [0.1, 0.2], "seed": range(3)}), folder + "/study.zarr").load()
+        ...     results = esl.study.run_study(study, folder + "/study.zarr").load()
         >>> dict(results.sizes), int((results.done == 1).sum())
         ({'rate': 2, 'seed': 3}, 6)
     """
-    if not isinstance(study, Study):
-        raise refuse("study", "be a Study", f"is {study!r}")
-    for name, value in (("task_size", task_size), ("width", width)):
-        if value is not None:
-            check_positive_int(name, value)
+    _check(study, executor, task_size, width, reuse)
     executor = InProcess() if executor is None else executor
-    if isinstance(reuse, str | Path):
-        raise refuse("reuse", "be a list of stores", f"is {str(reuse)!r}")
-    if not isinstance(executor, Executor):
-        raise refuse("executor", "be a concurrent.futures.Executor", f"is {executor!r}")
     # A path such as "." has no name before it is resolved.
     out = Path(out).resolve()
-    with storage.locked(lock_path(out), "out") as say:
-        # What can be refused is, before anything is written.
-        store = find_store(out, study)
-        task_size = task_size or (32 if store is None else store.task_size)
-        others = [store_to_reuse(Path(other), study) for other in reuse]
-        again = (TO_DO, FAILED) if retry else (TO_DO,)
-        slices = study.slices(task_size)
-        check_memory(study, slices if store is None else _left(slices, np.isin(store.done, again)))
-        store = make_store(out, study, task_size) if store is None else store
-        taken = sum(store.adopt(other) for other in others)
-        if retry:
-            store.forget(np.flatnonzero(store.done == FAILED))
-        state = store.done
-        fresh = 0
-        say({"started": time.time(), "before": int(np.sum(state != TO_DO))})
+    with storage.locked(lock_path(out), "out") as record:
+        store, slices, taken = _prepared(study, out, task_size, retry, reuse)
+        state, fresh = store.done, 0
+        record({"started": time.time(), "before": int(np.sum(state != TO_DO))})
         watch(_progress(state, fresh, taken))
         for part, task, future in _completed(
             executor, _left(slices, state == TO_DO), lambda part: _task(study, part, width)
@@ -127,8 +124,44 @@ def run_study(
     return open_study(out)
 
 
+def _check(study: Any, executor: Any, task_size: Any, width: Any, reuse: Any) -> None:
+    if not isinstance(study, Study):
+        raise refuse("study", "be a Study", f"is {study!r}")
+    for name, value in (("task_size", task_size), ("width", width)):
+        if value is not None:
+            check_positive_int(name, value)
+    if isinstance(reuse, str | Path):
+        raise refuse("reuse", "be a list of stores", f"is {str(reuse)!r}")
+    if executor is not None and not isinstance(executor, Executor):
+        raise refuse("executor", "be a concurrent.futures.Executor", f"is {executor!r}")
+
+
+def _prepared(
+    study: Study, out: Path, task_size: int | None, retry: bool, reuse: Sequence[str | Path]
+) -> tuple[StudyStore, list[Slice], int]:
+    """The store at `out`, its slices, and how many runs it has copied from other stores.
+
+    Every check comes before the first run is written.
+    """
+    store = find_store(out, study)
+    task_size = task_size or (_TASK_SIZE if store is None else store.task_size)
+    others = [store_to_reuse(Path(other), study) for other in reuse]
+    slices = study.slices(task_size)
+    if store is None:
+        check_memory(study, slices)
+        store = make_store(out, study, task_size)
+    else:
+        check_memory(
+            study, _left(slices, np.isin(store.done, (TO_DO, FAILED) if retry else (TO_DO,)))
+        )
+    taken = sum(store.adopt(other) for other in others)
+    if retry:
+        store.forget(np.flatnonzero(store.done == FAILED))
+    return store, slices, taken
+
+
 def _left(slices: list[Slice], wanted: np.ndarray) -> list[Slice]:
-    """What is wanted of each slice, for the same compiled program."""
+    """The wanted runs of each slice, for the same compiled program."""
     left = (part._replace(indices=part.indices[wanted[part.indices]]) for part in slices)
     return [part for part in left if part.indices.size]
 
@@ -141,7 +174,10 @@ def _task(study: Study, part: Slice, width: int | None) -> Task:
 def _completed(
     executor: Executor, slices: list[Slice], task_of: Callable[[Slice], Task]
 ) -> Iterator[tuple[Slice, Task, Future]]:
-    """Slices with their futures in the order in which they finish; only so many are under way as keep the workers busy."""
+    """Slices and their futures in the order of completion.
+
+    Only as many tasks are submitted at a time as keep the workers busy.
+    """
     most, left, versions = capacity(executor), iter(slices), storage.versions()
     running: dict[Future, tuple[Slice, Task]] = {}
     while True:
@@ -158,17 +194,15 @@ def _completed(
 
 
 def _keep(store: StudyStore, state: np.ndarray, part: Slice, task: Task, future: Future) -> int:
-    """Write the runs of a task, and say how many they were."""
+    """Write the runs of a task and return their number."""
     try:
         rows = future.result()
     except (BrokenExecutor, CancelledError, _OtherVersionsError) as error:
         raise _lost(error) from error
     except Exception as error:
-        # The task's own errors come back as rows: this one is of its worker, such as one that has died once too often.
-        rows = failed(
-            task,
-            f"the worker failed: {(str(error).splitlines() or [type(error).__name__])[0][:300]}",
-        )
+        # Errors of the task itself come back as rows. This one is of its worker, such as a worker
+        # that has died too often.
+        rows = failed(task, f"the worker failed: {first_line(error)[:300]}")
     store.write(part.indices, rows)
     state[part.indices] = np.where([bool(reason) for reason in rows.reasons], FAILED, DONE)
     return len(part.indices)
@@ -185,15 +219,15 @@ class _OtherVersionsError(RuntimeError):
 
 
 def work_alike(task: Task, versions: dict[str, str]) -> Rows:
-    """`work`, by a worker that has the versions of the store."""
+    """Run a task, in a worker that must have the versions of the store."""
     difference = storage.difference(storage.versions(), versions)
     if difference is not None:
-        raise _OtherVersionsError(f"a worker has {difference}")
+        raise _OtherVersionsError(f"a worker differs: {difference}")
     return work(task)
 
 
 def _lost(error: BaseException) -> LostWorkersError:
-    said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return LostWorkersError(
-        f"The workers ended before the study did ({said}); what is done is kept, and the same call goes on from there."
+        f"The workers ended before the study did ({first_line(error)}); what is done is kept, and "
+        "the same call resumes the study."
     )

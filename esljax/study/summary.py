@@ -1,40 +1,61 @@
-"""What a study says: the mean of each number over the seeds, with its standard error, for every other setting."""
+"""The summary of a study: means of each number over the seeds, with standard errors."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from esljax.experiment import QUANTITIES
+from esljax.study.store import DONE, FAILED
 
 _NAMES = tuple(quantity.name for quantity in QUANTITIES)
 
 
 class Group(NamedTuple):
-    """Runs that differ in their seed alone, and the mean and standard error of each number over those that are done."""
+    """Runs that differ in their seed alone, with the mean and standard error of each number.
+
+    Means and errors are taken over the finished runs; their names and units are those of the
+    variables of `open_study`.
+    """
 
     settings: dict[str, Any]
+    """The fields that vary in the study, without the seed, and their values in this group."""
     runs: int
-    """How many are done."""
+    """The number of runs that are done."""
     asked: int
-    """How many there are in the study."""
+    """The number of runs that the study has, done or not."""
     failed: int
+    """The number of runs that failed."""
     unconverged: int
-    """How many of those done have a transport problem that was not solved: their numbers are not to be trusted."""
+    """The number of finished runs with a transport problem that was not solved: do not trust the
+    means of the group."""
     means: dict[str, float]
+    """The mean of each number by name; NaN if no run is done."""
     errors: dict[str, float]
+    """The standard error of each mean by name; of a single run its own, by jackknife, or NaN."""
 
 
 def summarize(dataset: Any) -> list[Group]:
-    """The groups of a study's results, in the order of its grid.
+    """Group the results of a study by all settings but the seed.
 
-    The standard errors are taken over the seeds; of a run without others, they are its own (by the jackknife), or NaN.
+    **Args:** `dataset`: the result of `open_study` or `run_study`, or a selection from it.
+    **Returns:** one `Group` for each combination of settings, in the order of the grid.
 
-    **Args:** `dataset`: what `open_study` returns. **Returns:** one `Group` for each combination of settings but the seed.
+    **Example:**
+
+        >>> import tempfile
+        >>> import esljax as esl
+        >>> base = esl.RunConfig(data="moons", hidden=(4,), members=4, steps=10, snapshots=5)
+        >>> study = esl.study.Study(base, grid={"rate": [0.1, 0.2], "seed": range(3)})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     results = esl.study.run_study(study, folder + "/study.zarr").load()
+        >>> for group in esl.study.summarize(results):
+        ...     print(group.settings, group.runs, group.errors["gap"] > 0)
+        {'rate': 0.1} 3 True
+        {'rate': 0.2} 3 True
     """
     fields = [name for name in dataset.coords if name != "seed"]
-    shape = tuple(dataset.sizes.values())
 
-    def flat(name):
+    def flat(name: str) -> np.ndarray:
         return (
             dataset[name]
             .broadcast_like(dataset["done"])
@@ -42,32 +63,36 @@ def summarize(dataset: Any) -> list[Group]:
             .values.reshape(-1)
         )
 
-    settings, state, converged = (
-        {name: flat(name) for name in fields},
-        flat("done"),
-        flat("converged"),
-    )
-    members: dict[tuple, list[int]] = {}
-    for i in range(int(np.prod(shape))):
-        members.setdefault(tuple(settings[name][i] for name in fields), []).append(i)
+    settings = {name: flat(name) for name in fields}
+    state, converged = flat("done"), flat("converged")
     values = {name: flat(name) for name in _NAMES}
     own = {name: flat(f"{name}_error") for name in _NAMES if f"{name}_error" in dataset}
+    members: dict[tuple, list[int]] = {}
+    for i in range(state.size):
+        members.setdefault(tuple(settings[name][i] for name in fields), []).append(i)
     groups = []
     for setting, indices in members.items():
-        rows = np.array(indices)[state[indices] == 1]
-        errors = {
-            name: _error(values[name][rows], own[name][rows] if name in own else None)
-            for name in _NAMES
-        }
-        means = {
-            name: float(np.mean(values[name][rows])) if rows.size else np.nan for name in _NAMES
-        }
-        plain = {
-            name: value.item() if isinstance(value, np.generic) else value
-            for name, value in zip(fields, setting, strict=True)
-        }
-        failed, unconverged = int(np.sum(state[indices] == 2)), int(np.sum(~converged[rows]))
-        groups.append(Group(plain, rows.size, len(indices), failed, unconverged, means, errors))
+        rows = np.array(indices)[state[indices] == DONE]
+        groups.append(
+            Group(
+                settings={
+                    name: value.item() if isinstance(value, np.generic) else value
+                    for name, value in zip(fields, setting, strict=True)
+                },
+                runs=rows.size,
+                asked=len(indices),
+                failed=int(np.sum(state[indices] == FAILED)),
+                unconverged=int(np.sum(~converged[rows])),
+                means={
+                    name: float(np.mean(values[name][rows])) if rows.size else np.nan
+                    for name in _NAMES
+                },
+                errors={
+                    name: _error(values[name][rows], own[name][rows] if name in own else None)
+                    for name in _NAMES
+                },
+            )
+        )
     return groups
 
 
