@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from docutils import nodes
+from sphinx import addnodes
 
 import esljax
 
@@ -81,7 +82,7 @@ def _inline(text: str) -> str:
     parts = re.split(r"(``[^`]+``|`[^`]+`|\*\*[^*\s][^*]*\*\*)", text)
     for i, part in enumerate(parts):
         if i % 2 == 0:
-            parts[i] = re.sub(r"([\\*|`])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", part))
+            parts[i] = re.sub(r"[\\*|`]|(?<=\w)_(?!\w)", r"\\\g<0>", part)
         elif part.startswith("`"):
             parts[i] = f"``{part.strip('`')}``"
     return "".join(parts)
@@ -193,7 +194,7 @@ def _process(app, what, name, obj, options, lines):
 
 def _shorten(text: str) -> str:
     """Shapes as the source writes them: no modules, and Key and Scalar by their names."""
-    text = re.sub(r"\bjaxlib\._jax\.", "", text)
+    text = re.sub(r"\bjaxlib\._jax\.", "", text.replace("~", ""))
     text = re.sub(
         r"\b(?:esljax|jax|jaxtyping|optax|numpy|np|collections|typing)(?:\.\w+)*\.(?=[A-Za-z])",
         "",
@@ -215,21 +216,18 @@ def _signature(app, what, name, obj, options, signature, returns):
 def _types(app, domain, objtype, contentnode):
     """The types of fields, which no event of autodoc passes on."""
     if domain == "py":
-        for text in list(contentnode.parent.findall(nodes.Text)):
-            if "jaxlib._jax" in text:
-                text.parent.replace(text, nodes.Text(_shorten(str(text))))
-
-
-def _bases(app, name, obj, options, bases):
-    """What is not ours is of no interest as a base."""
-    bases[:] = [base for base in bases if getattr(base, "__module__", "").startswith("esljax")] or [
-        object
-    ]
+        for part in list(contentnode.parent.findall(addnodes.desc_annotation)):
+            if "jaxlib._jax" in part.astext():
+                for choice in list(part.findall(addnodes.pending_xref_condition)):
+                    if choice["condition"] != "*":
+                        choice.parent.remove(choice)
+                text = part.astext()
+                part.clear()
+                part += nodes.Text(_shorten(text))
 
 
 def setup(app):
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", _process)
     app.connect("autodoc-process-signature", _signature)
-    app.connect("autodoc-process-bases", _bases)
     app.connect("object-description-transform", _types)
