@@ -31,7 +31,13 @@ PAGES = sorted(
 PRESENT = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # These train networks: seconds to compile, and more to run.
-LONG = {"docs/schedules.md", "docs/studies.md", "docs/measurement.md", "docs/howto/model.md"}
+LONG = {
+    "docs/howto/data.md",
+    "docs/howto/model.md",
+    "docs/measurement.md",
+    "docs/schedules.md",
+    "docs/studies.md",
+}
 RUN_ELSEWHERE = {"README.md": "tests/test_readme.py", "docs/index.md": "tests/test_readme.py"}
 
 
@@ -69,6 +75,9 @@ def test_commands_exist(page):
         if words == ["--version"]:
             continue
         depth = 2 if words[0] == "study" and len(words) > 1 else 1
+        for level in range(depth):
+            (choices,) = re.findall(r"^usage: .*\{([\w,-]+)\}", helps(tuple(words[:level])))
+            assert words[level] in choices.split(","), f"{page}: esljax {' '.join(words)}"
         known = flags(tuple(words[:depth]))
         named = {word.split("=")[0] for word in words if word.startswith("--")}
         assert named <= known | {"--help"}, f"{page}: esljax {' '.join(words)}"
