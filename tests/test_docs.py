@@ -16,8 +16,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from test_floors import FLOORS
 
 import esljax as esl
+from esljax.command.check import CHECKS
 from esljax.command.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -210,6 +212,33 @@ def test_examples_that_run_elsewhere_do(page):
     (example,) = blocks(PRESENT[page], "python")
     assert "esl.speed_limit" in example
     assert "EXAMPLE" in (ROOT / RUN_ELSEWHERE[page]).read_text(encoding="utf-8")
+
+
+def test_theory_has_every_reference_of_the_check():
+    """The labels of `esljax check` are headings of the page, and its digits stand below them."""
+    page = PRESENT["docs/theory.md"]
+    sections = dict(re.findall(r"^### (O\d+):(.*?)(?=^#)", page, re.DOTALL | re.MULTILINE))
+    # In words: 1 - h/2 at h = .1, and a schedule that reaches the limit.
+    in_words = {("O13", 0.95), ("O3", 1.0)}
+    for check in CHECKS:
+        if check.name == "∇" or (check.name, check.reference) in in_words:
+            continue
+        numbers = {float(number) for number in re.findall(r"\d*\.\d+", sections[check.name])}
+        assert check.reference in numbers, f"{check.name}, {check.what}"
+
+
+def test_design_has_the_floors_of_the_tests():
+    table = re.findall(r"^\|\s*(\d*)\s*\| (`.*?`) \|", PRESENT["docs/design.md"], re.MULTILINE)
+    floors = {}
+    for floor, rooms in table:
+        last = int(floor) if floor else max(floors.values())
+        floors |= dict.fromkeys(re.findall(r"`(\w+)`", rooms), last)
+    assert floors == {
+        room: floor
+        for floor, rooms in enumerate(FLOORS)
+        for room in rooms
+        if room not in ("__main__", "__init__")
+    }
 
 
 def test_the_readme_is_short():
