@@ -31,7 +31,7 @@ PAGES = sorted(
 )
 # The changelog speaks of names and commands of the past.
 PRESENT = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # These train networks: seconds to compile, and more to run.
 LONG = {
     "docs/howto/data.md",
