@@ -14,9 +14,10 @@
 # %% [markdown]
 # # How far is a training run from the epistemic speed limit?
 #
-# Training moves a whole ensemble of networks from its initial law $q_0$ to a final law $q_1$. Its entropy production
-# $\Sigma = \int_0^1 \mathbb{E}\|v_s\|^2\,ds$ cannot be less than $W_2^2(q_0, q_1)$. Here we train an ensemble on real digits,
-# measure both sides, and let the gradient of $\Sigma$ find a better schedule.
+# Training moves a whole ensemble of networks from its initial law $q_0$ to a final law $q_1$.
+# Its entropy production $\Sigma = \int_0^1 \mathbb{E}\|v_s\|^2\,ds$ cannot be less than
+# $W_2^2(q_0, q_1)$. This notebook trains an ensemble on real digits, measures both sides, and lets
+# the gradient of $\Sigma$ find a better schedule.
 
 # %%
 import os
@@ -32,7 +33,8 @@ members, steps, iterations = (4, 20, 2) if smoke else (32, 200, 40)
 
 # %% [markdown]
 # ## An ensemble of networks
-# Every member has its own initialization, its own minibatches and its own noise. One row of `start` is one network, raveled.
+# Every member has its own initialization, its own minibatches and its own noise. One row of `start`
+# is one network, raveled.
 
 # %%
 data = esl.datasets.digits()
@@ -50,9 +52,10 @@ print("test accuracy", potential.accuracy(path.final, data.test).mean())
 
 # %% [markdown]
 # ## Both sides of the inequality
-# A chain of exact transport distances between the snapshots gives $\Sigma$, the length $L^2$ and the distance $W_2^2$ in one
-# geometry, so that $\Sigma \ge L^2 \ge W_2^2$ holds on the sample itself. The gap splits into a temporal part, which a better
-# timing would save, and a geometric part, which only another path could save.
+# A chain of exact transport distances between the snapshots gives $\Sigma$, the length $L^2$ and
+# the distance $W_2^2$ in one geometry, so that $\Sigma \ge L^2 \ge W_2^2$ holds on the sample
+# itself. The gap splits into a temporal part, which a better timing would save, and a geometric
+# part, which only another path could save.
 
 # %%
 transport = esl.ExactTransport()
@@ -61,7 +64,7 @@ print(constant)
 
 # %% [markdown]
 # ## A schedule by gradient
-# Least $\Sigma$, subject to a final training loss no higher than the constant schedule reaches.
+# Minimize $\Sigma$, subject to a final training loss no higher than the constant schedule reaches.
 
 # %%
 target = float(potential(path.final).mean())
@@ -88,8 +91,9 @@ print(optimum)
 
 # %% [markdown]
 # ## Judged on a run that the search has not seen
-# The best schedule starts slowly, where the force is strong, and speeds up as it fades: the opposite of the usual decays. It does not
-# reach a lower loss; it reaches the same loss with less entropy production.
+# The best schedule starts slowly, where the force is strong, and speeds up as the force fades: the
+# opposite of the usual decays. It does not reach a lower loss; it reaches the same loss with less
+# entropy production.
 
 # %%
 held_out = train(optimum.controls, jax.random.key(2))

@@ -14,9 +14,10 @@
 # %% [markdown]
 # # A study, from a file to a figure
 #
-# How do entropy production, the limit $W_2^2$ and the gap between them depend on the learning rate and the size of the ensemble? That
-# takes many training runs. A *study* says which ones in a few lines, runs them in compiled batches, and keeps every number in one
-# labelled store that can be interrupted and resumed.
+# How do entropy production, the limit $W_2^2$ and the gap between them depend on the learning rate
+# and the size of the ensemble? The answer takes many training runs. A *study* describes them in a
+# few lines, runs them in compiled batches, and records every number in one labelled store that can
+# be interrupted and resumed.
 
 # %%
 import os
@@ -30,8 +31,9 @@ smoke = bool(os.environ.get("ESLJAX_SMOKE"))  # the tests run this notebook in a
 folder = Path(tempfile.mkdtemp())
 
 # %% [markdown]
-# ## What to run
-# `[base]` holds what all runs share, any setting of `esl.RunConfig`; `[grid]` the settings that vary. All combinations are run.
+# ## Describe the runs
+# `[base]` holds the settings that all runs share, any of `esl.RunConfig`; `[grid]` holds those that
+# vary. The study runs all combinations.
 
 # %%
 (folder / "study.toml").write_text(
@@ -55,16 +57,17 @@ print(study.size, "runs:", study.dimensions)
 
 # %% [markdown]
 # ## Run it
-# On the command line this is `esljax study run study.toml`, with `--processes 4` for processes of this machine, `--scheduler ADDRESS`
-# for a dask cluster or `--slurm 8` for SLURM. Runs that differ in numbers alone share one compiled program.
+# On the command line this is `esljax study run study.toml`, with `--processes 4` for processes of
+# this machine, `--scheduler ADDRESS` for a dask cluster or `--slurm 8` for SLURM. Runs that differ
+# in numbers alone share one compiled program.
 
 # %%
 results = esl.study.run_study(study, folder / "study.zarr")
 results
 
 # %% [markdown]
-# Calling it again runs nothing that is done; had it been killed, it would go on from there. Every run can be looked at alone, and gives
-# the same bits.
+# Call it again and it runs nothing twice: a study that was killed resumes where it stopped. Any run
+# can be repeated alone, and gives the same bits.
 
 # %%
 last = study.point(study.size - 1)
@@ -73,8 +76,8 @@ stored = results.sel(members=last.members, schedule=last.schedule, rate=last.rat
 print("alone", float(alone.report.gap), "stored", float(stored.gap))
 
 # %% [markdown]
-# ## What came out
-# The seeds give the error bars. Selecting, averaging and comparing is xarray's.
+# ## Read the results
+# The seeds give the error bars. To select, average and compare, use xarray.
 
 # %%
 for group in esl.study.summarize(results)[:4]:
