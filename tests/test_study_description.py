@@ -133,8 +133,14 @@ def test_toml(tmp_path):
             {"points": [{"seed": 1}, {"seed": 1, "members": 8}]},
             r"`points\[1\]` must be another run .* but is the same as points\[0\]",
         ),
-        ({"grid": {"seed": [0, 1.5]}}, "Argument `seed` must be an integer in grid.seed, but is 1.5"),
-        ({"grid": {"seed": [0, True]}}, "Argument `seed` must be an integer in grid.seed, but is True"),
+        (
+            {"grid": {"seed": [0, 1.5]}},
+            "Argument `seed` must be an integer in grid.seed, but is 1.5",
+        ),
+        (
+            {"grid": {"seed": [0, True]}},
+            "Argument `seed` must be an integer in grid.seed, but is True",
+        ),
         (
             {"grid": {"rate": ["fast"]}},
             "Argument `rate` must be a number in grid.rate, but is 'fast'",

@@ -30,7 +30,9 @@ BASE = esl.RunConfig(**{**SETTINGS, "hidden": (4,)})
 
 def rows(count: int, reasons=None, converged=True) -> runs.Rows:
     """Numbers that name their run in the task and their quantity."""
-    numbers = {name: 100.0 * i + np.arange(count) for i, name in enumerate(runs.number_names(False))}
+    numbers = {
+        name: 100.0 * i + np.arange(count) for i, name in enumerate(runs.number_names(False))
+    }
     return runs.Rows(numbers, np.full(count, converged), reasons or ("",) * count)
 
 

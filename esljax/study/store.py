@@ -240,7 +240,9 @@ def open_study(path: str | Path) -> Any:
         if dataset[name].dtype.kind not in "iufb"
     }
     dataset = dataset.assign(strings)
-    ordered = [name for name in (*number_names(True), "converged", "done", "reason") if name in dataset]
+    ordered = [
+        name for name in (*number_names(True), "converged", "done", "reason") if name in dataset
+    ]
     # In the order of the study, because a folder lists its files in an arbitrary order.
     variables, coordinates = (
         {name: dataset[name].variable for name in some} for some in (ordered, study.coordinates)
