@@ -107,7 +107,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        began = time.perf_counter()
         tools = environment(folder / "tools", "build", "twine")
         # A wheel from the sdist, so that the sdist is enough to build from.
         build = [tools / "python", "-m", "build", "--outdir", folder / "dist", ROOT]
@@ -118,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         absent = missing(sdist, wheel)
         if absent:
             raise SystemExit(f"the distributions lack {', '.join(absent)}")
+        began = time.perf_counter()
         programs = environment(folder / "empty", wheel)
         results["install"] = {"seconds": time.perf_counter() - began}
         elsewhere = folder / "elsewhere"
