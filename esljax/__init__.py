@@ -1,9 +1,9 @@
 """Differentiable simulation of learning as irreversible transport.
 
-Training moves a whole ensemble of model configurations. Its entropy production Σ cannot be less than
-the squared Wasserstein distance between start and end, the epistemic speed limit (Okanohara, arXiv
-2601.17607). This package simulates such ensembles, measures both sides, and optimizes schedules
-toward the limit by gradient.
+Training moves a whole ensemble of model configurations. Its entropy production Σ cannot be less
+than the squared Wasserstein distance between start and end, the epistemic speed limit (Okanohara,
+arXiv 2601.17607). This package simulates such ensembles, measures both sides, and optimizes
+schedules toward the limit by gradient.
 """
 
 import functools

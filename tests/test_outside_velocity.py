@@ -371,6 +371,7 @@ class Blurred(Mute):
     "make",
     [
         lambda: esl.SlicedTransport(4, KEY),
+        lambda: esl.MappedTransport(esl.ExactTransport(), lambda member: member),
         lambda: esl.ProjectedTransport(esl.ExactTransport(), jnp.eye(2)),
         lambda: Mute(),
         lambda: esl.ExactTransport,

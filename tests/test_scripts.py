@@ -18,6 +18,7 @@ SCRIPTS = sorted(
 # Most of these compile every estimator, for a minute or two each; benchmarks compile several ways
 # of doing one thing.
 LONG = {
+    "check_wheel",
     "benchmark_device",
     "benchmark_gradient",
     "benchmark_simulation",

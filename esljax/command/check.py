@@ -99,7 +99,7 @@ def run_checks(*, quiet: bool = False) -> bool:
 
 # Narrow enough for 80 columns; errors are relative.
 _COLUMNS: dict[str, Literal["left", "right"]] = {
-    "§4": "left",
+    "label": "left",
     "what": "left",
     "reference": "right",
     "computed": "right",

@@ -17,19 +17,14 @@ import rich.markup
 from esljax._checks import refuse
 from esljax._types import Array
 from esljax.command.settings import DONE, FAILED, MeasureConfig
-from esljax.experiment import enable
+from esljax.experiment import PROJECTIONS, enable
 from esljax.figures import plot_speed_limit
 from esljax.files import read, read_matrix, storage
 from esljax.measures import SpeedLimit, compared, jackknife_groups, speed_limit
 from esljax.sharding import map_pairs
 from esljax.simulation import Trajectory, from_snapshots
-from esljax.transport import (
-    AbstractTransport,
-    ProjectedTransport,
-    principal_directions,
-    random_directions,
-)
-from esljax.velocity import Maps, TransportVelocity
+from esljax.transport import AbstractTransport, ProjectedTransport
+from esljax.velocity import AbstractVelocity
 
 # The command
 
@@ -132,7 +127,7 @@ class Measurement:
     """The transport in the coordinates of the projection."""
     matrix: Array | None
     """The projection, shape (d, p)."""
-    velocity: TransportVelocity | None
+    velocity: AbstractVelocity | None
     debias: bool
 
     @classmethod
@@ -157,7 +152,7 @@ class Measurement:
             times=None if times is None else (float(times[0]), float(times[-1])),
             transport=inner if matrix is None else ProjectedTransport(inner, matrix),
             matrix=matrix,
-            velocity=_velocity(config, inner),
+            velocity=config.make_velocity(inner),
             # Halves of fewer than four members know nothing of a bias.
             debias=config.debias and path.positions.shape[1] >= 8,
         )
@@ -248,26 +243,10 @@ def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int
     return (time.perf_counter() - started) / len(pairs)
 
 
-def _velocity(config: MeasureConfig, transport: AbstractTransport) -> TransportVelocity | None:
-    if config.velocity == "none":
-        return None
-    if not isinstance(transport, Maps):
-        raise refuse(
-            "velocity",
-            f"be 'none' beside {transport.name}, which maps no member onto another",
-            f"is {config.velocity!r}",
-        )
-    return TransportVelocity(transport)
-
-
 def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Array | None:
+    if config.project in PROJECTIONS:
+        return PROJECTIONS[config.project](path.positions, config.coordinates, key)
     d = path.positions.shape[2]
-    if config.project == "none":
-        return None
-    if config.project == "pca":
-        return principal_directions(path.positions, config.coordinates)
-    if config.project == "random":
-        return random_directions(d, config.coordinates, key)
     matrix = read_matrix(config.project)
     if matrix.shape[0] != d or matrix.shape[1] > d:
         raise refuse(
@@ -342,7 +321,7 @@ def _projection_settings(
     if matrix is None:
         return {"name": "none", "coordinates": path.positions.shape[2]}
     settings = {"name": config.project, "coordinates": matrix.shape[1]}
-    if config.project in ("pca", "random"):
+    if config.project in PROJECTIONS:
         pooled = np.asarray(path.positions, np.float64).reshape(-1, path.positions.shape[2])
         pooled = pooled - pooled.mean(axis=0)
         whole = np.sum(pooled**2)

@@ -44,7 +44,7 @@ from esljax.transport import (
     principal_directions,
     random_directions,
 )
-from esljax.velocity import AbstractVelocity, TransportVelocity
+from esljax.velocity import AbstractVelocity, Maps, TransportVelocity
 
 
 class TransportNumbers(NamedTuple):
@@ -60,11 +60,11 @@ class TransportNumbers(NamedTuple):
     """Of random directions; may be traced."""
 
 
-def _transport_velocity(transport: Any) -> AbstractVelocity:
-    if not callable(getattr(transport, "map", None)):
+def _transport_velocity(transport: AbstractTransport) -> AbstractVelocity:
+    if not isinstance(transport, Maps):
         raise refuse(
             "velocity",
-            f"be 'none' beside {type(transport).__name__}, which maps no member onto another",
+            f"be 'none' beside {transport.name}, which maps no member onto another",
             "is 'transport'",
         )
     return TransportVelocity(transport)

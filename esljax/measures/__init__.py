@@ -5,7 +5,7 @@ from esljax.measures.chain import compared
 from esljax.measures.diagnosis import Evidence, Finding
 from esljax.measures.free_energy import free_energy
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
-from esljax.measures.report import Interval, SpeedLimit, Split, average, concise, jackknife_groups
+from esljax.measures.report import Interval, SpeedLimit, Split, average, jackknife_groups
 from esljax.measures.speed_limit import speed_limit
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "Split",
     "average",
     "compared",
-    "concise",
     "free_energy",
     "jackknife_groups",
     "minibatch_noise",

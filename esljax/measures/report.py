@@ -25,9 +25,6 @@ from esljax.measures import diagnosis
 from esljax.measures.diagnosis import Evidence, Finding
 from esljax.results import StandardErrors, is_number, measured, table
 
-# The door of this room passes it on to `command`, until that imports it from `results` itself.
-from esljax.results import concise as concise
-
 # The numbers of a report that have standard errors.
 NUMBERS = (
     "entropy_production",

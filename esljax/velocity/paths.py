@@ -5,6 +5,7 @@ r"""Velocities by finite differences in time: of laws, or of the members themsel
 θ(t₊) and θ(t₋) are where a transport maps a member, or where the member itself is.
 """
 
+import inspect
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -60,8 +61,7 @@ class TransportVelocity(AbstractVelocity):
     transport: Maps
 
     def __check_init__(self):
-        # A class has the attribute `map` as its instances do.
-        if not isinstance(self.transport, Maps) or isinstance(self.transport, type):
+        if not _maps_ensembles(self.transport):
             name = getattr(self.transport, "__name__", type(self.transport).__name__)
             raise refuse(
                 "transport",
@@ -141,3 +141,15 @@ class PathVelocity(AbstractVelocity):
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
         """Return finite differences, as in `estimate`."""
         return self.estimate(snapshot, None)[0].values
+
+
+def _maps_ensembles(transport: Any) -> bool:
+    """Whether this is an instance with a method `map` of two ensembles, not of one member."""
+    # A class has the attribute `map` as its instances do.
+    if not isinstance(transport, Maps) or isinstance(transport, type):
+        return False
+    try:
+        inspect.signature(transport.map).bind(None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
