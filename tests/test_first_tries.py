@@ -166,11 +166,3 @@ TRIES = {
 def test_a_first_try_is_answered_in_one_sentence(name, refused):
     call, sentence = TRIES[name]
     refused(call, sentence)
-
-
-def test_a_tensor_without_a_gradient_is_an_array():
-    class Detached:
-        def __array__(self, dtype=None, copy=None):
-            return START
-
-    np.testing.assert_array_equal(run(positions=Detached()).positions, run().positions)
