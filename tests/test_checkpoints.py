@@ -357,6 +357,15 @@ def test_terminated_while_a_finished_run_is_read_it_ends(tmp_path, monkeypatch):
         run(esl.Checkpoints(tmp_path, resume=True))
 
 
+@pytest.fixture
+def interruptible():
+    """The usual handler of Ctrl-C: a process in the background of a script inherits none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_the_checkpoint_being_written(tmp_path, monkeypatch):
     disturbed(monkeypatch, lambda step: step == 5 and os.kill(os.getpid(), signal.SIGINT))
     optimum = search(esl.Checkpoints(tmp_path, every=0))
