@@ -56,11 +56,16 @@ def as_float(x: Any) -> Array:
 
     Python floats become arrays so that `jit` traces them: a float in a static field recompiles for
     every value.
+
+    **Raises:** `InputError` if `x` holds no numbers.
     """
     inexact = isinstance(x, jax.Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.inexact)
-    # The explicit type also strips jax's weak type. Otherwise an optimizer step strips it later, at
-    # the price of a recompilation.
-    return jnp.asarray(x, jnp.asarray(x).dtype if inexact else jnp.result_type(float))
+    try:
+        # The explicit type also strips jax's weak type. Otherwise an optimizer step strips it
+        # later, at the price of a recompilation.
+        return jnp.asarray(x, jnp.asarray(x).dtype if inexact else jnp.result_type(float))
+    except (TypeError, ValueError) as error:
+        raise refuse("value", "be a number or an array of numbers", f"is {x!r}") from error
 
 
 def known(*arrays: Any) -> bool:

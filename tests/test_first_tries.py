@@ -49,6 +49,9 @@ TRIES = {
     ),
     "the name of a schedule": (lambda: esl.Langevin("cosine"), SCHEDULE + "'cosine'"),
     "an optax temperature": (lambda: esl.Langevin(0.1, DECAY), "`temperature`" + SCHEDULE),
+    "a word for a number": (lambda: esl.Constant("fast"), "`value` must be a number or an array"),
+    "a table for a number": (lambda: esl.Cosine({"peak": 1.0}), "must be a number or an array"),
+    "a word for a stiffness": (lambda: esl.Quadratic("stiff"), "must be a number or an array"),
     "a named temperature": (
         lambda: esl.Langevin(0.1, temperature="cosine"),
         "`temperature`" + SCHEDULE,
