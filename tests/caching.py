@@ -142,4 +142,7 @@ def _zstd() -> Any:
 
 
 if __name__ == "__main__":  # for a shell: env $(python tests/caching.py) COMMAND
-    print(*(f"{name}={value}" for name, value in settings(folder()).items()), sep="\n")
+    # Without a place for the folder, COMMAND compiles everything anew.
+    with contextlib.suppress(OSError):
+        folder().mkdir(parents=True, exist_ok=True)
+        print(*(f"{name}={value}" for name, value in settings(folder()).items()), sep="\n")

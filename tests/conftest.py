@@ -5,6 +5,7 @@ import gc
 import os
 import re
 import signal
+import sys
 
 import caching
 import hypothesis
@@ -49,8 +50,9 @@ def pytest_configure(config):
         try:
             caching.enable(caching.folder())
         except OSError as error:
-            warning = UserWarning(f"The tests run without a compilation cache: {error}")
-            config.issue_config_time_warning(warning, stacklevel=1)
+            # No warning: warnings are errors here, and this one would end the run.
+            if not hasattr(config, "workerinput"):
+                print(f"The tests run without a compilation cache: {error}", file=sys.stderr)
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(caching.folder() / "durations.json"))
 
