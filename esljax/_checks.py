@@ -51,6 +51,12 @@ def wrong_answer(argument: str, asked: Any, method: str, expected: str, answer: 
     return refuse(argument, f"return {expected} from `{method}`", was)
 
 
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error's message, or its type, to end a sentence of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].split(". ")[0].rstrip(".:") if lines else type(error).__name__
+
+
 def as_float(x: Any) -> Array:
     """Return `x` as an array of the default float type; a floating array keeps its own type.
 

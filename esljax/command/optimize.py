@@ -16,7 +16,7 @@ import rich.progress
 import rich.table
 from jax.sharding import Mesh
 
-from esljax._checks import InputError, refuse
+from esljax._checks import InputError, first_sentence, refuse
 from esljax.command.settings import DONE, FAILED, INTERRUPTED, OptimizeConfig, PlanConfig
 from esljax.experiment import (
     WITH_ERROR,
@@ -119,11 +119,10 @@ def _join(config: OptimizeConfig) -> None:
             **{name: value for name, value in settings.items() if value is not None}
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise refuse(
             "distributed",
             "find the other processes from the environment or the flags",
-            f"fails: {reason}",
+            f"fails: {first_sentence(error)}",
         ) from error
 
 

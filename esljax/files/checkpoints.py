@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from esljax._checks import InputError, check_nonnegative, is_key, refuse
+from esljax._checks import InputError, check_nonnegative, first_sentence, is_key, refuse
 from esljax.files.description import describe
 from esljax.files.storage import locked, versions
 
@@ -252,7 +252,7 @@ class Session:
         except Exception as error:
             warnings.warn(
                 f"The checkpoint of round {done} in {self._folder} cannot be read and is skipped: "
-                f"{_first_line(error)}",
+                f"{first_sentence(error)}",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -300,7 +300,7 @@ class Session:
             _drop_halves(Path(self._folder))
             warnings.warn(
                 f"The checkpoint of round {step} in {self._folder} cannot be written: "
-                f"{_first_line(error)}",
+                f"{first_sentence(error)}",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -372,10 +372,6 @@ def _drop_halves(folder: Path) -> None:
     """Remove the half-written folders of writers that failed; only the first process does."""
     for half in folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
         shutil.rmtree(half, ignore_errors=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _is_digest(description: str) -> bool:

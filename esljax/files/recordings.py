@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from esljax._checks import InputError, refuse
+from esljax._checks import InputError, first_sentence, refuse
 from esljax.files.storage import installation
 
 _LAYOUT = (
@@ -142,18 +142,13 @@ def _decoding(argument: str, path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise refuse(
-            argument, "be readable", f"{path} gives: {error.strerror or _first_clause(error)}"
+            argument, "be readable", f"{path} gives: {error.strerror or first_sentence(error)}"
         ) from error
     except Exception as error:
         # On arbitrary bytes each decoder fails in its own way (struct, zlib, syntax, memory, ...).
         raise refuse(
-            argument, "be a whole, readable file", f"{path} is not: {_first_clause(error)}"
+            argument, "be a whole, readable file", f"{path} is not: {first_sentence(error)}"
         ) from error
-
-
-def _first_clause(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].split(". ")[0].rstrip(".:") if lines else type(error).__name__
 
 
 def _refuse_pickle(argument: str, path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from typing import Any
 
-from esljax._checks import InputError, check_positive_int, refuse
+from esljax._checks import InputError, check_positive_int, first_sentence, refuse
 from esljax.files import storage
 
 # Seconds for a scheduler to answer, and for its first worker to arrive.
@@ -201,7 +201,7 @@ def _not_described(error: BaseException) -> InputError:
     return refuse(
         "slurm",
         "have jobs described in ~/.config/dask/jobqueue.yaml that sbatch takes",
-        first_line(error),
+        first_sentence(error),
     )
 
 
@@ -217,7 +217,7 @@ def _check_import(client: Any, argument: str, worker: str) -> None:
         raise refuse(
             argument,
             "have workers that can import esljax",
-            f"{worker} raises: {first_line(error)}",
+            f"{worker} raises: {first_sentence(error)}",
         ) from error
 
 
@@ -237,8 +237,3 @@ def _missing(package: str) -> InputError:
     return InputError(
         f"Clusters need {package}, which is not installed: {storage.installation('cluster')}."
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type, to end a sentence."""
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

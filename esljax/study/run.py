@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esljax._checks import check_positive_int, refuse
+from esljax._checks import check_positive_int, first_sentence, refuse
 from esljax.experiment import Rows, Task, failed, fitting_width, work
 from esljax.files import storage
 from esljax.study.description import Slice, Study
-from esljax.study.executors import InProcess, capacity, first_line
+from esljax.study.executors import InProcess, capacity
 from esljax.study.store import (
     DONE,
     FAILED,
@@ -202,7 +202,7 @@ def _keep(store: StudyStore, state: np.ndarray, part: Slice, task: Task, future:
     except Exception as error:
         # Errors of the task itself come back as rows. This one is of its worker, such as a worker
         # that has died too often.
-        rows = failed(task, f"the worker failed: {first_line(error)[:300]}")
+        rows = failed(task, f"the worker failed: {first_sentence(error)[:300]}")
     store.write(part.indices, rows)
     state[part.indices] = np.where([bool(reason) for reason in rows.reasons], FAILED, DONE)
     return len(part.indices)
@@ -228,6 +228,6 @@ def work_alike(task: Task, versions: dict[str, str]) -> Rows:
 
 def _lost(error: BaseException) -> LostWorkersError:
     return LostWorkersError(
-        f"The workers ended before the study did ({first_line(error)}); what is done is kept, and "
+        f"The workers ended before the study did ({first_sentence(error)}); what is done is kept, and "
         "the same call resumes the study."
     )
