@@ -19,6 +19,7 @@ from esljax._checks import (
     check_finite,
     check_nonnegative,
     check_positive_int,
+    first_sentence,
     in_words,
     refuse,
 )
@@ -240,7 +241,7 @@ class _Network:
             raise refuse(
                 "model",
                 f"accept inputs of shape {inputs.shape}",
-                f"fails on them: {str(error).splitlines()[0]}",
+                f"fails on them: {first_sentence(error)}",
             ) from error
 
 
@@ -316,8 +317,7 @@ def _built(model: Any) -> Any:
     except InputError:
         raise
     except Exception as error:
-        first = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise refuse("model", _MODELS, f"fails on rngs: {first}") from error
+        raise refuse("model", _MODELS, f"fails on rngs: {first_sentence(error)}") from error
 
 
 def _parameters(model: nnx.Module) -> tuple[Any, Any]:
