@@ -228,6 +228,6 @@ def work_alike(task: Task, versions: dict[str, str]) -> Rows:
 
 def _lost(error: BaseException) -> LostWorkersError:
     return LostWorkersError(
-        f"The workers ended before the study did ({first_sentence(error)}); what is done is kept, and "
-        "the same call resumes the study."
+        f"The workers ended before the study did ({first_sentence(error)}); what is done is kept, "
+        "and the same call resumes the study."
     )
