@@ -34,9 +34,8 @@ extensions = [
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
-suppress_warnings = [
-    "config.cache"
-]  # `setup` below makes this file's functions part of the configuration
+# `setup` below makes this file's functions part of the configuration.
+suppress_warnings = ["config.cache"]
 
 html_theme = "furo"
 html_title = f"esljax {version}"
