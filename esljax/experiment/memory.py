@@ -20,6 +20,7 @@ from esljax._checks import check_positive_int, refuse
 from esljax._types import Array
 from esljax.measures import compared
 from esljax.potentials import AbstractPotential, check_potential
+from esljax.results import table
 from esljax.sharding import side_by_side
 from esljax.simulation import (
     AbstractGradient,
@@ -89,12 +90,12 @@ class Plan:
 
     def __str__(self) -> str:
         parts = ("data", "state", "network", "snapshots", "adjoint", "transport", "total")
-        lines = [f"{name:<12}{size(getattr(self, name)):>12}" for name in parts]
+        lines = table([(name, size(getattr(self, name))) for name in parts])
         shared = (
             f"{self.members} members of {self.coordinates} numbers on {self.devices} "
             f"device{'s' * (self.devices > 1)}, bytes on each:"
         )
-        return "\n".join([shared, *lines])
+        return f"{shared}\n{lines}"
 
 
 _REMEDIES = {
@@ -119,7 +120,7 @@ def plan_memory(
     devices: int = 1,
     differentiated: bool = True,
 ) -> Plan:
-    """Predict the memory of one run and its distances, with the gradient of the gap if asked.
+    """Predict the memory of one run and its distances, with or without the gradient of the gap.
 
     Nothing is computed and nothing compiled. The plan is one of `Langevin`: the fits of a
     `ProbabilityFlow` are not counted. Nor are the tangents of `ForwardMode`, about a state and its
