@@ -17,7 +17,14 @@ import rich.table
 from jax.sharding import Mesh
 
 from esljax._checks import InputError, first_sentence, refuse
-from esljax.command.settings import DONE, FAILED, INTERRUPTED, OptimizeConfig, PlanConfig
+from esljax.command.settings import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    OptimizeConfig,
+    PlanConfig,
+    in_words,
+)
 from esljax.experiment import (
     WITH_ERROR,
     Comparison,
@@ -43,7 +50,7 @@ def optimize_command(config: OptimizeConfig) -> int:
     config.check()
     _join(config)
     enable(config.dtype)
-    config.out.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(config.out, "out")
     # Every process computes everything; the first one prints and writes.
     first = jax.process_index() == 0
     console = rich.console.Console(quiet=config.quiet or not first)
@@ -142,7 +149,7 @@ def _mesh(config: OptimizeConfig) -> Mesh | None:
 
 @contextlib.contextmanager
 def _unfinished_run(config: OptimizeConfig, kept: Path, first: bool) -> Iterator[None]:
-    """Protect an unfinished run in `kept`; a new run writes its settings, and none if refused.
+    """Protect an unfinished run in `kept`; record a new one, and drop it again if it is rejected.
 
     **Raises:** `InputError` if there is an unfinished run and no --resume.
     """
@@ -160,7 +167,7 @@ def _unfinished_run(config: OptimizeConfig, kept: Path, first: bool) -> Iterator
     try:
         yield
     except InputError:
-        # A run that is refused need not be finished; checkpoints of an earlier run stay.
+        # A run that is rejected need not be finished; checkpoints of an earlier run stay.
         if ours:
             shutil.rmtree(kept, ignore_errors=True)
         raise
@@ -213,7 +220,7 @@ class _Progress:
         self.bar.stop()
 
     def stage(self, name: str) -> None:
-        self.bar.update(self.task, description=_words(name))
+        self.bar.update(self.task, description=in_words(name))
 
     def trial(self, loss: float) -> None:
         self.bar.update(self.task, advance=self.config.match_runs, numbers=f"final loss {loss:.4f}")
@@ -231,10 +238,6 @@ class _Progress:
 
 def _numbers(sigma: Any, w2_squared: Any, loss: Any) -> str:
     return f"Σ {float(sigma):.4g}  W2² {float(w2_squared):.4g}  final loss {float(loss):.4f}"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 # --- The report -----------------------------------------------------------------------------------
@@ -314,7 +317,7 @@ def _table(comparison: Comparison) -> rich.table.Table:
     for name, judgment in comparison.judgments.items():
         report, errors = judgment.report, judgment.standard_error
         table.add_row(
-            _words(name),
+            in_words(name),
             *(
                 concise(getattr(report, number), getattr(report.standard_error, number))
                 for number in WITH_ERROR
@@ -340,7 +343,7 @@ def _verdict(comparison: Comparison) -> str:
         sentences.append(
             f"At the same final loss {comparison.target:.4g}, the optimized schedule produces "
             f"{share:.3f} ± {error:.3f} times the entropy of the best usual shape "
-            f"({_words(usual)}) and {over:.3f} times the limit W2²; {left:.2%} of W2² is left to "
+            f"({in_words(usual)}) and {over:.3f} times the limit W2²; {left:.2%} of W2² is left to "
             "timing, the rest is the bend of the path."
         )
     if optimized is not None and comparison.misses_target:

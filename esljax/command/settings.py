@@ -194,6 +194,11 @@ def from_toml(path: Path, kind: type[Config]) -> Config:
     return kind(**converted(content, fields, str(path)), config=path)
 
 
+def in_words(name: str) -> str:
+    """The name of a setting or a schedule, for a reader."""
+    return name.replace("_", " ")
+
+
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise refuse("out", "be a folder", f"is the file {out}")

@@ -15,7 +15,7 @@ import rich.text
 import tyro
 
 from esljax._checks import refuse
-from esljax.command.settings import DONE, FAILED, INTERRUPTED
+from esljax.command.settings import DONE, FAILED, INTERRUPTED, in_words
 from esljax.experiment import AtLeast, check_fields
 from esljax.figures import plot_study
 from esljax.files import storage
@@ -210,7 +210,7 @@ def _show(config: ShowStudyConfig) -> int:
         if len({group.settings[name] for group in groups}) > 1 or len(groups) == 1
     ]
     alike = ", ".join(
-        f"{_words(name)} {_value(value)}"
+        f"{in_words(name)} {_value(value)}"
         for name, value in groups[0].settings.items()
         if name not in fields
     )
@@ -223,7 +223,7 @@ def _show(config: ShowStudyConfig) -> int:
         title=rich.text.Text(title), title_justify="left", title_style="", box=None, pad_edge=False
     )
     for name in fields:
-        table.add_column(_words(name), justify="left", no_wrap=True)
+        table.add_column(in_words(name), justify="left", no_wrap=True)
     for heading in ("runs", *_NUMBERS.values()):
         table.add_column(heading, justify="right", no_wrap=True)
     for group in groups[: config.rows]:
@@ -265,13 +265,9 @@ _NUMBERS = {
 }
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _value(value: Any) -> str:
     # Enough digits to distinguish any two values of a study.
-    return f"{value:.12g}" if isinstance(value, float) else str(value).replace("_", " ")
+    return f"{value:.12g}" if isinstance(value, float) else in_words(str(value))
 
 
 def _plot(config: PlotStudyConfig) -> int:

@@ -32,7 +32,7 @@ from jax.core import Tracer
 
 from esljax._checks import InputError, check_nonnegative, first_sentence, is_key, refuse
 from esljax.files.description import describe
-from esljax.files.storage import locked, versions
+from esljax.files.storage import locked, make_folder, versions
 
 TERMINATED = 143
 """Exit code of a process that saved its run after SIGTERM: 128 + 15, the convention of shells."""
@@ -144,7 +144,8 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator["S
             "be left out inside jit, grad and vmap, where there is nothing to save",
             "is given",
         )
-    folder = _made(Path(checkpoints.folder).resolve())
+    folder = Path(checkpoints.folder).resolve()
+    make_folder(folder, "checkpoints")
     about = {name: describe(argument) for name, argument in run.items()}
     about |= {f"version of {name}": versions()[name] for name in ("esljax", "jax", "jaxlib")}
     options = _orbax().CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -327,16 +328,6 @@ def alone(folder: Path, argument: str) -> Iterator[None]:
                 argument, "have no other writer", f"the first process found one in {folder}"
             )
         yield
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise refuse(
-            "checkpoints", "be a folder that can be written", f"{folder} gives: {error.strerror}"
-        ) from error
-    return folder
 
 
 @contextlib.contextmanager

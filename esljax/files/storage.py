@@ -86,6 +86,19 @@ def commit() -> str | None:
     return head + "+" * bool(changes)
 
 
+def make_folder(folder: Path, argument: str) -> None:
+    """Make a folder if it does not exist.
+
+    **Raises:** `InputError`, about `argument`, if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refuse(
+            argument, "be a folder that can be written", f"{folder} gives: {error.strerror}"
+        ) from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write strict JSON. Numbers that are not finite become null."""
     _write(path, json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
