@@ -16,7 +16,7 @@
 #
 # How do entropy production, the limit $W_2^2$ and the gap between them depend on the learning rate
 # and the size of the ensemble? The answer takes many training runs. A *study* describes them in a
-# few lines, runs them in compiled batches, and records every number in one labelled store that can
+# few lines, runs them in compiled batches, and records every number in one labeled store that can
 # be interrupted and resumed.
 
 # %%

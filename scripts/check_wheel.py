@@ -103,7 +103,7 @@ def missing(sdist: Path, wheel: Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    args = timing.parser(__doc__ or "").parse_args(argv)
+    args = timing.parser(__doc__.splitlines()[0]).parse_args(argv)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -37,14 +37,14 @@ def cases(n: int, smoke: bool) -> Iterator[tuple[str, Any, Any, Any, Any, float]
     for d in (1, 2) if smoke else (1, 2, 10):
         for u in (0.0,) if smoke else (0.0, 0.5, 1.0):
             variance, mean = 0.1 + 0.9 * np.exp(-2 * u), 2 * np.exp(-u)
-            centred = np.sqrt(variance) * rng.normal(size=(n, d))
-            x = centred + mean * np.eye(d)[0]
+            centered = np.sqrt(variance) * rng.normal(size=(n, d))
+            x = centered + mean * np.eye(d)[0]
             yield (
                 f"Ornstein-Uhlenbeck, d = {d}, u = {u:g}",
                 x,
                 -x,
                 0.1,
-                0.1 * centred / variance - x,
+                0.1 * centered / variance - x,
                 mean**2 + d * (0.1 - variance) ** 2 / variance,
             )
     x = rng.normal(size=(n, 1)) / 2 + rng.choice([-2.0, 2.0], (n, 1))

@@ -23,8 +23,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # 62); jax 0.12 ends at such a flag. `XLA_FLAGS= pytest` compiles as users do.
 if jax.__version__.startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
-# Tracing makes many objects and no garbage: looked through at every 700th, as is the default, they
-# cost a tenth of the time.
+# Tracing makes many objects and no garbage. The default looks through them at every 700th, which
+# costs a tenth of the time.
 gc.set_threshold(100_000, 20, 100)
 # Examples compile, and cores may be busy with other work.
 hypothesis.settings.register_profile(

@@ -67,8 +67,8 @@ def commands(text):
     prose = FENCE.sub("", text)
     spans = re.findall(r"`((?:srun [^`]*)?esljax [^`]+)`", prose)
     lines = [*shell.splitlines(), *spans]
-    found = [re.search(r"(?:^|[ /])esljax ([a-z-][^\"&|]*)", line) for line in lines]
-    return [match.group(1).split() for match in found if match]
+    matches = [re.search(r"(?:^|[ /])esljax ([a-z-][^\"&|]*)", line) for line in lines]
+    return [match.group(1).split() for match in matches if match]
 
 
 @pytest.mark.parametrize("page", PRESENT)

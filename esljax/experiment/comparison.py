@@ -321,10 +321,10 @@ def compare(
     )
     judgments = {}
     try:
-        found = optimum.controls
+        searched = optimum.controls
         # A schedule that is not finite cannot be scaled to the target; it is judged as it is.
-        finite = bool(np.all(np.isfinite(found.values)))
-        matched[_OPTIMIZED] = match(found, _OPTIMIZED, target) if finite else found
+        finite = bool(np.all(np.isfinite(searched.values)))
+        matched[_OPTIMIZED] = match(searched, _OPTIMIZED, target) if finite else searched
         judge_keys = jax.random.split(judge_key, judge_runs)
         for name in (_OPTIMIZED, *shapes):
             watcher.stage(f"judging {name}")

@@ -120,7 +120,7 @@ _SEEDS = Below(2**32, "2**32", "where the keys of single precision repeat themse
 class TrainingConfig:
     """The settings of every training run: data, network, ensemble, steps, noise and geometry.
 
-    `check` reads the bounds in the annotations; each field says its meaning and unit below.
+    `check` reads the bounds in the annotations; the line below a field gives its meaning and unit.
     """
 
     data: Annotated[str, OneOf(DATASETS)] = "digits"

@@ -5,6 +5,7 @@ Each function here is a context manager whose value is a `concurrent.futures.Exe
 """
 
 import contextlib
+import importlib
 import math
 import multiprocessing
 import signal
@@ -222,7 +223,7 @@ def _check_import(client: Any, argument: str, worker: str) -> None:
 
 
 def _import_runs() -> None:
-    import esljax.experiment  # noqa: F401
+    importlib.import_module("esljax.experiment")
 
 
 def _distributed() -> Any:

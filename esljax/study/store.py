@@ -1,4 +1,4 @@
-"""The results of a study on disk: one Zarr store of labelled arrays, filled task by task.
+"""The results of a study on disk: one Zarr store of labeled arrays, filled task by task.
 
 Every number has the dimensions of the study. `done` marks each run: 0 to do, 1 done, 2 failed, for
 the reason in `reason`. A task fills a block of its own, file by file, and Zarr replaces each file
@@ -205,7 +205,7 @@ def open_study(path: str | Path) -> Any:
     - `final_loss`: in nats per example; `test_accuracy`: a share between 0 and 1. Both are means
       over the members at the end of the run.
     - `noise_floor`: the part of Σ that the noise of the steps adds, in r²; NaN unless the transport
-      is exact.
+      pairs members, as the exact one does.
     - `entropy_production_error` and so on, for the six numbers of the first line: standard errors
       by the jackknife over the members; only if `jackknife` is greater than 0 in some run.
     - `converged`: whether every transport problem of the run was solved, boolean.
