@@ -43,8 +43,8 @@ def measure_command(config: MeasureConfig) -> int:
         figure = plot_speed_limit({"this run": report})
     content = {**_numbers(report), **measurement.settings()}
     wall = time.perf_counter() - started
+    storage.make_folder(config.out, "out")
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
         storage.write_toml(config.out / "config.toml", config.as_dict())
         storage.write_json(
             config.out / "report.json",
