@@ -39,7 +39,7 @@ class AtLeast:
 
 @dataclasses.dataclass(frozen=True)
 class Below:
-    """A number below `limit`; `reason` completes the sentence of the error."""
+    """A number below `limit`, which an error writes as `words` and explains by `reason`."""
 
     limit: int | float
     words: str

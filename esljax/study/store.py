@@ -94,7 +94,7 @@ class StudyStore:
         return {i: done[point] for i in range(study.size) if (point := study.point(i)) in done}
 
     def adopt(self, other: "StudyStore") -> int:
-        """Copy the runs that are to do here and done in another store; return their number."""
+        """Copy runs that are unfinished here and done in another store; return their number."""
         state = self.done
         pairs = [(i, j) for i, j in other.shared(self.study).items() if state[i] == TO_DO]
         if pairs:
@@ -127,7 +127,7 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
 
     **Returns:** the store, or None if there is nothing at `path`.
     **Raises:** `InputError` if something else is there, the store of another study, or a store made
-    with other versions, whose numbers may differ from those of these.
+    with other versions, whose numbers may differ from those of the installed ones.
     """
     _zarr()
     for leftover in path.parent.glob(f"{path.name}.*.part"):
