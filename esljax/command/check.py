@@ -1,10 +1,10 @@
 """`esljax check`: reference numbers of the theory, recomputed by the public functions.
 
 Every row names a number by its label among the reference numbers of docs/theory.md, gives its
-printed digits, and computes it with the package. A number agrees if it is within half a unit of its last printed digit.
-Rows that hold exactly, or that a discretization limits, have a relative tolerance of their own.
-Everything is computed in float64. Rows marked ∇ divide the slope of a transport by automatic
-differentiation by the same slope by central differences.
+printed digits, and computes it with the package. A number agrees if it is within half a unit of its
+last printed digit. Rows that hold exactly, or that a discretization limits, have a relative
+tolerance of their own. Everything is computed in float64. Rows marked ∇ divide the slope of a
+transport by automatic differentiation by the same slope by central differences.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Places where the tasks of a study run: this process, processes of this machine, or a dask cluster.
+"""Places where a study's tasks run: this process, processes of this machine, or a dask cluster.
 
 Each function here is a context manager whose value is a `concurrent.futures.Executor` for
 `run_study(executor=)`, which also takes any other such executor.
