@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_ensemble, check_positive_int, first_sentence, in_words, refuse
+from esljax._checks import check_ensemble, check_positive_int, in_words, refuse
 from esljax._types import Array, Float, Key
 from esljax.potentials import AbstractPotential
 
@@ -61,7 +61,7 @@ def check_functions(potential: AbstractPotential, positions: Any, key: Key, obse
         raise refuse(
             "potential",
             f"accept members of {d} coordinates",
-            f"fails on them: {first_sentence(error)}",
+            f"fails on them: {str(error).splitlines()[0]}",
         ) from error
     if energy.shape != () or slope.shape != (d,):
         raise refuse(

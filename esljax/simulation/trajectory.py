@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from esljax._checks import InputError, check_finite, first_sentence, known, refuse
+from esljax._checks import InputError, check_finite, known, refuse
 from esljax._types import Array, ArrayLike, Float, Shaped
 from esljax.sharding import AnyMesh, find_mesh, replicate, shard_members
 
@@ -231,7 +231,7 @@ def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:
         raise refuse(
             name,
             "be an array",
-            f"cannot be made one: {first_sentence(error)}",
+            f"cannot be made one: {str(error).splitlines()[0].split('. ')[0].rstrip('.')}",
         ) from error
     floating = jnp.issubdtype(array.dtype, jnp.floating)
     if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
