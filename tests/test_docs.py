@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from processes import PATIENCE
 from test_floors import FLOORS
 
 import esljax as esl
@@ -201,7 +202,7 @@ def test_examples_run(page, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr[-3000:]

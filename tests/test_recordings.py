@@ -667,7 +667,9 @@ def read_quietly(path):
 
 @pytest.mark.parametrize("whole", [NPZ, PACKED], ids=["npz", "compressed"])
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_damaged_npz(whole, data, tmp_path):
@@ -681,7 +683,9 @@ def test_damaged_npz(whole, data, tmp_path):
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(data=st.data())
 def test_damaged_safetensors(data, tmp_path):
