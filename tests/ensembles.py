@@ -33,3 +33,8 @@ def clouds(n, m, d=3, dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
     x, y = rng.normal(size=(n, d)), rng.normal(size=(m, d)) * 1.5 + 0.7
     return x.astype(dtype), y.astype(dtype)
+
+
+def weigh(x):
+    """Return the sum of x with weights that share no symmetry."""
+    return jnp.sum(jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from ensembles import MODES
+from ensembles import MODES, weigh
 
 import esljax as esl
 
@@ -160,9 +160,6 @@ def value_and_gradient(driven, rule, positions, mode):
         driven, rule = moving
         path = esl.simulate(driven, rule, positions, steps=12, snapshots=3, key=KEY, gradient=mode)
         report = esl.free_energy(path, driven, entropy=esl.density.GaussianEntropy())
-
-        def weigh(x):
-            return jnp.sum(jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x)
 
         return (
             weigh(path.final**2)

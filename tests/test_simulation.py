@@ -11,7 +11,7 @@ import numpy as np
 import oracles
 import pytest
 import systems
-from ensembles import MODES
+from ensembles import MODES, weigh
 
 import esljax as esl
 
@@ -326,10 +326,6 @@ SYSTEMS = {
 
 def scalar_of(path) -> Any:
     """Every differentiable number of a trajectory, with weights that share no symmetry."""
-
-    def weigh(x):
-        return jnp.sum(jnp.cos(1.0 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) * x)
-
     return (
         weigh(path.positions)
         + weigh(jnp.sin(path.energies))
