@@ -39,7 +39,7 @@ def refuse(argument: str, must: str, was: Any) -> InputError:
 
 
 def wrong_answer(argument: str, owner: Any, method: str, expected: str, answer: Any) -> InputError:
-    """Return the error of an object whose method breaks the contract of its base class.
+    """Return the error of an `owner` whose method breaks the contract of its base class.
 
     **Example:**
 
