@@ -236,5 +236,5 @@ def test_the_standard_error_is_named_after_its_number():
     truth = np.std([1, 2, 3, 4], ddof=1) / 2
     np.testing.assert_allclose(entropy.standard_error.value, truth, rtol=1e-6)
     assert "4 members" in entropy.errors
-    with pytest.raises(AttributeError, match="those of: value"):
+    with pytest.raises(AttributeError, match="there is one of: value"):
         _ = entropy.standard_error.note

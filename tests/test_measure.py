@@ -79,7 +79,7 @@ def test_a_translation_by_hand(tmp_path, capsys):
         "5 snapshots of 7 members, 3 parameters each; times 200 to 300 rescaled to [0, 1]."
         in printed
     )
-    assert "entropy production Σ                 282" in printed
+    assert re.search("entropy production Σ +282\n", printed)
     assert "The speed limit holds: Σ is 1.25 times W2²" in printed
 
 
@@ -430,12 +430,12 @@ def _text(path, content):
         ),
         (
             lambda tmp, run: [_arrays(tmp, positions=np.array([{}], object))],
-            "Argument `recording` must be plain arrays, because a pickle",
+            "Argument `recording` must be plain arrays (save .npz or .safetensors), because a pickle",
         ),
         (lambda tmp, run: [_cut(tmp)], "Argument `recording` must be a whole .npz archive"),
         (
             lambda tmp, run: [_text(tmp / "run.pt", "")],
-            "Argument `recording` must be plain arrays, because a pickle",
+            "Argument `recording` must be plain arrays (save .npz or .safetensors), because a pickle",
         ),
         (lambda tmp, run: [str(tmp)], "Argument `recording` must hold one folder for each member"),
         (
@@ -542,7 +542,7 @@ def test_unknown_flags_and_help(run, capsys):
         "quiet",
     ):
         assert f"--{field}" in text
-    for words in ("member_000/step_000100.npz", "Nothing pickled", "130 interrupted"):
+    for words in ("member_000/step_000100.npz", "No pickled data", "130 interrupted"):
         assert words in " ".join(text.replace("│", " ").split())
 
 
