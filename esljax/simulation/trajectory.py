@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from esljax._checks import InputError, check_finite, known, refuse
+from esljax._checks import InputError, check_finite, check_positive_int, known, refuse
 from esljax._types import Array, ArrayLike, Float, Shaped
 from esljax.sharding import AnyMesh, find_mesh, replicate, shard_members
 
@@ -201,8 +201,7 @@ def check_runs(trajectory: Trajectory, jackknife: int) -> None:
             "hold at least two runs on its leading axis",
             f"has positions of shape {shape}",
         )
-    if isinstance(jackknife, bool) or not isinstance(jackknife, int) or jackknife < 0:
-        raise refuse("jackknife", "be an integer of at least 0", f"is {jackknife!r}")
+    check_positive_int("jackknife", jackknife, 0)
     if known(trajectory.positions):
         bad = np.logical_not(np.isfinite(np.asarray(trajectory.positions)).all(axis=-1))
         if bad.any():
