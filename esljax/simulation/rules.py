@@ -164,11 +164,16 @@ class ProbabilityFlow(AbstractRule):
     velocity: AbstractVelocity
 
     def __check_init__(self):
-        if not isinstance(self.velocity, AbstractVelocity) or not self.velocity.needs_drift:
+        velocity = self.velocity
+        if (
+            not isinstance(velocity, AbstractVelocity)
+            or not velocity.needs_drift
+            or velocity.between
+        ):
             raise refuse(
                 "velocity",
                 "estimate from one snapshot, as AffineVelocity() does",
-                f"is {self.velocity!r}",
+                f"is {velocity!r}",
             )
 
     def controls(self, steps: int) -> Controls:

@@ -262,7 +262,7 @@ class AbstractVelocity(eqx.Module):
             >>> bool(abs(velocity.squared) < 1e-2)
             True
         """
-        if not self.needs_drift:
+        if not self.needs_drift or self.between:
             name = type(self).__name__
             raise refuse(
                 "velocity",
