@@ -372,6 +372,7 @@ class Blurred(Mute):
     [
         lambda: esl.SlicedTransport(4, KEY),
         lambda: esl.MappedTransport(esl.ExactTransport(), lambda member: member),
+        lambda: esl.MappedTransport(esl.ExactTransport(), lambda member, power=2: member**power),
         lambda: esl.ProjectedTransport(esl.ExactTransport(), jnp.eye(2)),
         lambda: Mute(),
         lambda: esl.ExactTransport,
