@@ -36,7 +36,7 @@ from esljax._checks import (
     known,
     refuse,
 )
-from esljax._numerics import exponential, lyapunov, safe_root, sqrtm
+from esljax._numerics import exponential, lyapunov, product, safe_root, sqrtm
 from esljax._types import Array, Float, Scalar, ScalarLike
 from esljax.measures import SpeedLimit
 from esljax.schedules import AbstractSchedule, Constant, Knots, WarmupStableDecay
@@ -523,9 +523,8 @@ def _densities(stiffness: Float[Array, "d d"], temperature: Scalar, law: Law) ->
 
 
 def _distance(start: Law, end: Law) -> Scalar:
-    with jax.default_matmul_precision("highest"):
-        root = sqrtm(start.covariance)
-        cross = sqrtm(root @ end.covariance @ root)
+    root = sqrtm(start.covariance)
+    cross = sqrtm(product(product(root, end.covariance), root))
     return jnp.sum((start.mean - end.mean) ** 2) + jnp.trace(
         start.covariance + end.covariance - 2 * cross
     )
@@ -533,9 +532,8 @@ def _distance(start: Law, end: Law) -> Scalar:
 
 def _entropic(start: Law, end: Law, epsilon: Scalar) -> Scalar:
     half, identity = epsilon / 2, jnp.eye(start.mean.size)
-    with jax.default_matmul_precision("highest"):
-        root = sqrtm(start.covariance)
-        spread = sqrtm(4 * root @ end.covariance @ root + half**2 * identity)
+    root = sqrtm(start.covariance)
+    spread = sqrtm(product(product(4 * root, end.covariance), root) + half**2 * identity)
     entropy = (
         start.mean.size * (1 - jnp.log(epsilon)) + jnp.linalg.slogdet(spread + half * identity)[1]
     )
