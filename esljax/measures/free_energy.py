@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import refuse
-from esljax._numerics import safe_divide
+from esljax._numerics import average, safe_divide
 from esljax._types import Array, Float, Int
 from esljax.density import AbstractEntropy, TransportedEntropy
 from esljax.measures.balance import NUMBERS, FreeEnergy
@@ -342,13 +342,13 @@ def _source(entropy: Any, velocity: Any, transport: Any, links: int) -> str:
         name = f"{name} from {type(entropy.start).__name__}"
     dissipation = "" if velocity is None else f" and {type(velocity).__name__}"
     if transport is not None:
-        dissipation = f" and a chain in {type(transport).__name__}"
+        dissipation = f" and a chain in {transport.name}"
     return f"{name}{dissipation} at {links + 1} snapshots"
 
 
 def _mean(reports: FreeEnergy) -> FreeEnergy:
-    # About the first, so that numbers that all share (times, temperatures) stay exactly the same.
-    return jax.tree.map(lambda x: x[0] + jnp.mean(x - x[0], axis=0), reports)
+    # Numbers that all share (times, temperatures) stay exactly the same.
+    return jax.tree.map(average, reports)
 
 
 def _with_errors(report: FreeEnergy, replicates: FreeEnergy, words: str) -> FreeEnergy:

@@ -86,8 +86,6 @@ def speed_limit(
         >>> report.errors
         'jackknife over 16 groups of 1 of 16 members'
     """
-    if not isinstance(transport, AbstractTransport):
-        raise refuse("transport", "be a transport such as ExactTransport()", f"is {transport!r}")
     if not isinstance(trajectory, Trajectory):
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
