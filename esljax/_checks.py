@@ -38,8 +38,8 @@ def refuse(argument: str, must: str, was: Any) -> InputError:
     return InputError(f"Argument `{argument}` must {must}, but {was}.")
 
 
-def wrong_answer(argument: str, asked: Any, method: str, expected: str, answer: Any) -> InputError:
-    """Return the error of an object whose method breaks the contract of its base class.
+def wrong_answer(argument: str, owner: Any, method: str, expected: str, answer: Any) -> InputError:
+    """Return the error of an `owner` whose method breaks the contract of its base class.
 
     **Example:**
 
@@ -47,7 +47,7 @@ def wrong_answer(argument: str, asked: Any, method: str, expected: str, answer: 
         >>> print(wrong_answer("law", "no law", "fit", "a density", (0.5, None)))
         Argument `law` must return a density from `fit`, but str.fit returns (float, NoneType).
     """
-    was = f"{type(asked).__name__}.{method} returns {_described(answer)}"
+    was = f"{type(owner).__name__}.{method} returns {_described(answer)}"
     return refuse(argument, f"return {expected} from `{method}`", was)
 
 

@@ -220,9 +220,9 @@ def _check_pair(
         )
     check_potential("potential", potential)
     if trajectory.observed or not transport.linear:
-        what = "an observed run" if trajectory.observed else f"a {transport.name}"
+        place = "an observed run" if trajectory.observed else f"a {transport.name}"
         raise refuse(
             "velocity",
             "be TransportVelocity(...) in features, where the drift is not known",
-            f"is {name} in {what}",
+            f"is {name} in {place}",
         )

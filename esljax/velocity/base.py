@@ -442,11 +442,11 @@ def check_parts(snapshot: Snapshot, names: Sequence[str]) -> None:
 
 
 def _check_shape(
-    asked: Any, method: str, name: str, x: Any, shape: tuple[int, ...], argument: str = "velocity"
+    owner: Any, method: str, name: str, x: Any, shape: tuple[int, ...], argument: str = "velocity"
 ) -> None:
     """Reject the part `name` of an answer if it is no array of this shape."""
     if getattr(x, "shape", None) != shape:
-        raise wrong_answer(argument, asked, method, f"{name} of shape {shape}", x)
+        raise wrong_answer(argument, owner, method, f"{name} of shape {shape}", x)
 
 
 def _kinds(state: Any) -> tuple[Any, list[Any]]:
