@@ -259,8 +259,8 @@ class NearestNeighborEntropy(AbstractEntropy):
 class KDEEntropy(AbstractEntropy):
     """-log q̂_{-i} at each member i, with kernels around all the others (`KDEDensity`). O(n²).
 
-    In expectation too high by the smearing of the kernels, but for the little that the one
-    bandwidth learns from the members that it is judged by.
+    Too high in expectation, because kernels smear the law; slightly less so because the bandwidth
+    is chosen on the same members that judge it.
 
     **Differentiation:** forward and reverse, of every order, at the bandwidth chosen.
     **Reference:** Hall and Morton, "On the estimation of entropy", Ann. Inst. Statist. Math. 45,

@@ -93,7 +93,8 @@ class SpeedLimit(eqx.Module):
     """W2²(q₀, q₁), the squared distance between the laws at the start and at the end."""
     housekeeping: Scalar
     """∫E‖v - ∇ψ‖² ds, the part of Σ that moves no mass. A chain of laws cannot see it: 0 there, and
-    missing from Σ as well."""
+    missing from Σ as well. An estimator without `Velocity.gradient_contributions` cannot tell it
+    apart: 0 there too, and contained in Σ and L²."""
     dissipation: Scalar | None
     """D = ∫E‖v‖²/η ds, in units of the potential. None if the run has no learning rates."""
     learning_time: Scalar | None
@@ -321,8 +322,8 @@ def numbers(report: SpeedLimit) -> dict[str, Array | None]:
 def with_errors(
     report: SpeedLimit, errors: dict[str, Array | None], words: str, freedom: int
 ) -> SpeedLimit:
-    """The same report with standard errors, in words how they were taken, and their degrees of
-    freedom."""
+    """The same report with standard errors, a phrase that describes how they were taken, and
+    their degrees of freedom."""
     return dataclasses.replace(
         report, standard_error=StandardErrors(errors), errors=words, freedom=freedom
     )

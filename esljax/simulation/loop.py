@@ -47,7 +47,7 @@ class Steps(NamedTuple):
 
 
 class Run(eqx.Module):
-    """Everything that moves an ensemble but its start. It knows arrays alone, on any devices."""
+    """Everything that moves an ensemble, except its start. It holds arrays and knows no devices."""
 
     potential: AbstractPotential
     """Φ, at any training time."""
@@ -193,7 +193,7 @@ def simulate(
       Positions that are made inside `jit` lie nowhere yet: give or set a mesh there, or a single
       device runs it all. The numbers are the same on any number of devices.
     - `checkpoints`: where to save the run between snapshots, so that it survives its process; see
-      `Checkpoints`. A resumed run ends with the very bits of an uninterrupted checkpointed run, on
+      `Checkpoints`. A resumed run ends with the same bits as an uninterrupted checkpointed run, on
       any number of devices. Not inside `jit` or `grad`.
 
     **Returns:** `Trajectory`, with `positions` (J+1, n, d) and `times` (J+1,).

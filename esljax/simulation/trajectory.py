@@ -20,7 +20,7 @@ class Trajectory(eqx.Module):
     """An ensemble at J+1 training times, with the controls that drove it if they are known.
 
     `simulate` makes it, `from_snapshots` makes one of a recording, and every measure reads it.
-    Several runs of one shape, as `jax.vmap` of `simulate` makes them, have a leading axis more.
+    Several runs of one shape, as `jax.vmap` of `simulate` makes them, have one more leading axis.
     """
 
     times: Float[Array, "*runs snapshots"]
@@ -161,7 +161,7 @@ def laid(trajectory: Trajectory, mesh: AnyMesh | None) -> Trajectory:
     divides = trajectory.positions.shape[-2] % mesh.size == 0
 
     def lay(x, axis):
-        # Pairs of snapshots are what devices will share; until then members lie where they can.
+        # Devices will share pairs of snapshots; until then members lie wherever they can.
         return shard_members(x, mesh, axis=x.ndim + axis) if divides else replicate(x, mesh)
 
     whole = {
