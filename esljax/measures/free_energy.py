@@ -33,11 +33,12 @@ from esljax._numerics import average, safe_divide
 from esljax._types import Array, Float, Int
 from esljax.density import AbstractEntropy, TransportedEntropy
 from esljax.measures.balance import NUMBERS, FreeEnergy
+from esljax.measures.chain import of_pairs
 from esljax.measures.report import jackknife_groups
 from esljax.measures.velocities import member_rates, spans
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.results import StandardErrors
-from esljax.sharding import bring, map_pairs
+from esljax.sharding import bring
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
 from esljax.transport import AbstractTransport, GaussianTransport, check_transport, solution_of
 from esljax.velocity import AbstractVelocity
@@ -309,26 +310,16 @@ def _chain(
 ) -> Array:
     """D = dist²/U of every link, or of every two for a `stride` of 2, (J,); of each of some subsets
     of the members, (groups, J)."""
-    ends = np.arange(0, trajectory.positions.shape[0], stride)
-
-    def solve(
-        shared: tuple[AbstractTransport, Array | None], x: Array, y: Array
-    ) -> Float[Array, "*groups"]:
-        transport, subsets = shared
-        if subsets is None:
-            return solution_of(transport, x, y).squared
-        return jax.lax.map(lambda kept: solution_of(transport, x[kept], y[kept]).squared, subsets)
-
-    # Members leave where two whole snapshots already lie together: elsewhere the history would be
-    # gathered for each group.
-    shared, positions = (transport, subsets), trajectory.positions
-    squared = map_pairs(
-        solve, shared, positions, ends[:-1], ends[1:], trajectory.mesh, in_turn=transport.in_turn
-    )
+    pairs = [(j, j + stride) for j in range(0, trajectory.positions.shape[0] - 1, stride)]
+    squared = of_pairs(_squared, trajectory, transport, pairs, subsets)
     learning_times = spans(trajectory)
     if stride == 2:
         learning_times = learning_times[::2] + learning_times[1::2]
-    return safe_divide(squared if subsets is None else squared.T, learning_times)
+    return safe_divide(squared, learning_times)
+
+
+def _squared(transport: AbstractTransport, x: Array, y: Array) -> Array:
+    return solution_of(transport, x, y).squared
 
 
 def _trapezoids(values: Array, learning_times: Array) -> Array:
