@@ -120,18 +120,11 @@ def from_snapshots(
 
 def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
     """Several runs of one shape in one `Trajectory`, on a leading axis."""
+    must = "be a Trajectory or a sequence of at least two"
     if not isinstance(trajectories, Sequence):
-        raise refuse(
-            "trajectory",
-            "be a Trajectory or a sequence of at least two",
-            f"is a {type(trajectories).__name__}",
-        )
+        raise refuse("trajectory", must, f"is a {type(trajectories).__name__}")
     if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
-        raise refuse(
-            "trajectory",
-            "be a Trajectory or a sequence of at least two",
-            f"is a sequence of {len(trajectories)} items",
-        )
+        raise refuse("trajectory", must, f"is a sequence of {len(trajectories)} items")
     shapes = {one.positions.shape for one in trajectories}
     if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
         raise refuse(
@@ -215,11 +208,8 @@ def check_runs(trajectory: Trajectory, jackknife: int) -> None:
 
 
 def _kind(trajectory: Trajectory) -> tuple:
-    return (
-        None if trajectory.rates is None else trajectory.rates.shape,
-        trajectory.final.shape,
-        trajectory.observed,
-    )
+    parts = trajectory.energies, trajectory.rates, trajectory.temperatures, trajectory.final
+    return (*(None if part is None else part.shape for part in parts), trajectory.observed)
 
 
 def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:
