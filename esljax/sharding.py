@@ -206,8 +206,8 @@ _KEPT = "kept"
 
 
 def keep(tree: Any) -> Any:
-    """Mark what a derivative of `map_pairs` stores rather than recomputes, such as the assignment
-    of partners."""
+    """Mark arrays that a derivative of `map_pairs` stores rather than recomputes, such as the
+    assignment of partners."""
     return jax.tree.map(lambda x: checkpoint_name(x, _KEPT), tree)
 
 

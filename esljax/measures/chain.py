@@ -176,7 +176,7 @@ def compared(links: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 
 
 def _noise_floor(trajectory: Trajectory, transport: AbstractTransport) -> Scalar | None:
-    """Return what injected noise adds to Σ where each member is its own best partner.
+    """Return the share of injected noise in Σ where each member is its own best partner.
 
     2 tr(MᵀM) Σ_j Σ_{k∈j} T_k η_k/Δs_j, with M the projection: tr(MᵀM) = d without one.
     """

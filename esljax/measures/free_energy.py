@@ -72,7 +72,7 @@ def free_energy(
 
     **Returns:** `FreeEnergy`; `print` shows it with a verdict. Of several runs, the mean of each
     number, with errors from their spread.
-    **Raises:** `InputError` for observed runs (whose positions are gone), members that are not
+    **Raises:** `InputError` for observed runs (which hold no positions), members that are not
     finite, and estimators that do not fit.
     **Differentiation:** in the trajectory, and so in everything that made it, and in the potential:
     forward and reverse where the entropy, the velocity and the transport are. Put the call inside

@@ -450,10 +450,10 @@ def _on_the_transport(report: SpeedLimit) -> str:
 def _on_spacing(report: SpeedLimit) -> str:
     if report.entropy_production_coarse is None:
         return ""
-    whose = "Σ" if report.entropy_production_chain is None else "the chain's Σ"
+    name = "Σ" if report.entropy_production_chain is None else "the chain's Σ"
     change = float(report.chained - report.entropy_production_coarse)
     return (
-        f"Halving the number of snapshots changes {whose} by {change:.3g}, so spacing still hides "
+        f"Halving the number of snapshots changes {name} by {change:.3g}, so spacing still hides "
         f"about {float(report.hidden_by_spacing):.2g}."
     )
 

@@ -191,7 +191,7 @@ def _check_pair(
         if potential is not None:
             raise refuse(
                 "potential",
-                "be given together with a velocity, which is what needs it",
+                "be given together with a velocity, which needs it",
                 "stands alone",
             )
         return
