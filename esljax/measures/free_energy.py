@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import refuse
+from esljax._checks import check_kind, refuse
 from esljax._numerics import average, safe_divide
 from esljax._types import Array, Float, Int
 from esljax.density import AbstractEntropy, TransportedEntropy
@@ -369,10 +369,14 @@ def _check(
         raise refuse(
             "entropy", "be an entropy estimator such as GaussianEntropy()", f"is {entropy!r}"
         )
-    if velocity is not None and (not isinstance(velocity, AbstractVelocity) or velocity.between):
-        raise refuse(
-            "velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}"
-        )
+    if velocity is not None:
+        must = "be a velocity estimator such as AffineVelocity()"
+        check_kind("velocity", velocity, AbstractVelocity, must)
+        if velocity.between:
+            must = "estimate at snapshots, where the energies are, as AffineVelocity() does"
+            raise refuse(
+                "velocity", must, f"is {type(velocity).__name__}, which estimates on links"
+            )
     if isinstance(entropy, TransportedEntropy) and velocity is None:
         raise refuse(
             "velocity", "be given beside TransportedEntropy, which follows it", "is missing"
