@@ -20,6 +20,7 @@ from jax.scipy.special import digamma
 from esljax._checks import (
     check_ensemble,
     check_key,
+    check_kind,
     check_positive_int,
     known,
     refuse,
@@ -388,10 +389,8 @@ class TransportedEntropy(eqx.Module):
     start: AbstractEntropy
 
     def __check_init__(self):
-        if not isinstance(self.start, AbstractEntropy):
-            raise refuse(
-                "start", "be an entropy estimator such as GaussianEntropy()", f"is {self.start!r}"
-            )
+        must = "be an entropy estimator such as GaussianEntropy()"
+        check_kind("start", self.start, AbstractEntropy, must)
 
 
 @eqx.filter_jit

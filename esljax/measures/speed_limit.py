@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import refuse
+from esljax._checks import check_kind, refuse
 from esljax._types import Array, Float, Int, Scalar
 from esljax.measures.chain import Distances, chain, distances
 from esljax.measures.report import (
@@ -195,10 +195,8 @@ def _check_pair(
                 "stands alone",
             )
         return
-    if not isinstance(velocity, AbstractVelocity):
-        raise refuse(
-            "velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}"
-        )
+    must = "be a velocity estimator such as AffineVelocity()"
+    check_kind("velocity", velocity, AbstractVelocity, must)
     name = type(velocity).__name__
     if velocity.moments_only and not transport.moments_only:
         raise refuse(
