@@ -115,10 +115,11 @@ def exponential(a: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
 # --- Moments of an ensemble -----------------------------------------------------------------------
 
 
-def average(x: Float[Array, "n d"]) -> Float[Array, " d"]:
-    """Return the mean, computed relative to the first member.
+def average(x: Float[Array, "n *rest"]) -> Float[Array, " *rest"]:
+    """Return the mean over the first axis, computed relative to the first member.
 
-    Members that all agree then have exactly zero width. A width from rounding would be divided by.
+    Members that all agree then have exactly zero width; a width that is mere rounding would pass
+    for one and be divided by.
     """
     return x[0] + jnp.mean(x - x[0], axis=0)
 

@@ -33,10 +33,11 @@ from esljax._checks import (
     check_nonnegative,
     check_positive,
     check_positive_int,
+    in_words,
     known,
     refuse,
 )
-from esljax._numerics import exponential, lyapunov, safe_root, sqrtm
+from esljax._numerics import exponential, lyapunov, product, safe_root, sqrtm
 from esljax._types import Array, Float, Scalar, ScalarLike
 from esljax.measures import SpeedLimit
 from esljax.schedules import AbstractSchedule, Constant, Knots, WarmupStableDecay
@@ -523,9 +524,8 @@ def _densities(stiffness: Float[Array, "d d"], temperature: Scalar, law: Law) ->
 
 
 def _distance(start: Law, end: Law) -> Scalar:
-    with jax.default_matmul_precision("highest"):
-        root = sqrtm(start.covariance)
-        cross = sqrtm(root @ end.covariance @ root)
+    root = sqrtm(start.covariance)
+    cross = sqrtm(product(product(root, end.covariance), root))
     return jnp.sum((start.mean - end.mean) ** 2) + jnp.trace(
         start.covariance + end.covariance - 2 * cross
     )
@@ -533,9 +533,8 @@ def _distance(start: Law, end: Law) -> Scalar:
 
 def _entropic(start: Law, end: Law, epsilon: Scalar) -> Scalar:
     half, identity = epsilon / 2, jnp.eye(start.mean.size)
-    with jax.default_matmul_precision("highest"):
-        root = sqrtm(start.covariance)
-        spread = sqrtm(4 * root @ end.covariance @ root + half**2 * identity)
+    root = sqrtm(start.covariance)
+    spread = sqrtm(product(product(4 * root, end.covariance), root) + half**2 * identity)
     entropy = (
         start.mean.size * (1 - jnp.log(epsilon)) + jnp.linalg.slogdet(spread + half * identity)[1]
     )
@@ -564,6 +563,12 @@ def _collocation(nodes: int = 12) -> tuple[np.ndarray, np.ndarray]:
 def _run(law: Law, potential: HasStiffness, rule: HasSchedules, steps: int, panels: int) -> _Run:
     check_positive_int("steps", steps)
     check_positive_int("panels", panels)
+    if not isinstance(potential, HasStiffness):
+        must = "have a stiffness and a center, as Quadratic(1.0) has"
+        raise refuse("potential", must, f"is {in_words(potential)}")
+    if not isinstance(rule, HasSchedules):
+        must = "have a learning rate and a temperature, as Langevin(0.1) has"
+        raise refuse("rule", must, f"is {in_words(rule)}")
     d = law.mean.size
     stiffness, center = as_float(potential.stiffness), as_float(potential.center)
     if stiffness.shape not in ((), (d,), (d, d)):
@@ -578,9 +583,10 @@ def _run(law: Law, potential: HasStiffness, rule: HasSchedules, steps: int, pane
         )
     check_finite("potential.stiffness", stiffness)
     check_finite("potential.center", center)
-    _check_schedule("rule.learning_rate", rule.learning_rate)
-    _check_schedule("rule.temperature", rule.temperature)
-    _check_spread(law, as_float(rule.temperature(jnp.asarray(0.0))))
+    learning_rate, temperature = _over(rule.learning_rate, steps), _over(rule.temperature, steps)
+    _check_schedule("rule.learning_rate", learning_rate)
+    _check_schedule("rule.temperature", temperature)
+    _check_spread(law, as_float(temperature(jnp.asarray(0.0))))
     dtype = jnp.result_type(law.mean, stiffness, center)
     stiffness = stiffness if stiffness.ndim == 2 else stiffness * jnp.eye(d)
     center = jnp.broadcast_to(center, (d,)).astype(dtype)
@@ -588,11 +594,16 @@ def _run(law: Law, potential: HasStiffness, rule: HasSchedules, steps: int, pane
         law=Law(law.mean.astype(dtype) - center, law.covariance.astype(dtype)),
         stiffness=stiffness.astype(dtype),
         center=center,
-        learning_rate=rule.learning_rate,
-        temperature=rule.temperature,
+        learning_rate=learning_rate,
+        temperature=temperature,
         steps=jnp.asarray(steps, dtype),
-        edges=_edges(panels, (rule.learning_rate, rule.temperature)).astype(dtype),
+        edges=_edges(panels, (learning_rate, temperature)).astype(dtype),
     )
+
+
+def _over(schedule: Any, steps: int) -> Any:
+    """The schedule of a run of so many steps; any other function of s as it is."""
+    return schedule.over(steps) if isinstance(schedule, AbstractSchedule) else schedule
 
 
 def _edges(panels: int, schedules: tuple[Any, ...]) -> Float[Array, " edges"]:

@@ -157,7 +157,7 @@ def optimize(
 
     **Args:**
     - `objective`: `objective(controls, key)` to a scalar; or `(scalar, residuals)`, a pytree of
-      residuals, wanted ≤ 0, or = 0 inside `Equality`; or `(scalar, residuals, auxiliary)`, the last
+      residuals, to be ≤ 0, or = 0 inside `Equality`; or `(scalar, residuals, auxiliary)`, the last
       for the callback. Make residuals relative: `loss/target - 1`.
     - `controls`: where to start, any pytree.
     - `key`: iteration i sees `fold_in(key, i)`, fresh noise each time.
@@ -343,7 +343,7 @@ class _State(NamedTuple):
     moving: Any
     """The floating leaves of the controls."""
     memory: Any
-    """Of the optimizer."""
+    """The state of the optimizer."""
     dual: _Dual
     best: _Candidate
     last_good: Any
@@ -377,7 +377,7 @@ class _Search:
     key: Key
     held_out: Keys
     equalities: np.ndarray
-    """Which of the residuals are wanted = 0, (c,)."""
+    """Which of the residuals must be 0, the others at most 0; shape (c,)."""
     iterations: int
     rounds: int
     tolerance: float
@@ -585,16 +585,16 @@ def _trouble(
 ) -> str | None:
     """Why the numbers of an iteration end the search; None if they do not."""
     if not np.isfinite(value) or not np.all(np.isfinite(residuals)):
-        what = "the objective or a residual is not finite"
+        reason = "the objective or a residual is not finite"
     elif not np.isfinite(norm):
-        what = "the gradient is not finite"
+        reason = "the gradient is not finite"
     elif norms.size and norm > _EXPLOSION * max(np.median(norms), norms[0]) > 0:
-        what = f"the gradient exploded to {norm:.3g}"
+        reason = f"the gradient exploded to {norm:.3g}"
     else:
         return None
     return (
-        f"Stopped at iteration {iteration}: {what}; the likely cause is a learning rate above the "
-        "stability limit 2/(largest curvature) at some step. This is the best so far."
+        f"Stopped at iteration {iteration}: {reason}; the likely cause is a learning rate above "
+        "the stability limit 2/(largest curvature) at some step. This is the best so far."
     )
 
 

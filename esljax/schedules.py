@@ -31,8 +31,8 @@ from esljax._types import Array, Float, Scalar, ScalarLike
 class AbstractSchedule(eqx.Module):
     """A number as a function of training time s ∈ [0, 1].
 
-    A subclass is an `equinox.Module` with one method, `__call__`; its floating arrays are what a
-    gradient and an optimizer see. A schedule that counts steps also overrides `over`.
+    A subclass is an `equinox.Module` with one method, `__call__`; a gradient and an optimizer see
+    its floating arrays. A schedule that counts steps also overrides `over`.
 
     **Example:**
 

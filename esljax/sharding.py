@@ -8,7 +8,8 @@ members to snapshots (an all-to-all), so that each device solves whole problems 
 ever holds the whole history.
 
 Each public verb settles its devices at its door, by `choose_mesh` or `find_mesh`, `bring` and
-`shard_members`. The functions behind it take arrays and know no mesh, except `map_pairs`.
+`shard_members`. The functions behind it take arrays and know no mesh, except `map_pairs` and the
+scan over single snapshots in `measures.velocities`, which copies each to every device.
 """
 
 import math
@@ -47,18 +48,18 @@ def member_mesh(devices: int | Sequence[Any] | None = None) -> Mesh:
     """
     if devices is None or isinstance(devices, int | np.integer):
         present = jax.devices()
-        wanted = len(present) if devices is None else devices
-        if isinstance(devices, bool) or not 1 <= wanted <= len(present):
+        count = len(present) if devices is None else devices
+        if isinstance(devices, bool) or not 1 <= count <= len(present):
             hint = (
                 "; on a CPU, ask for more by jax.config.update('jax_num_cpu_devices', ...) "
                 "before anything else"
-            ) * (wanted > len(present))
+            ) * (count > len(present))
             raise refuse(
                 "devices",
                 f"be between 1 and {len(present)}, the {present[0].platform} devices present{hint}",
                 f"is {devices!r}",
             )
-        devices = present[:wanted]
+        devices = present[:count]
     if isinstance(devices, str) or not isinstance(devices, Sequence | np.ndarray):
         raise refuse("devices", "be a number of devices, or devices themselves", f"is {devices!r}")
     if len(devices) == 0 or len(set(devices)) < len(devices):
@@ -170,18 +171,18 @@ def replicate(tree: Any, mesh: AnyMesh | None) -> Any:
 
 
 def bring(tree: Any, mesh: AnyMesh | None) -> Any:
-    """Bring arrays that were put on other devices to those of the mesh, which jax would not do by
-    itself. Arrays that were put nowhere it does bring."""
+    """Bring arrays that were put on other devices to those of the mesh. jax itself moves only
+    arrays that were put nowhere."""
     if not isinstance(mesh, Mesh):
         return tree
     here, sharding = set(mesh.devices.flat), NamedSharding(mesh, PartitionSpec())
 
-    def strange(x):
+    def elsewhere(x):
         return (
             isinstance(x, jax.Array) and known(x) and x.committed and x.sharding.device_set != here
         )
 
-    return jax.tree.map(lambda x: _put(x, sharding) if strange(x) else x, tree)
+    return jax.tree.map(lambda x: _put(x, sharding) if elsewhere(x) else x, tree)
 
 
 def _put(x: Any, sharding: NamedSharding) -> Array:
@@ -205,8 +206,8 @@ _KEPT = "kept"
 
 
 def keep(tree: Any) -> Any:
-    """Mark what a derivative of `map_pairs` stores rather than recomputes, such as the assignment
-    of partners."""
+    """Mark arrays that a derivative of `map_pairs` stores rather than recomputes, such as the
+    assignment of partners."""
     return jax.tree.map(lambda x: checkpoint_name(x, _KEPT), tree)
 
 

@@ -458,7 +458,12 @@ BAD = {
     "`entropy` must be an entropy estimator such as GaussianEntropy.*, but is 'gaussian'": {
         "entropy": "gaussian"
     },
-    "`velocity` must be a velocity estimator such as AffineVelocity.*, but is 3": {"velocity": 3},
+    "`velocity` must be a velocity estimator such as AffineVelocity.*, but is an int": {
+        "velocity": 3
+    },
+    "`velocity` must estimate at snapshots, .*, but is PathVelocity, which estimates on links": {
+        "velocity": esl.PathVelocity()
+    },
     "`velocity` must be given beside TransportedEntropy, which follows it, but is missing": {
         "entropy": esl.density.TransportedEntropy(esl.density.GaussianEntropy())
     },

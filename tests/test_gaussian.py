@@ -620,3 +620,14 @@ def test_too_stiff_is_nan_where_it_cannot_be_refused():
 def test_bad_input(call, sentence):
     with pytest.raises(esl.InputError, match=sentence):
         call()
+
+
+def test_what_has_no_linear_drift_is_one_sentence(refused):
+    refused(
+        lambda: speed_limit(start(2), esl.DoubleWell(), constant_rule(), steps=1),
+        "Argument `potential` must have a stiffness and a center, .* but is a DoubleWell",
+    )
+    refused(
+        lambda: speed_limit(start(2), Trap(), esl.Constant(0.1), steps=1),
+        "Argument `rule` must have a learning rate and a temperature, .* but is a Constant",
+    )

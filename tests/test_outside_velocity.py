@@ -260,6 +260,19 @@ WRONG_VELOCITIES = {
         ),
         "`density` must return an AbstractLogDensity and a state from `estimate`",
     ),
+    "a mean without direction": (
+        lambda: altered(
+            NormalVelocity,
+            density=altered(
+                NormalDensity,
+                estimate=lambda self, positions, state: (
+                    Blunt(jnp.mean(positions, axis=0), jnp.std(positions, axis=0)),
+                    state,
+                ),
+            ),
+        ),
+        r"`density` must return means of shape \(2,\) from `smooth`, but Blunt.smooth",
+    ),
     "a score without direction": (
         lambda: altered(
             NormalVelocity,
@@ -271,6 +284,13 @@ WRONG_VELOCITIES = {
         r"`density` must return a score of shape \(2,\) from `score`, but Scalar.score",
     ),
 }
+
+
+class Blunt(Normal, esl.density.AbstractSmoother):
+    """A density that smooths a drift to one number."""
+
+    def smooth(self, positions, values):
+        return eqx.Partial(lambda mean, x: mean, jnp.mean(values))
 
 
 class Scalar(esl.density.AbstractLogDensity):
@@ -306,7 +326,15 @@ def test_a_velocity_that_answers_otherwise_is_rejected(path, refused, case):
             ),
             r"`field` must return tr\(D ∇w\) of shape \(64,\) from `evaluate`",
         ),
+        (
+            lambda: altered(Constant, init=lambda self, positions: jnp.zeros(4)),
+            "None or a list of four states from `init`, but Outside.init",
+        ),
         (lambda: Translation, "`velocity` must estimate from one snapshot"),
+        (
+            lambda: altered(Translation, between=True),
+            "`velocity` must estimate from one snapshot",
+        ),
     ],
 )
 def test_a_flow_that_answers_otherwise_is_rejected(refused, make, sentence):
@@ -372,6 +400,7 @@ class Blurred(Mute):
     [
         lambda: esl.SlicedTransport(4, KEY),
         lambda: esl.MappedTransport(esl.ExactTransport(), lambda member: member),
+        lambda: esl.MappedTransport(esl.ExactTransport(), lambda member, power=2: member**power),
         lambda: esl.ProjectedTransport(esl.ExactTransport(), jnp.eye(2)),
         lambda: Mute(),
         lambda: esl.ExactTransport,

@@ -206,11 +206,12 @@ def test_from_optax_takes_the_steps_of_the_run(refused):
     sentence = r"`steps` must be given where no run supplies it, as FromOptax\(fn, steps\)"
     refused(lambda: schedule(0.5), sentence)
     refused(lambda: esl.Driven(esl.Quadratic, schedule), sentence)
-    law = esl.gaussian.Law([2.0], [[1.0]])
-    refused(
-        lambda: esl.gaussian.speed_limit(law, esl.Quadratic(1.0), esl.Langevin(schedule), steps=10),
-        sentence,
+    law, trap = esl.gaussian.Law([2.0], [[1.0]]), esl.Quadratic(1.0)
+    of_the_run, given = (
+        esl.gaussian.speed_limit(law, trap, esl.Langevin(each), steps=10).entropy_production
+        for each in (schedule, esl.FromOptax(OPTAX, 10))
     )
+    assert of_the_run == given
 
 
 def test_the_table_of_a_problem_counts_the_steps_of_its_run():

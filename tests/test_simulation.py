@@ -633,6 +633,53 @@ GOOD = {
     "snapshots": 5,
     "gradient": None,
 }
+
+
+class Rule(esl.AbstractRule):
+    """Gradient descent from outside, but for what a test changes."""
+
+    learning_rate: esl.AbstractSchedule = esl.Constant(0.1)
+    temperature: esl.AbstractSchedule = esl.Constant(0.0)
+    table: Any = eqx.field(static=True, default=None)
+    answer: Any = eqx.field(static=True, default=None)
+
+    def controls(self, steps):
+        rates = self.learning_rate.rates(steps), self.temperature.rates(steps)
+        return rates if self.table else esl.simulation.Controls(*rates)
+
+    def step(self, positions, kick, control, key):
+        energies, kicks = kick(positions, control.learning_rate)
+        return self.answer(positions - kicks, energies)
+
+
+class OneKick(esl.AbstractGradient):
+    """The same kick for all members."""
+
+    recompute: bool = False
+
+    def kick(self, potential, positions, scale, key):
+        energies, kicks = esl.Autodiff().kick(potential, positions, scale, key)
+        return energies, kicks[0]
+
+    def wrap(self, run):
+        return run
+
+
+class SharedBatch(esl.AbstractPotential):
+    """One batch of as many examples as there are members, for all of them."""
+
+    conservative = True
+
+    def energy(self, position, batch=None):
+        return jnp.sum(position**2)
+
+    def energy_and_gradient(self, position, batch=None):
+        return jax.value_and_grad(self.energy)(position)
+
+    def draw(self, key, members):
+        return jax.random.randint(key, (3,), 0, 10)
+
+
 BAD = {
     r"`positions` must be finite, but has 1 entries that are not, the first at index \(1, 0\)": {
         "positions": np.array([[1.0, 0.0], [np.nan, 0.0]], np.float32)
@@ -676,6 +723,20 @@ BAD = {
     r"`potential` must accept members of 2 coordinates, but fails on them": {
         "potential": esl.Quadratic(np.eye(3))
     },
+    r"`rule` must return Controls from `controls`, but Rule.controls returns \(an array": {
+        "rule": Rule(table=True)
+    },
+    r"`rule` must return positions of shape \(\d, 2\) and energies of shape \(\d,\) from `step`, "
+    "but Rule.step returns an array of shape": {"rule": Rule(answer=lambda x, energies: x)},
+    r"from `step`, but Rule.step returns \(an array of shape \(\d, 2\), an array of shape \(\)\)": {
+        "rule": Rule(answer=lambda x, energies: (x, jnp.mean(energies)))
+    },
+    r"`gradient` must return energies of shape \(\d,\) and kicks of shape \(\d, 2\) from `kick`, "
+    r"but OneKick.kick returns \(an array of shape \(\d,\), an array of shape \(2,\)\)": {
+        "gradient": OneKick()
+    },
+    r"`potential` must draw batches with a leading axis of length `members`, but draws shapes "
+    r"\[\(3,\)\] for one member": {"potential": SharedBatch()},
     "`key` must be made by `jax.random.key`": {"key": 0},
     "`observe` must be a function of one member": {"observe": 3},
     r"`observe` must return shape \(p,\) for one member, but returns shape \(\)": {

@@ -20,6 +20,7 @@ from jax.scipy.special import digamma
 from esljax._checks import (
     check_ensemble,
     check_key,
+    check_kind,
     check_positive_int,
     known,
     refuse,
@@ -259,8 +260,8 @@ class NearestNeighborEntropy(AbstractEntropy):
 class KDEEntropy(AbstractEntropy):
     """-log q̂_{-i} at each member i, with kernels around all the others (`KDEDensity`). O(n²).
 
-    In expectation too high by the smearing of the kernels, but for the little that the one
-    bandwidth learns from the members that it is judged by.
+    Too high in expectation, because kernels smear the law; slightly less so because the bandwidth
+    is chosen on the same members that judge it.
 
     **Differentiation:** forward and reverse, of every order, at the bandwidth chosen.
     **Reference:** Hall and Morton, "On the estimation of entropy", Ann. Inst. Statist. Math. 45,
@@ -388,10 +389,8 @@ class TransportedEntropy(eqx.Module):
     start: AbstractEntropy
 
     def __check_init__(self):
-        if not isinstance(self.start, AbstractEntropy):
-            raise refuse(
-                "start", "be an entropy estimator such as GaussianEntropy()", f"is {self.start!r}"
-            )
+        must = "be an entropy estimator such as GaussianEntropy()"
+        check_kind("start", self.start, AbstractEntropy, must)
 
 
 @eqx.filter_jit

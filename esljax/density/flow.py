@@ -28,9 +28,8 @@ class FlowDensity(AbstractDensity):
     the parameters at which every fifth member, left over, was likeliest.
 
     **Args:** `key`: draws the parameters of the first fit. `layers`: of the flow. `width`: hidden
-    units per coordinate. `steps`: parameters that are compared in each fit; the first are those
-    that it starts from, each of the others is one update by Adam away from the one before.
-    `learning_rate`: of Adam, at the start.
+    units per coordinate. `steps`: how many sets of parameters each fit compares: the start, and the
+    result of every update by Adam. `learning_rate`: of Adam, at the start.
     **Raises:** `InputError` if `key` is not a key or a number is not positive.
     **Differentiation:** forward and reverse, of every order, in x. In the members the derivative
     goes through the optimization and costs its memory.

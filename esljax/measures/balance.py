@@ -52,7 +52,7 @@ _PRINTED = {
     "residual": "residual",
     "Σ by balance": "entropy_production_by_balance",
 }
-# So many rows show a run; the fields hold all snapshots.
+# The printed table has at most this many rows; the fields hold all snapshots.
 _ROWS = 11
 
 

@@ -8,6 +8,8 @@ and dimensions: the first is Cauchy-Schwarz, the second the triangle inequality.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -64,22 +66,7 @@ def distances(
     """
     links = trajectory.positions.shape[0] - 1
     pairs, coarse = compared(links)
-
-    def solve(way, pairs):
-        def of_pair(shared, x, y):
-            transport, subsets = shared
-            if subsets is None:
-                return way(transport, x, y)
-            return jax.lax.map(lambda kept: way(transport, x[kept], y[kept]), subsets)
-
-        first, second = np.array(pairs).T
-        positions, mesh = trajectory.positions, trajectory.mesh
-        solved = map_pairs(
-            of_pair, (transport, subsets), positions, first, second, mesh, in_turn=transport.in_turn
-        )
-        return solved if subsets is None else jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), solved)
-
-    plain = solve(solution_of, pairs + coarse)
+    plain = of_pairs(solution_of, trajectory, transport, pairs + coarse, subsets)
     solved = Distances(
         links=plain.squared[..., :links],
         whole=plain.squared[..., links],
@@ -88,13 +75,40 @@ def distances(
     )
     if not debias:
         return solved
-    across = solve(_across, pairs)
-    within = solve(_within, [(j, j) for j in range(links + 1)])
+    across = of_pairs(_across, trajectory, transport, pairs, subsets)
+    same = [(j, j) for j in range(links + 1)]
+    within = of_pairs(_within, trajectory, transport, same, subsets)
     first, second = np.array(pairs).T
     squares = across - within[..., first] / 2 - within[..., second] / 2
     return dataclasses.replace(
         solved, debiased_links=squares[..., :links], debiased_whole=squares[..., links]
     )
+
+
+def of_pairs(
+    function: Callable[[AbstractTransport, Array, Array], Any],
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    pairs: Sequence[tuple[int, int]],
+    subsets: Array | None,
+) -> Any:
+    """Return `function(transport, x, y)` for every pair of snapshots, stacked.
+
+    With subsets (subsets, m) of the members, return it for each of them, on a leading axis.
+    """
+
+    def of_pair(shared, x, y):
+        transport, subsets = shared
+        if subsets is None:
+            return function(transport, x, y)
+        return jax.lax.map(lambda kept: function(transport, x[kept], y[kept]), subsets)
+
+    # Members leave where two whole snapshots already lie together: elsewhere the history would be
+    # gathered for each group.
+    first, second = np.array(pairs).T
+    shared, positions, mesh = (transport, subsets), trajectory.positions, trajectory.mesh
+    solved = map_pairs(of_pair, shared, positions, first, second, mesh, in_turn=transport.in_turn)
+    return solved if subsets is None else jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), solved)
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
@@ -162,7 +176,7 @@ def compared(links: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 
 
 def _noise_floor(trajectory: Trajectory, transport: AbstractTransport) -> Scalar | None:
-    """Return what injected noise adds to Σ where each member is its own best partner.
+    """Return the share of injected noise in Σ where each member is its own best partner.
 
     2 tr(MᵀM) Σ_j Σ_{k∈j} T_k η_k/Δs_j, with M the projection: tr(MᵀM) = d without one.
     """

@@ -28,16 +28,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import refuse
-from esljax._numerics import safe_divide
+from esljax._checks import check_kind, refuse
+from esljax._numerics import average, safe_divide
 from esljax._types import Array, Float, Int
 from esljax.density import AbstractEntropy, TransportedEntropy
 from esljax.measures.balance import NUMBERS, FreeEnergy
+from esljax.measures.chain import of_pairs
 from esljax.measures.report import jackknife_groups
 from esljax.measures.velocities import member_rates, spans
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.results import StandardErrors
-from esljax.sharding import bring, map_pairs
+from esljax.sharding import bring
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
 from esljax.transport import AbstractTransport, GaussianTransport, check_transport, solution_of
 from esljax.velocity import AbstractVelocity
@@ -71,7 +72,7 @@ def free_energy(
 
     **Returns:** `FreeEnergy`; `print` shows it with a verdict. Of several runs, the mean of each
     number, with errors from their spread.
-    **Raises:** `InputError` for observed runs (whose positions are gone), members that are not
+    **Raises:** `InputError` for observed runs (which hold no positions), members that are not
     finite, and estimators that do not fit.
     **Differentiation:** in the trajectory, and so in everything that made it, and in the potential:
     forward and reverse where the entropy, the velocity and the transport are. Put the call inside
@@ -309,26 +310,16 @@ def _chain(
 ) -> Array:
     """D = dist²/U of every link, or of every two for a `stride` of 2, (J,); of each of some subsets
     of the members, (groups, J)."""
-    ends = np.arange(0, trajectory.positions.shape[0], stride)
-
-    def solve(
-        shared: tuple[AbstractTransport, Array | None], x: Array, y: Array
-    ) -> Float[Array, "*groups"]:
-        transport, subsets = shared
-        if subsets is None:
-            return solution_of(transport, x, y).squared
-        return jax.lax.map(lambda kept: solution_of(transport, x[kept], y[kept]).squared, subsets)
-
-    # Members leave where two whole snapshots already lie together: elsewhere the history would be
-    # gathered for each group.
-    shared, positions = (transport, subsets), trajectory.positions
-    squared = map_pairs(
-        solve, shared, positions, ends[:-1], ends[1:], trajectory.mesh, in_turn=transport.in_turn
-    )
+    pairs = [(j, j + stride) for j in range(0, trajectory.positions.shape[0] - 1, stride)]
+    squared = of_pairs(_squared, trajectory, transport, pairs, subsets)
     learning_times = spans(trajectory)
     if stride == 2:
         learning_times = learning_times[::2] + learning_times[1::2]
-    return safe_divide(squared if subsets is None else squared.T, learning_times)
+    return safe_divide(squared, learning_times)
+
+
+def _squared(transport: AbstractTransport, x: Array, y: Array) -> Array:
+    return solution_of(transport, x, y).squared
 
 
 def _trapezoids(values: Array, learning_times: Array) -> Array:
@@ -342,13 +333,13 @@ def _source(entropy: Any, velocity: Any, transport: Any, links: int) -> str:
         name = f"{name} from {type(entropy.start).__name__}"
     dissipation = "" if velocity is None else f" and {type(velocity).__name__}"
     if transport is not None:
-        dissipation = f" and a chain in {type(transport).__name__}"
+        dissipation = f" and a chain in {transport.name}"
     return f"{name}{dissipation} at {links + 1} snapshots"
 
 
 def _mean(reports: FreeEnergy) -> FreeEnergy:
-    # About the first, so that numbers that all share (times, temperatures) stay exactly the same.
-    return jax.tree.map(lambda x: x[0] + jnp.mean(x - x[0], axis=0), reports)
+    # Numbers that all share (times, temperatures) stay exactly the same.
+    return jax.tree.map(average, reports)
 
 
 def _with_errors(report: FreeEnergy, replicates: FreeEnergy, words: str) -> FreeEnergy:
@@ -378,10 +369,14 @@ def _check(
         raise refuse(
             "entropy", "be an entropy estimator such as GaussianEntropy()", f"is {entropy!r}"
         )
-    if velocity is not None and (not isinstance(velocity, AbstractVelocity) or velocity.between):
-        raise refuse(
-            "velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}"
-        )
+    if velocity is not None:
+        must = "be a velocity estimator such as AffineVelocity()"
+        check_kind("velocity", velocity, AbstractVelocity, must)
+        if velocity.between:
+            must = "estimate at snapshots, where the energies are, as AffineVelocity() does"
+            raise refuse(
+                "velocity", must, f"is {type(velocity).__name__}, which estimates on links"
+            )
     if isinstance(entropy, TransportedEntropy) and velocity is None:
         raise refuse(
             "velocity", "be given beside TransportedEntropy, which follows it", "is missing"

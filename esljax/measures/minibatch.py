@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_key, check_positive_int, refuse
+from esljax._checks import check_key, check_kind, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Scalar
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.results import StandardErrors, is_number, measured, table
@@ -113,13 +113,10 @@ def minibatch_noise(
         >>> bool(noise.floor > 0), noise.standard_error.variance.shape
         (True, (21,))
     """
-    if (
-        not isinstance(trajectory, Trajectory)
-        or trajectory.positions.ndim != 3
-        or trajectory.observed
-        or trajectory.rates is None
-    ):
-        raise refuse("trajectory", "be one run of simulate(...), not observed", "is not")
+    must = "be one run of simulate(...), not observed"
+    check_kind("trajectory", trajectory, Trajectory, must)
+    if trajectory.positions.ndim != 3 or trajectory.observed or trajectory.rates is None:
+        raise refuse("trajectory", must, f"is a {trajectory}")
     check_potential("potential", potential)
     check_key("key", key)
     check_positive_int("pairs", pairs)

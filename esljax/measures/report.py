@@ -93,7 +93,8 @@ class SpeedLimit(eqx.Module):
     """W2²(q₀, q₁), the squared distance between the laws at the start and at the end."""
     housekeeping: Scalar
     """∫E‖v - ∇ψ‖² ds, the part of Σ that moves no mass. A chain of laws cannot see it: 0 there, and
-    missing from Σ as well."""
+    missing from Σ as well. An estimator without `Velocity.gradient_contributions` cannot tell it
+    apart: 0 there too, and contained in Σ and L²."""
     dissipation: Scalar | None
     """D = ∫E‖v‖²/η ds, in units of the potential. None if the run has no learning rates."""
     learning_time: Scalar | None
@@ -321,8 +322,8 @@ def numbers(report: SpeedLimit) -> dict[str, Array | None]:
 def with_errors(
     report: SpeedLimit, errors: dict[str, Array | None], words: str, freedom: int
 ) -> SpeedLimit:
-    """The same report with standard errors, in words how they were taken, and their degrees of
-    freedom."""
+    """The same report with standard errors, a phrase that describes how they were taken, and
+    their degrees of freedom."""
     return dataclasses.replace(
         report, standard_error=StandardErrors(errors), errors=words, freedom=freedom
     )
@@ -449,10 +450,10 @@ def _on_the_transport(report: SpeedLimit) -> str:
 def _on_spacing(report: SpeedLimit) -> str:
     if report.entropy_production_coarse is None:
         return ""
-    whose = "Σ" if report.entropy_production_chain is None else "the chain's Σ"
+    name = "Σ" if report.entropy_production_chain is None else "the chain's Σ"
     change = float(report.chained - report.entropy_production_coarse)
     return (
-        f"Halving the number of snapshots changes {whose} by {change:.3g}, so spacing still hides "
+        f"Halving the number of snapshots changes {name} by {change:.3g}, so spacing still hides "
         f"about {float(report.hidden_by_spacing):.2g}."
     )
 

@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import refuse
+from esljax._checks import check_kind, refuse
 from esljax._types import Array, Float, Int, Scalar
 from esljax.measures.chain import Distances, chain, distances
 from esljax.measures.report import (
@@ -86,8 +86,6 @@ def speed_limit(
         >>> report.errors
         'jackknife over 16 groups of 1 of 16 members'
     """
-    if not isinstance(transport, AbstractTransport):
-        raise refuse("transport", "be a transport such as ExactTransport()", f"is {transport!r}")
     if not isinstance(trajectory, Trajectory):
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
@@ -193,14 +191,12 @@ def _check_pair(
         if potential is not None:
             raise refuse(
                 "potential",
-                "be given together with a velocity, which is what needs it",
+                "be given together with a velocity, which needs it",
                 "stands alone",
             )
         return
-    if not isinstance(velocity, AbstractVelocity):
-        raise refuse(
-            "velocity", "be a velocity estimator such as AffineVelocity()", f"is {velocity!r}"
-        )
+    must = "be a velocity estimator such as AffineVelocity()"
+    check_kind("velocity", velocity, AbstractVelocity, must)
     name = type(velocity).__name__
     if velocity.moments_only and not transport.moments_only:
         raise refuse(
@@ -222,9 +218,9 @@ def _check_pair(
         )
     check_potential("potential", potential)
     if trajectory.observed or not transport.linear:
-        what = "an observed run" if trajectory.observed else f"a {transport.name}"
+        place = "an observed run" if trajectory.observed else f"a {transport.name}"
         raise refuse(
             "velocity",
             "be TransportVelocity(...) in features, where the drift is not known",
-            f"is {name} in {what}",
+            f"is {name} in {place}",
         )

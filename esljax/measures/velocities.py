@@ -61,7 +61,8 @@ class MemberRates(eqx.Module):
 
 
 class _Moment(NamedTuple):
-    """The ensemble at one snapshot (or on one link) and its neighbors in time; stacked, at all."""
+    """The ensemble at one snapshot, or on one link, and its neighbors in time; stacked, at all of
+    them."""
 
     members: Array
     """The members themselves, which the potential acts on."""
@@ -89,17 +90,17 @@ def member_rates(
     )
 
     def at_moment(state: Any, moment: _Moment) -> Any:
-        found, state = velocity.checked_estimate(snapshot_of(moment), state)
-        return state, found
+        estimate, state = velocity.checked_estimate(snapshot_of(moment), state)
+        return state, estimate
 
     moments = _moments(trajectory, positions, velocity.between)
-    _, found = jax.lax.scan(at_moment, velocity.init(positions[0]), moments)
+    _, estimates = jax.lax.scan(at_moment, velocity.init(positions[0]), moments)
     return MemberRates(
-        whole=found.contributions,
-        gradient=found.gradient_contributions,
-        divergence=found.divergence,
+        whole=estimates.contributions,
+        gradient=estimates.gradient_contributions,
+        divergence=estimates.divergence,
         between=velocity.between,
-        bound=found.bound,
+        bound=estimates.bound,
         name=type(velocity).__name__,
     )
 

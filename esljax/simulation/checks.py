@@ -5,9 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_ensemble, check_positive_int, in_words, refuse
+from esljax._checks import (
+    InputError,
+    check_ensemble,
+    check_positive_int,
+    in_words,
+    refuse,
+    wrong_answer,
+)
 from esljax._types import Array, Float, Key
-from esljax.potentials import AbstractPotential
+from esljax.potentials import AbstractPotential, check_potential
 
 
 def as_ensemble(argument: str, x: Any) -> Float[Array, "n d"]:
@@ -53,16 +60,25 @@ def check_functions(potential: AbstractPotential, positions: Any, key: Key, obse
     """Reject functions that fail on a member of this shape: traced, so only when a run compiles."""
     d = positions.shape[1]
     potential = potential.at(0.0)
+    check_potential("potential.at(s)", potential)
     member = jax.ShapeDtypeStruct((d,), positions.dtype)
+    try:
+        batches = jax.eval_shape(lambda: potential.draw(key, 1))
+    except (TypeError, ValueError) as error:
+        raise _fails(d, error) from error
+    shapes = [x.shape for x in jax.tree.leaves(batches)]
+    # Without the axis of the members, b examples would go to b members, one to each.
+    if any(shape[:1] != (1,) for shape in shapes):
+        raise refuse(
+            "potential",
+            "draw batches with a leading axis of length `members`",
+            f"draws shapes {shapes} for one member",
+        )
     try:
         batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], potential.draw(key, 1)))
         energy, slope = jax.eval_shape(potential.energy_and_gradient, member, batch)
     except (TypeError, ValueError) as error:
-        raise refuse(
-            "potential",
-            f"accept members of {d} coordinates",
-            f"fails on them: {str(error).splitlines()[0]}",
-        ) from error
+        raise _fails(d, error) from error
     if energy.shape != () or slope.shape != (d,):
         raise refuse(
             "potential",
@@ -77,3 +93,18 @@ def check_functions(potential: AbstractPotential, positions: Any, key: Key, obse
                 "return shape (p,) for one member",
                 f"returns shape {getattr(features, 'shape', features)}",
             )
+
+
+def check_arrays(
+    argument: str, owner: Any, method: str, answer: Any, parts: dict[str, tuple[int, ...]]
+) -> None:
+    """Reject an answer of a method if it is no tuple of arrays of these shapes, by name."""
+    shapes = [getattr(x, "shape", None) for x in answer] if isinstance(answer, tuple) else []
+    if shapes != list(parts.values()):
+        expected = " and ".join(f"{name} of shape {shape}" for name, shape in parts.items())
+        raise wrong_answer(argument, owner, method, expected, answer)
+
+
+def _fails(d: int, error: Exception) -> InputError:
+    first = str(error).splitlines()[0]
+    return refuse("potential", f"accept members of {d} coordinates", f"fails on them: {first}")

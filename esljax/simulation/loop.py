@@ -22,13 +22,14 @@ from esljax._checks import (
     check_positive_int,
     in_words,
     refuse,
+    wrong_answer,
 )
 from esljax._types import Array, ArrayLike, Float, Int, Key
 from esljax.files import Checkpoints, session
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, choose_mesh, shard_members
 from esljax.simulation.adjoint import AbstractGradient, HessianAdjoint, group_length
-from esljax.simulation.checks import as_ensemble, check_functions, check_links
+from esljax.simulation.checks import as_ensemble, check_arrays, check_functions, check_links
 from esljax.simulation.rules import AbstractRule, Controls
 from esljax.simulation.trajectory import Trajectory, laid
 
@@ -46,7 +47,7 @@ class Steps(NamedTuple):
 
 
 class Run(eqx.Module):
-    """Everything that moves an ensemble but its start. It knows arrays alone, on any devices."""
+    """Everything that moves an ensemble, except its start. It holds arrays and knows no devices."""
 
     potential: AbstractPotential
     """Φ, at any training time."""
@@ -73,10 +74,13 @@ class Run(eqx.Module):
             )
         must = "be HessianAdjoint(), Autodiff() or ForwardMode()"
         check_kind("gradient", self.gradient, AbstractGradient, must)
-        for name, values in self.rule.controls(self.steps)._asdict().items():
-            if values.shape != (self.steps,):
+        controls: Any = self.rule.controls(self.steps)
+        if not isinstance(controls, Controls):
+            raise wrong_answer("rule", self.rule, "controls", "Controls", controls)
+        for name, values in controls._asdict().items():
+            if jnp.shape(values) != (self.steps,):
                 must = "be one number at each training time (Knots(values) for a table of them)"
-                raise refuse(name, must, f"has shape {values.shape[1:]}")
+                raise refuse(name, must, f"has shape {jnp.shape(values)[1:]}")
             check_finite(name, values)
             check_nonnegative(name, values)
 
@@ -122,15 +126,31 @@ class Run(eqx.Module):
         acting = self.potential.at(step.k.astype(positions.dtype) / self.steps)
 
         def kick(x, scale):
-            return self.gradient.kick(acting, x, scale, self.key_of(step.k, _BATCHES))
+            return self.kick(acting, x, scale, step.k)
 
-        return self.rule.step(positions, kick, step.control, self.key_of(step.k, _NOISE))
+        moved = self.rule.step(positions, kick, step.control, self.key_of(step.k, _NOISE))
+        shapes = {"positions": positions.shape, "energies": positions.shape[:1]}
+        check_arrays("rule", self.rule, "step", moved, shapes)
+        return moved
 
     def last(self, final: Float[Array, "n d"]) -> tuple[Array, Array]:
         """Features and energies of the last snapshot, at s = 1."""
-        unscaled, key = jnp.ones((), final.dtype), self.key_of(self.steps, _BATCHES)
-        energies, _ = self.gradient.kick(self.potential.at(1.0), final, unscaled, key)
+        unscaled = jnp.ones((), final.dtype)
+        energies, _ = self.kick(self.potential.at(1.0), final, unscaled, self.steps)
         return self.features(final), energies
+
+    def kick(
+        self,
+        acting: AbstractPotential,
+        positions: Float[Array, "n d"],
+        scale: Array,
+        k: int | Int[Array, ""],
+    ) -> tuple[Array, Array]:
+        """Energies (n,) and scaled gradients (n, d) on the batches of step k."""
+        kicked = self.gradient.kick(acting, positions, scale, self.key_of(k, _BATCHES))
+        shapes = {"energies": positions.shape[:1], "kicks": positions.shape}
+        check_arrays("gradient", self.gradient, "kick", kicked, shapes)
+        return kicked
 
     def features(self, positions: Float[Array, "n d"]) -> Float[Array, "n p"]:
         """The part of these members that a snapshot holds."""
@@ -173,7 +193,7 @@ def simulate(
       Positions that are made inside `jit` lie nowhere yet: give or set a mesh there, or a single
       device runs it all. The numbers are the same on any number of devices.
     - `checkpoints`: where to save the run between snapshots, so that it survives its process; see
-      `Checkpoints`. A resumed run ends with the very bits of an uninterrupted checkpointed run, on
+      `Checkpoints`. A resumed run ends with the same bits as an uninterrupted checkpointed run, on
       any number of devices. Not inside `jit` or `grad`.
 
     **Returns:** `Trajectory`, with `positions` (J+1, n, d) and `times` (J+1,).

@@ -43,6 +43,10 @@ class AbstractRule(eqx.Module):
     methods, `controls` and `step`. A step gets its gradients from `kick`, so that the run can be
     differentiated in any way, and its noise from `key`.
 
+    Measures that take the potential, such as `AffineVelocity` in `speed_limit`, `free_energy` and
+    the noise floor, count on members that drift by -η∇Φ and diffuse by Tη. Measure the run of a
+    rule that moves them otherwise by the chain of distances or by `TransportVelocity`.
+
     **Example:**
 
         >>> import jax
@@ -164,11 +168,16 @@ class ProbabilityFlow(AbstractRule):
     velocity: AbstractVelocity
 
     def __check_init__(self):
-        if not isinstance(self.velocity, AbstractVelocity) or not self.velocity.needs_drift:
+        velocity = self.velocity
+        if (
+            not isinstance(velocity, AbstractVelocity)
+            or not velocity.needs_drift
+            or velocity.between
+        ):
             raise refuse(
                 "velocity",
                 "estimate from one snapshot, as AffineVelocity() does",
-                f"is {self.velocity!r}",
+                f"is {velocity!r}",
             )
 
     def controls(self, steps: int) -> Controls:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from esljax._checks import InputError, check_finite, known, refuse
+from esljax._checks import InputError, check_finite, check_positive_int, known, refuse
 from esljax._types import Array, ArrayLike, Float, Shaped
 from esljax.sharding import AnyMesh, find_mesh, replicate, shard_members
 
@@ -20,7 +20,7 @@ class Trajectory(eqx.Module):
     """An ensemble at J+1 training times, with the controls that drove it if they are known.
 
     `simulate` makes it, `from_snapshots` makes one of a recording, and every measure reads it.
-    Several runs of one shape, as `jax.vmap` of `simulate` makes them, have a leading axis more.
+    Several runs of one shape, as `jax.vmap` of `simulate` makes them, have one more leading axis.
     """
 
     times: Float[Array, "*runs snapshots"]
@@ -120,18 +120,11 @@ def from_snapshots(
 
 def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
     """Several runs of one shape in one `Trajectory`, on a leading axis."""
+    must = "be a Trajectory or a sequence of at least two"
     if not isinstance(trajectories, Sequence):
-        raise refuse(
-            "trajectory",
-            "be a Trajectory or a sequence of at least two",
-            f"is a {type(trajectories).__name__}",
-        )
+        raise refuse("trajectory", must, f"is a {type(trajectories).__name__}")
     if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
-        raise refuse(
-            "trajectory",
-            "be a Trajectory or a sequence of at least two",
-            f"is a sequence of {len(trajectories)} items",
-        )
+        raise refuse("trajectory", must, f"is a sequence of {len(trajectories)} items")
     shapes = {one.positions.shape for one in trajectories}
     if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
         raise refuse(
@@ -161,7 +154,7 @@ def laid(trajectory: Trajectory, mesh: AnyMesh | None) -> Trajectory:
     divides = trajectory.positions.shape[-2] % mesh.size == 0
 
     def lay(x, axis):
-        # Pairs of snapshots are what devices will share; until then members lie where they can.
+        # Devices will share pairs of snapshots; until then members lie wherever they can.
         return shard_members(x, mesh, axis=x.ndim + axis) if divides else replicate(x, mesh)
 
     whole = {
@@ -201,8 +194,7 @@ def check_runs(trajectory: Trajectory, jackknife: int) -> None:
             "hold at least two runs on its leading axis",
             f"has positions of shape {shape}",
         )
-    if isinstance(jackknife, bool) or not isinstance(jackknife, int) or jackknife < 0:
-        raise refuse("jackknife", "be an integer of at least 0", f"is {jackknife!r}")
+    check_positive_int("jackknife", jackknife, 0)
     if known(trajectory.positions):
         bad = np.logical_not(np.isfinite(np.asarray(trajectory.positions)).all(axis=-1))
         if bad.any():
@@ -216,11 +208,8 @@ def check_runs(trajectory: Trajectory, jackknife: int) -> None:
 
 
 def _kind(trajectory: Trajectory) -> tuple:
-    return (
-        None if trajectory.rates is None else trajectory.rates.shape,
-        trajectory.final.shape,
-        trajectory.observed,
-    )
+    parts = trajectory.energies, trajectory.rates, trajectory.temperatures, trajectory.final
+    return (*(None if part is None else part.shape for part in parts), trajectory.observed)
 
 
 def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:

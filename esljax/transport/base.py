@@ -21,7 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_ensemble, refuse
+from esljax._checks import check_ensemble, check_kind, refuse
 from esljax._numerics import product
 from esljax._types import Array, ArrayLike, Float, Scalar
 
@@ -214,14 +214,21 @@ def solution_of(
     return Solution(squared, converged)
 
 
+def check_is_transport(argument: str, value: Any) -> None:
+    """Reject a value that is no transport.
+
+    **Raises:** `InputError`.
+    """
+    check_kind(argument, value, AbstractTransport, "be a transport such as ExactTransport()")
+
+
 def check_transport(argument: str, value: Any, n: int, d: int, dtype: Any) -> None:
     """Check that `value` is a transport whose coordinates fit an ensemble (n, d). Computes nothing.
 
     **Raises:** `InputError` if it is no transport, and if its `coordinates` or its `projection`
     have wrong shapes.
     """
-    if not isinstance(value, AbstractTransport):
-        raise refuse(argument, "be a transport such as ExactTransport()", f"is {value!r}")
+    check_is_transport(argument, value)
     compared: Any = eqx.filter_eval_shape(value.coordinates, jax.ShapeDtypeStruct((1, n, d), dtype))
     shape = getattr(compared, "shape", None)
     if shape is None or len(shape) != 3 or shape[:2] != (1, n) or shape[2] == 0:

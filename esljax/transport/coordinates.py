@@ -11,7 +11,7 @@ import numpy as np
 from esljax._checks import as_float, check_key, check_positive_int, refuse
 from esljax._numerics import product
 from esljax._types import Array, ArrayLike, Float, Key
-from esljax.transport.base import AbstractTransport, Solution
+from esljax.transport.base import AbstractTransport, Solution, check_is_transport
 
 
 class AbstractWrappedTransport(AbstractTransport):
@@ -48,10 +48,7 @@ class AbstractWrappedTransport(AbstractTransport):
     transport: AbstractTransport
 
     def __check_init__(self):
-        if not isinstance(self.transport, AbstractTransport):
-            raise refuse(
-                "transport", "be a transport such as ExactTransport()", f"is {self.transport!r}"
-            )
+        check_is_transport("transport", self.transport)
 
     @property
     def is_metric(self) -> bool:

@@ -19,7 +19,7 @@ from esljax.transport.base import AbstractTransport, Solution, recentred, soluti
 # them would have to wait for it.
 EVERY = 10
 
-Potentials: TypeAlias = Callable[[Array], Array]
+Update: TypeAlias = Callable[[Array], Array]
 
 
 class SinkhornTransport(AbstractTransport):
@@ -215,8 +215,8 @@ def _(symmetric, primals, tangents):
 
 def _iterated(
     transport: SinkhornTransport,
-    to_f: Potentials,
-    to_g: Potentials,
+    to_f: Update,
+    to_g: Update,
     like_f: Float[Array, " n"],
     symmetric: bool,
 ) -> tuple[Float[Array, " m"], Scalar]:

@@ -262,7 +262,7 @@ class AbstractVelocity(eqx.Module):
             >>> bool(abs(velocity.squared) < 1e-2)
             True
         """
-        if not self.needs_drift:
+        if not self.needs_drift or self.between:
             name = type(self).__name__
             raise refuse(
                 "velocity",
@@ -337,24 +337,21 @@ class AbstractVariationalVelocity(AbstractVelocity):
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
         """Cross-fit any field, and a gradient field."""
         check_parts(snapshot, ("drift", "diffusion"))
-        # Four fits (any field or a gradient, first or second half), each with its own warm start.
-        given = [None] * 4 if state is None else state
-        if not isinstance(given, list) or len(given) != 4:
-            raise wrong_answer("velocity", self, "init", "None or a list of four states", given)
+        starts = self._starts(state)
         # On a line every field is a gradient.
         classes = (False,) if snapshot.positions.shape[1] == 1 else (False, True)
         first, second = halves(snapshot)
         answers, states = [], []
         for gradient in classes:
             for learned, judged in ((second, first), (first, second)):
-                field, after = self._checked_fit(learned, gradient, given[len(states)])
+                field, after = self._checked_fit(learned, gradient, starts[len(states)])
                 answers.append(variational(field, judged))
                 states.append(after)
         values, divergence, contributions = (
             interleave(*pair) for pair in zip(answers[0], answers[1], strict=True)
         )
         of_gradient = interleave(answers[-2][2], answers[-1][2])
-        states += given[len(states) :]
+        states += starts[len(states) :]
         return Velocity(
             values, contributions, of_gradient, divergence, bound="lower", note=self.note
         ), None if state is None else states
@@ -362,9 +359,16 @@ class AbstractVariationalVelocity(AbstractVelocity):
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
         """Return the best gradient field of the class, at the members that it was fitted to."""
         check_parts(snapshot, ("drift", "diffusion"))
-        state = self.init(snapshot.positions)
-        field, _ = self._checked_fit(snapshot, True, None if state is None else state[2])
+        start = self._starts(self.init(snapshot.positions))[2]
+        field, _ = self._checked_fit(snapshot, True, start)
         return evaluated(field, snapshot)[0]
+
+    def _starts(self, state: Any) -> list[Any]:
+        """Return the starts of the four fits: any field or a gradient, first or second half."""
+        starts = [None] * 4 if state is None else state
+        if not isinstance(starts, list) or len(starts) != 4:
+            raise wrong_answer("velocity", self, "init", "None or a list of four states", starts)
+        return starts
 
     def _checked_fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[Any, Any]:
         answer: Any = self.fit(snapshot, gradient, state)
@@ -438,11 +442,11 @@ def check_parts(snapshot: Snapshot, names: Sequence[str]) -> None:
 
 
 def _check_shape(
-    asked: Any, method: str, name: str, x: Any, shape: tuple[int, ...], argument: str = "velocity"
+    owner: Any, method: str, name: str, x: Any, shape: tuple[int, ...], argument: str = "velocity"
 ) -> None:
     """Reject the part `name` of an answer if it is no array of this shape."""
     if getattr(x, "shape", None) != shape:
-        raise wrong_answer(argument, asked, method, f"{name} of shape {shape}", x)
+        raise wrong_answer(argument, owner, method, f"{name} of shape {shape}", x)
 
 
 def _kinds(state: Any) -> tuple[Any, list[Any]]:

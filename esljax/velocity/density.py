@@ -239,7 +239,8 @@ class _Field(AbstractField):
         return jax.lax.map(at, positions, batch_size=BLOCK)
 
     def _value(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
-        drift = self.offset + product(self.slope, self.frame.into(x)) + self.missed(x)
+        missed = _vector(self.law, "smooth", "means", self.missed(x), x)
+        drift = self.offset + product(self.slope, self.frame.into(x)) + missed
         return drift - diffuse(self.diffusion, _score(self.law, x))
 
 
@@ -296,7 +297,13 @@ def _share(base: AbstractField, other: AbstractField, unseen: Snapshot) -> Scala
 
 def _score(law: AbstractLogDensity, x: Float[Array, " d"]) -> Float[Array, " d"]:
     """Return the score at one point, or reject a score of another shape."""
-    score: Any = law.score(x)
-    if getattr(score, "shape", None) != x.shape:
-        raise wrong_answer("density", law, "score", f"a score of shape {x.shape}", score)
-    return score
+    return _vector(law, "score", "a score", law.score(x), x)
+
+
+def _vector(
+    law: AbstractLogDensity, method: str, name: str, value: Any, x: Float[Array, " d"]
+) -> Float[Array, " d"]:
+    """Return a value that a density gives at x, or reject one of another shape."""
+    if getattr(value, "shape", None) != x.shape:
+        raise wrong_answer("density", law, method, f"{name} of shape {x.shape}", value)
+    return value

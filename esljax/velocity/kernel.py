@@ -9,6 +9,7 @@ it was not fitted to, which also decides whether there is any u at all.
 Here a kernel k spans a space of fields. The kernels of `KDEVelocity` estimate a density.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -110,40 +111,20 @@ class KernelVelocity(AbstractVariationalVelocity):
         others = np.setdiff1d(np.arange(n), landmarks)
         count = min(self.folds, len(others))
         folds = [others[i::count] for i in range(count)]
-        shares = jnp.array([len(fold) / n for fold in folds], dtype)
 
         def at_bandwidth(bandwidth):
             kernel = _Kernel(snapshot.positions, self.landmarks, bandwidth)
-            each = [
-                _moments(kernel, base, rows(snapshot, part), gradient)
-                for part in (*folds, landmarks)
-            ]
-            *grams, own_gram = (gram for gram, _ in each)
-            *givens, own_given = (given for _, given in each)
-            grams, givens = jnp.stack(grams), jnp.stack(givens)
-            own = len(landmarks) / n
-
-            def of_folds(parts):
-                return product(parts.T, shares).T
-
-            whole = (of_folds(grams) + own * own_gram, of_folds(givens) + own * own_given)
+            of_each, of_all = _moments_of_folds(
+                kernel, base, snapshot, gradient, (*folds, landmarks)
+            )
 
             def at_penalty(penalty):
-                def gain(fold):
-                    gram, given, share = fold
-                    rest = [
-                        (total - share * part) / (1 - share)
-                        for total, part in zip(whole, (gram, given), strict=True)
-                    ]
-                    weights = _ridge(rest[0], rest[1], penalty)
-                    return 2 * jnp.sum(weights * given) - jnp.sum(weights * product(gram, weights))
-
                 # One factorization at a time: batched ones gain nothing here, and two of some
                 # kinds in one program can wait for each other forever. Three standard errors over
                 # folds are taken off, because the best of 25 noisy gains is positive by chance:
                 # with one, 6 % of fits to halves of 25 members of a Gaussian law blew up, with
                 # three none of 200.
-                gains = jax.lax.map(gain, (grams, givens, shares))
+                gains = jax.lax.map(lambda fold: _gain(fold, of_all, penalty), of_each)
                 return jnp.mean(gains) - 3 * jnp.std(gains, ddof=1) / jnp.sqrt(count)
 
             return jax.lax.map(at_penalty, self.penalties.astype(dtype))
@@ -279,6 +260,43 @@ def _moments(
         )
         given = product(unit.T, rest) / n + kernel.unit(turned.T).T
     return product(unit.T, unit) / n, given
+
+
+def _moments_of_folds(
+    kernel: _Kernel,
+    base: AbstractField,
+    snapshot: Snapshot,
+    gradient: bool,
+    parts: Sequence[np.ndarray],
+) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
+    """Return G, g and the share of the members of every fold, stacked, and G and g of all members.
+
+    **Args:** `parts`: the members of each fold, and last those that are in none.
+    """
+    n = len(snapshot.positions)
+    each = [_moments(kernel, base, rows(snapshot, part), gradient) for part in parts]
+    *grams, own_gram = (gram for gram, _ in each)
+    *givens, own_given = (given for _, given in each)
+    grams, givens = jnp.stack(grams), jnp.stack(givens)
+    *shares, own = (len(part) / n for part in parts)
+    shares = jnp.array(shares, snapshot.positions.dtype)
+
+    def of_folds(moments):
+        return product(moments.T, shares).T
+
+    whole = (of_folds(grams) + own * own_gram, of_folds(givens) + own * own_given)
+    return (grams, givens, shares), whole
+
+
+def _gain(fold: tuple[Array, Array, Array], whole: tuple[Array, Array], penalty: Scalar) -> Scalar:
+    """Return the variational expression of one fold, for the weights fitted to all others."""
+    gram, given, share = fold
+    rest = [
+        (total - share * part) / (1 - share)
+        for total, part in zip(whole, (gram, given), strict=True)
+    ]
+    weights = _ridge(rest[0], rest[1], penalty)
+    return 2 * jnp.sum(weights * given) - jnp.sum(weights * product(gram, weights))
 
 
 def _ridge(

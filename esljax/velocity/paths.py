@@ -145,8 +145,9 @@ class PathVelocity(AbstractVelocity):
 
 def _maps_ensembles(transport: Any) -> bool:
     """Whether this is an instance with a method `map` of two ensembles, not of one member."""
-    # A class has the attribute `map` as its instances do.
-    if not isinstance(transport, Maps) or isinstance(transport, type):
+    # The class must define it: the field `map` of a `MappedTransport` is a function of one member,
+    # even one that takes a second argument, such as `jnp.sort`. A class is no instance of itself.
+    if not callable(getattr(type(transport), "map", None)):
         return False
     try:
         inspect.signature(transport.map).bind(None, None)
