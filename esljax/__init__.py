@@ -90,6 +90,16 @@ from esljax.velocity import (
 
 __version__ = "0.1.0"
 
+# The public modules are files of rooms; `import esljax.datasets` finds them as before.
+sys.modules.update(
+    {
+        "esljax.datasets": datasets,
+        "esljax.executors": study.executors,
+        "esljax.models": models,
+        "esljax.recordings": recordings,
+    }
+)
+
 __all__ = [
     "AbstractGradient",
     "AbstractPotential",

@@ -10,7 +10,6 @@ Reference: Hestenes (1969); Powell (1969); Nocedal and Wright, Numerical Optimiz
 
 import contextlib
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from esljax._checks import (
 )
 from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.files import Checkpoints, session
-from esljax.results import StandardErrors, measured
+from esljax.results import StandardErrors, measured, renamed_error
 from esljax.sharding import AnyMesh, find_mesh, replicate
 
 
@@ -108,15 +107,8 @@ class Optimum(eqx.Module):
     interrupted: bool = eqx.field(static=True)
     """Whether Ctrl-C ended the search."""
 
-    @property
-    def value_error(self) -> Scalar:
-        """Deprecated: `standard_error.value`."""
-        return _renamed(self, "value")
-
-    @property
-    def residuals_error(self) -> Float[Array, " c"]:
-        """Deprecated: `standard_error.residuals`."""
-        return _renamed(self, "residuals")
+    value_error = renamed_error("value")
+    residuals_error = renamed_error("residuals")
 
     def as_interrupted(self) -> "Optimum":
         """The same optimum, marked as interrupted after it was found."""
@@ -600,13 +592,3 @@ def _trouble(
 
 def _interrupted(done: int, iterations: int) -> str:
     return f"Interrupted after {done} of {iterations} iterations; this is the best so far."
-
-
-def _renamed(optimum: Optimum, name: str) -> Array:
-    warnings.warn(
-        f"Optimum.{name}_error is now Optimum.standard_error.{name}; the old name goes with the "
-        "next release.",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return getattr(optimum.standard_error, name)

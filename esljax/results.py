@@ -5,6 +5,7 @@ numbers themselves, so that the error of `result.gap` is `result.standard_error.
 `result.errors` describes how they were taken, such as "spread over 8 independent runs".
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,22 @@ class StandardErrors(eqx.Module):
             return repr(self)
         rows = [(name, f"± {float(error):.2g}") for name, error in errors.items()]
         return table(rows, align="ll")
+
+
+def renamed_error(name: str) -> property:
+    """The former attribute `NAME_error` of a result: an alias of its standard error that warns."""
+
+    def read(result: Any) -> Any:
+        kind = type(result).__name__
+        warnings.warn(
+            f"{kind}.{name}_error is now {kind}.standard_error.{name}; the old name goes with the "
+            "next release.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(result.standard_error, name)
+
+    return property(read, doc=f"Deprecated: `standard_error.{name}`.")
 
 
 def is_number(value: Any) -> bool:

@@ -435,7 +435,7 @@ def _text(path, content):
         (lambda tmp, run: [_cut(tmp)], "Argument `recording` must be a whole .npz archive"),
         (
             lambda tmp, run: [_text(tmp / "run.pt", "")],
-            "Argument `recording` must be plain arrays (save .npz or .safetensors), because a pickle",
+            "Argument `recording` must be plain arrays (save .npz or .safetensors), because",
         ),
         (lambda tmp, run: [str(tmp)], "Argument `recording` must hold one folder for each member"),
         (

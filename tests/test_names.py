@@ -141,6 +141,18 @@ def test_lists_of_names_are_true():
         assert all(hasattr(door, name) for name in door.__all__)
 
 
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("datasets", "digits"), ("executors", "slurm"), ("models", "mlp"), ("recordings", "read")],
+)
+def test_a_public_module_is_imported_as_before(module, name):
+    program = f"from esljax.{module} import {name}; print({name}.__module__)"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip().endswith(f".{module}")
+
+
 def test_a_module_that_moved_says_where_it_went():
     with pytest.raises(ImportError, match=r"Module esljax\.dynamics has become part"):
         from esljax import dynamics  # noqa: F401

@@ -11,6 +11,7 @@ from esljax._checks import refuse
 from esljax._types import Array
 from esljax.experiment import (
     DTYPES,
+    SEEDS,
     TRANSPORTS,
     VELOCITIES,
     AtLeast,
@@ -135,7 +136,7 @@ class MeasureConfig:
     """Most groups of members left out in turn for the standard errors; 0 for no errors."""
     debias: bool = True
     """Add Σ and W2² without sampling bias and an interval of the gap, from 8 members on."""
-    seed: Annotated[int, AtLeast(0)] = 0
+    seed: Annotated[int, AtLeast(0), SEEDS] = 0
     """Seed of the random projection and of the directions of the sliced transport."""
     dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """Floating-point type."""

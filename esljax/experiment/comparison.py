@@ -8,7 +8,6 @@ noise) that neither the scaling nor any optimization has seen.
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +27,7 @@ from esljax.files import Checkpoints, session
 from esljax.measures import SpeedLimit, average, speed_limit
 from esljax.optimization import Iteration, Optimum, optimize
 from esljax.potentials import Examples, FlaxLoss
-from esljax.results import StandardErrors
+from esljax.results import StandardErrors, renamed_error
 from esljax.schedules import AbstractSchedule, Constant, Knots, as_schedule
 from esljax.sharding import replicate
 from esljax.simulation import AbstractGradient, HessianAdjoint, Langevin, simulate
@@ -152,15 +151,8 @@ class Judgment(eqx.Module):
     entropy_productions: Float[Array, " R"]
     """Σ of each key, in squared parameters, for paired comparisons."""
 
-    @property
-    def final_loss_error(self) -> Scalar:
-        """Deprecated: `standard_error.final_loss`."""
-        return _renamed(self, "final_loss")
-
-    @property
-    def test_accuracy_error(self) -> Scalar:
-        """Deprecated: `standard_error.test_accuracy`."""
-        return _renamed(self, "test_accuracy")
+    final_loss_error = renamed_error("final_loss")
+    test_accuracy_error = renamed_error("test_accuracy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -556,13 +548,3 @@ def _unreachable(name: str, target: float, trials: list[tuple[float, float]]) ->
         f"be a loss that {name} can reach",
         f"is {target:g}: scaling the rates gave the losses {losses}",
     )
-
-
-def _renamed(judgment: Judgment, name: str) -> Scalar:
-    warnings.warn(
-        f"Judgment.{name}_error is now Judgment.standard_error.{name}; the old name goes with the "
-        "next release.",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-    return getattr(judgment.standard_error, name)

@@ -113,7 +113,7 @@ VELOCITIES: dict[str, Callable[[AbstractTransport], AbstractVelocity | None]] = 
     "transport": _transport_velocity,
 }
 
-_SEEDS = Below(2**32, "2**32", "where the keys of single precision repeat themselves")
+SEEDS = Below(2**32, "2**32", "where the keys of single precision repeat themselves")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class TrainingConfig:
     """Random directions of the sliced transport."""
     chunk: Annotated[int, AtLeast(0)] = 0
     """Members whose distances sinkhorn holds at a time; 0 for all, an n × n matrix in memory."""
-    seed: Annotated[int, AtLeast(0), _SEEDS] = 0
+    seed: Annotated[int, AtLeast(0), SEEDS] = 0
     """Seed of all random numbers; on one machine and versions it fixes every result."""
     dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """Floating-point type."""

@@ -9,7 +9,6 @@ where E‖g‖² alone would add the second to the first. Each step of rate η t
 that spread as if it were velocity. It is no part of Σ and is reported beside it.
 """
 
-import warnings
 from typing import Any
 
 import equinox as eqx
@@ -19,23 +18,8 @@ import jax.numpy as jnp
 from esljax._checks import check_key, check_kind, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Scalar
 from esljax.potentials import AbstractPotential, check_potential
-from esljax.results import StandardErrors, is_number, measured, table
+from esljax.results import StandardErrors, is_number, measured, renamed_error, table
 from esljax.simulation import Trajectory
-
-
-def _renamed(name: str) -> property:
-    """The former `NAME_error`, for one release."""
-
-    def read(noise: "MinibatchNoise") -> Array:
-        warnings.warn(
-            f"MinibatchNoise.{name}_error is now standard_error.{name}; the old name goes with the "
-            "next release.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return getattr(noise.standard_error, name)
-
-    return property(read, doc=f"The former name of `standard_error.{name}`.")
 
 
 class MinibatchNoise(eqx.Module):
@@ -62,10 +46,10 @@ class MinibatchNoise(eqx.Module):
     errors: str = eqx.field(static=True, default="over members")
     """How the standard errors were taken, in words."""
 
-    gradient_squared_error = _renamed("gradient_squared")
-    variance_error = _renamed("variance")
-    temperature_error = _renamed("temperature")
-    floor_error = _renamed("floor")
+    gradient_squared_error = renamed_error("gradient_squared")
+    variance_error = renamed_error("variance")
+    temperature_error = renamed_error("temperature")
+    floor_error = renamed_error("floor")
 
     def __str__(self) -> str:
         if not is_number(self.floor):

@@ -9,6 +9,7 @@ from esljax._checks import (
     InputError,
     check_ensemble,
     check_positive_int,
+    first_sentence,
     in_words,
     refuse,
     wrong_answer,
@@ -106,5 +107,5 @@ def check_arrays(
 
 
 def _fails(d: int, error: Exception) -> InputError:
-    first = str(error).splitlines()[0]
-    return refuse("potential", f"accept members of {d} coordinates", f"fails on them: {first}")
+    reason = f"fails on them: {first_sentence(error)}"
+    return refuse("potential", f"accept members of {d} coordinates", reason)

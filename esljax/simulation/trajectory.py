@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from esljax._checks import InputError, check_finite, check_positive_int, known, refuse
+from esljax._checks import (
+    InputError,
+    check_finite,
+    check_positive_int,
+    first_sentence,
+    known,
+    refuse,
+)
 from esljax._types import Array, ArrayLike, Float, Shaped
 from esljax.sharding import AnyMesh, find_mesh, replicate, shard_members
 
@@ -217,11 +224,8 @@ def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:
     try:
         array = x if isinstance(x, jax.Array) else np.asarray(x)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise refuse(
-            name,
-            "be an array",
-            f"cannot be made one: {str(error).splitlines()[0].split('. ')[0].rstrip('.')}",
-        ) from error
+        reason = f"cannot be made one: {first_sentence(error)}"
+        raise refuse(name, "be an array", reason) from error
     floating = jnp.issubdtype(array.dtype, jnp.floating)
     if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
         raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
