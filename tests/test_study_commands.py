@@ -240,7 +240,7 @@ def test_ctrl_c_leaves_a_store_to_go_on_with(processes, tmp_path, environment, c
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     assert re.fullmatch(
         r"esljax: interrupted; \d+ of 24 runs done in study.zarr, and the same command resumes "
         r"it\.\n",
