@@ -1,6 +1,5 @@
 """Matched endpoints and judgments, on two moons with a small network."""
 
-import doctest
 import functools
 import json
 import math
@@ -257,13 +256,6 @@ def test_an_unknown_transport_is_rejected():
         esl.InputError, match=r"`transport` must be one of 'exact', .*, but is 'l1'"
     ):
         settings.make_transport("l1", 1.0, 1, 0, jax.random.key(0))
-
-
-@pytest.mark.parametrize("module", [comparison, settings], ids=lambda module: module.__name__)
-def test_examples(module):
-    result = doctest.testmod(module)
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 def test_files_are_whole_or_absent(tmp_path):

@@ -13,6 +13,7 @@ MODULES = sorted(
     for module in pkgutil.walk_packages(esl.__path__, "esljax.")
     if not module.name.endswith("__main__")
 )
+pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 PUBLIC = [name for name in esl.__all__ if callable(getattr(esl, name))]
 # Public names without an example of their own, and where one stands.
 WITHOUT = {
