@@ -57,6 +57,17 @@ class StandardErrors(eqx.Module):
         """The standard error of one number, or None if it has none."""
         return self.numbers.get(name)
 
+    def __float__(self) -> float:
+        # `velocity.standard_error` and `entropy.standard_error` were numbers in 0.1.
+        if len(self.numbers) != 1:
+            raise TypeError(
+                f"standard errors are read by name, such as .{next(iter(self.numbers))}"
+            )
+        (name, error), *_ = self.numbers.items()
+        message = f"standard_error is read by name now: standard_error.{name}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return float(error)
+
     def __str__(self) -> str:
         errors = {name: error for name, error in self.numbers.items() if error is not None}
         if not errors or not all(map(is_number, errors.values())):

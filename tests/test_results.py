@@ -98,6 +98,13 @@ def test_a_number_with_its_error():
     assert measured(1.0, np.nan) == "1 ± nan"
 
 
+def test_the_one_error_of_a_result_is_still_a_number():
+    with pytest.warns(DeprecationWarning, match=r"standard_error\.value"):
+        assert float(StandardErrors({"value": 0.5})) == 0.5
+    with pytest.raises(TypeError, match=r"read by name, such as \.gap"):
+        float(StandardErrors({"gap": 0.5, "temporal": 0.1}))
+
+
 def test_concise():
     assert concise(76.717, 0.05) == "76.717(50)"
     assert concise(76.7, 12.0) == "77(12)"
