@@ -103,7 +103,9 @@ def test_print_and_the_former_names_of_errors(run):
     floor = f"{float(noise.floor):.4g} ± {float(error.floor):.2g}"
     assert last == f"Batches contribute up to {floor} to the Σ of a chain of members' paths."
     for name in ("gradient_squared", "variance", "temperature", "floor"):
-        with pytest.warns(DeprecationWarning, match=f"is now standard_error.{name}; the old name"):
+        with pytest.warns(
+            DeprecationWarning, match=rf"is now MinibatchNoise\.standard_error.{name}; the old name"
+        ):
             old = getattr(noise, f"{name}_error")
         np.testing.assert_array_equal(old, getattr(error, name))
 

@@ -16,7 +16,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 from jax.sharding import Mesh
 
 from esljax._checks import InputError, check_key, check_positive, check_positive_int, refuse
@@ -358,6 +357,9 @@ def match_endpoint(
     **Raises:** `InputError` if no scale reaches the target before the run leaves the stable range
     of its step.
     """
+    # Imported here because it takes a sixth of the time of `import esljax`.
+    from scipy.optimize import root_scalar
+
     table = problem.table(shape)
     time = float(jnp.sum(table.rates(problem.steps)))
     if not time > 0:
@@ -378,9 +380,7 @@ def match_endpoint(
     at_start = excess(first)
     # Late in training the loss falls about as U to the power -1/2: the second point of the secant.
     result = (
-        scipy.optimize.root_scalar(
-            excess, x0=first, x1=first + np.clip(2 * at_start, -1, 1) + 1e-3, maxiter=12
-        )
+        root_scalar(excess, x0=first, x1=first + np.clip(2 * at_start, -1, 1) + 1e-3, maxiter=12)
         if at_start
         else None
     )
