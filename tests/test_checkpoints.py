@@ -496,7 +496,8 @@ def same_arrays(file: Path, expected: dict[str, np.ndarray]) -> None:
             np.testing.assert_array_equal(other[name], array)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 40])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
     kills, tmp_path, undisturbed, environment
 ):

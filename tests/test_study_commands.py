@@ -275,7 +275,8 @@ def killed_again_and_again(folder, environment, kills):
     return codes.count(-signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 15])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(kills, whole, tmp_path, environment):
     (tmp_path / "study.toml").write_text(LONG)
     assert killed_again_and_again(tmp_path, environment, kills) >= 1
