@@ -1,6 +1,7 @@
 """The commands of studies: interrupted, killed, and spread over processes and machines that die."""
 
 import gc
+import importlib
 import json
 import os
 import random
@@ -445,8 +446,9 @@ def put(path, script):
 def machine(tmp_path, environment, monkeypatch):
     """The folder of an `sbatch` that runs its script here, found by this process."""
     import dask
-    import dask_jobqueue  # noqa: F401 (its defaults go first)
 
+    # The defaults of dask-jobqueue go before what is set here.
+    importlib.import_module("dask_jobqueue")
     put(tmp_path / "sbatch", SBATCH.format(folder=tmp_path))
     put(tmp_path / "scancel", '#!/bin/sh\nkill -- -"$1"\n')
     for name, value in environment.items():

@@ -170,8 +170,9 @@ def _of_function(thing: types.FunctionType) -> _Anatomy:
 
 
 def _filled(cell: Any) -> bool:
+    # Reading an empty cell raises a ValueError.
     try:
-        cell.cell_contents  # noqa: B018
+        getattr(cell, "cell_contents", None)
     except ValueError:
         return False
     return True
