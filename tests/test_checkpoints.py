@@ -277,6 +277,7 @@ def test_bad_input_is_one_sentence(tmp_path, refused):
         "be a folder without a run, or have resume=True .* holds a run at round 6",
     )
     (tmp_path / "file").touch()
+    refused(lambda: esl.Checkpoints(3), "`folder` must be the path of a folder, but is 3")
     refused(lambda: esl.Checkpoints(tmp_path / "file"), "`folder` must be a folder, but .* a file")
     refused(
         lambda: esl.Checkpoints("gs://bucket/run"),

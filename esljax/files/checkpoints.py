@@ -92,6 +92,8 @@ class Checkpoints:
 
     def __post_init__(self):
         check_nonnegative("every", self.every)
+        if not isinstance(self.folder, str | Path):
+            raise refuse("folder", "be the path of a folder", f"is {self.folder!r}")
         if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(self.folder)):
             raise refuse(
                 "folder",
