@@ -15,6 +15,7 @@ from esljax.velocity.base import (
     AbstractVariationalVelocity,
     Snapshot,
     diffusion_matrix,
+    resolved,
 )
 
 
@@ -23,9 +24,10 @@ class AffineVelocity(AbstractVariationalVelocity):
 
         w(θ) = E[b] + (B + D) C⁻¹ (θ - E[θ]),    B = Cov(b, θ), C = Cov(θ)
 
-    The best gradient has the symmetric slope A with A C + C A = (B + D) + (B + D)ᵀ instead. The
-    covariance is shrunk towards a multiple of the identity by the oracle-approximating rule, which
-    vanishes as n/d grows and allows n < d. Where the law is multimodal the bound is far below σ.
+    The best gradient has the symmetric slope A with A C + C A = (B + D) + (B + D)ᵀ instead. With
+    fewer than 2(d + 2) members in a third, the covariance is shrunk towards a multiple of the
+    identity by the oracle-approximating rule, which allows n < d and biases σ. Where the law is
+    multimodal σ̂ and the bound are far below σ: they are those of the best affine field.
 
     **Differentiation:** forward and reverse, of every order.
     **Reference:** Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE covariance
@@ -42,7 +44,7 @@ class AffineVelocity(AbstractVariationalVelocity):
     """
 
     moments_only: ClassVar[bool] = True
-    note: ClassVar[str] = "affine fields, covariance shrunk by the oracle-approximating rule"
+    note: ClassVar[str] = "affine fields"
 
     def init(self, positions: Float[Array, "n d"]) -> None:
         return None
@@ -51,8 +53,11 @@ class AffineVelocity(AbstractVariationalVelocity):
         x, b = snapshot.positions, snapshot.drift
         n, d = x.shape
         center, offset = average(x), jnp.mean(b, axis=0)
-        covariance = shrunk_covariance(x)
-        crossed = product((b - offset).T, x - center) / n + diffusion_matrix(snapshot.diffusion, d)
+        centered = x - center
+        covariance = (
+            product(centered.T, centered) / n if resolved(n, d) else shrunk_covariance(x)
+        )
+        crossed = product((b - offset).T, centered) / n + diffusion_matrix(snapshot.diffusion, d)
         slope = (
             lyapunov(covariance, crossed + crossed.T)
             if gradient

@@ -7,10 +7,17 @@ their law is missing. For any field w,
 
     σ ≥ 2 E[w·b] + 2 E[tr(D ∇w)] - E‖w‖² = σ - E‖w - v‖²
 
-(Hyvärinen, JMLR 6, 695 (2005)). A field fitted on one half of the members and evaluated on the
-other half therefore gives a lower bound in expectation, short of σ by the second order of the error
-of the field. With w restricted to gradients the same expression bounds E‖∇ψ‖², the part of the
-velocity that moves mass; the rest of σ is housekeeping.
+(Hyvärinen, JMLR 6, 695 (2005)). A field fitted on some members and evaluated on others therefore
+gives a lower bound in expectation, short of σ by E‖w - v‖²: the square of the bias of the fit and
+its variance. Far from rest that is little. Near rest σ itself is small, the variance is not, and
+the bound falls below 0. Two fields w_a, w_b fitted to independent members disagree by exactly that
+variance, so
+
+    σ̂ = ½ (bound[w_a] + bound[w_b]) + ½ E‖w_a - w_b‖²,    E σ̂ = σ - E‖E w - v‖²
+
+is short of σ by the bias of the fit alone: for affine fields of Gaussian laws by nothing. With
+gradients g for w the same expression estimates E‖∇ψ‖², the part of the velocity that moves mass;
+the rest of σ is housekeeping.
 
 Time is any clock: with b = -η∇Φ and D = ηT it is training time, with b = -∇Φ and D = T learning
 time. Source of Σ: Okanohara, arXiv 2601.17607.
@@ -31,6 +38,9 @@ from esljax.results import StandardErrors, measured
 
 BOUNDS = ("lower", "upper", "none")
 """The directions in which the σ of an estimator can be a bound."""
+# Two fits judge each member. Over three pairs of thirds the noise of σ̂ near rest is √3/2 of that
+# over one pair of halves, and no member is judged by a fit of its own.
+FOLDS = 3
 
 
 class Snapshot(eqx.Module):
@@ -69,7 +79,7 @@ class Velocity(eqx.Module):
         >>> print(velocity)
         σ = 2.5 ± 1.5
         >>> float(velocity.standard_error.squared), velocity.errors
-        (1.5, 'spread over 2 members, for the field as it was fitted')
+        (1.5, 'spread over 2 members')
     """
 
     values: Float[Array, "n d"]
@@ -79,7 +89,7 @@ class Velocity(eqx.Module):
     gradient_contributions: Float[Array, " n"] | None
     """The same for E‖∇ψ‖², the part of the velocity that moves mass, shape (n,).
 
-    None if the estimator does not resolve it.
+    None if the estimator does not resolve it: σ then contains what moves no mass, unresolved.
     """
     divergence: Float[Array, " n"] | None
     """∇·v at every member, shape (n,), per unit of the clock; None if it is not known."""
@@ -91,6 +101,11 @@ class Velocity(eqx.Module):
     """
     note: str = eqx.field(static=True, default="")
     """How the estimator treated the data, in words."""
+    bound_contributions: Float[Array, " n"] | None = None
+    """The same for a number that is below σ in expectation for every fit, shape (n,), and not only
+    on the average over fits. None if there is none."""
+    sees_circulation: bool = eqx.field(static=True, default=True)
+    """Whether σ contains motion that moves no mass. False for an estimate from laws alone."""
 
     def __check_init__(self):
         check_choice("bound", self.bound, BOUNDS)
@@ -109,7 +124,7 @@ class Velocity(eqx.Module):
     @property
     def errors(self) -> str:
         """The sample behind `standard_error`, in words."""
-        return f"spread over {self.contributions.shape[0]} members, for the field as it was fitted"
+        return f"spread over {self.contributions.shape[0]} members"
 
     def __str__(self) -> str:
         if not known(self.contributions) or self.contributions.ndim != 1:
@@ -199,8 +214,8 @@ class AbstractVelocity(eqx.Module):
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
         """Return velocities to move the members by, shape (n, d), from one field fitted to all.
 
-        Cross-fitting would move each half by the field of the other, and the difference of the two
-        halves would grow. As an estimate of σ these velocities would be optimistic.
+        Cross-fitting would move each third by the fields of the others, and their differences
+        would grow. As an estimate of σ these velocities would be optimistic.
         """
 
     def checked_estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
@@ -292,10 +307,14 @@ class AbstractVelocity(eqx.Module):
 
 
 class AbstractVariationalVelocity(AbstractVelocity):
-    """Fields fitted on one half of the members and evaluated on the other, both ways.
+    """Fields fitted on one third of the members and evaluated on the others, all three ways.
 
-    σ is a lower bound in expectation. A subclass defines `moments_only`, `note`, `init` and `fit`;
-    the cross-fitting, the gradient part and the bound come with the base.
+        σ̂ = E[w̄·b + tr(D ∇w̄)] · 2 - E[w_a·w_b],    w̄ = (w_a + w_b)/2
+
+    at each member, w_a and w_b being the fields of the two thirds that it is not in: nothing is
+    judged by the members that it was fitted to. Each w is a gradient field g plus a field r for
+    what g leaves, so that E‖∇ψ‖² is nested in σ. A subclass defines `moments_only`, `note`, `init`
+    and `fit`; the cross-fitting, the gradient part and the bound come with the base.
 
     **Example:** constant fields; all of them are gradients.
 
@@ -312,7 +331,7 @@ class AbstractVariationalVelocity(AbstractVelocity):
         ...         return None
         ...     def fit(self, snapshot, gradient, state):
         ...         return ConstantField(jnp.mean(snapshot.drift, axis=0)), state
-        >>> x = jnp.array([[1.0], [1.0], [2.0], [2.0]])
+        >>> x = jnp.array([[1.0], [1.0], [1.0], [2.0], [2.0], [2.0]])
         >>> float(ConstantVelocity()(x, -x, 1.0).squared)
         2.25
     """
@@ -330,44 +349,55 @@ class AbstractVariationalVelocity(AbstractVelocity):
         """Return the best field of the class for these members, and the state for the next fit.
 
         **Args:** `snapshot`: the members to learn from. `gradient`: whether the field must be a
-        gradient. `state`: None, or one of the four that `init` returns: two for any field, then two
-        for a gradient, each first for the odd members and then for the even ones.
+        gradient. `state`: None, or one of the six that `init` returns: three for a gradient, one
+        for each third of the members, then three for any field.
         """
 
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
-        """Cross-fit any field, and a gradient field."""
+        """Cross-fit a gradient field, and any field for the rest of the velocity."""
         check_parts(snapshot, ("drift", "diffusion"))
         starts = self._starts(state)
-        # On a line every field is a gradient.
-        classes = (False,) if snapshot.positions.shape[1] == 1 else (False, True)
-        first, second = halves(snapshot)
-        answers, states = [], []
-        for gradient in classes:
-            for learned, judged in ((second, first), (first, second)):
-                field, after = self._checked_fit(learned, gradient, starts[len(states)])
-                answers.append(variational(field, judged))
-                states.append(after)
-        values, divergence, contributions = (
-            interleave(*pair) for pair in zip(answers[0], answers[1], strict=True)
-        )
-        of_gradient = interleave(answers[-2][2], answers[-1][2])
-        states += starts[len(states) :]
+        parts = thirds(snapshot)
+        gradients, wholes, states = [], [], list(starts)
+        for i, part in enumerate(parts):
+            learned = unbiased(part)
+            gradient, states[i] = self._checked_fit(learned, True, starts[i])
+            whole = gradient
+            # On a line every field is a gradient.
+            if snapshot.positions.shape[1] > 1:
+                after = learned.drift - evaluated(gradient, learned)[0]
+                left = Snapshot(learned.positions, after, learned.diffusion)
+                rest, states[FOLDS + i] = self._checked_fit(left, False, starts[FOLDS + i])
+                whole = _Sum(gradient, rest)
+            gradients.append(gradient)
+            wholes.append(whole)
+        values, divergence, contributions, bounds = cross_fitted(wholes, parts)
+        of_gradient = contributions
+        if snapshot.positions.shape[1] > 1:
+            of_gradient = cross_fitted(gradients, parts)[2]
         return Velocity(
-            values, contributions, of_gradient, divergence, bound="lower", note=self.note
+            values,
+            contributions,
+            of_gradient,
+            divergence,
+            bound="lower",
+            note=self.note,
+            bound_contributions=bounds,
         ), None if state is None else states
 
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
         """Return the best gradient field of the class, at the members that it was fitted to."""
         check_parts(snapshot, ("drift", "diffusion"))
-        start = self._starts(self.init(snapshot.positions))[2]
+        start = self._starts(self.init(snapshot.positions))[0]
         field, _ = self._checked_fit(snapshot, True, start)
         return evaluated(field, snapshot)[0]
 
     def _starts(self, state: Any) -> list[Any]:
-        """Return the starts of the four fits: any field or a gradient, first or second half."""
-        starts = [None] * 4 if state is None else state
-        if not isinstance(starts, list) or len(starts) != 4:
-            raise wrong_answer("velocity", self, "init", "None or a list of four states", starts)
+        """Return the starts of the six fits: a gradient or any field, of each third."""
+        starts = [None] * (2 * FOLDS) if state is None else state
+        if not isinstance(starts, list) or len(starts) != 2 * FOLDS:
+            expected = f"None or a list of {2 * FOLDS} states"
+            raise wrong_answer("velocity", self, "init", expected, starts)
         return starts
 
     def _checked_fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[Any, Any]:
@@ -378,17 +408,42 @@ class AbstractVariationalVelocity(AbstractVelocity):
         return answer
 
 
-def variational(field: AbstractField, snapshot: Snapshot) -> tuple[Array, Array, Array]:
-    """Return w (m, d), ∇·w (m,) and the terms (m,) of the lower bound at the members of `snapshot`.
+class _Sum(AbstractField):
+    """The sum of two fields."""
 
-    The terms are 2 w·b + 2 tr(D ∇w) - ‖w‖².
+    one: AbstractField
+    other: AbstractField
+
+    def evaluate(
+        self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
+    ) -> tuple[Array, Array, Array]:
+        one, other = (each.evaluate(positions, diffusion) for each in (self.one, self.other))
+        w, spread, divergence = (a + b for a, b in zip(one, other, strict=True))
+        return w, spread, divergence
+
+
+def cross_fitted(
+    fields: Sequence[AbstractField], parts: Sequence[Snapshot]
+) -> tuple[Array, Array, Array, Array]:
+    """Evaluate at each member the fields that were fitted to the other parts, two for each.
+
+    **Args:** `fields`: one for each of the `thirds` of the members, fitted to it alone.
+    **Returns:** for all members in their order: the mean of the two fields (n, d), its divergence
+    (n,), the terms of σ̂ (n,), and those of the lower bound 2 w·b + 2 tr(D ∇w) - ‖w‖² (n,).
     """
-    values, spread, divergence = evaluated(field, snapshot)
-    return (
-        values,
-        divergence,
-        2 * jnp.sum(values * snapshot.drift, axis=1) + 2 * spread - jnp.sum(values**2, axis=1),
+    answers = []
+    for i, part in enumerate(parts):
+        both = [evaluated(field, part) for j, field in enumerate(fields) if j != i]
+        (w, spread, divergence), (other, other_spread, other_divergence) = both
+        middle = (w + other) / 2
+        linear = 2 * jnp.sum(middle * part.drift, axis=1) + spread + other_spread
+        apart = jnp.sum((w - other) ** 2, axis=1) / 4
+        bounds = linear - jnp.sum(middle**2, axis=1) - apart
+        answers.append((middle, (divergence + other_divergence) / 2, bounds + 2 * apart, bounds))
+    values, divergence, contributions, bounds = (
+        interleave(each) for each in zip(*answers, strict=True)
     )
+    return values, divergence, contributions, bounds
 
 
 def evaluated(field: AbstractField, snapshot: Snapshot) -> tuple[Array, Array, Array]:
@@ -404,9 +459,30 @@ def evaluated(field: AbstractField, snapshot: Snapshot) -> tuple[Array, Array, A
     return answer
 
 
-def halves(snapshot: Snapshot) -> tuple[Snapshot, Snapshot]:
-    """Return every second member, the first included, and the others."""
-    return rows(snapshot, slice(0, None, 2)), rows(snapshot, slice(1, None, 2))
+def thirds(snapshot: Snapshot) -> tuple[Snapshot, ...]:
+    """Return every third member, from the first, the second and the third on."""
+    return tuple(rows(snapshot, slice(i, None, FOLDS)) for i in range(FOLDS))
+
+
+def unbiased(snapshot: Snapshot) -> Snapshot:
+    """Return the snapshot from which an affine fit comes out right on the average.
+
+    The score of a Gaussian law is -C⁻¹(θ - E[θ]), and the inverse of a sample covariance (1/n) is
+    too large by n/(n - d - 2) on the average; the diffusion is smaller by that much here. Fewer
+    members than `resolved` asks for have a shrunk covariance, to which this does not apply.
+    """
+    n, d = snapshot.positions.shape
+    if not resolved(n, d):
+        return snapshot
+    return Snapshot(snapshot.positions, snapshot.drift, snapshot.diffusion * ((n - d - 2) / n))
+
+
+def resolved(n: int, d: int) -> bool:
+    """Return whether n members determine a covariance of d coordinates without shrinking it.
+
+    Its inverse has a finite variance from n = d + 4 on.
+    """
+    return n >= 2 * (d + 2)
 
 
 def rows(snapshot: Snapshot, which: Any) -> Snapshot:
@@ -414,10 +490,12 @@ def rows(snapshot: Snapshot, which: Any) -> Snapshot:
     return Snapshot(snapshot.positions[which], snapshot.drift[which], snapshot.diffusion)
 
 
-def interleave(even: Array, odd: Array) -> Array:
-    """Return results on the two `halves` in the order of the members."""
-    joined = jnp.zeros((even.shape[0] + odd.shape[0], *even.shape[1:]), even.dtype)
-    return joined.at[0::2].set(even).at[1::2].set(odd)
+def interleave(parts: Sequence[Array]) -> Array:
+    """Return results on the `thirds` in the order of the members."""
+    joined = jnp.zeros((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    for i, part in enumerate(parts):
+        joined = joined.at[i::FOLDS].set(part)
+    return joined
 
 
 def diffusion_matrix(diffusion: Float[Array, "..."], d: int) -> Float[Array, "d d"]:

@@ -8,9 +8,9 @@ the way from the best affine field w₀ of `AffineVelocity` to w,
     α = E[(w - w₀)·(v - w₀)] / E‖w - w₀‖²,   held within [0, 1],
 
 estimated from members that neither was fitted to: few members in many dimensions determine their
-moments and not their density. Fitted on one half of the members and evaluated on the other in the
-variational expression of `velocity.base`, the field gives a lower bound of σ in expectation, short
-of σ by E‖w - v‖², whatever the density.
+moments and not their density. Fitted on thirds of the members and evaluated on the others in the
+variational expression of `velocity.base`, the fields give σ̂ and a lower bound, whatever the
+density.
 
 The score plugged in, E‖b - D ∇log q̂‖², would be no bound: it is high by the square of the same
 error wherever the law is nearly at rest, and where the drift is no function of the positions (that
@@ -40,21 +40,22 @@ from esljax.density import (
 )
 from esljax.velocity.affine import AffineVelocity
 from esljax.velocity.base import (
+    FOLDS,
     AbstractField,
     AbstractVelocity,
     Snapshot,
     Velocity,
     check_parts,
+    cross_fitted,
     diffuse,
     diffusion_matrix,
     evaluated,
-    halves,
-    interleave,
     rows,
-    variational,
+    thirds,
+    unbiased,
 )
 
-# Unseen members without which α stays 0: halves of fewer than 16.
+# Unseen members without which α stays 0: thirds of fewer than 16.
 _FEWEST = 4
 
 
@@ -82,27 +83,28 @@ class AbstractDensityVelocity(AbstractVelocity):
     @property
     @abc.abstractmethod
     def density(self) -> AbstractDensity:
-        """The way to fit a density to each half of the members."""
+        """The way to fit a density to each third of the members."""
 
     def init(self, positions: Float[Array, "n d"]) -> Any:
-        """Return the states of the two densities."""
-        return self.density.init(positions[1::2]), self.density.init(positions[0::2])
+        """Return the states of the three densities."""
+        return tuple(self.density.init(positions[i::FOLDS]) for i in range(FOLDS))
 
     def estimate(self, snapshot: Snapshot, state: Any) -> tuple[Velocity, Any]:
-        """Evaluate each member's half in the field that was fitted to the other half."""
+        """Evaluate each member's third in the fields that were fitted to the other two."""
         check_parts(snapshot, ("drift", "diffusion"))
-        answers, states = [], []
-        first, second = halves(snapshot)
-        for learned, judged, given in ((second, first, state[0]), (first, second, state[1])):
-            field, after = self._fit(learned, given)
-            answers.append(variational(field, judged))
-            states.append(after)
-        values, divergence, contributions = (
-            interleave(*pair) for pair in zip(*answers, strict=True)
-        )
+        parts = thirds(snapshot)
+        fits = [self._fit(part, given) for part, given in zip(parts, state, strict=True)]
+        fields, states = zip(*fits, strict=True)
+        values, divergence, contributions, bounds = cross_fitted(fields, parts)
         return Velocity(
-            values, contributions, None, divergence, bound="lower", note=self.density.note
-        ), tuple(states)
+            values,
+            contributions,
+            None,
+            divergence,
+            bound="lower",
+            note=self.density.note,
+            bound_contributions=bounds,
+        ), states
 
     def flow(self, snapshot: Snapshot) -> Float[Array, "n d"]:
         """Return b - D ∇log q̂ with one density fitted to all members.
@@ -150,7 +152,7 @@ class KDEVelocity(AbstractDensityVelocity):
         >>> import jax.numpy as jnp
         >>> import esljax as esl
         >>> x = jax.random.normal(jax.random.key(0), (1000, 1)) / 2
-        >>> x = x.at[::4].add(2.0).at[1::4].add(2.0)  # two modes, in both halves of the members
+        >>> x = x.at[:500].add(2.0)  # two modes, in every third of the members
         >>> kde, affine = esl.KDEVelocity(), esl.AffineVelocity()
         >>> bool(kde(x, 0 * x, 1.0).squared > 2 * affine(x, 0 * x, 1.0).squared)
         True
@@ -192,7 +194,7 @@ class FlowVelocity(AbstractDensityVelocity):
     It follows multimodal laws in several dimensions, for seconds of fitting. The flow of each
     snapshot of a run starts from that of the snapshot before; the drift is smoothed by kernels.
 
-    **Args:** `key`: draws the first flow. `steps`: as in `FlowDensity`, per snapshot and half.
+    **Args:** `key`: draws the first flow. `steps`: as in `FlowDensity`, per snapshot and third.
     **Raises:** `InputError` if `key` is not a key or `steps` not a positive integer.
     **Differentiation:** in the drift and the diffusion; in the positions through the optimization
     of the flow, which costs its memory.
@@ -261,7 +263,7 @@ class _Between(AbstractField):
 
 def _affine(snapshot: Snapshot) -> AbstractField:
     """Return the best affine field of these members."""
-    return AffineVelocity().fit(snapshot, False, None)[0]
+    return AffineVelocity().fit(unbiased(snapshot), False, None)[0]
 
 
 def _field(law: AbstractLogDensity, snapshot: Snapshot) -> _Field:

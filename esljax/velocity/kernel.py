@@ -38,9 +38,9 @@ class KernelVelocity(AbstractVariationalVelocity):
 
         k(θ, θ') = exp(-(θ - θ')ᵀ C⁻¹ (θ - θ')/(2 h² d))
 
-    maximizes the variational expression less λ‖u‖². The θ_m are members spread evenly over the half
+    maximizes the variational expression less λ‖u‖². The θ_m are members spread evenly over the third
     that is learned from (the Nyström approximation). h, λ and whether u is needed at all are chosen
-    by cross-validation within that half.
+    by cross-validation within that third.
 
     **Args:** `landmarks`: the greatest number of terms of the sum. `bandwidths`: shape (g,), the h
     to choose from, in standard deviations √d of the ensemble. `penalties`: shape (g,), the λ to
@@ -59,7 +59,7 @@ class KernelVelocity(AbstractVariationalVelocity):
         >>> import jax.numpy as jnp
         >>> import esljax as esl
         >>> x = jax.random.normal(jax.random.key(0), (500, 1)) / 2
-        >>> x = x.at[::4].add(4.0).at[1::4].add(4.0)  # two modes that diffuse, in both halves
+        >>> x = x.at[:250].add(4.0)  # two modes that diffuse, in every third
         >>> kernel, affine = esl.KernelVelocity(landmarks=40), esl.AffineVelocity()
         >>> bool(kernel(x, 0 * x, 1.0).squared > 10 * affine(x, 0 * x, 1.0).squared)
         True

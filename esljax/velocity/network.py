@@ -19,6 +19,7 @@ from esljax._types import Array, Float, Key, Scalar
 from esljax.density import train
 from esljax.velocity.affine import AffineVelocity
 from esljax.velocity.base import (
+    FOLDS,
     AbstractField,
     AbstractVariationalVelocity,
     Snapshot,
@@ -31,14 +32,14 @@ from esljax.velocity.base import (
 class NetworkVelocity(AbstractVariationalVelocity):
     r"""Affine fields plus networks: u = s N(C^{-1/2}(θ - E[θ])) or u = ∇N, trained by Adam.
 
-    The fit at a snapshot starts from the weights of the snapshot before. A quarter of the half that
+    The fit at a snapshot starts from the weights of the snapshot before. A quarter of the third that
     is learned from is held out: the fit is the weights that did best on it after one of `rounds`
     rounds, or the affine field alone if that did better. The network starts from u = 0. tr(D ∇u) is
     estimated by one random sign vector for each member and iteration in training (Hutchinson), and
     is exact in the result.
 
     **Args:** `key`: draws the first weights and the sign vectors. `width`, `depth`: of the hidden
-    layers. `iterations`: of Adam for each snapshot and each of its four fits. `learning_rate`: its
+    layers. `iterations`: of Adam for each snapshot and each of its six fits. `learning_rate`: its
     greatest value; it falls on a cosine. `rounds`: how often weights are judged.
     **Raises:** `InputError` if `key` is not a key or a number is not positive.
     **Differentiation:** forward and reverse, at the fields found; a change of the members changes σ
@@ -75,7 +76,7 @@ class NetworkVelocity(AbstractVariationalVelocity):
     def init(self, positions: Float[Array, "n d"]) -> list[Any]:
         networks = [
             self._network(positions, gradient, i)
-            for i, gradient in enumerate((False, False, True, True))
+            for i, gradient in enumerate([True] * FOLDS + [False] * FOLDS)
         ]
         return [eqx.filter(network, eqx.is_array) for network in networks]
 
