@@ -404,6 +404,8 @@ def _speed_limit(run: _Run) -> tuple[SpeedLimit, Scalar]:
         times=panels.times.ravel(),
         speed=speed.ravel(),
         converged=jnp.asarray(True),
+        elapsed=weights.ravel(),
+        mobility=mobility.ravel(),
         source="the exact Gaussian law",
     )
     return _nan_unless_resolved(report, exponent), exponent

@@ -135,11 +135,12 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
     elapsed = jnp.diff(times)
     # Rounding can bring a Sinkhorn divergence below 0; only the length counts that as 0.
     lengths = safe_root(squares)
-    dissipation = learning_time = None
+    dissipation = learning_time = mobility = None
     if trajectory.rates is not None and trajectory.temperatures is not None:
         learning_times = jnp.sum(trajectory.rates.reshape(links, -1), axis=1)
         dissipation = jnp.sum(safe_divide(squares, learning_times))
         learning_time = jnp.sum(learning_times)
+        mobility = learning_times / elapsed
     return SpeedLimit(
         entropy_production=jnp.sum(squares / elapsed),
         length_squared=jnp.sum(lengths) ** 2,
@@ -150,6 +151,8 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
         times=(times[1:] + times[:-1]) / 2,
         speed=lengths / elapsed,
         converged=solved.converged,
+        elapsed=elapsed,
+        mobility=mobility,
         entropy_production_coarse=None
         if solved.coarse is None
         else jnp.sum(solved.coarse / (elapsed[::2] + elapsed[1::2])),

@@ -108,6 +108,12 @@ class SpeedLimit(eqx.Module):
     time."""
     converged: Array
     """Whether every transport problem behind these numbers was solved: a boolean, shape ()."""
+    elapsed: Float[Array, " J"] | None = None
+    """The training time that each of `times` stands for, shape (J,), with sum 1: the length of each
+    link; of an exact law the weights of the integration. So L = Σ_j speed_j · elapsed_j."""
+    mobility: Float[Array, " J"] | None = None
+    """The mean of η(s) = K η_k over each of these times, shape (J,), in units of θ² per unit of the
+    potential and of training time. None if the run has no learning rates."""
     entropy_production_coarse: Scalar | None = None
     """The chain's Σ from every second snapshot. None if the number of links is odd."""
     noise_floor: Scalar | None = None
