@@ -29,6 +29,7 @@ _CHAIN = (
     "housekeeping are invisible); sampling noise pushes it up."
 )
 _RECORDED = "So does any noise of the steps, which was not recorded."
+_UNKNOWN = "So does any noise of the steps, which the rule does not state."
 
 
 class Distances(eqx.Module):
@@ -136,8 +137,9 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
     # Rounding can bring a Sinkhorn divergence below 0; only the length counts that as 0.
     lengths = safe_root(squares)
     dissipation = learning_time = mobility = None
-    if trajectory.rates is not None and trajectory.temperatures is not None:
-        learning_times = jnp.sum(trajectory.rates.reshape(links, -1), axis=1)
+    law = trajectory.law
+    if law is not None:
+        learning_times = jnp.sum(law.mobility.reshape(links, -1), axis=1)
         dissipation = jnp.sum(safe_divide(squares, learning_times))
         learning_time = jnp.sum(learning_times)
         mobility = learning_times / elapsed
@@ -164,9 +166,14 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
         identity_fraction=_identity_fraction(trajectory, transport, squares),
         evidence=_evidence(trajectory, transport),
         source=f"a chain of {links} links in {transport.name}",
-        worth=_CHAIN if trajectory.rates is not None else f"{_CHAIN} {_RECORDED}",
+        worth=_CHAIN if law is not None else f"{_CHAIN} {_noise_of(trajectory)}",
         is_bound=transport.is_metric,
     )
+
+
+def _noise_of(trajectory: Trajectory) -> str:
+    """Return a sentence on the noise of steps whose law is not known."""
+    return _RECORDED if trajectory.rates is None else _UNKNOWN
 
 
 def compared(links: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -181,16 +188,18 @@ def compared(links: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
 def _noise_floor(trajectory: Trajectory, transport: AbstractTransport) -> Scalar | None:
     """Return the share of injected noise in Σ where each member is its own best partner.
 
-    2 tr(MᵀM) Σ_j Σ_{k∈j} T_k η_k/Δs_j, with M the projection: tr(MᵀM) = d without one.
+    2 tr(MᵀM) Σ_j Σ_{k∈j} T_k η_k/Δs_j, with M the projection: tr(MᵀM) = d without one. T is that of
+    the noise that members receive, 0 for those that follow the probability flow.
     """
-    if trajectory.rates is None or trajectory.temperatures is None or trajectory.observed:
+    law = trajectory.law
+    if law is None or trajectory.observed:
         return None
     if not (transport.pairs_members and transport.linear):
         return None
     snapshots, _, d = trajectory.positions.shape
     matrix = transport.projection
     size = d if matrix is None else jnp.sum(matrix.astype(trajectory.positions.dtype) ** 2)
-    heat = jnp.sum((trajectory.temperatures * trajectory.rates).reshape(snapshots - 1, -1), axis=1)
+    heat = jnp.sum((law.injected * law.mobility).reshape(snapshots - 1, -1), axis=1)
     return jnp.sum(2 * size * heat / jnp.diff(trajectory.times))
 
 

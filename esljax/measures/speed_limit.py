@@ -206,10 +206,11 @@ def _check_pair(
         )
     if not velocity.needs_drift:
         return
-    if trajectory.rates is None:
+    if trajectory.law is None:
+        kind = "recorded run" if trajectory.rates is None else "run whose rule claims no law"
         raise refuse(
             "velocity",
-            "be TransportVelocity(...) for a recorded run, where the drift is not known",
+            f"be TransportVelocity(...) for a {kind}, where the drift is not known",
             f"is {name}",
         )
     if potential is None:

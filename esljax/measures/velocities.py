@@ -5,9 +5,9 @@ the law does, whatever the schedule:
 
     Σ = K Σ_k η_k² g²(u_k + η_k/2),     D = ∫ g² du,     L = ∫ g du,
 
-with g² interpolated linearly between snapshots. A recorded run has no learning rates: its clock is
-training time and η = 1, so that Σ is the trapezoidal sum over its snapshots, and neither D nor U is
-known. Source: Okanohara, arXiv 2601.17607.
+with g² interpolated linearly between snapshots. A run without a law (recorded, or of a rule that
+claims none) has no such clock: its clock is training time and η = 1, so that Σ is the trapezoidal
+sum over its snapshots, and neither D nor U is known. Source: Okanohara, arXiv 2601.17607.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class _Moment(NamedTuple):
     """The members themselves, which the potential acts on."""
     s: Array
     temperature: Any
-    """T, shape (); None for a recorded run."""
+    """T, shape (); None without a law."""
     positions: Array
     """The members in the coordinates of the transport, as are `before` and `after`."""
     before: Array
@@ -116,11 +116,11 @@ def _moments(trajectory: Trajectory, positions: Array, between: bool) -> _Moment
     later = np.minimum(at + 1, links)
     # The step that starts at the snapshot; at the end of the run the last step.
     step = np.minimum(at * per_link, links * per_link - 1)
-    temperatures = trajectory.temperatures
+    law = trajectory.law
     return _Moment(
         members=trajectory.positions[at],
         s=trajectory.times[at],
-        temperature=None if temperatures is None else temperatures[step],
+        temperature=None if law is None else law.temperature[step],
         positions=positions[at],
         before=positions[earlier],
         after=positions[later],
@@ -149,11 +149,12 @@ def _in_time(moment: _Moment, mesh: AnyMesh | None) -> Snapshot:
 
 
 def learning_clock(trajectory: Trajectory) -> Float[Array, " ticks"]:
-    """The learning time u_k = Σ_{i<k} η_i of every step of one run; for a recorded run the training
+    """The learning time u_k = Σ_{i<k} η_i of every step of one run; without a law the training
     times of its snapshots."""
-    if trajectory.rates is None:
+    law = trajectory.law
+    if law is None:
         return trajectory.times
-    return jnp.concatenate([jnp.zeros_like(trajectory.rates[:1]), jnp.cumsum(trajectory.rates)])
+    return jnp.concatenate([jnp.zeros_like(law.mobility[:1]), jnp.cumsum(law.mobility)])
 
 
 def from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: MemberRates) -> SpeedLimit:
@@ -170,7 +171,7 @@ def from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: MemberRate
         entropy_production_chain=chain.entropy_production,
         housekeeping=jnp.sum(action * (whole - moving)),
         length_squared=jnp.sum(along) ** 2,
-        dissipation=None if trajectory.rates is None else jnp.sum(time * whole),
+        dissipation=None if trajectory.law is None else jnp.sum(time * whole),
         speed=along / jnp.diff(trajectory.times),
         source=f"{rates.name} at {links + 1} snapshots; W2² and {chain.source} in the same "
         "coordinates",
@@ -180,7 +181,7 @@ def from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: MemberRate
 
 
 def spans(trajectory: Trajectory) -> Float[Array, " J"]:
-    """The learning time of each link; for a recorded run its training time."""
+    """The learning time of each link; without a law its training time."""
     clock, links = learning_clock(trajectory), trajectory.positions.shape[0] - 1
     return jnp.diff(clock[:: (clock.shape[0] - 1) // links])
 
@@ -192,9 +193,10 @@ def _weights(trajectory: Trajectory, between: bool) -> tuple[Array, Array]:
     learning_times = spans(trajectory)
     if between:
         return learning_times**2 / jnp.diff(trajectory.times), learning_times
-    eta = (jnp.diff(clock) if trajectory.rates is None else trajectory.rates).reshape(links, -1)
-    # Steps per unit of training time; in a recorded run each link is one step, of any length.
-    pace = steps if trajectory.rates is not None else 1 / jnp.diff(trajectory.times)
+    law = trajectory.law
+    eta = (jnp.diff(clock) if law is None else law.mobility).reshape(links, -1)
+    # Steps per unit of training time; without a law each link is one step, of any length.
+    pace = steps if law is not None else 1 / jnp.diff(trajectory.times)
     # Where in learning time the middle of each step lies between its two snapshots.
     middle = clock[:-1].reshape(links, -1) + eta / 2 - clock[: -1 : steps // links, None]
     where = middle * safe_divide(jnp.ones_like(learning_times), learning_times)[:, None]

@@ -8,6 +8,7 @@ from esljax.simulation.adjoint import (
     group_length,
 )
 from esljax.simulation.checks import check_functions, check_links
+from esljax.simulation.diffusion import Diffusion
 from esljax.simulation.loop import simulate
 from esljax.simulation.rules import AbstractRule, Controls, Langevin, ProbabilityFlow
 from esljax.simulation.trajectory import Trajectory, check_runs, from_snapshots, on_devices, stack
@@ -17,6 +18,7 @@ __all__ = [
     "AbstractRule",
     "Autodiff",
     "Controls",
+    "Diffusion",
     "ForwardMode",
     "HessianAdjoint",
     "Langevin",

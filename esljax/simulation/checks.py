@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from esljax._checks import (
     InputError,
     check_ensemble,
+    check_finite,
+    check_nonnegative,
     check_positive_int,
     first_sentence,
     in_words,
@@ -16,6 +18,7 @@ from esljax._checks import (
 )
 from esljax._types import Array, Float, Key
 from esljax.potentials import AbstractPotential, check_potential
+from esljax.simulation.diffusion import Diffusion
 
 
 def as_ensemble(argument: str, x: Any) -> Float[Array, "n d"]:
@@ -55,6 +58,25 @@ def check_links(steps: int, snapshots: int) -> None:
             f"divide the {steps} steps (such as {' or '.join(map(str, near))})",
             f"is {snapshots}",
         )
+
+
+def check_law(rule: Any, controls: Any) -> None:
+    """Reject a law that is no `Diffusion` of numbers that a step can have."""
+    law: Any = jax.eval_shape(rule.law, jax.tree.map(lambda x: x[0], controls))
+    if law is None:
+        return
+    if not isinstance(law, Diffusion):
+        raise wrong_answer("rule", rule, "law", "a Diffusion or None", law)
+    for name in ("mobility", "temperature", "injected"):
+        shape = getattr(law, name).shape
+        if shape != ():
+            must = f"claim one {name} of each step in its law"
+            raise refuse("rule", must, f"claims numbers of shape {shape}")
+    of_steps = jax.vmap(rule.law)(controls)
+    for name in ("mobility", "temperature", "injected"):
+        values = getattr(of_steps, name)
+        check_finite(f"{name} of the law", values)
+        check_nonnegative(f"{name} of the law", values)
 
 
 def check_functions(potential: AbstractPotential, positions: Any, key: Key, observe: Any) -> None:

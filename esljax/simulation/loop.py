@@ -29,7 +29,13 @@ from esljax.files import Checkpoints, session
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, choose_mesh, shard_members
 from esljax.simulation.adjoint import AbstractGradient, HessianAdjoint, group_length
-from esljax.simulation.checks import as_ensemble, check_arrays, check_functions, check_links
+from esljax.simulation.checks import (
+    as_ensemble,
+    check_arrays,
+    check_functions,
+    check_law,
+    check_links,
+)
 from esljax.simulation.rules import AbstractRule, Controls
 from esljax.simulation.trajectory import Trajectory, laid
 
@@ -83,6 +89,7 @@ class Run(eqx.Module):
                 raise refuse(name, must, f"has shape {jnp.shape(values)[1:]}")
             check_finite(name, values)
             check_nonnegative(name, values)
+        check_law(self.rule, controls)
 
     def links(self, snapshots: int, dtype: Any) -> Steps:
         """All steps by the links between snapshots that they belong to, each (J, K/J)."""
@@ -310,14 +317,17 @@ def _trajectory(
     run: Run, final: Array, kept: tuple[Array, Array], last: tuple[Array, Array], links: Steps
 ) -> Trajectory:
     positions, energies = jax.tree.map(lambda x, end: jnp.concatenate([x, end[None]]), kept, last)
-    rates, temperatures = jax.tree.map(jnp.ravel, links.control)
+    controls = jax.tree.map(jnp.ravel, links.control)
+    law = jax.tree.map(lambda x: x.astype(final.dtype), jax.vmap(run.rule.law)(controls))
     snapshots = positions.shape[0] - 1
     return Trajectory(
         times=jnp.arange(snapshots + 1, dtype=final.dtype) / snapshots,
         positions=positions,
         energies=energies,
-        rates=rates,
-        temperatures=temperatures,
+        rates=controls.learning_rate if law is None else law.mobility,
+        temperatures=controls.temperature if law is None else law.temperature,
         final=final,
         observed=run.observe is not None,
+        injected=None if law is None else law.injected,
+        lawful=law is not None,
     )

@@ -17,6 +17,7 @@ from esljax._checks import refuse
 from esljax._numerics import safe_root
 from esljax._types import Array, Float, Key, Scalar, ScalarLike
 from esljax.schedules import AbstractSchedule, as_schedule
+from esljax.simulation.diffusion import Diffusion
 from esljax.velocity import AbstractVelocity, Snapshot
 
 Kick = Callable[[Float[Array, "n d"], Scalar], tuple[Float[Array, " n"], Float[Array, "n d"]]]
@@ -43,11 +44,12 @@ class AbstractRule(eqx.Module):
     methods, `controls` and `step`. A step gets its gradients from `kick`, so that the run can be
     differentiated in any way, and its noise from `key`.
 
-    Measures that take the potential, such as `AffineVelocity` in `speed_limit`, `free_energy` and
-    the noise floor, count on members that drift by -η∇Φ and diffuse by Tη. Measure the run of a
-    rule that moves them otherwise by the chain of distances or by `TransportVelocity`.
+    D, U, the noise floor, `free_energy`, `jarzynski` and velocities that take the potential, such
+    as `AffineVelocity`, need to know the dynamics. A rule whose members follow overdamped Langevin
+    dynamics says so in a third method, `law`. Without it these measures are None or refuse the run,
+    and the chain of distances and `TransportVelocity` measure it.
 
-    **Example:**
+    **Example:** a rule without a law, as no temperature and mobility describe it.
 
         >>> import jax
         >>> import jax.numpy as jnp
@@ -78,6 +80,12 @@ class AbstractRule(eqx.Module):
     @abc.abstractmethod
     def controls(self, steps: int) -> Controls:
         """The controls of all `steps` steps, each (K,)."""
+
+    def law(self, control: Controls) -> Diffusion | None:
+        """The law of one step under these controls, each of shape (); None, unless a subclass
+        claims one, if members do not follow overdamped Langevin dynamics."""
+        del control
+        return None
 
     @abc.abstractmethod
     def step(
@@ -124,6 +132,9 @@ class Langevin(AbstractRule):
 
     def controls(self, steps: int) -> Controls:
         return Controls(self.learning_rate.rates(steps), self.temperature.rates(steps))
+
+    def law(self, control: Controls) -> Diffusion:
+        return Diffusion(control.learning_rate, control.temperature, injected=control.temperature)
 
     def step(
         self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key
@@ -182,6 +193,9 @@ class ProbabilityFlow(AbstractRule):
 
     def controls(self, steps: int) -> Controls:
         return Controls(self.learning_rate.rates(steps), self.temperature.rates(steps))
+
+    def law(self, control: Controls) -> Diffusion:
+        return Diffusion(control.learning_rate, control.temperature, injected=0.0)
 
     def step(
         self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key

@@ -21,6 +21,7 @@ from esljax._checks import (
 )
 from esljax._types import Array, ArrayLike, Float, Shaped
 from esljax.sharding import AnyMesh, find_mesh, replicate, shard_members
+from esljax.simulation.diffusion import Diffusion
 
 
 class Trajectory(eqx.Module):
@@ -39,7 +40,8 @@ class Trajectory(eqx.Module):
     """Φ of each member at these times, on the batch that its next step would see: unbiased, and
     exact for potentials without batches. None if the run was recorded."""
     rates: Float[Array, "*runs K"] | None
-    """The learning rates η_k, per step; None if the run was recorded."""
+    """The learning rates η_k, per step: the mobility of the law, if the rule has one. None if the
+    run was recorded."""
     temperatures: Float[Array, "*runs K"] | None
     """The temperatures T_k, in units of Φ; None if the run was recorded."""
     final: Float[Array, "*runs n d"]
@@ -48,6 +50,21 @@ class Trajectory(eqx.Module):
     """Whether `positions` holds features instead of positions."""
     mesh: AnyMesh | None = eqx.field(static=True, default=None)
     """The devices that share the members, if there are several."""
+    injected: Float[Array, "*runs K"] | None = None
+    """The temperatures of the noise that the members received, in units of Φ; None where they are
+    `temperatures`, as in a trajectory made by hand, or not known."""
+    lawful: bool = eqx.field(static=True, default=True)
+    """Whether `rates` and `temperatures`, if there are any, are those of overdamped Langevin
+    dynamics. False after a rule without a law."""
+
+    @property
+    def law(self) -> Diffusion | None:
+        """The dynamics that the members followed, of all K steps. None if the run was recorded, or
+        its rule claims no law."""
+        if not self.lawful or self.rates is None or self.temperatures is None:
+            return None
+        injected = self.temperatures if self.injected is None else self.injected
+        return Diffusion(self.rates, self.temperatures, injected)
 
     def __str__(self) -> str:
         *runs, snapshots, members, numbers = self.positions.shape
@@ -166,7 +183,7 @@ def laid(trajectory: Trajectory, mesh: AnyMesh | None) -> Trajectory:
 
     whole = {
         name: replicate(getattr(trajectory, name), mesh)
-        for name in ("times", "rates", "temperatures")
+        for name in ("times", "rates", "temperatures", "injected")
     }
     energies = trajectory.energies
     return dataclasses.replace(
@@ -215,8 +232,8 @@ def check_runs(trajectory: Trajectory, jackknife: int) -> None:
 
 
 def _kind(trajectory: Trajectory) -> tuple:
-    parts = trajectory.energies, trajectory.rates, trajectory.temperatures, trajectory.final
-    return (*(None if part is None else part.shape for part in parts), trajectory.observed)
+    arrays = dataclasses.replace(trajectory, mesh=None)
+    return jax.tree.structure(arrays), tuple(x.shape for x in jax.tree.leaves(arrays))
 
 
 def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:
