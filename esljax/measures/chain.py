@@ -18,9 +18,9 @@ import numpy as np
 
 from esljax._numerics import safe_divide, safe_root
 from esljax._types import Array, Float, Scalar
-from esljax.measures.diagnosis import Evidence
+from esljax.measures.evidence import evidence_of
 from esljax.measures.report import SpeedLimit
-from esljax.sharding import AnyMesh, map_pairs
+from esljax.sharding import map_pairs
 from esljax.simulation import Trajectory
 from esljax.transport import AbstractTransport, solution_of
 
@@ -164,7 +164,7 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
         debiased_w2_squared=solved.debiased_whole,
         noise_floor=_noise_floor(trajectory, transport),
         identity_fraction=_identity_fraction(trajectory, transport, squares),
-        evidence=_evidence(trajectory, transport),
+        evidence=evidence_of(trajectory, transport),
         source=f"a chain of {links} links in {transport.name}",
         worth=_CHAIN if law is not None else f"{_CHAIN} {_noise_of(trajectory)}",
         is_bound=transport.is_metric,
@@ -213,28 +213,3 @@ def _identity_fraction(
     paired = jnp.mean(jnp.sum((compared[1:] - compared[:-1]) ** 2, axis=2), axis=1)
     # The identity is the best assignment if no other is cheaper than rounding allows.
     return jnp.mean(squares >= paired * (1 - 1e-5), dtype=paired.dtype)
-
-
-def _evidence(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:
-    positions = jax.lax.stop_gradient(trajectory.positions)
-    compared = jax.eval_shape(transport.coordinates, positions)
-    return Evidence(
-        distances=jnp.linalg.norm(positions - jnp.mean(positions[0], axis=0), axis=-1),
-        energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
-        temperature=None if trajectory.temperatures is None else jnp.max(trajectory.temperatures),
-        doubled_epsilon=_at_twice_epsilon(positions, trajectory.mesh, transport),
-        coordinates=compared.shape[-1],
-        steps=None if trajectory.rates is None else trajectory.rates.shape[0],
-    )
-
-
-def _at_twice_epsilon(
-    positions: Float[Array, "snapshots n d"], mesh: AnyMesh | None, transport: AbstractTransport
-) -> Scalar | None:
-    """Return W2² of the whole run at twice the ε of an entropic transport."""
-    coarser = transport.coarser()
-    if coarser is None:
-        return None
-    ends = [0], [len(positions) - 1]
-    in_turn = coarser.in_turn
-    return map_pairs(solution_of, coarser, positions, *ends, mesh, in_turn=in_turn).squared[0]

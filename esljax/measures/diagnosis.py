@@ -8,10 +8,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import equinox as eqx
 import numpy as np
-
-from esljax._types import Array, Float, Scalar
 
 # One false alarm in 30 000 healthy reports, if errors are Gaussian; they are not quite, and
 # jackknife errors scatter by 10 to 20 %.
@@ -34,26 +31,6 @@ DIVERGED = 100.0
 # Heating from a cold start raises E[Φ] by about d T/2, and a stable run never climbs far above its
 # start.
 CLIMB = 10.0
-
-
-class Evidence(eqx.Module):
-    """The observations of a run on which a diagnosis relies, beside the numbers of the report."""
-
-    distances: Float[Array, "*runs snapshots n"]
-    """The distance of each member at each snapshot from the mean of the start, shape (J+1, n), in
-    units of θ; not finite where the member is not."""
-    energies: Float[Array, "*runs snapshots"] | None
-    """E[Φ] at the snapshots, shape (J+1,), in units of the potential. None for a recorded run."""
-    temperature: Scalar | None
-    """The highest temperature of the run, shape (), in units of the potential. None for a recorded
-    run."""
-    doubled_epsilon: Scalar | None
-    """W2² at twice the ε of an entropic transport, shape (), in units of θ². None for other
-    transports."""
-    coordinates: int = eqx.field(static=True)
-    """d, the number of coordinates that the transport compares."""
-    steps: int | None = eqx.field(static=True)
-    """K, the number of steps. None for a recorded run."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,163 @@
+r"""The observations of a run on which a diagnosis relies, beside the numbers of its report.
+
+They are taken inside `jit`, on the devices that hold the run, and are small beside it: a number for
+each member and snapshot, and one for each coordinate. `labels` adds what only the host can see.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esljax._numerics import safe_divide
+from esljax._types import Array, Float, Scalar
+from esljax.sharding import AnyMesh, map_pairs
+from esljax.simulation import Trajectory
+from esljax.transport import AbstractTransport, solution_of
+
+
+class Labels(eqx.Module):
+    """What the host saw of the members' labels before anything was computed.
+
+    A label is the place of a member in a snapshot. Numbers are counts, shape ().
+    """
+
+    links: Array
+    """The links over which labels do not follow members, and were recovered."""
+    distinct: Array
+    """The distinct members, which alone were measured."""
+    members: Array
+    """The members that the run holds."""
+    identity_fraction: Scalar | None = None
+    """The report's own number, which is withheld where labels do not follow members: paths were
+    then not observed. None if it was not withheld."""
+
+
+class Evidence(eqx.Module):
+    """The observations of a run on which a diagnosis relies, beside the numbers of the report."""
+
+    distances: Float[Array, "*runs snapshots n"]
+    """The distance of each member at each snapshot from the mean of the start, shape (J+1, n), in
+    units of θ; not finite where the member is not."""
+    displacements: Float[Array, "*runs J n"]
+    """How far each member is from where it was one snapshot before, shape (J, n), in units of θ."""
+    pace: Float[Array, "*runs J"]
+    """tr cov(Δ, θ)/tr cov(θ) on each link, shape (J,), without units: the relative change of the
+    differences between members. Of one linear force it is the same for equal times, wherever the
+    members are."""
+    shares: Float[Array, "*runs d"] | None
+    """The share of each coordinate in the members' squared displacements per time, shape (d,).
+    None if the transport does not compare the positions themselves."""
+    common: Array
+    """Whether a coordinate is one number for all members at each snapshot, and moves: booleans of
+    shape (d,)."""
+    quantum: Scalar
+    """The root mean square distance between the numbers next to each other that the positions could
+    hold, shape (), in units of θ."""
+    rounding: Scalar
+    """How much rounding to these numbers adds to a Σ made of displacements, shape (), in units of
+    θ²."""
+    energies: Float[Array, "*runs snapshots"] | None
+    """E[Φ] at the snapshots, shape (J+1,), in units of the potential. None for a recorded run."""
+    temperature: Scalar | None
+    """The highest temperature of the run, shape (), in units of the potential. None for a recorded
+    run."""
+    still: Array
+    """Whether the learning rates of a link are all 0, booleans of shape (J,); False where the rates
+    are not known."""
+    doubled_epsilon: Scalar | None
+    """W2² at twice the ε of an entropic transport, shape (), in units of θ². None for other
+    transports."""
+    coordinates: int = eqx.field(static=True)
+    """d, the number of coordinates that the transport compares."""
+    steps: int | None = eqx.field(static=True)
+    """K, the number of steps. None for a recorded run."""
+    moments_only: bool = eqx.field(static=True, default=False)
+    """Whether the transport compares means and covariances only."""
+    labels: Labels | None = None
+    """What the host saw of the members' labels. None if there was nothing to say, and under
+    `jit`, which hides the values."""
+
+
+def evidence_of(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:
+    """Return the observations of one run. Not checked: for use inside `jit`.
+
+    **Differentiation:** none; the observations are constants.
+    """
+    trajectory = jax.lax.stop_gradient(trajectory)
+    positions, times = trajectory.positions, trajectory.times
+    compared = jax.eval_shape(transport.coordinates, positions)
+    # In units of their own size, squares of very large or very small numbers stay numbers.
+    center, scale = _center_and_scale(positions)
+    scaled = (positions - center) / scale
+    moves = scaled[1:] - scaled[:-1]
+    elapsed = jnp.diff(times)
+    apart = scaled - jnp.mean(scaled, axis=1, keepdims=True)
+    squares = jnp.sum(jnp.mean(moves**2, axis=1) / elapsed[:, None], axis=0)
+    quanta = _spacing(positions)
+    rounding = jnp.sum(jnp.mean(quanta[1:] ** 2 + quanta[:-1] ** 2, axis=1) / 12, axis=1)
+    rates, links = trajectory.rates, len(elapsed)
+    return Evidence(
+        distances=scale * jnp.linalg.norm(scaled, axis=-1),
+        displacements=scale * jnp.linalg.norm(moves, axis=-1),
+        pace=safe_divide(
+            jnp.sum(moves * apart[:-1], axis=(1, 2)), jnp.sum(apart[:-1] ** 2, axis=(1, 2))
+        ),
+        shares=safe_divide(squares, jnp.sum(squares))
+        if transport.linear and transport.projection is None
+        else None,
+        common=jnp.all(jnp.max(positions, axis=1) == jnp.min(positions, axis=1), axis=0)
+        & (squares > 0),
+        quantum=jnp.sqrt(jnp.mean(quanta**2)),
+        rounding=jnp.sum(rounding / elapsed),
+        energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
+        temperature=None if trajectory.temperatures is None else jnp.max(trajectory.temperatures),
+        still=jnp.zeros(links, bool)
+        if rates is None
+        else jnp.all(rates.reshape(links, -1) == 0, axis=1),
+        doubled_epsilon=_at_twice_epsilon(positions, trajectory.mesh, transport),
+        coordinates=compared.shape[-1],
+        steps=None if rates is None else rates.shape[0],
+        moments_only=transport.moments_only,
+    )
+
+
+def _center_and_scale(positions: Float[Array, "snapshots n d"]) -> tuple[Array, Array]:
+    """Return the mean of the start, and the largest finite distance from it in one coordinate."""
+    start = positions[0]
+    # Before the sum, so that it stays finite where the members are.
+    center = jnp.sum(start / len(start), axis=0)
+    apart = jnp.abs(positions - center)
+    scale = jnp.max(jnp.where(jnp.isfinite(apart), apart, 0))
+    # A power of 2 rounds nothing.
+    scale = jnp.exp2(jnp.floor(jnp.log2(jnp.where(scale > 0, scale, 1))))
+    return center, scale
+
+
+def _spacing(positions: Float[Array, "snapshots n d"]) -> Float[Array, "snapshots n d"]:
+    """Return the distance from each number to the next that the positions could hold.
+
+    Numbers that were once stored in fewer bits end in zeros: all of them together tell how many
+    bits were in use.
+    """
+    kind = jnp.finfo(positions.dtype)
+    whole = {32: jnp.uint32, 64: jnp.uint64}[kind.bits]
+    bits = jax.lax.bitcast_convert_type(positions, whole)
+    # 0 is stored exactly in any number of bits.
+    used = jax.lax.reduce(bits, np.zeros((), whole), jax.lax.bitwise_or, (0, 1, 2))
+    lowest = used & (~used + np.ones((), whole))
+    dropped = jnp.clip(jnp.log2(jnp.maximum(lowest, 1).astype(positions.dtype)), 0, kind.nmant)
+    _, exponent = jnp.frexp(positions)
+    return jnp.exp2(exponent.astype(positions.dtype) - 1 - kind.nmant + dropped)
+
+
+def _at_twice_epsilon(
+    positions: Float[Array, "snapshots n d"], mesh: AnyMesh | None, transport: AbstractTransport
+) -> Scalar | None:
+    """Return W2² of the whole run at twice the ε of an entropic transport."""
+    coarser = transport.coarser()
+    if coarser is None:
+        return None
+    ends = [0], [len(positions) - 1]
+    in_turn = coarser.in_turn
+    return map_pairs(solution_of, coarser, positions, *ends, mesh, in_turn=in_turn).squared[0]
