@@ -218,7 +218,7 @@ def transport_problems(
     """
     pairs, coarse = compared(snapshots - 1)
     groups = jackknife_groups(members, jackknife, unit=1 + debias, least=2 + 2 * debias)
-    reports = 1 if groups is None else 1 + len(groups)
+    reports = 1 if groups is None else 1 + groups.count + (groups.covered < members)
     whole = reports * len(pairs + coarse) + 2 * snapshots * maps
     return whole, reports * (2 * len(pairs) + snapshots) * debias
 

@@ -3,10 +3,11 @@
 from esljax.measures.balance import Balance, FreeEnergy
 from esljax.measures.chain import compared
 from esljax.measures.diagnosis import Finding
+from esljax.measures.errors import Interval, jackknife_groups
 from esljax.measures.evidence import Evidence
 from esljax.measures.free_energy import free_energy
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
-from esljax.measures.report import Interval, SpeedLimit, Split, average, jackknife_groups
+from esljax.measures.report import SpeedLimit, Split, average
 from esljax.measures.speed_limit import speed_limit
 
 __all__ = [

@@ -25,8 +25,9 @@ from esljax.simulation import Trajectory
 from esljax.transport import AbstractTransport, solution_of
 
 _CHAIN = (
-    "A chain bounds the entropy production of its laws from below (coarse snapshots and "
-    "housekeeping are invisible); sampling noise pushes it up."
+    "A chain of laws is a lower bound of Σ (coarse snapshots and circulation are invisible); a "
+    "chain of samples is neither bound until it is debiased, because sampling noise adds to every "
+    "link."
 )
 _RECORDED = "So does any noise of the steps, which was not recorded."
 _UNKNOWN = "So does any noise of the steps, which the rule does not state."
@@ -56,14 +57,15 @@ def distances(
     trajectory: Trajectory,
     transport: AbstractTransport,
     *,
-    debias: bool,
+    halves: bool,
     subsets: Array | None = None,
 ) -> Distances:
     """Solve the transport problems of one run, or of each of the `subsets` (subsets, m) of members.
 
-    The debiased distances are W(x, y') - ½ W(x, x') - ½ W(y, y'), where x, y are one half of the
-    members and x', y' the other. All three are distances of independent samples of one size, so
-    their bias cancels to leading order. The run is not checked.
+    With `halves` there are also debiased distances W(x, y') - ½ W(x, x') - ½ W(y, y'), where x, y
+    are one half of the members and x', y' the other. All three are distances of independent samples
+    of one size, so their bias cancels to leading order. Distances between moments need no halves:
+    a jackknife removes their bias with a small part of the noise. The run is not checked.
     """
     links = trajectory.positions.shape[0] - 1
     pairs, coarse = compared(links)
@@ -74,7 +76,7 @@ def distances(
         coarse=plain.squared[..., links + 1 :] if coarse else None,
         converged=jnp.all(plain.converged, axis=-1),
     )
-    if not debias:
+    if not halves:
         return solved
     across = of_pairs(_across, trajectory, transport, pairs, subsets)
     same = [(j, j) for j in range(links + 1)]
@@ -147,7 +149,8 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
         entropy_production=jnp.sum(squares / elapsed),
         length_squared=jnp.sum(lengths) ** 2,
         w2_squared=solved.whole,
-        housekeeping=jnp.zeros_like(solved.whole),
+        housekeeping=None,
+        circulation="invisible",
         dissipation=dissipation,
         learning_time=learning_time,
         times=(times[1:] + times[:-1]) / 2,
@@ -161,6 +164,9 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
         debiased_entropy_production=None
         if solved.debiased_links is None
         else jnp.sum(solved.debiased_links / elapsed),
+        debiased_length_squared=None
+        if solved.debiased_links is None
+        else jnp.sum(safe_root(solved.debiased_links)) ** 2,
         debiased_w2_squared=solved.debiased_whole,
         noise_floor=_noise_floor(trajectory, transport),
         identity_fraction=_identity_fraction(trajectory, transport, squares),

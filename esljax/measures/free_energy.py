@@ -34,7 +34,7 @@ from esljax._types import Array, Float, Int
 from esljax.density import AbstractEntropy, TransportedEntropy
 from esljax.measures.balance import NUMBERS, FreeEnergy
 from esljax.measures.chain import of_pairs
-from esljax.measures.report import jackknife_groups
+from esljax.measures.errors import jackknife_groups
 from esljax.measures.velocities import member_rates, spans
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.results import StandardErrors
@@ -126,11 +126,11 @@ def _of_one(
     if not jointly:
         return _with_errors(report, each, f"over {members} members")
     # Entropies need four members.
-    kept = jackknife_groups(members, jackknife, least=4)
-    if kept is None:
+    left_out = jackknife_groups(members, jackknife, least=4)
+    if left_out is None:
         return report
-    groups, size = kept.shape[0], members - kept.shape[1]
-    subsets = jnp.asarray(kept)
+    groups, size = left_out.count, left_out.size
+    subsets = jnp.asarray(left_out.kept)
     if transport is None:
         left = {"entropy": _entropies_without(trajectory, potential, entropy, velocity, subsets)}
     else:

@@ -11,32 +11,35 @@ this file, so that tests compare a number and its oracle field by field. Source:
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from esljax._checks import check_choice, refuse
-from esljax._types import Array, Float, Int, Scalar
+from esljax._types import Array, Float, Scalar
 from esljax.measures import diagnosis
 from esljax.measures.diagnosis import Finding
+from esljax.measures.errors import Interval, interval_of_square, quantile, spread_of_runs
 from esljax.measures.evidence import Evidence
+from esljax.measures.verdict import sentences
 from esljax.results import StandardErrors, is_number, measured, table
 
 # The numbers of a report that have standard errors.
 NUMBERS = (
     "entropy_production",
+    "entropy_production_bound",
     "length_squared",
     "w2_squared",
     "gap",
     "temporal",
     "geometric",
     "housekeeping",
+    "metric_action",
     "dissipation",
     "debiased_entropy_production",
+    "debiased_length_squared",
     "debiased_w2_squared",
     "debiased_gap",
     "gap_lower",
@@ -46,36 +49,12 @@ NUMBERS = (
 # The former name of the class of `SpeedLimit.standard_error`, for one release.
 Split = StandardErrors
 
-_PRINTED = {
-    "entropy production Σ": "entropy_production",
-    "Wasserstein length L²": "length_squared",
-    "Wasserstein distance W2²": "w2_squared",
-    "gap Σ - W2²": "gap",
-    "  housekeeping": "housekeeping",
-    "  temporal": "temporal",
-    "  geometric": "geometric",
-    "dissipation D": "dissipation",
-    "learning time U": "learning_time",
-    "Σ of the chain": "entropy_production_chain",
-    "Σ of the chain, debiased": "debiased_entropy_production",
-    "W2², debiased": "debiased_w2_squared",
-    "noise floor of Σ": "noise_floor",
-    "Σ, every 2nd snapshot": "entropy_production_coarse",
+CIRCULATION = {
+    "resolved": "told apart",
+    "invisible": "not seen",
+    "contained": "contained in Σ and L², which is then an upper value",
 }
-
-
-class Interval(eqx.Module):
-    """A confidence interval of one number. `print` shows its ends and its level."""
-
-    lower: Scalar
-    """The lower end, in the units of the number."""
-    upper: Scalar
-    """The upper end, in the units of the number."""
-    level: float = eqx.field(static=True)
-    """The nominal probability that the interval covers the true number, between 0 and 1."""
-
-    def __str__(self) -> str:
-        return f"[{float(self.lower):.6g}, {float(self.upper):.6g}] at {100 * self.level:g} %"
+"""What becomes of motion that moves no mass."""
 
 
 class SpeedLimit(eqx.Module):
@@ -92,10 +71,9 @@ class SpeedLimit(eqx.Module):
     """L², the square of the Wasserstein length L = ∫ℓ ds."""
     w2_squared: Scalar
     """W2²(q₀, q₁), the squared distance between the laws at the start and at the end."""
-    housekeeping: Scalar
-    """∫E‖v - ∇ψ‖² ds, the part of Σ that moves no mass. A chain of laws cannot see it: 0 there, and
-    missing from Σ as well. An estimator without `Velocity.gradient_contributions` cannot tell it
-    apart: 0 there too, and contained in Σ and L²."""
+    housekeeping: Scalar | None
+    """∫E‖v - ∇ψ‖² ds, the part of Σ that moves no mass. None where it is not resolved:
+    `circulation` says what became of it."""
     dissipation: Scalar | None
     """D = ∫E‖v‖²/η ds, in units of the potential. None if the run has no learning rates."""
     learning_time: Scalar | None
@@ -127,16 +105,25 @@ class SpeedLimit(eqx.Module):
     entropy_production_chain: Scalar | None = None
     """The chain's Σ of the same snapshots. None if Σ itself is that of the chain."""
     debiased_entropy_production: Scalar | None = None
-    """The chain's Σ with the sampling bias of each link removed by splitting the members in two.
-    None without `debias`."""
+    """The chain's Σ without its sampling bias, which a jackknife removes from distances between
+    moments, and independent halves of the members from others. None without `debias`."""
+    debiased_length_squared: Scalar | None = None
+    """L² without its sampling bias. None without `debias`."""
     debiased_w2_squared: Scalar | None = None
-    """W2² with its sampling bias removed in the same way. None without `debias`."""
+    """W2² without its sampling bias. None without `debias`."""
+    entropy_production_bound: Scalar | None = None
+    """A lower bound of Σ from velocities, in expectation for every fitted field: Σ is larger by the
+    variance of the fit, which near the limit is most of both. None for a chain."""
+    length_resolved: Array | None = None
+    """Whether the squared speed stands out of its noise everywhere: a boolean, shape (). If not, L²
+    is known to lie between W2² and ∫ℓ² ds and no better. None without errors; then not judged."""
     standard_error: StandardErrors | None = None
     """Standard errors under the names of the numbers, each of the shape and units of its number:
-    `entropy_production`, `length_squared`, `w2_squared`, `gap`, `temporal`, `geometric`,
-    `housekeeping`, `dissipation`, `debiased_entropy_production`, `debiased_w2_squared`,
-    `debiased_gap`, `gap_lower` and `gap_upper`; None for a number that this report does not have.
-    None altogether without errors: for `jackknife=0`, too few members, or an exact law."""
+    `entropy_production`, `entropy_production_bound`, `length_squared`, `w2_squared`, `gap`,
+    `temporal`, `geometric`, `housekeeping`, `metric_action`, `dissipation`,
+    `debiased_entropy_production`, `debiased_length_squared`, `debiased_w2_squared`, `debiased_gap`,
+    `gap_lower` and `gap_upper`; None for a number that this report does not have. None altogether
+    without errors: for `jackknife=0`, too few members, or an exact law."""
     source: str = eqx.field(static=True, default="")
     """How these numbers were made, in words, such as "a chain of 30 links in ExactTransport"."""
     errors: str = eqx.field(static=True, default="none")
@@ -159,37 +146,55 @@ class SpeedLimit(eqx.Module):
     """Whether Σ ≥ L² ≥ W2² holds for the chain by construction, because the transport is a metric.
     False for an approximate transport, for which the inequality holds only approximately."""
 
+    circulation: str = eqx.field(static=True, default="resolved")
+    """What became of motion that moves no mass. "resolved": it is `housekeeping`. "invisible": laws
+    alone do not show it, and it is missing from Σ. "contained": the estimator does not tell it
+    apart, and it is contained in Σ and in L², which is then an upper value."""
+
+    def __check_init__(self):
+        check_choice("circulation", self.circulation, tuple(CIRCULATION))
+
+    def best(self, name: str) -> Any:
+        """The debiased value of "entropy_production", "length_squared" or "w2_squared", or the
+        plain one without `debias`. A Σ from velocities needs no debiasing."""
+        by_velocity = name == "entropy_production" and self.entropy_production_chain is not None
+        debiased = None if by_velocity else getattr(self, f"debiased_{name}")
+        return getattr(self, name) if debiased is None else debiased
+
     @property
     def gap(self) -> Float[Array, "*runs"]:
-        """Σ - W2², the distance from the speed limit."""
-        return self.entropy_production - self.w2_squared
+        """Σ - W2², the distance from the speed limit, debiased if `debias` was asked for."""
+        return self.best("entropy_production") - self.best("w2_squared")
+
+    @property
+    def metric_action(self) -> Float[Array, "*runs"]:
+        """∫ℓ² ds, the part of Σ that moves mass: Σ without housekeeping, where that is resolved."""
+        sigma = self.best("entropy_production")
+        return sigma if self.housekeeping is None else sigma - self.housekeeping
 
     @property
     def temporal(self) -> Float[Array, "*runs"]:
         """∫ℓ² ds - L²: the saving of a better timing along the same path."""
-        return self.entropy_production - self.housekeeping - self.length_squared
+        return self.metric_action - self.best("length_squared")
 
     @property
     def geometric(self) -> Float[Array, "*runs"]:
         """L² - W2²: the saving that only another path can bring."""
-        return self.length_squared - self.w2_squared
+        return self.best("length_squared") - self.best("w2_squared")
 
     @property
     def debiased_gap(self) -> Float[Array, "*runs"] | None:
-        """Σ - W2², both debiased. None without `debias`."""
-        if self.debiased_entropy_production is None or self.debiased_w2_squared is None:
-            return None
-        return self.debiased_entropy_production - self.debiased_w2_squared
+        """The gap, if it is debiased. None without `debias`."""
+        return None if self.debiased_w2_squared is None else self.gap
 
     @property
     def gap_lower(self) -> Float[Array, "*runs"] | None:
         """An estimate that errs below the gap: a Σ from below minus the plug-in W2², which sampling
         pushes up. None without `debias`."""
-        if self.debiased_entropy_production is None:
+        if self.debiased_w2_squared is None:
             return None
-        below = self.bound == "lower"
-        sigma = self.entropy_production if below else self.debiased_entropy_production
-        return sigma - self.w2_squared
+        bound = self.entropy_production_bound
+        return (self.best("entropy_production") if bound is None else bound) - self.w2_squared
 
     @property
     def gap_upper(self) -> Float[Array, "*runs"] | None:
@@ -198,6 +203,13 @@ class SpeedLimit(eqx.Module):
         if self.debiased_w2_squared is None:
             return None
         return self.chained + self.hidden_by_spacing - self.debiased_w2_squared
+
+    @property
+    def certificate(self) -> Float[Array, "*runs"]:
+        """The larger of two numbers that Σ exceeds in expectation: its lower bound from velocities,
+        if there is one, and W2² (debiased with `debias`)."""
+        distance, bound = self.best("w2_squared"), self.entropy_production_bound
+        return distance if bound is None else jnp.maximum(bound, distance)
 
     @property
     def chained(self) -> Float[Array, "*runs"]:
@@ -217,19 +229,31 @@ class SpeedLimit(eqx.Module):
     @property
     def efficiency(self) -> Float[Array, "*runs"]:
         """W2²/Σ, without units; 1 at the limit."""
-        return self.w2_squared / self.entropy_production
+        return self.best("w2_squared") / self.best("entropy_production")
 
     @property
     def holds(self) -> bool:
-        """Whether Σ ≥ W2², up to the rounding of the two; False if they are not finite. For the
-        report of one run, outside of `jit`."""
-        return float(self.gap) >= -diagnosis.rounding(self)
+        """Whether Σ ≥ W2², up to rounding and four standard errors; False if they are not finite.
+
+        Near the limit an unbiased gap is negative every second time. For the report of one run,
+        outside of `jit`.
+        """
+        errors = self.standard_error
+        error = 0.0 if errors is None else diagnosis.VIOLATION * float(errors.gap)
+        return float(self.gap) >= -max(error, diagnosis.rounding(self))
 
     def interval(self, name: str, level: float = 0.95) -> Interval:
         """Return the confidence interval of one number.
 
-        The interval of "gap" in a report with `debias=True` reaches from `gap_lower` to
-        `gap_upper`, each widened by its own error; others are symmetric about their number.
+        - Of "entropy_production", "w2_squared" and their debiased values: that of a square (the
+          module `errors` has the equation), about the debiased value where there is one.
+        - Of "gap": symmetric about the debiased gap for a Σ from velocities that is not "upper".
+          With `debias=True` that of a chain reaches from `gap_lower` to `gap_upper`, each widened
+          by its own error.
+        - Of "length_squared", "temporal" and "geometric" where `length_resolved` is False: a
+          bracket, from W2² ≤ L² ≤ ∫ℓ² ds and the intervals of its two ends. It covers more often
+          than its level.
+        - Others are symmetric about their number.
 
         **Args:** `name`: "entropy_production", "w2_squared" or another name in `standard_error`.
         `level`: the nominal coverage, between 0 and 1.
@@ -244,13 +268,65 @@ class SpeedLimit(eqx.Module):
             raise refuse(
                 "name", "be a number that the report has a standard error of", f"is {name!r}"
             )
+        width = quantile(0.5 + level / 2, self.freedom)
+        if name in _UNRESOLVED and self.length_resolved is not None:
+            apart, around = self._symmetric(name, width, level), self._bracket(name, level)
+            clear = self.length_resolved
+            return Interval(
+                jnp.where(clear, apart.lower, around.lower),
+                jnp.where(clear, apart.upper, around.upper),
+                level,
+            )
+        if name.removeprefix("debiased_") in ("entropy_production", "w2_squared"):
+            value, bias, error = self._square(name)
+            if bias is not None:
+                return interval_of_square(value, error, bias, width, level)
+        return self._symmetric(name, width, level)
+
+    def _symmetric(self, name: str, width: float, level: float) -> Interval:
+        errors: Any = self.standard_error
         ends = (name, name)
-        if name == "gap" and errors.get("gap_lower") is not None:
+        if (
+            name == "gap"
+            and self.entropy_production_bound is None
+            and errors.get("gap_lower") is not None
+        ):
             ends = ("gap_lower", "gap_upper")
         lower, upper = (jnp.asarray(getattr(self, end)) for end in ends)
+        if name == "length_squared":
+            lower = upper = jnp.asarray(self.best(name))
         below, above = (jnp.asarray(errors.get(end)) for end in ends)
-        width = _quantile(0.5 + level / 2, self.freedom)
         return Interval(lower - width * below, upper + width * above, level)
+
+    def _square(self, name: str) -> tuple[Any, Any, Any]:
+        """The debiased value of a square, its bias and the error of the value; None for a bias that
+        is not known."""
+        errors: Any = self.standard_error
+        kind = name.removeprefix("debiased_")
+        by_velocity = self.entropy_production_chain is not None
+        if name == "entropy_production" and by_velocity:
+            bound = self.entropy_production_bound
+            bias = None if bound is None else (self.entropy_production - bound) / 2
+            return self.entropy_production, bias, errors.entropy_production
+        value, error = getattr(self, f"debiased_{kind}"), errors.get(f"debiased_{kind}")
+        plain = self.chained if kind == "entropy_production" else self.w2_squared
+        if value is None or error is None:
+            return None, None, None
+        return value, plain - value, error
+
+    def _bracket(self, name: str, level: float) -> Interval:
+        """What W2² ≤ L² ≤ ∫ℓ² ds alone says of L² and of the parts on its two sides."""
+        if name.endswith("length_squared"):
+            ends = [self.interval(each, level) for each in ("w2_squared", "metric_action")]
+            return Interval(
+                jnp.minimum(ends[0].lower, ends[1].lower),
+                jnp.maximum(ends[0].upper, ends[1].upper),
+                level,
+            )
+        whole = self.interval("gap", level)
+        moving = jnp.asarray(0.0 if self.housekeeping is None else self.housekeeping)
+        upper = jnp.maximum(whole.upper - moving, 0)
+        return Interval(jnp.minimum(jnp.zeros_like(upper), upper), upper, level)
 
     def diagnose(self, convexity: float | None = None) -> tuple[Finding, ...]:
         """Return everything that is wrong with these numbers, the most serious first.
@@ -292,25 +368,24 @@ class SpeedLimit(eqx.Module):
         return plot_speed_limit({"run": self})
 
     def verdict(self) -> str:
-        """Whether the limit holds and by how much, which numbers are bounds, and which are in
-        doubt, in words."""
+        """Return the result in words, in three lines.
+
+        The number that can be trusted and what it is a number of; where the waste is and what would
+        remove it; and what the numbers are worth.
+        """
         if not _is_one_run(self):
             return "Several runs in one report: index or average them before asking for a verdict."
-        return " ".join(_sentences(self))
+        return "\n".join(sentences(self))
 
     def __str__(self) -> str:
         if not _is_one_run(self):
             return repr(self)
-        errors = StandardErrors({}) if self.standard_error is None else self.standard_error
-        rows = [
-            (label, measured(getattr(self, name), errors.get(name)))
-            for label, name in _PRINTED.items()
-            if getattr(self, name) is not None
+        lines = [
+            f"speed limit by {self.source}; standard errors: {self.errors}; units of θ²",
+            table(_rows(self)),
+            self.verdict(),
         ]
-        lines = [f"speed limit by {self.source}; standard errors: {self.errors}", table(rows)]
-        if errors.get("gap_lower") is not None:
-            lines.append(f"gap within {self.interval('gap')}")
-        return "\n".join([*lines, self.verdict()])
+        return "\n".join(lines)
 
     def _check_is_one_run(self) -> None:
         if not _is_one_run(self):
@@ -336,24 +411,6 @@ def with_errors(
     )
 
 
-def jackknife_groups(
-    members: int, most: int, *, unit: int = 1, least: int = 2
-) -> Int[np.ndarray, "groups kept"] | None:
-    """The members that stay while each of at most `most` disjoint groups leaves in turn.
-
-    **Args:** `unit`: the size of a group is a multiple of it. `least`: how many members must stay.
-    **Returns:** a row of indices for each group; None if there are not two groups, or if too few
-    members would stay.
-    """
-    groups = min(members // unit, most)
-    size = members // groups // unit * unit if groups else 0
-    if members - size < least or groups < 2:
-        return None
-    return np.stack(
-        [np.delete(np.arange(members), np.arange(i * size, (i + 1) * size)) for i in range(groups)]
-    )
-
-
 def average(reports: SpeedLimit) -> SpeedLimit:
     """The mean of independent runs, with standard errors from their spread.
 
@@ -363,149 +420,61 @@ def average(reports: SpeedLimit) -> SpeedLimit:
     mean = jax.tree.map(
         lambda x: jnp.all(x, axis=0) if x.dtype == bool else jnp.mean(x, axis=0), reports
     )
-    errors = jax.tree.map(
-        lambda x: jnp.std(x, axis=0, ddof=1) / np.sqrt(runs), jax.vmap(numbers)(reports)
-    )
+    errors = jax.tree.map(spread_of_runs, jax.vmap(numbers)(reports))
     return with_errors(mean, errors, f"spread over {runs} independent runs", runs - 1)
-
-
-def _quantile(probability: float, freedom: int) -> float:
-    """The quantile of Student's t above its median, by halving the angle arctan(t/√ν).
-
-    In that angle the law of ν whole degrees of freedom is a finite sum (Abramowitz and Stegun
-    26.7.3 and 26.7.4).
-    """
-
-    def within(angle: float) -> float:
-        # The probability of (-t, t): powers of the cosine, odd or even as ν is not, each (k-1)/k
-        # of the last but one.
-        term = math.cos(angle) if freedom % 2 else 1.0
-        total = 0.0
-        for k in range(3 if freedom % 2 else 2, freedom + 1, 2):
-            total += term
-            term *= (k - 1) / k * math.cos(angle) ** 2
-        return (
-            2 / math.pi * (angle + math.sin(angle) * total)
-            if freedom % 2
-            else math.sin(angle) * total
-        )
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < 2 * probability - 1 else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
 
 
 def _is_one_run(report: SpeedLimit) -> bool:
     return is_number(report.entropy_production)
 
 
-# --- The verdict, one sentence for each question -------------------------------------------------
+# --- The printed table ----------------------------------------------------------------------------
+
+_UNRESOLVED = ("length_squared", "debiased_length_squared", "temporal", "geometric")
 
 
-def _sentences(report: SpeedLimit) -> list[str]:
-    if not np.isfinite(float(report.entropy_production + report.gap + report.length_squared)):
-        return ["No verdict: the numbers are not finite."]
-    findings = [finding.name for finding in report.diagnose()]
-    sentences = (
-        _on_the_limit(report, "bound violated" in findings),
-        _on_the_transport(report),
-        _on_spacing(report),
-        report.worth,
-        _on_noise(report),
-        _on_pairing(report),
-        _on_findings(findings),
-    )
-    return [sentence for sentence in sentences if sentence]
+def _rows(report: SpeedLimit) -> list[tuple[str, str]]:
+    """The headline, each number in its best version; then what stands behind it."""
+    debiased = report.debiased_w2_squared is not None
+    by_velocity = report.entropy_production_chain is not None
+    prefix = "debiased_" if debiased else ""
+    sigma = "entropy_production" if by_velocity else f"{prefix}entropy_production"
+    unit = "potential"
+    known = [
+        ("entropy production Σ", sigma),
+        ("Wasserstein length L²", f"{prefix}length_squared"),
+        ("Wasserstein distance W2²", f"{prefix}w2_squared"),
+        ("gap Σ - W2²", "gap"),
+        ("  housekeeping", "housekeeping"),
+        ("  temporal", "temporal"),
+        ("  geometric", "geometric"),
+        ("efficiency W2²/Σ", "efficiency"),
+        (f"dissipation D (units of the {unit})", "dissipation"),
+        (f"learning time U (θ² per unit of the {unit})", "learning_time"),
+        ("Σ at least, in expectation", "certificate"),
+        ("lower bound of Σ", "entropy_production_bound"),
+        ("Σ of the chain", "entropy_production_chain"),
+        ("Σ of the chain, debiased", "debiased_entropy_production" if by_velocity else ""),
+        ("Σ of the chain, plug-in", "entropy_production" if debiased and not by_velocity else ""),
+        ("L², plug-in", "length_squared" if debiased else ""),
+        ("W2², plug-in", "w2_squared" if debiased else ""),
+        ("Σ, every 2nd snapshot", "entropy_production_coarse"),
+        ("noise floor of Σ", "noise_floor"),
+        ("links in which members pair with themselves", "identity_fraction"),
+    ]
+    return [
+        (label, _cell(report, name))
+        for label, name in known
+        if name and (name == "housekeeping" or getattr(report, name) is not None)
+    ]
 
 
-def _on_the_limit(report: SpeedLimit, violated: bool) -> str:
-    sigma, whole, gap = (
-        float(x) for x in (report.entropy_production, report.w2_squared, report.gap)
-    )
-    error = None if report.standard_error is None else float(report.standard_error.gap)
-    errors = f"{abs(gap) / error:.1f} standard errors" if error else ""
-    comma = ", " if errors else ""
-    if sigma == 0 and gap == 0:
-        return "Nothing moved: Σ and W2² are both 0."
-    if report.holds:
-        ratio = sigma / max(whole, 1e-300)
-        return f"The speed limit holds: Σ is {ratio:.3g} times W2² (gap {gap:.4g}{comma}{errors})."
-    if error and not violated:
-        return (
-            f"The gap is negative, {gap:.4g}, but by no more than {errors}: it cannot be "
-            "distinguished from 0."
-        )
-    return (
-        f"The speed limit is violated by {-gap:.4g}{comma}{errors}: Σ and W2² do not come from one "
-        "geometry, or an estimate is off."
-    )
-
-
-def _on_the_transport(report: SpeedLimit) -> str:
-    sentences = []
-    if not report.is_bound:
-        sentences.append(
-            "This transport is not a metric, so the inequality holds only approximately."
-        )
-    if not bool(report.converged):
-        sentences.append("A transport problem did not converge: do not trust these numbers.")
-    return " ".join(sentences)
-
-
-def _on_spacing(report: SpeedLimit) -> str:
-    if report.entropy_production_coarse is None:
-        return ""
-    name = "Σ" if report.entropy_production_chain is None else "the chain's Σ"
-    change = float(report.chained - report.entropy_production_coarse)
-    return (
-        f"Halving the number of snapshots changes {name} by {change:.3g}, so spacing still hides "
-        f"about {float(report.hidden_by_spacing):.2g}."
-    )
-
-
-def _on_noise(report: SpeedLimit) -> str:
-    if report.entropy_production_chain is not None or report.noise_floor is None:
-        return ""
-    floor = float(report.noise_floor)
-    if floor <= 0.05 * float(report.entropy_production):
-        return ""
-    # The floor belongs to links whose assignment is the identity; where members change partners
-    # the noise is mostly reassigned away.
-    if _paired(report) > 0.5:
-        return (
-            "The chain is noise-dominated: injected noise alone contributes up to "
-            f"{floor:.3g} to Σ."
-        )
-    return (
-        f"Injected noise would contribute {floor:.3g} to Σ if no member changed partners; here "
-        "most links do."
-    )
-
-
-def _on_pairing(report: SpeedLimit) -> str:
-    share = _paired(report)
-    if share <= 0.5:
-        return ""
-    return (
-        f"In {100 * share:.0f} % of the links each member is its own "
-        "best partner: the numbers describe the members' paths, not a resolved density."
-    )
-
-
-def _on_findings(findings: list[str]) -> str:
-    # The other sentences of the verdict already name these.
-    named = {
-        "bound violated",
-        "transport did not converge",
-        "noise-dominated chain",
-        "n too small for d",
-    }
-    others = [name for name in findings if name not in named]
-    return f"See diagnose() for: {', '.join(others)}." if others else ""
-
-
-def _paired(report: SpeedLimit) -> float:
-    """The share of the links in which each member is its own best partner; 0 if it is unknown."""
-    return 0.0 if report.identity_fraction is None else float(report.identity_fraction)
+def _cell(report: SpeedLimit, name: str) -> str:
+    errors = StandardErrors({}) if report.standard_error is None else report.standard_error
+    value = getattr(report, name)
+    if value is None:
+        return "not resolved"
+    if name in _UNRESOLVED and report.length_resolved is not None and not report.length_resolved:
+        within = report.interval(name)
+        return f"not resolved, within [{float(within.lower):.4g}, {float(within.upper):.4g}]"
+    return measured(value, errors.get(name))

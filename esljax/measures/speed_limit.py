@@ -12,17 +12,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esljax._checks import check_kind, refuse
-from esljax._types import Array, Float, Int, Scalar
+from esljax._types import Array, Int
 from esljax.measures.chain import Distances, chain, distances
-from esljax.measures.report import (
-    SpeedLimit,
-    average,
-    jackknife_groups,
-    numbers,
-    with_errors,
-)
+from esljax.measures.debiasing import corrected, plain
+from esljax.measures.errors import Groups, jackknife_groups
+from esljax.measures.report import SpeedLimit, average, with_errors
 from esljax.measures.velocities import MemberRates, from_velocities, member_rates
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, replicate
@@ -57,9 +54,9 @@ def speed_limit(
     - `jackknife`: for one run, the most groups of members left out in turn for the standard errors;
       0 for none. Each group repeats the whole chain. The errors of several runs are taken over the
       runs.
-    - `debias`: whether to add estimates of the chain's Σ and of W2² whose sampling bias is removed
-      by splitting the members in two, and with them an interval of the gap between an estimate that
-      errs below and one that errs above. Members must be independent.
+    - `debias`: whether to remove the sampling bias from the chain's Σ, L² and W2², and make the gap
+      and its parts of the result: by the jackknife for distances between moments, else by splitting
+      the members in two. Members must be independent.
     - `mesh`: the devices that share the pairs of snapshots, of which there may be any number; by
       default those of the run, or all local ones if the run lies on none in particular. Inside
       `jit` those of the run, or of `jax.set_mesh`.
@@ -110,22 +107,14 @@ def _of_one(
     jackknife: int,
     debias: bool,
 ) -> SpeedLimit:
-    members = trajectory.positions.shape[1]
-    # A group must take as many members from the one half as from the other.
-    unit = 2 if debias else 1
-    kept = jackknife_groups(members, jackknife, unit=unit, least=2 * unit)
-    rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
-    solved = distances(trajectory, transport, debias=debias)
-    report = _report(trajectory, transport, rates, solved)
-    if kept is None:
+    report, errors, groups = _measured(
+        trajectory, transport, velocity, potential, jackknife, debias
+    )
+    if groups is None or not jackknife:
         return report
-    subsets = jnp.asarray(kept)
-    solved = distances(trajectory, transport, debias=debias, subsets=subsets)
-    replicates = _replicates(trajectory, transport, rates, subsets, solved)
-    groups, size = kept.shape[0], members - kept.shape[1]
-    errors = jax.tree.map(lambda x: jnp.sqrt(_jackknife_variance(x, members, size)), replicates)
-    words = f"jackknife over {groups} groups of {size} of {members} members"
-    return with_errors(report, errors, words, groups - 1)
+    members = trajectory.positions.shape[1]
+    words = f"jackknife over {groups.count} groups of {groups.size} of {members} members"
+    return with_errors(report, errors, words, groups.count - 1)
 
 
 @eqx.filter_jit
@@ -137,39 +126,69 @@ def _of_several(
     debias: bool,
 ) -> SpeedLimit:
     def one(run: Trajectory) -> SpeedLimit:
-        rates = None if velocity is None else member_rates(run, transport, velocity, potential)
-        return _report(run, transport, rates, distances(run, transport, debias=debias))
+        return _measured(run, transport, velocity, potential, 0, debias)[0]
 
     return average(jax.lax.map(one, trajectory))
 
 
-def _replicates(
+# Groups that leave in turn to remove a bias where no standard errors are asked for.
+_GROUPS = 16
+
+
+def _measured(
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    velocity: AbstractVelocity | None,
+    potential: Any,
+    jackknife: int,
+    debias: bool,
+) -> tuple[SpeedLimit, dict[str, Array | None], Groups | None]:
+    """The report of one run, debiased if need be, and its standard errors by name."""
+    members = trajectory.positions.shape[1]
+    halves = debias and not transport.moments_only
+    # A group must take as many members from the one half as from the other.
+    unit = 2 if halves else 1
+    groups = jackknife_groups(members, jackknife or _GROUPS * debias, unit=unit, least=2 * unit)
+    rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
+    solved = distances(trajectory, transport, halves=halves)
+    report = _report(trajectory, transport, rates, solved)
+    if groups is None:
+        return report, {}, None
+
+    def of_subsets(subsets: np.ndarray) -> dict[str, Array | None]:
+        return _of_subsets(trajectory, transport, rates, halves, jnp.asarray(subsets))
+
+    full = plain(report, rates, solved)
+    # Members that no group holds would add their own noise to a bias.
+    covered = (
+        full
+        if groups.covered == members
+        else jax.tree.map(lambda x: x[0], of_subsets(np.arange(groups.covered)[None]))
+    )
+    replicates = of_subsets(groups.kept)
+    return *corrected(report, full, covered, replicates, groups, members, debias), groups
+
+
+def _of_subsets(
     trajectory: Trajectory,
     transport: AbstractTransport,
     rates: MemberRates | None,
+    halves: bool,
     subsets: Int[Array, "groups kept"],
-    solved: Distances,
 ) -> dict[str, Array | None]:
     """The numbers of the report from each of the subsets of the members, shape (groups,) each.
 
-    Fields stay as they were fitted to all members: the share of a member in a fit is of second
-    order in σ.
+    Fields stay as they were fitted to all members: the terms of each member hold its share in the
+    variance of the fit as well.
     """
+    solved = distances(trajectory, transport, halves=halves, subsets=subsets)
 
     def of_subset(subset_and_distances: tuple[Array, Distances]) -> dict[str, Array | None]:
         kept, solved = subset_and_distances
         left = None if rates is None else rates.members(kept)
-        return numbers(_report(trajectory, transport, left, solved))
+        return plain(_report(trajectory, transport, left, solved), left, solved)
 
     return jax.lax.map(of_subset, (subsets, solved))
-
-
-def _jackknife_variance(x: Float[Array, " groups"], members: int, size: int) -> Scalar:
-    """(n - m)/(m g) Σ (x_i - x̄)², where each of g disjoint groups of m of n members leaves in turn.
-
-    **Reference:** Shao and Wu, Ann. Statist. 17 (1989).
-    """
-    return (members - size) / (size * x.shape[0]) * jnp.sum((x - jnp.mean(x)) ** 2)
 
 
 def _report(

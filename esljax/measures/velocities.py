@@ -5,9 +5,11 @@ the law does, whatever the schedule:
 
     Σ = K Σ_k η_k² g²(u_k + η_k/2),     D = ∫ g² du,     L = ∫ g du,
 
-with g² interpolated linearly between snapshots. A run without a law (recorded, or of a rule that
-claims none) has no such clock: its clock is training time and η = 1, so that Σ is the trapezoidal
-sum over its snapshots, and neither D nor U is known. Source: Okanohara, arXiv 2601.17607.
+with g² interpolated linearly between snapshots, then extrapolated from that and the same sum over
+every second snapshot (Richardson; Simpson's rule for even spacing). A run without a law (recorded,
+or of a rule that claims none) has no such clock: its clock is training time and η = 1, so that Σ is
+the trapezoidal sum over its snapshots, and neither D nor U is known. Source: Okanohara, arXiv
+2601.17607.
 """
 
 import dataclasses
@@ -28,8 +30,8 @@ from esljax.transport import AbstractTransport
 from esljax.velocity import AbstractVelocity, Snapshot
 
 _VELOCITY = {
-    "lower": "Σ is a lower bound in expectation: its class of fields cannot follow all of the "
-    "velocity.",
+    "lower": "Σ is that of the best field of its class, in expectation: what the class cannot "
+    "follow of the velocity is missing.",
     "upper": "Σ is the action of the members' own paths, never below W2² of the same members; "
     "noise in the steps would swamp it.",
     "none": "Σ is an approximation that may lie on either side.",
@@ -44,16 +46,28 @@ class MemberRates(eqx.Module):
 
     whole: Float[Array, "snapshots n"]
     """Numbers whose mean over the members is g²."""
+    bound: Float[Array, "snapshots n"] | None
+    """The same for a lower bound of g²; None if there is none."""
     gradient: Float[Array, "snapshots n"] | None
     """The same for E‖∇ψ‖², the part of the velocity that moves mass; None if it is not known."""
     divergence: Float[Array, "snapshots n"] | None
     """∇·v per unit of learning time; None if the estimator does not know it."""
     between: bool = eqx.field(static=True)
     """Whether there is one row for each link instead of each snapshot."""
-    bound: str = eqx.field(static=True)
+    smooth: bool = eqx.field(static=True)
+    """Whether g² is that of the law at each snapshot, smooth in learning time, and no difference
+    between snapshots."""
+    side: str = eqx.field(static=True)
     """The side on which g² errs, as in `Velocity.bound`."""
+    circulation: str = eqx.field(static=True)
+    """What became of motion that moves no mass, as in `SpeedLimit.circulation`."""
     name: str = eqx.field(static=True)
     """The class of the estimator."""
+
+    @property
+    def moving(self) -> Float[Array, "snapshots n"]:
+        """The share of the members in ℓ²: of the part that moves mass where it is known."""
+        return self.whole if self.gradient is None else self.gradient
 
     def members(self, kept: Array) -> "MemberRates":
         """The rates of these members alone."""
@@ -95,12 +109,18 @@ def member_rates(
 
     moments = _moments(trajectory, positions, velocity.between)
     _, estimates = jax.lax.scan(at_moment, velocity.init(positions[0]), moments)
+    circulation = "resolved" if estimates.sees_circulation else "invisible"
+    if estimates.gradient_contributions is None:
+        circulation = "contained"
     return MemberRates(
         whole=estimates.contributions,
+        bound=estimates.bound_contributions,
         gradient=estimates.gradient_contributions,
         divergence=estimates.divergence,
         between=velocity.between,
-        bound=estimates.bound,
+        smooth=velocity.needs_drift,
+        side=estimates.bound,
+        circulation=circulation,
         name=type(velocity).__name__,
     )
 
@@ -160,23 +180,26 @@ def learning_clock(trajectory: Trajectory) -> Float[Array, " ticks"]:
 def from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: MemberRates) -> SpeedLimit:
     """The report of the chain with its Σ, L and D replaced by those from velocities."""
     links = trajectory.positions.shape[0] - 1
-    action, time = _weights(trajectory, rates.between)
-    whole = jnp.mean(rates.whole, axis=1)
-    moving = whole if rates.gradient is None else jnp.mean(rates.gradient, axis=1)
+    action, time = _weights(trajectory, rates)
+    whole, moving = (jnp.mean(each, axis=1) for each in (rates.whole, rates.moving))
+    bound = None if rates.bound is None else jnp.mean(rates.bound, axis=1)
     speed = safe_root(moving)
     along = spans(trajectory) * (speed if rates.between else (speed[1:] + speed[:-1]) / 2)
+    resolved = rates.circulation == "resolved"
     return dataclasses.replace(
         chain,
         entropy_production=jnp.sum(action * whole),
+        entropy_production_bound=None if bound is None else jnp.sum(action * bound),
         entropy_production_chain=chain.entropy_production,
-        housekeeping=jnp.sum(action * (whole - moving)),
-        length_squared=jnp.sum(along) ** 2,
+        housekeeping=jnp.sum(action * (whole - moving)) if resolved else None,
+        circulation=rates.circulation,
+        length_squared=jnp.sum(time * speed) ** 2,
         dissipation=None if trajectory.law is None else jnp.sum(time * whole),
         speed=along / jnp.diff(trajectory.times),
         source=f"{rates.name} at {links + 1} snapshots; W2² and {chain.source} in the same "
         "coordinates",
-        bound=rates.bound,
-        worth=_VELOCITY[rates.bound],
+        bound=rates.side,
+        worth=_VELOCITY[rates.side],
     )
 
 
@@ -186,22 +209,37 @@ def spans(trajectory: Trajectory) -> Float[Array, " J"]:
     return jnp.diff(clock[:: (clock.shape[0] - 1) // links])
 
 
-def _weights(trajectory: Trajectory, between: bool) -> tuple[Array, Array]:
-    """The weights of g² at each snapshot (or on each link) in Σ and in D."""
-    clock = learning_clock(trajectory)
-    steps, links = clock.shape[0] - 1, trajectory.positions.shape[0] - 1
+def _weights(trajectory: Trajectory, rates: MemberRates) -> tuple[Array, Array]:
+    """The weights of g² at each snapshot (or on each link) in Σ and in D; those of D are also the
+    weights of g in L."""
     learning_times = spans(trajectory)
-    if between:
+    if rates.between:
         return learning_times**2 / jnp.diff(trajectory.times), learning_times
-    law = trajectory.law
-    eta = (jnp.diff(clock) if law is None else law.mobility).reshape(links, -1)
-    # Steps per unit of training time; without a law each link is one step, of any length.
-    pace = steps if law is not None else 1 / jnp.diff(trajectory.times)
+    fine = _trapezoids(trajectory, 1)
+    if not rates.smooth or learning_times.size % 2:
+        return fine
+    # The error of the trapezoidal rule falls as the square of the spacing.
+    coarse = _trapezoids(trajectory, 2)
+    action, time = (
+        (4 * x - jnp.zeros_like(x).at[::2].set(y)) / 3 for x, y in zip(fine, coarse, strict=True)
+    )
+    return action, time
+
+
+def _trapezoids(trajectory: Trajectory, stride: int) -> tuple[Array, Array]:
+    """The weights of g² in Σ and D, interpolated linearly between every `stride`-th snapshot."""
+    clock = learning_clock(trajectory)
+    steps, links = clock.shape[0] - 1, (trajectory.positions.shape[0] - 1) // stride
+    edges = clock[:: steps // links]
+    learning_times = jnp.diff(edges)
+    eta = jnp.diff(clock).reshape(links, -1)
+    # Steps per unit of training time; without a law each snapshot ends a step, of any length.
+    pace = steps if trajectory.law is not None else 1 / jnp.diff(trajectory.times)
+    action = jnp.broadcast_to(pace, (steps,)).reshape(links, -1) * eta**2
     # Where in learning time the middle of each step lies between its two snapshots.
-    middle = clock[:-1].reshape(links, -1) + eta / 2 - clock[: -1 : steps // links, None]
+    middle = clock[:-1].reshape(links, -1) + eta / 2 - edges[:-1, None]
     where = middle * safe_divide(jnp.ones_like(learning_times), learning_times)[:, None]
-    left = pace * jnp.sum(eta**2 * (1 - where), axis=1)
-    right = pace * jnp.sum(eta**2 * where, axis=1)
+    left, right = (jnp.sum(action * part, axis=1) for part in (1 - where, where))
     return _spread(left, right), _spread(learning_times / 2, learning_times / 2)
 
 

@@ -54,9 +54,7 @@ class AffineVelocity(AbstractVariationalVelocity):
         n, d = x.shape
         center, offset = average(x), jnp.mean(b, axis=0)
         centered = x - center
-        covariance = (
-            product(centered.T, centered) / n if resolved(n, d) else shrunk_covariance(x)
-        )
+        covariance = product(centered.T, centered) / n if resolved(n, d) else shrunk_covariance(x)
         crossed = product((b - offset).T, centered) / n + diffusion_matrix(snapshot.diffusion, d)
         slope = (
             lyapunov(covariance, crossed + crossed.T)

@@ -38,9 +38,9 @@ class KernelVelocity(AbstractVariationalVelocity):
 
         k(θ, θ') = exp(-(θ - θ')ᵀ C⁻¹ (θ - θ')/(2 h² d))
 
-    maximizes the variational expression less λ‖u‖². The θ_m are members spread evenly over the third
-    that is learned from (the Nyström approximation). h, λ and whether u is needed at all are chosen
-    by cross-validation within that third.
+    maximizes the variational expression less λ‖u‖². The θ_m are members spread evenly over the
+    third that is learned from (the Nyström approximation). h, λ and whether u is needed at all are
+    chosen by cross-validation within that third.
 
     **Args:** `landmarks`: the greatest number of terms of the sum. `bandwidths`: shape (g,), the h
     to choose from, in standard deviations √d of the ensemble. `penalties`: shape (g,), the λ to

@@ -32,9 +32,10 @@ from esljax.velocity.base import (
 class NetworkVelocity(AbstractVariationalVelocity):
     r"""Affine fields plus networks: u = s N(C^{-1/2}(θ - E[θ])) or u = ∇N, trained by Adam.
 
-    The fit at a snapshot starts from the weights of the snapshot before. A quarter of the third that
-    is learned from is held out: the fit is the weights that did best on it after one of `rounds`
-    rounds, or the affine field alone if that did better. The network starts from u = 0. tr(D ∇u) is
+    The fit at a snapshot starts from the weights of the snapshot before. A quarter of the third
+    that is learned from is held out: the fit is the weights that did best on it after one of
+    `rounds` rounds, or the affine field alone if that did better. The network starts from u = 0.
+    tr(D ∇u) is
     estimated by one random sign vector for each member and iteration in training (Hutchinson), and
     is exact in the result.
 

@@ -1,0 +1,229 @@
+"""The verdict of a report in three tiers, one sentence for each question.
+
+First the number that can be trusted and what it is a number of; then where the waste is and what
+would remove it; then the caveats.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+def sentences(report: Any) -> list[str]:
+    """Return the three tiers of one `SpeedLimit`, a line each; the last may be missing."""
+    if not np.isfinite(float(report.entropy_production + report.gap + report.length_squared)):
+        return ["No verdict: the numbers are not finite."]
+    findings = [finding.name for finding in report.diagnose()]
+    caveats = (
+        _on_the_transport(report),
+        _on_spacing(report),
+        report.worth,
+        _on_the_bound(report),
+        _on_circulation(report),
+        _on_noise(report),
+        _on_pairing(report),
+        _on_findings(findings),
+    )
+    tiers = (
+        _on_the_limit(report, "bound violated" in findings),
+        _on_the_waste(report),
+        " ".join(sentence for sentence in caveats if sentence),
+    )
+    return [tier for tier in tiers if tier]
+
+
+# --- The number -----------------------------------------------------------------------------------
+
+
+def _on_the_limit(report: Any, violated: bool) -> str:
+    sigma, whole = float(report.best("entropy_production")), float(report.best("w2_squared"))
+    gap = float(report.gap)
+    if sigma == 0 and gap == 0:
+        return "Nothing moved: Σ and W2² are both 0."
+    errors = report.standard_error
+    if errors is None:
+        if not report.holds:
+            return (
+                f"The speed limit is violated by {-gap:.4g}: Σ and W2² do not come from one "
+                "geometry, or an estimate is off; there is no standard error to judge that by."
+            )
+        return f"The speed limit holds: {_ratio(sigma, whole)} (gap {gap:.4g}, without an error)."
+    within = report.interval("gap")
+    lower, upper = float(within.lower), float(within.upper)
+    between = f"the gap Σ - W2² of {_subject(report)} lies within [{lower:.4g}, {upper:.4g}]"
+    if violated:
+        return (
+            f"The speed limit is violated by {-gap:.4g}, {-gap / float(errors.gap):.1f} standard "
+            "errors: Σ and W2² do not come from one geometry, or an estimate is off."
+        )
+    if lower > 0:
+        return f"The speed limit holds: {_ratio(sigma, whole)}; {between} at 95 %."
+    if (
+        report.is_bound
+        and report.entropy_production_chain is None
+        and gap >= 0
+        and not _debiased(report)
+    ):
+        # Of the members themselves the inequality is an identity.
+        return f"The speed limit holds: {_ratio(sigma, whole)}; {between} at 95 %."
+    return (
+        f"The members do not decide whether there is a gap: {between} at 95 %, which cannot be "
+        "distinguished from 0."
+    )
+
+
+def _ratio(sigma: float, whole: float) -> str:
+    if whole <= 0:
+        return f"Σ is {sigma:.4g}, and W2² cannot be distinguished from 0"
+    return f"Σ is {sigma / whole:.3g} times W2²"
+
+
+def _subject(report: Any) -> str:
+    """What the numbers are numbers of."""
+    if _paired(report) > 0.5:
+        return "the members' own paths"
+    if report.entropy_production_chain is not None:
+        return "the law, by velocities"
+    return "the law, by a chain" if _debiased(report) else "the samples, by a chain"
+
+
+def _debiased(report: Any) -> bool:
+    return report.debiased_w2_squared is not None
+
+
+# --- The waste ------------------------------------------------------------------------------------
+
+
+def _on_the_waste(report: Any) -> str:
+    """Where the gap comes from and what would remove it; nothing without a resolved split."""
+    gap, errors = float(report.gap), report.standard_error
+    if errors is not None and not float(report.interval("gap").lower) > 0:
+        return ""
+    if not gap > 0:
+        return ""
+    if report.length_resolved is not None and not bool(report.length_resolved):
+        upper = float(report.interval("temporal").upper)
+        return (
+            f"Timing cannot be told from the bend of the path: the speed is not resolved, and "
+            f"timing holds between 0 and {upper:.3g}."
+        )
+    temporal, geometric = float(report.temporal), float(report.geometric)
+    best = float(report.best("length_squared"))
+    parts = []
+    if report.housekeeping is not None and float(report.housekeeping) > 0.01 * gap:
+        parts.append(
+            f"{_share(float(report.housekeeping), gap)} of the gap is circulation that moves no "
+            "mass; dynamics without it would remove that"
+        )
+    timing = f"{_share(temporal, gap)} of the gap is uneven timing"
+    if report.mobility is not None and temporal > 0:
+        timing += f"; the schedule of esl.constant_speed(report) promises Σ = {best:.4g} without it"
+    elif temporal > 0:
+        timing += f"; the same path at constant speed would produce Σ = {best:.4g}"
+    parts.append(timing)
+    straight = errors is not None and float(report.interval("geometric").lower) < 0
+    parts.append(
+        "the bend of the path cannot be distinguished from 0"
+        if straight
+        else f"{_share(geometric, gap)} is the bend of the path, which only another control than "
+        "the learning rate removes"
+    )
+    joined = "; ".join(parts)
+    return joined[0].upper() + joined[1:] + "."
+
+
+def _share(part: float, gap: float) -> str:
+    return f"{100 * part / gap:.0f} %"
+
+
+# --- The caveats ----------------------------------------------------------------------------------
+
+
+def _on_the_transport(report: Any) -> str:
+    found = []
+    if not report.is_bound:
+        found.append("This transport is not a metric, so the inequality holds only approximately.")
+    if not bool(report.converged):
+        found.append("A transport problem did not converge: do not trust these numbers.")
+    return " ".join(found)
+
+
+def _on_spacing(report: Any) -> str:
+    if report.entropy_production_coarse is None:
+        return ""
+    name = "Σ" if report.entropy_production_chain is None else "the chain's Σ"
+    change = float(report.chained - report.entropy_production_coarse)
+    return (
+        f"Halving the number of snapshots changes {name} by {change:.3g}, so spacing still hides "
+        f"about {float(report.hidden_by_spacing):.2g}."
+    )
+
+
+def _on_the_bound(report: Any) -> str:
+    bound = report.entropy_production_bound
+    if bound is None:
+        return ""
+    if float(bound) < 0:
+        return f"The lower bound of Σ, {float(bound):.4g}, is below 0 and carries no information."
+    if float(bound) < float(report.best("w2_squared")):
+        return (
+            f"The lower bound of Σ, {float(bound):.4g}, is below W2² and carries no information "
+            "beyond it."
+        )
+    return ""
+
+
+def _on_circulation(report: Any) -> str:
+    if report.circulation == "contained":
+        return (
+            "This estimator does not tell circulation from transport: whatever circulates is "
+            "contained in Σ and L², and L² is an upper value."
+        )
+    return ""
+
+
+def _on_noise(report: Any) -> str:
+    if report.entropy_production_chain is not None or report.noise_floor is None:
+        return ""
+    floor = float(report.noise_floor)
+    if floor <= 0.05 * float(report.entropy_production):
+        return ""
+    # The floor belongs to links whose assignment is the identity; where members change partners
+    # the noise is mostly reassigned away.
+    if _paired(report) > 0.5:
+        return (
+            "The chain is noise-dominated: injected noise alone contributes up to "
+            f"{floor:.3g} to Σ."
+        )
+    return (
+        f"Injected noise would contribute {floor:.3g} to Σ if no member changed partners; here "
+        "most links do."
+    )
+
+
+def _on_pairing(report: Any) -> str:
+    share = _paired(report)
+    if share <= 0.5:
+        return ""
+    return (
+        f"In {100 * share:.0f} % of the links each member is its own best partner: the numbers "
+        "describe the members' paths, not a resolved density, and W2² is the mean squared "
+        "displacement of the members, an upper value of that between laws."
+    )
+
+
+def _on_findings(findings: list[str]) -> str:
+    # The other sentences of the verdict already name these.
+    named = {
+        "bound violated",
+        "transport did not converge",
+        "noise-dominated chain",
+        "n too small for d",
+    }
+    others = [name for name in findings if name not in named]
+    return f"See diagnose() for: {', '.join(others)}." if others else ""
+
+
+def _paired(report: Any) -> float:
+    """The share of the links in which each member is its own best partner; 0 if it is unknown."""
+    return 0.0 if report.identity_fraction is None else float(report.identity_fraction)
