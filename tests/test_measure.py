@@ -302,7 +302,7 @@ def test_problems_are_predicted(links, jackknife, debias, maps):
     whole = sum(count for size, count in transport.solved.items() if size > members // 2)
     solved = whole, transport.solved.total() - whole
     assert solved == transport_problems(
-        links + 1, members, maps=maps, jackknife=jackknife, debias=debias
+        links + 1, members, maps=maps, jackknife=jackknife, halves=debias
     )
 
 
