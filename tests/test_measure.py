@@ -315,7 +315,7 @@ def test_the_time_that_it_will_take_is_printed_first(tmp_path, capsys):
                 "measure",
                 str(tmp_path / "run.npz"),
                 "--transport",
-                "gaussian",
+                "exact",
                 "--out",
                 str(tmp_path / "out"),
             ]

@@ -144,9 +144,9 @@ def _spacing(positions: Float[Array, "snapshots n d"]) -> Float[Array, "snapshot
     whole = {32: jnp.uint32, 64: jnp.uint64}[kind.bits]
     bits = jax.lax.bitcast_convert_type(positions, whole)
     # 0 is stored exactly in any number of bits.
-    used = jax.lax.reduce(bits, np.zeros((), whole), jax.lax.bitwise_or, (0, 1, 2))
-    lowest = used & (~used + np.ones((), whole))
-    dropped = jnp.clip(jnp.log2(jnp.maximum(lowest, 1).astype(positions.dtype)), 0, kind.nmant)
+    most = np.array(jnp.iinfo(whole).max, whole)
+    lowest = jnp.min(jnp.where(bits == 0, most, bits & (~bits + np.ones((), whole))))
+    dropped = jnp.clip(jnp.log2(lowest.astype(positions.dtype)), 0, kind.nmant)
     _, exponent = jnp.frexp(positions)
     return jnp.exp2(exponent.astype(positions.dtype) - 1 - kind.nmant + dropped)
 
