@@ -1,9 +1,10 @@
-"""Σ, L², W2², their split and errors, the free energy, and the noise of batches."""
+"""Σ, L², W2², their split and errors, the free energy, work, and the noise of batches."""
 
 from esljax.measures.balance import Balance, FreeEnergy
 from esljax.measures.chain import compared
 from esljax.measures.diagnosis import Evidence, Finding
 from esljax.measures.free_energy import free_energy
+from esljax.measures.jarzynski import Jarzynski, jarzynski
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
 from esljax.measures.report import Interval, SpeedLimit, Split, average, jackknife_groups
 from esljax.measures.speed_limit import speed_limit
@@ -14,6 +15,7 @@ __all__ = [
     "Finding",
     "FreeEnergy",
     "Interval",
+    "Jarzynski",
     "MinibatchNoise",
     "SpeedLimit",
     "Split",
@@ -21,6 +23,7 @@ __all__ = [
     "compared",
     "free_energy",
     "jackknife_groups",
+    "jarzynski",
     "minibatch_noise",
     "speed_limit",
 ]
