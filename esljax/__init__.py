@@ -28,7 +28,14 @@ from esljax import (
 from esljax._checks import InputError
 from esljax.experiment import Plan, RunConfig, plan_memory, run
 from esljax.files import Checkpoints, Terminated, recordings
-from esljax.measures import FreeEnergy, SpeedLimit, free_energy, minibatch_noise, speed_limit
+from esljax.measures import (
+    FreeEnergy,
+    SpeedLimit,
+    free_energy,
+    jarzynski,
+    minibatch_noise,
+    speed_limit,
+)
 from esljax.optimization import Equality, Optimum, optimize
 from esljax.potentials import (
     AbstractPotential,
@@ -155,6 +162,7 @@ __all__ = [
     "free_energy",
     "from_snapshots",
     "gaussian",
+    "jarzynski",
     "measures",
     "member_mesh",
     "minibatch_noise",

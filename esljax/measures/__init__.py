@@ -1,4 +1,4 @@
-"""Σ, L², W2², their split and errors, the free energy, and the noise of batches."""
+"""Σ, L², W2², their split and errors, the free energy, work, and the noise of batches."""
 
 from esljax.measures.balance import Balance, FreeEnergy
 from esljax.measures.chain import compared
@@ -6,6 +6,7 @@ from esljax.measures.diagnosis import Finding
 from esljax.measures.errors import Interval, jackknife_groups
 from esljax.measures.evidence import Evidence
 from esljax.measures.free_energy import free_energy
+from esljax.measures.jarzynski import Jarzynski, jarzynski
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
 from esljax.measures.report import SpeedLimit, Split, average
 from esljax.measures.speed_limit import speed_limit
@@ -16,6 +17,7 @@ __all__ = [
     "Finding",
     "FreeEnergy",
     "Interval",
+    "Jarzynski",
     "MinibatchNoise",
     "SpeedLimit",
     "Split",
@@ -23,6 +25,7 @@ __all__ = [
     "compared",
     "free_energy",
     "jackknife_groups",
+    "jarzynski",
     "minibatch_noise",
     "speed_limit",
 ]

@@ -77,7 +77,8 @@ class FreeEnergy(eqx.Module):
     entropy: Float[Array, "*runs snapshots"]
     """H at the snapshots, in nats, shape (J+1,)."""
     work_of_links: Float[Array, "*runs J"]
-    """∫ E[∂_s Φ] ds of each link, jumps at the ends included, shape (J,)."""
+    """∫ E[∂_s Φ] ds of each link, exact for the steps of the run, jumps at the ends included, shape
+    (J,)."""
     dissipation_of_links: Float[Array, "*runs J"] | None
     """D of each link from velocities or transport, shape (J,). None if the call asked for
     neither."""
