@@ -6,6 +6,7 @@ from esljax.measures.diagnosis import Evidence, Finding
 from esljax.measures.free_energy import free_energy
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
 from esljax.measures.report import Interval, SpeedLimit, Split, average, jackknife_groups
+from esljax.measures.retiming import constant_speed
 from esljax.measures.speed_limit import speed_limit
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Split",
     "average",
     "compared",
+    "constant_speed",
     "free_energy",
     "jackknife_groups",
     "minibatch_noise",
