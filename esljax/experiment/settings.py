@@ -84,8 +84,7 @@ TRANSPORTS: dict[str, Callable[[TransportNumbers], AbstractTransport]] = {
     "sinkhorn": lambda numbers: SinkhornTransport(numbers.epsilon, chunk=numbers.chunk or None),
 }
 
-# The learning-rate schedules in common use, and two that rise, each with peak 1: a search
-# that finds a rising rate is judged beside what a rising rate gains with no search at all.
+# The shapes of learning-rate schedules, each with peak 1: those in common use, and those that rise.
 SCHEDULES: dict[str, Callable[[], AbstractSchedule]] = {
     "constant": lambda: Constant(1.0),
     "linear_decay": lambda: Linear(1.0, 0.0),
@@ -95,6 +94,9 @@ SCHEDULES: dict[str, Callable[[], AbstractSchedule]] = {
     "linear_rise": lambda: Linear(0.2, 1.0),
     "exponential_rise": lambda: Exponential(math.exp(-1.6), 1.0),
 }
+
+# Not in common use: a search that ends at a rising rate is held against what a rise gains alone.
+RISING = ("linear_rise", "exponential_rise")
 
 # Whether jax must have 64-bit numbers enabled.
 DTYPES: dict[str, bool] = {"float32": False, "float64": True}

@@ -1,4 +1,4 @@
-r"""The schedule that passes a measured path at constant speed, in closed form from its metric speed.
+r"""The schedule that passes a measured path at constant speed, in closed form from that speed.
 
 Where the noise is tied to the learning rate, a schedule is a change of clock u = ∫η ds of one path.
 A report of any run along that path knows its metric speed per unit of learning time,
@@ -39,8 +39,9 @@ def constant_speed(
     - `report`: of one run, or the average of several with one schedule.
     - `steps`: K of the run to come; by default that of the measured run.
     - `limit`: a speed per unit of learning time lower than the mean, L/U, by more than this factor
-      counts as the mean divided by it. It bounds the rate at about `limit` times the mean rate where the path comes to rest and constant speed would need an infinite one. A
-      stiff potential may need less: Euler steps are unstable above 2 over the stiffness.
+      counts as the mean divided by it. It bounds the rate at about `limit` times the mean rate
+      where the path comes to rest and constant speed would need an infinite one. A stiff potential
+      may need less: Euler steps are unstable above 2 over the stiffness.
 
     **Returns:** log-linear `Knots` with a value for each step, in units of θ² per unit of the
     potential; `rates(steps)` has the sum U of the report. For a recorded run, whose rates η are not
@@ -123,9 +124,7 @@ def _at_ends(
     first = pace[:1] - share[:1] * (pace[1:2] - pace[:1])
     last = pace[-1:] + (1 - share[-1:]) * (pace[-1:] - pace[-2:-1])
     at_ends = jnp.concatenate([first, between, last])
-    around = jnp.maximum(
-        jnp.concatenate([pace[:1], pace]), jnp.concatenate([pace, pace[-1:]])
-    )
+    around = jnp.maximum(jnp.concatenate([pace[:1], pace]), jnp.concatenate([pace, pace[-1:]]))
     return jnp.maximum(at_ends, around / 3)
 
 
