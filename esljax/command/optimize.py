@@ -42,7 +42,6 @@ from esljax.experiment import (
 )
 from esljax.figures import plot_schedules, plot_speed_limit
 from esljax.files import Checkpoints, Terminated, alone, storage
-from esljax.measures import SpeedLimit
 from esljax.optimization import Iteration
 from esljax.results import concise
 from esljax.sharding import member_mesh
@@ -382,7 +381,9 @@ def _table(comparison: Comparison) -> rich.table.Table:
     return table
 
 
-_UNITS_OF_THE_TABLE = "Σ, L², W2², gap, temporal and geometric in squared parameters; U in squared parameters per nat."
+_UNITS_OF_THE_TABLE = (
+    "Σ, L², W2², gap, temporal and geometric in squared parameters; U in those per nat."
+)
 
 
 def _gains(comparison: Comparison) -> Iterator[str]:
@@ -423,11 +424,12 @@ def _on_the_limit(config: OptimizeConfig, comparison: Comparison) -> Iterator[st
         f"Its Σ is {over:.3f} times W2²; {left:.2%} of W2² is left to timing, the rest is the bend "
         "of the path."
     )
-    paired = _is_paired(report)
+    share = _known(report.identity_fraction)
+    paired = share is not None and share > 0.5
     if paired:
         yield (
             f"This W2² is the mean squared displacement of {config.members} members (each is its "
-            f"own best partner in {float(report.identity_fraction):.0%} of the links), an upper "
+            f"own best partner in {share:.0%} of the links), an upper "
             "value of the squared distance between the laws."
         )
     if comparison.debiased_w2_squared is not None:
@@ -503,10 +505,7 @@ def _share(first: Judgment, second: Judgment) -> str:
 def _limit_in_figures(config: OptimizeConfig, comparison: Comparison) -> str:
     """The name of W2² in a figure: a displacement where each member is its own best partner."""
     name = f"$W_2^2$ of {config.members} members"
-    paired = all(_is_paired(judgment.report) for judgment in comparison.judgments.values())
+    reports = [judgment.report for judgment in comparison.judgments.values()]
+    shares = [_known(report.identity_fraction) for report in reports]
+    paired = all(share is not None and share > 0.5 for share in shares)
     return f"{name}: their displacement" if paired else name
-
-
-def _is_paired(report: SpeedLimit) -> bool:
-    share = report.identity_fraction
-    return share is not None and float(share) > 0.5
