@@ -282,6 +282,7 @@ def _write(config: OptimizeConfig, comparison: Comparison, wall: float) -> None:
 
 def _schedule(judgment: Judgment) -> dict[str, Any]:
     report = judgment.report
+    errors: Any = report.standard_error
     rates = judgment.schedule.values[:-1]
     return {
         **{name: float(getattr(report, name)) for name in WITH_ERROR},
@@ -295,8 +296,8 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
         "transport_converged": bool(report.converged),
         "learning_rates": [float(rate) for rate in rates],
         "standard_error": {
-            **{name: float(getattr(report.standard_error, name)) for name in WITH_ERROR},
-            "dissipation": _known(report.standard_error.dissipation),
+            **{name: float(getattr(errors, name)) for name in WITH_ERROR},
+            "dissipation": _known(errors.dissipation),
             "final_loss": float(judgment.standard_error.final_loss),
             "test_accuracy": float(judgment.standard_error.test_accuracy),
             # The rates are given, not estimated.
@@ -400,16 +401,18 @@ def _gains(comparison: Comparison) -> Iterator[str]:
     others = [
         ("the best rising shape ({})", rising),
         (
-            "the first shape at constant speed, in closed form ({})",
+            "the first shape passed at constant speed ({})",
             "retimed" if "retimed" in judgments else None,
         ),
     ]
     known = [(words.format(in_words(name)), judgments[name]) for words, name in others if name]
     if known:
-        shares = " and ".join(f"{words} {_share(each, judgments[usual])}" for words, each in known)
+        shares = " and ".join(
+            f"{_share(each, judgments[usual])} by {words}" for words, each in known
+        )
         adds = all(ratio(optimized, each)[0] < 1 for _, each in known)
         rest = "the rest is what the search adds" if adds else "the search adds nothing to that"
-        yield f"Without a search, {shares} times; {rest}."
+        yield f"Without a search it is {shares} times; {rest}."
 
 
 def _on_the_limit(config: OptimizeConfig, comparison: Comparison) -> Iterator[str]:
@@ -443,7 +446,7 @@ def _on_the_limit(config: OptimizeConfig, comparison: Comparison) -> Iterator[st
 
 
 def _on_the_path(comparison: Comparison) -> Iterator[str]:
-    """Whether the schedules pass one path, and the noise that sees to it that they do not."""
+    """How far the schedules pass one path, and the noise that bends it."""
     judgments = comparison.judgments
     if len(judgments) > 1:
         same = agreement(judgments)

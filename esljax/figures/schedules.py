@@ -177,10 +177,15 @@ def _draw_speeds(axes: Any, reports: Mapping[str, ReportLike]) -> None:
 
 
 def _styles(names: Collection[str]) -> dict[str, dict]:
-    # The optimized schedule is drawn in black.
+    # The optimized schedule is drawn in black; dashes tell apart lines that share a color.
     others = [name for name in sorted(names) if name != "optimized"]
     styles = {
-        name: {"color": COLORS[i % len(COLORS)], "linewidth": 1.4} for i, name in enumerate(others)
+        name: {
+            "color": COLORS[i % len(COLORS)],
+            "linestyle": ("-", "--", ":")[i // len(COLORS) % 3],
+            "linewidth": 1.4,
+        }
+        for i, name in enumerate(others)
     }
     if "optimized" in names:
         styles["optimized"] = {"color": "black", "linewidth": 2.4}
