@@ -43,13 +43,17 @@ def test_any_schedule_of_one_path_gives_the_best_one(name, x64):
 
 def test_out_of_a_saddle_the_best_rate_falls(x64):
     """Constant speed slows down where forces grow: the rise is a matter of the potential."""
-    law, saddle = esl.gaussian.Law([0.1, 1.0], 0.01 * np.eye(2)), (-1.5, 1.0)
+    law, saddle = esl.gaussian.Law([0.5, 0.5], 0.1 * np.eye(2)), jnp.array([-2.0, 1.0])
     best = esl.gaussian.optimal_learning_rate(
-        law, esl.Quadratic(jnp.array(saddle)), temperature=1e-3, learning_time=2.0, steps=STEPS
+        law, esl.Quadratic(saddle), temperature=0.01, learning_time=1.0, steps=STEPS
     )
-    assert bool(jnp.all(jnp.diff(best.values[best.values.size // 2 :]) < 0))
-    report = exact(esl.Constant(2.0 / STEPS), jnp.array(saddle), law, 1e-3)
-    rates = esl.constant_speed(report, STEPS).rates(STEPS)
+    assert bool(jnp.all(jnp.diff(best.values) < 0))
+    # L/g at both ends, by quadrature of the two independent coordinates outside of the package.
+    ends = 2.8870198, 0.4362938
+    np.testing.assert_allclose(STEPS * best.values[np.array([0, -1])], ends, rtol=1e-5)
+    rates = esl.constant_speed(exact(esl.Constant(1.0 / STEPS), saddle, law, 0.01), STEPS).rates(
+        STEPS
+    )
     middle = (jnp.arange(STEPS) + 0.5) / STEPS
     np.testing.assert_allclose(rates, jax.vmap(best)(middle), rtol=2e-3)
 
@@ -90,7 +94,7 @@ def test_a_recorded_run_gets_the_relative_rate(decayed):
     kept = np.array([0, 1, 2, 4, 6, 8, 11, 14, 17, 20])
     recorded = esl.from_snapshots(decayed.positions[kept], decayed.times[kept])
     report = measured(recorded, jackknife=0)
-    relative = esl.constant_speed(report)
+    relative = esl.constant_speed(report, limit=1e6)
     rates = np.asarray(relative.values[:-1], float)
     np.testing.assert_allclose(rates.mean(), 1.0, rtol=1e-5)
     clock = np.concatenate([[0.0], np.cumsum(rates) / rates.size])

@@ -407,12 +407,10 @@ def _gains(comparison: Comparison) -> Iterator[str]:
     ]
     known = [(words.format(in_words(name)), judgments[name]) for words, name in others if name]
     if known:
-        shares = " and ".join(
-            f"{_share(each, judgments[usual])} by {words}" for words, each in known
-        )
+        shares = ", ".join(f"{_share(each, judgments[usual])} by {words}" for words, each in known)
         adds = all(ratio(optimized, each)[0] < 1 for _, each in known)
         rest = "the rest is what the search adds" if adds else "the search adds nothing to that"
-        yield f"Without a search it is {shares} times; {rest}."
+        yield f"Without a search: {shares}; {rest}."
 
 
 def _on_the_limit(config: OptimizeConfig, comparison: Comparison) -> Iterator[str]:
