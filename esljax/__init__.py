@@ -31,6 +31,7 @@ from esljax.files import Checkpoints, Terminated, recordings
 from esljax.measures import (
     FreeEnergy,
     SpeedLimit,
+    constant_speed,
     free_energy,
     jarzynski,
     minibatch_noise,
@@ -157,6 +158,7 @@ __all__ = [
     "Trajectory",
     "TransportVelocity",
     "WarmupStableDecay",
+    "constant_speed",
     "datasets",
     "density",
     "free_energy",

@@ -102,14 +102,17 @@ def plot_schedules(judgments: Mapping[str, JudgmentLike]) -> Figure:
     return figure
 
 
-def plot_speed_limit(reports: Mapping[str, ReportLike]) -> Figure:
+def plot_speed_limit(
+    reports: Mapping[str, ReportLike], *, limit: str = "$W_2^2$, the limit"
+) -> Figure:
     """Plot the parts of Σ as stacked bars, and the metric speed against training time.
 
     The bars end in the standard error of Σ. A dotted line marks W2 (with several reports their
     mean), the constant speed at which Σ would equal W2².
 
     **Args:** `reports`: by name, one bar and one line each; the one named "optimized" is drawn in
-    black.
+    black. `limit`: the label of W2², which says of what it is one: of laws, of the moments, or of
+    members that are their own best partners.
     **Returns:** the figure, which `savefig` writes.
     **Raises:** `InputError` if there are none.
 
@@ -129,17 +132,17 @@ def plot_speed_limit(reports: Mapping[str, ReportLike]) -> Figure:
         raise refuse("reports", "hold at least one report", "is empty")
     figure = Figure(figsize=(10.0, 4.2), layout="constrained")
     bars, speeds = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    _draw_parts(bars, reports)
+    _draw_parts(bars, reports, limit)
     _draw_speeds(speeds, reports)
     clean(bars, speeds)
     return figure
 
 
-def _draw_parts(axes: Any, reports: Mapping[str, ReportLike]) -> None:
+def _draw_parts(axes: Any, reports: Mapping[str, ReportLike], limit: str) -> None:
     rows = np.arange(len(reports))[::-1]
     left = np.zeros(len(reports))
     for part, label, color in (
-        ("w2_squared", "$W_2^2$, the limit", "#555555"),
+        ("w2_squared", limit, "#555555"),
         ("geometric", "geometric", "#56B4E9"),
         ("temporal", "temporal", "#E69F00"),
     ):
@@ -174,10 +177,15 @@ def _draw_speeds(axes: Any, reports: Mapping[str, ReportLike]) -> None:
 
 
 def _styles(names: Collection[str]) -> dict[str, dict]:
-    # The optimized schedule is drawn in black.
+    # The optimized schedule is drawn in black; dashes tell apart lines that share a color.
     others = [name for name in sorted(names) if name != "optimized"]
     styles = {
-        name: {"color": COLORS[i % len(COLORS)], "linewidth": 1.4} for i, name in enumerate(others)
+        name: {
+            "color": COLORS[i % len(COLORS)],
+            "linestyle": ("-", "--", ":")[i // len(COLORS) % 3],
+            "linewidth": 1.4,
+        }
+        for i, name in enumerate(others)
     }
     if "optimized" in names:
         styles["optimized"] = {"color": "black", "linewidth": 2.4}

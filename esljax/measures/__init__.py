@@ -9,6 +9,7 @@ from esljax.measures.free_energy import free_energy
 from esljax.measures.jarzynski import Jarzynski, jarzynski
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
 from esljax.measures.report import SpeedLimit, Split, average
+from esljax.measures.retiming import constant_speed
 from esljax.measures.speed_limit import speed_limit
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Split",
     "average",
     "compared",
+    "constant_speed",
     "free_energy",
     "jackknife_groups",
     "jarzynski",
