@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from esljax._checks import check_kind, refuse
 from esljax._types import Array, Float, Int, Scalar
 from esljax.measures.chain import Distances, chain, distances
+from esljax.measures.labels import canonical, with_labels
 from esljax.measures.report import (
     SpeedLimit,
     average,
@@ -90,6 +91,7 @@ def speed_limit(
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
     _check_pair(trajectory, transport, velocity, potential)
+    trajectory, labels = canonical(trajectory, velocity)
     # Devices are settled here, once.
     trajectory = on_devices(trajectory, mesh)
     mesh = trajectory.mesh
@@ -98,7 +100,7 @@ def speed_limit(
         report = _of_one(trajectory, transport, velocity, potential, jackknife, debias)
     else:
         report = _of_several(trajectory, transport, velocity, potential, debias)
-    return replicate(report, mesh)
+    return with_labels(replicate(report, mesh), labels)
 
 
 @eqx.filter_jit
