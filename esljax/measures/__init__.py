@@ -2,8 +2,8 @@
 
 from esljax.measures.balance import Balance, FreeEnergy
 from esljax.measures.chain import compared
-from esljax.measures.diagnosis import Finding
 from esljax.measures.evidence import Evidence
+from esljax.measures.finding import Finding
 from esljax.measures.free_energy import free_energy
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
 from esljax.measures.report import Interval, SpeedLimit, Split, average, jackknife_groups

@@ -5,7 +5,7 @@ errors do: the jackknife leaves the same label out of every snapshot. Where a re
 assembled from files in any order, the labels of two snapshots say nothing about each other although
 the two clouds fit together, and the best assignment recovers them:
 
-    mean‖x_i - y_π(i)‖²  ≪  the same between halves of one snapshot,    the given pairs explain nothing
+    mean‖x_i - y_π(i)‖² ≪ the same between halves of one snapshot, the given pairs explain nothing
 
 A law that mixes within a link fails the first condition, since then no assignment is cheaper than
 between independent members, and members that move by themselves fail the second. Copies of a member
@@ -153,7 +153,7 @@ class _Link(NamedTuple):
 
 
 def _orders(positions: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the place of each member at each snapshot (J+1, n), and how many links broke labels."""
+    """Return the place of each member at each snapshot (J+1, n), and the number of broken links."""
     snapshots, members, d = positions.shape
     given = np.broadcast_to(np.arange(members), (snapshots, members))
     low = [j for j in range(snapshots - 1) if _correlation(*positions[j : j + 2]) < CORRELATED]

@@ -22,8 +22,8 @@ import numpy as np
 from esljax._checks import check_choice, refuse
 from esljax._types import Array, Float, Int, Scalar
 from esljax.measures import diagnosis
-from esljax.measures.diagnosis import Finding
 from esljax.measures.evidence import Evidence
+from esljax.measures.finding import Finding
 from esljax.results import StandardErrors, is_number, measured, table
 
 # The numbers of a report that have standard errors.
