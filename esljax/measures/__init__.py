@@ -2,9 +2,9 @@
 
 from esljax.measures.balance import Balance, FreeEnergy
 from esljax.measures.chain import compared
-from esljax.measures.diagnosis import Finding
 from esljax.measures.errors import Interval, jackknife_groups
 from esljax.measures.evidence import Evidence
+from esljax.measures.finding import Finding
 from esljax.measures.free_energy import free_energy
 from esljax.measures.jarzynski import Jarzynski, jarzynski
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from esljax._checks import check_choice, refuse
 from esljax._types import Array, Float, Scalar
 from esljax.measures import diagnosis
-from esljax.measures.diagnosis import Finding
 from esljax.measures.errors import Interval, interval_of_square, quantile, spread_of_runs
 from esljax.measures.evidence import Evidence
+from esljax.measures.finding import Finding
 from esljax.measures.verdict import sentences
 from esljax.results import StandardErrors, is_number, measured, table
 
