@@ -25,13 +25,11 @@ class JudgmentLike(Protocol):
 class ReportLike(Protocol):
     """Anything that `plot_speed_limit` can draw, such as an `esl.SpeedLimit`.
 
-    Its three parts are stacked. They add up to Σ for an estimate by the chain of snapshots, which
-    knows no housekeeping.
+    Its parts are stacked and add up to Σ.
     """
 
-    @property
-    def w2_squared(self) -> SupportsFloat:
-        """W2² between start and end, the limit."""
+    def best(self, name: str) -> SupportsFloat:
+        """W2² between start and end, for the name "w2_squared": the limit."""
         ...
 
     @property
@@ -42,6 +40,16 @@ class ReportLike(Protocol):
     @property
     def temporal(self) -> SupportsFloat:
         """The part of Σ - W2² that an uneven speed ℓ costs, ∫ℓ² ds - L²."""
+        ...
+
+    @property
+    def housekeeping(self) -> SupportsFloat | None:
+        """The part of Σ - W2² that moves no mass; None where it is not resolved."""
+        ...
+
+    @property
+    def length_resolved(self) -> Any:
+        """Whether `geometric` and `temporal` can be told apart: None or a boolean."""
         ...
 
     @property
@@ -141,13 +149,17 @@ def plot_speed_limit(
 def _draw_parts(axes: Any, reports: Mapping[str, ReportLike], limit: str) -> None:
     rows = np.arange(len(reports))[::-1]
     left = np.zeros(len(reports))
+    parts = [_parts(report) for report in reports.values()]
     for part, label, color in (
-        ("w2_squared", limit, "#555555"),
+        ("limit", limit, "#555555"),
         ("geometric", "geometric", "#56B4E9"),
         ("temporal", "temporal", "#E69F00"),
+        ("unresolved", "geometric and temporal, not resolved", "#BBBBBB"),
+        ("housekeeping", "housekeeping", "#CC79A7"),
     ):
-        width = np.array([float(getattr(report, part)) for report in reports.values()])
-        axes.barh(rows, width, left=left, color=color, label=label, height=0.7)
+        width = np.array([each.get(part, 0.0) for each in parts])
+        if width.any() or part in ("limit", "geometric", "temporal"):
+            axes.barh(rows, width, left=left, color=color, label=label, height=0.7)
         left = left + width
     errors = [report.standard_error for report in reports.values()]
     widths = [0.0 if error is None else float(error.entropy_production) for error in errors]
@@ -163,11 +175,20 @@ def _draw_parts(axes: Any, reports: Mapping[str, ReportLike], limit: str) -> Non
     )
 
 
+def _parts(report: ReportLike) -> dict[str, float]:
+    """The widths of the parts of Σ by name."""
+    moving = {"geometric": float(report.geometric), "temporal": float(report.temporal)}
+    if report.length_resolved is not None and not bool(report.length_resolved):
+        moving = {"unresolved": sum(moving.values())}
+    housekeeping = 0.0 if report.housekeeping is None else float(report.housekeeping)
+    return {"limit": float(report.best("w2_squared")), **moving, "housekeeping": housekeeping}
+
+
 def _draw_speeds(axes: Any, reports: Mapping[str, ReportLike]) -> None:
     for name, style in _styles(reports).items():
         report = reports[name]
         axes.plot(np.asarray(report.times), np.asarray(report.speed), label=in_words(name), **style)
-    limits = [np.sqrt(max(float(report.w2_squared), 0.0)) for report in reports.values()]
+    limits = [np.sqrt(max(float(report.best("w2_squared")), 0.0)) for report in reports.values()]
     limit = float(np.mean(limits))
     axes.axhline(limit, color="#555555", linestyle=":", linewidth=1.2, label="$W_2$")
     axes.set(

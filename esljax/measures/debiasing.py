@@ -43,6 +43,7 @@ def plain(report: SpeedLimit, rates: MemberRates | None, solved: Distances) -> N
         (solved.debiased_links, solved.debiased_whole) if halves else (solved.links, solved.whole)
     )
     chain = report.debiased_entropy_production if halves else report.chained
+    heat = report.debiased_dissipation if halves and rates is None else report.dissipation
     numbers = {name: getattr(report, name) for name in _MEANS}
     plug_in = {
         "length_squared": report.length_squared,
@@ -59,7 +60,7 @@ def plain(report: SpeedLimit, rates: MemberRates | None, solved: Distances) -> N
             "length": report.length_squared,
             "squares": squares,
         }
-    return {**numbers, **plug_in, **own, "chain": chain, "distance": whole}
+    return {**numbers, **plug_in, **own, "chain": chain, "distance": whole, "heat": heat}
 
 
 def corrected(
@@ -90,14 +91,16 @@ def corrected(
     clear = resolved_squares(squares, variance(replicates["squares"]))
     report = dataclasses.replace(report, length_resolved=clear)
     if debias:
-        chain, distance = (
-            full[name] if halves else without_bias(name) for name in ("chain", "distance")
+        chain, distance, heat = (
+            full[name] if halves or full[name] is None else without_bias(name)
+            for name in ("chain", "distance", "heat")
         )
         report = dataclasses.replace(
             report,
             debiased_entropy_production=chain,
             debiased_length_squared=without_bias("length"),
             debiased_w2_squared=distance,
+            debiased_dissipation=None if by_velocity else heat,
         )
     return report, _errors(report, replicates, variance, debias and not halves)
 
@@ -148,6 +151,8 @@ def _errors(
             "gap_lower": variance(below - x["w2_squared"]),
             "gap_upper": variance(x["chain_above"] - x["distance"]),
         }
+        if report.debiased_dissipation is not None:
+            variances["debiased_dissipation"] = variance(x["heat"])
         if report.entropy_production_chain is None:
             variances["entropy_production"] = variance(x["chain_plug_in"])
     return {
