@@ -383,7 +383,7 @@ def _table(comparison: Comparison) -> rich.table.Table:
 
 
 _UNITS_OF_THE_TABLE = (
-    "Units: squared parameters of Σ, L², W2² and the parts; of U the same per nat; nats of the loss."
+    "Units: squared parameters (Σ, L², W2² and the parts), the same per nat (U), nats (loss)."
 )
 
 
