@@ -94,10 +94,10 @@ print(optimum)
 # %% [markdown]
 # ## Judged on a run that the search has not seen
 # The best schedule starts slowly, where the force is strong, and speeds up as the force fades: here
-# the opposite of the usual decays. At the very end it may fall, because batches add noise that grows
-# with the rate; out of a saddle, where forces grow, the best rate falls throughout. It does not reach
-# a lower loss; it reaches the same loss with less entropy production. Much of the gain needs no
-# search: `esl.constant_speed(constant)` re-times the constant schedule in closed form.
+# the opposite of the usual decays. At the very end it may fall, because batches add noise that
+# grows with the rate; out of a saddle, where forces grow, the best rate falls throughout. It does
+# not reach a lower loss; it reaches the same loss with less entropy production. Much of the gain
+# needs no search: `esl.constant_speed(constant)` re-times the constant schedule in closed form.
 
 # %%
 held_out = train(optimum.controls, jax.random.key(2))

@@ -94,7 +94,7 @@ def test_a_recorded_run_gets_the_relative_rate(decayed):
     kept = np.array([0, 1, 2, 4, 6, 8, 11, 14, 17, 20])
     recorded = esl.from_snapshots(decayed.positions[kept], decayed.times[kept])
     report = measured(recorded, jackknife=0)
-    relative = esl.constant_speed(report, limit=1e6)
+    relative = esl.constant_speed(report, 2000, limit=1e6)
     rates = np.asarray(relative.values[:-1], float)
     np.testing.assert_allclose(rates.mean(), 1.0, rtol=1e-5)
     clock = np.concatenate([[0.0], np.cumsum(rates) / rates.size])

@@ -383,7 +383,7 @@ def _table(comparison: Comparison) -> rich.table.Table:
 
 
 _UNITS_OF_THE_TABLE = (
-    "Σ, L², W2², gap, temporal and geometric in squared parameters; U in those per nat."
+    "Units: squared parameters (Σ, L², W2² and the parts), the same per nat (U), nats (loss)."
 )
 
 

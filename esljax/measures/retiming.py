@@ -85,7 +85,7 @@ def constant_speed(
 def _rate(
     pace: Float[Array, " J"], learning_times: Float[Array, " J"], steps: int
 ) -> Float[Array, " knots"]:
-    """The slope of the clock u*(s) in the middle of each step and, last, at s = 1.
+    """The learning time of each step, times K: the mean of η* over it; last, η* at s = 1.
 
     u* is the cubic through the clock at the ends of the links, s_j = Σ_{i<j} g_i u_i/L, with the
     slopes L/g there: it keeps the mean speed of each link, and no step of the rate is left at a
@@ -95,17 +95,19 @@ def _rate(
     length = jnp.sum(arcs)
     zero = jnp.zeros(1, arcs.dtype)
     ends = jnp.concatenate([zero, jnp.cumsum(arcs)]) / length
+    clock = jnp.concatenate([zero, jnp.cumsum(learning_times)])
     slopes = length / _at_ends(pace, learning_times)
 
-    last = jnp.asarray(1.0, ends.dtype)
-    s = jnp.append((jnp.arange(steps, dtype=ends.dtype) + 0.5) / steps, last)
+    s = jnp.arange(steps + 1, dtype=ends.dtype) / steps
     i = jnp.clip(jnp.searchsorted(ends, s, side="right") - 1, 0, arcs.size - 1)
-    t = jnp.clip(safe_divide(s - ends[i], ends[i + 1] - ends[i]), 0, 1)
-    return (
-        (1 - t) * (1 - 3 * t) * slopes[i]
-        + 6 * t * (1 - t) * length / pace[i]
-        + t * (3 * t - 2) * slopes[i + 1]
+    width = ends[i + 1] - ends[i]
+    t = jnp.clip(safe_divide(s - ends[i], width), 0, 1)
+    reached = (
+        clock[i]
+        + learning_times[i] * t**2 * (3 - 2 * t)
+        + width * t * (1 - t) * (slopes[i] * (1 - t) - slopes[i + 1] * t)
     )
+    return jnp.append(steps * jnp.diff(reached), slopes[-1])
 
 
 def _at_ends(
