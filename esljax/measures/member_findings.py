@@ -1,6 +1,6 @@
 """Findings about the members of a run, its snapshots and the numbers that hold them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -354,16 +354,3 @@ def durations(report: Any) -> np.ndarray:
     for middle in np.asarray(report.times, float):
         edges.append(2 * middle - edges[-1])
     return np.diff(edges)
-
-
-CHECKS: tuple[Callable[[Any], Iterator[Finding]], ...] = (
-    of_labels,
-    of_members,
-    of_leaps,
-    of_tails,
-    of_snapshots,
-    of_times,
-    of_coordinates,
-    of_rounding,
-)
-"""The checks of members and snapshots, the most serious first."""

@@ -1,6 +1,6 @@
 """Findings about the numbers of a report: Σ, W2², their bounds, noise and convergence."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -344,19 +344,3 @@ def of_convexity(report: Any, convexity: float) -> Iterator[Finding]:
             ),
             "check the convexity, then the snapshots",
         )
-
-
-CHECKS: tuple[Callable[[Any], Iterator[Finding]], ...] = (
-    of_convergence,
-    of_violation,
-    of_negative,
-    of_stability,
-    of_disagreement,
-    of_epsilon,
-    of_sampling,
-    of_spacing,
-    of_noise,
-    of_resolution,
-    of_extreme,
-)
-"""The checks of numbers, the most serious first."""
