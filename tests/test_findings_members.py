@@ -245,7 +245,7 @@ def test_frozen_runs_and_frozen_members_are_found(healthy):
 def test_members_that_come_to_rest_are_not_frozen():
     """Without noise members reach the minimum to the last digit, and a rate of 0 moves none."""
     start = 1 + jax.random.normal(jax.random.key(0), (32, 2))
-    for rate in (0.5, esl.Knots(jnp.array([0.1, 0.0, 0.0, 0.0]))):
+    for rate in (0.5, esl.FromOptax(lambda count: jnp.where(count < 40, 0.1, 0.0), 120)):
         path = esl.simulate(
             esl.Quadratic(1.0),
             esl.Langevin(rate, 0.0),

@@ -15,8 +15,8 @@ from esljax.sharding import AnyMesh, map_pairs
 from esljax.simulation import Trajectory
 from esljax.transport import AbstractTransport, solution_of
 
-# By bits of a number: its type as a whole number, and the digits of its fraction that stay 0 where it
-# was once a float16, a bfloat16 or a float32.
+# By bits of a number: its type as a whole number, and the digits of its fraction that stay 0 where
+# it was once a float16, a bfloat16 or a float32.
 _STORED = {32: (jnp.uint32, (13, 16)), 64: (jnp.uint64, (29, 42, 45))}
 
 

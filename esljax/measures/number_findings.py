@@ -319,8 +319,8 @@ def _error(report: Any, name: str) -> float:
 
 def _floor(report: Any) -> float:
     """The noise of steps in the chain's Σ; 0 where members change partners or it is not known."""
-    known = report.noise_floor is not None and _paired(report) > 0.5
-    return float(report.noise_floor) if known else 0.0
+    floor = report.noise_floor
+    return 0.0 if floor is None or _paired(report) <= 0.5 else float(floor)
 
 
 def of_convexity(report: Any, convexity: float) -> Iterator[Finding]:
