@@ -4,12 +4,37 @@ r"""Findings about a report: each with its evidence, its likely causes and the c
 `number_findings` those of Σ, W2² and their errors.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from esljax.measures import member_findings, number_findings
+from esljax.measures import member_findings as members
+from esljax.measures import number_findings as numbers
 from esljax.measures.finding import Finding, rounding
 
 __all__ = ["Finding", "diagnose", "rounding"]
+
+CHECKS: tuple[Callable[[Any], Iterator[Finding]], ...] = (
+    members.of_labels,
+    members.of_members,
+    numbers.of_convergence,
+    numbers.of_violation,
+    numbers.of_negative,
+    numbers.of_stability,
+    numbers.of_disagreement,
+    members.of_leaps,
+    members.of_tails,
+    members.of_snapshots,
+    members.of_times,
+    members.of_coordinates,
+    members.of_rounding,
+    numbers.of_epsilon,
+    numbers.of_sampling,
+    numbers.of_spacing,
+    numbers.of_noise,
+    numbers.of_resolution,
+    numbers.of_extreme,
+)
+"""All checks of a report, the most serious first."""
 
 
 def diagnose(report: Any, convexity: float | None = None) -> tuple[Finding, ...]:
@@ -19,12 +44,11 @@ def diagnose(report: Any, convexity: float | None = None) -> tuple[Finding, ...]
     that Φ is λ-convex, in units of the potential per θ²; with it the sharper bound
     U·D ≥ (x/2)coth(x/2) W2², x = λU, is checked too.
     """
-    blocking = member_findings.blocking(report)
+    blocking = members.blocking(report)
     if blocking:
         # Ratios of numbers that are rounding, 0 or infinite are no second finding.
-        return (*member_findings.of_labels(report), *blocking)
-    checks = (*member_findings.CHECKS, *number_findings.CHECKS)
-    findings = [finding for check in checks for finding in check(report)]
+        return (*members.of_labels(report), *blocking)
+    findings = [finding for check in CHECKS for finding in check(report)]
     if convexity is not None:
-        findings.extend(number_findings.of_convexity(report, convexity))
+        findings.extend(numbers.of_convexity(report, convexity))
     return tuple(findings)

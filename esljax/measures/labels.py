@@ -90,12 +90,13 @@ def canonical(
 
 def with_labels(report: SpeedLimit, found: Labels | None) -> SpeedLimit:
     """Return the report with what was found, and without the numbers that need members' paths."""
-    if found is None or report.evidence is None:
+    evidence = report.evidence
+    if found is None or evidence is None:
         return report
     if int(found.links) > 0:
         found = dataclasses.replace(found, identity_fraction=report.identity_fraction)
         report = dataclasses.replace(report, identity_fraction=None, noise_floor=None)
-    return dataclasses.replace(report, evidence=dataclasses.replace(report.evidence, labels=found))
+    return dataclasses.replace(report, evidence=dataclasses.replace(evidence, labels=found))
 
 
 def _reordered(trajectory: Trajectory, order: np.ndarray) -> Trajectory:
@@ -201,8 +202,11 @@ def _link(x: np.ndarray, y: np.ndarray) -> _Link:
     worse = given / max(best, 1e-300)
     # Copies of one member may lie in both halves.
     apart = random.permutation(np.unique(x, axis=0))
-    half = min(ROWS, len(apart) // 2)
-    reference = _cheapest(apart[:half], apart[half:]) if half else 0.0
+    # As many columns for each row as above: rows that may choose among many find closer partners.
+    half = len(apart) // 2
+    reference = (
+        _cheapest(apart[: max(1, half * len(rows) // len(x))], apart[-half:]) if half else 0.0
+    )
     dimensions = _effective_dimensions(x[rows])
     close = next(share for most, share in CLOSE if dimensions < most)
     close *= min(1.0, len(apart) / MANY) ** (2 if dimensions < CLOSE[1][0] else 1)

@@ -1,6 +1,6 @@
 """Findings about the members of a run, its snapshots and the numbers that hold them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -74,10 +74,10 @@ def _nothing(report: Any) -> Iterator[Finding]:
 
 def of_labels(report: Any) -> Iterator[Finding]:
     """Labels that do not follow members, and copies."""
-    labels = None if report.evidence is None else report.evidence.labels
-    if labels is None:
+    evidence = report.evidence
+    if evidence is None or evidence.labels is None:
         return
-    links = report.evidence.displacements.shape[-2]
+    labels, links = evidence.labels, evidence.displacements.shape[-2]
     if int(labels.links):
         yield Finding(
             "labels do not follow members",
@@ -215,7 +215,7 @@ def of_snapshots(report: Any) -> Iterator[Finding]:
             ("the run ended there", "one checkpoint copied into all later ones"),
             f"end the run at snapshot {last}, or check the later checkpoints",
         )
-    twins = [(j, j + 1) for j in np.flatnonzero(resting[:last])]
+    twins = [(j, j + 1) for j in range(last) if resting[j]]
     # A snapshot may also be a copy of one that is not beside it.
     places: dict[bytes, int] = {}
     for j in range(last + 1):
@@ -354,16 +354,3 @@ def durations(report: Any) -> np.ndarray:
     for middle in np.asarray(report.times, float):
         edges.append(2 * middle - edges[-1])
     return np.diff(edges)
-
-
-CHECKS: tuple[Callable[[Any], Iterator[Finding]], ...] = (
-    of_labels,
-    of_members,
-    of_leaps,
-    of_tails,
-    of_snapshots,
-    of_times,
-    of_coordinates,
-    of_rounding,
-)
-"""The checks of members and snapshots, the most serious first."""
