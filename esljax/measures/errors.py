@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._numerics import safe_divide
+from esljax._numerics import safe_divide, safe_root
 from esljax._types import Array, Float, Int, Scalar
 
 
@@ -117,12 +117,17 @@ def interval_of_square(
 ) -> Interval:
     """The interval of a debiased square: both ends solve (θ̂ - θ)² = t² R (θ + b/2).
 
+    Where no θ does, it is symmetric: a zero width would claim that the value is exact.
+
     **Args:** `error`: the standard error of `value`. `bias`: what was taken off. `width`: t.
     """
     half = jnp.maximum(bias, 0) / 2
     rate = width**2 * safe_divide(error**2, jnp.maximum(value, 0) + half)
-    reach = jnp.sqrt(jnp.maximum(rate * (value + half) + rate**2 / 4, 0))
-    return Interval(value + rate / 2 - reach, value + rate / 2 + reach, level)
+    middle, square = value + rate / 2, rate * (value + half) + rate**2 / 4
+    # A value so far below 0 that no square explains it has no such ends.
+    solvable, reach = square > 0, safe_root(square)
+    middle, reach = jnp.where(solvable, middle, value), jnp.where(solvable, reach, width * error)
+    return Interval(middle - reach, middle + reach, level)
 
 
 def quantile(probability: float, freedom: int) -> float:

@@ -254,9 +254,9 @@ class SpeedLimit(eqx.Module):
 
         - Of "entropy_production", "w2_squared" and their debiased values: that of a square (the
           module `errors` has the equation), about the debiased value where there is one.
-        - Of "gap": symmetric about the debiased gap for a Σ from velocities that is not "upper".
-          With `debias=True` that of a chain reaches from `gap_lower` to `gap_upper`, each widened
-          by its own error.
+        - Of "gap": symmetric about the debiased gap for a Σ from velocities with a lower bound
+          beside it. With `debias=True` that of any other Σ reaches from `gap_lower` to `gap_upper`,
+          each widened by its own error.
         - Of "length_squared", "temporal" and "geometric" where `length_resolved` is False: a
           bracket, from W2² ≤ L² ≤ ∫ℓ² ds and the intervals of its two ends. It covers more often
           than its level.
@@ -276,6 +276,9 @@ class SpeedLimit(eqx.Module):
                 "name", "be a number that the report has a standard error of", f"is {name!r}"
             )
         width = quantile(0.5 + level / 2, self.freedom)
+        if name == "length_squared" and self.debiased_length_squared is not None:
+            # Halves of the members know their length less well than all of them do.
+            name = "debiased_length_squared"
         if name in _UNRESOLVED and self.length_resolved is not None:
             apart, around = self._symmetric(name, width, level), self._bracket(name, level)
             clear = self.length_resolved
@@ -300,8 +303,6 @@ class SpeedLimit(eqx.Module):
         ):
             ends = ("gap_lower", "gap_upper")
         lower, upper = (jnp.asarray(getattr(self, end)) for end in ends)
-        if name == "length_squared":
-            lower = upper = jnp.asarray(self.best(name))
         below, above = (jnp.asarray(errors.get(end)) for end in ends)
         return Interval(lower - width * below, upper + width * above, level)
 
@@ -482,7 +483,9 @@ def _cell(report: SpeedLimit, name: str) -> str:
     value = getattr(report, name)
     if value is None:
         return "not resolved"
-    if name in _UNRESOLVED and report.length_resolved is not None and not report.length_resolved:
+    plug_in = name == "length_squared" and report.debiased_length_squared is not None
+    unclear = report.length_resolved is not None and not report.length_resolved
+    if name in _UNRESOLVED and unclear and not plug_in:
         within = report.interval(name)
         return f"not resolved, within [{float(within.lower):.4g}, {float(within.upper):.4g}]"
     return measured(value, errors.get(name))

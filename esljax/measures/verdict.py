@@ -47,17 +47,31 @@ def _on_the_limit(report: Any, violated: bool) -> str:
                 f"The speed limit is violated by {-gap:.4g}: Σ and W2² do not come from one "
                 "geometry, or an estimate is off; there is no standard error to judge that by."
             )
-        return f"The speed limit holds: {_ratio(sigma, whole)} (gap {gap:.4g}, without an error)."
+        return (
+            f"The speed limit holds: {_ratio(sigma, whole)} (gap {gap:.4g}, without a standard "
+            "error)."
+        )
     within = report.interval("gap")
     lower, upper = float(within.lower), float(within.upper)
-    between = f"the gap Σ - W2² of {_subject(report)} lies within [{lower:.4g}, {upper:.4g}]"
+    between = (
+        f"the gap Σ - W2² of {_subject(report)} lies within [{lower:.4g}, {upper:.4g}] at 95 %"
+    )
     if violated:
+        least = gap if report.gap_upper is None else min(gap, float(report.gap_upper))
+        # With few groups of members even four standard errors may leave 0 inside of the interval.
+        by = f", {-gap / float(errors.gap):.1f} standard errors" if upper < 0 else ""
         return (
-            f"The speed limit is violated by {-gap:.4g}, {-gap / float(errors.gap):.1f} standard "
-            "errors: Σ and W2² do not come from one geometry, or an estimate is off."
+            f"The speed limit is violated by {-least:.4g}{by}: Σ and W2² do not come from one "
+            "geometry, or an estimate is off."
+        )
+    if upper < 0:
+        chance = ", or by chance" if report.holds else ""
+        return (
+            f"Σ came out below W2²: {between}. An estimate that misses part of the velocity does "
+            f"that{chance}."
         )
     if lower > 0:
-        return f"The speed limit holds: {_ratio(sigma, whole)}; {between} at 95 %."
+        return f"The speed limit holds: {_ratio(sigma, whole)}; {between}."
     if (
         report.is_bound
         and report.entropy_production_chain is None
@@ -65,11 +79,8 @@ def _on_the_limit(report: Any, violated: bool) -> str:
         and not _debiased(report)
     ):
         # Of the members themselves the inequality is an identity.
-        return f"The speed limit holds: {_ratio(sigma, whole)}; {between} at 95 %."
-    return (
-        f"The members do not decide whether there is a gap: {between} at 95 %, which cannot be "
-        "distinguished from 0."
-    )
+        return f"The speed limit holds: {_ratio(sigma, whole)}; {between}."
+    return f"These members do not resolve a gap: {between}, which includes 0."
 
 
 def _ratio(sigma: float, whole: float) -> str:
@@ -83,8 +94,10 @@ def _subject(report: Any) -> str:
     if _paired(report) > 0.5:
         return "the members' own paths"
     if report.entropy_production_chain is not None:
-        return "the law, by velocities"
-    return "the law, by a chain" if _debiased(report) else "the samples, by a chain"
+        return "the law, estimated from velocities,"
+    if _debiased(report):
+        return "the law, estimated by a chain,"
+    return "these samples, measured by a chain,"
 
 
 def _debiased(report: Any) -> bool:
@@ -104,32 +117,41 @@ def _on_the_waste(report: Any) -> str:
     if report.length_resolved is not None and not bool(report.length_resolved):
         upper = float(report.interval("temporal").upper)
         return (
-            f"Timing cannot be told from the bend of the path: the speed is not resolved, and "
-            f"timing holds between 0 and {upper:.3g}."
+            "The speed does not stand out of its noise, so uneven timing cannot be separated from "
+            f"the bend of the path; it accounts for between 0 and {upper:.3g} of Σ."
         )
     temporal, geometric = float(report.temporal), float(report.geometric)
     best = float(report.best("length_squared"))
     parts = []
-    if report.housekeeping is not None and float(report.housekeeping) > 0.01 * gap:
+    circulates = report.housekeeping is not None and float(report.housekeeping) > 0.01 * gap
+    if circulates and not _vanishes(report, "housekeeping"):
         parts.append(
             f"{_share(float(report.housekeeping), gap)} of the gap is circulation that moves no "
             "mass; dynamics without it would remove that"
         )
     timing = f"{_share(temporal, gap)} of the gap is uneven timing"
-    if report.mobility is not None and temporal > 0:
+    if _vanishes(report, "temporal"):
+        timing = "uneven timing cannot be distinguished from 0"
+    elif report.mobility is not None and temporal > 0:
         timing += f"; the schedule of esl.constant_speed(report) promises Σ = {best:.4g} without it"
     elif temporal > 0:
         timing += f"; the same path at constant speed would produce Σ = {best:.4g}"
     parts.append(timing)
-    straight = errors is not None and float(report.interval("geometric").lower) < 0
     parts.append(
         "the bend of the path cannot be distinguished from 0"
-        if straight
+        if _vanishes(report, "geometric")
         else f"{_share(geometric, gap)} is the bend of the path, which only another control than "
         "the learning rate removes"
     )
     joined = "; ".join(parts)
     return joined[0].upper() + joined[1:] + "."
+
+
+def _vanishes(report: Any, name: str) -> bool:
+    """Whether the interval of a part reaches below 0; False without errors."""
+    if report.standard_error is None:
+        return False
+    return float(report.interval(name).lower) < 0
 
 
 def _share(part: float, gap: float) -> str:
