@@ -335,6 +335,7 @@ def _verdict(comparison: Comparison) -> str:
     sentences = []
     if optimum.interrupted or optimum.message != "Ran all iterations.":
         sentences.append(optimum.message)
+    sentences.extend(optimum.doubts)
     if optimized is not None and usual is not None:
         share, error = ratio(optimized, comparison.judgments[usual])
         report = optimized.report
