@@ -475,7 +475,7 @@ def _doubts(comparison: Comparison) -> Iterator[str]:
     optimum, optimized = comparison.optimum, comparison.optimized
     if optimum.interrupted or optimum.message != "Ran all iterations.":
         yield optimum.message
-    yield from getattr(optimum, "doubts", ())
+    yield from optimum.doubts
     if comparison.left_out:
         yield comparison.left_out
     if optimized is not None and comparison.misses_target:

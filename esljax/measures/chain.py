@@ -138,7 +138,8 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
     elapsed = jnp.diff(times)
     # Rounding can bring a Sinkhorn divergence below 0; only the length counts that as 0.
     lengths = safe_root(squares)
-    dissipation = learning_time = mobility = learning_times = None
+    learning_times: Any = None
+    dissipation = learning_time = mobility = None
     law = trajectory.law
     if law is not None:
         learning_times = jnp.sum(law.mobility.reshape(links, -1), axis=1)

@@ -39,9 +39,8 @@ def plain(report: SpeedLimit, rates: MemberRates | None, solved: Distances) -> N
     the squared speeds behind the length.
     """
     halves = solved.debiased_links is not None
-    links, whole = (
-        (solved.debiased_links, solved.debiased_whole) if halves else (solved.links, solved.whole)
-    )
+    links: Any = solved.debiased_links if halves else solved.links
+    whole: Any = solved.debiased_whole if halves else solved.whole
     chain = report.debiased_entropy_production if halves else report.chained
     heat = report.debiased_dissipation if halves and rates is None else report.dissipation
     numbers = {name: getattr(report, name) for name in _MEANS}
@@ -105,9 +104,7 @@ def corrected(
     return report, _errors(report, replicates, variance, debias and not halves)
 
 
-def _errors(
-    report: SpeedLimit, x: Numbers, variance: Callable[[Array], Array], smooth: bool
-) -> Numbers:
+def _errors(report: Any, x: Numbers, variance: Callable[[Array], Array], smooth: bool) -> Numbers:
     """The standard errors of a corrected report, from the numbers `x` without each group.
 
     **Args:** `smooth`: whether a jackknife has removed the bias of the distances.

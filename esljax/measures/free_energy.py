@@ -230,10 +230,11 @@ def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
         s, members = s_and_members
         return jax.vmap(potential.at(s).energy)(members)
 
+    work: Any = trajectory.work_of_links
     inside = jax.lax.map(at_snapshot, (trajectory.times[1:-1], positions[1:-1]))
     start = jax.vmap(potential.at_start().energy)(positions[0])
     end = jax.vmap(potential.at_end().energy)(positions[-1])
-    return jnp.concatenate([start[None], inside, end[None]]), trajectory.work_of_links
+    return jnp.concatenate([start[None], inside, end[None]]), work
 
 
 def _entropies(trajectory: Trajectory, entropy: Any) -> Float[Array, "snapshots n"]:

@@ -125,8 +125,9 @@ class SpeedLimit(eqx.Module):
     `entropy_production`, `entropy_production_bound`, `length_squared`, `w2_squared`, `gap`,
     `temporal`, `geometric`, `housekeeping`, `metric_action`, `dissipation`,
     `debiased_entropy_production`, `debiased_length_squared`, `debiased_w2_squared`,
-    `debiased_dissipation`, `debiased_gap`, `gap_lower` and `gap_upper`; None for a number that this report does not have. None altogether
-    without errors: for `jackknife=0`, too few members, or an exact law."""
+    `debiased_dissipation`, `debiased_gap`, `gap_lower` and `gap_upper`; None for a number that this
+    report does not have. None altogether without errors: for `jackknife=0`, too few members, or an
+    exact law."""
     source: str = eqx.field(static=True, default="")
     """How these numbers were made, in words, such as "a chain of 30 links in ExactTransport"."""
     errors: str = eqx.field(static=True, default="none")

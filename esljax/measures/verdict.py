@@ -123,10 +123,10 @@ def _on_the_waste(report: Any) -> str:
     temporal, geometric = float(report.temporal), float(report.geometric)
     best = float(report.best("length_squared"))
     parts = []
-    circulates = report.housekeeping is not None and float(report.housekeeping) > 0.01 * gap
-    if circulates and not _vanishes(report, "housekeeping"):
+    circulation = 0.0 if report.housekeeping is None else float(report.housekeeping)
+    if circulation > 0.01 * gap and not _vanishes(report, "housekeeping"):
         parts.append(
-            f"{_share(float(report.housekeeping), gap)} of the gap is circulation that moves no "
+            f"{_share(circulation, gap)} of the gap is circulation that moves no "
             "mass; dynamics without it would remove that"
         )
     timing = f"{_share(temporal, gap)} of the gap is uneven timing"

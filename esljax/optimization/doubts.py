@@ -70,27 +70,27 @@ def _entries(still: np.ndarray, start: Any) -> Iterator[tuple[str, float]]:
 def _disagreement(probes: Probes, ends: list[int]) -> Iterator[str]:
     """On gradients that are noise, at the start or where noise exceeds all signal so far.
 
-    At an optimum the mean gradient vanishes and two noises must disagree, so a low cosine alone
+    At an optimum the mean gradient vanishes and two noises must disagree, so a low agreement alone
     says nothing later on: noise must also exceed the largest mean gradient of the search.
     """
-    cosines, signal, noise = probes.agreement, probes.signal, probes.noise
-    taken = [i for i in range(1, cosines.size) if not np.isnan(cosines[i])]
+    agreement, signal, noise = probes.agreement, probes.signal, probes.noise
+    taken = [i for i in range(1, agreement.size) if not np.isnan(agreement[i])]
     bad = [
         i
         for i in taken
-        if cosines[i] < AGREE and noise[i] ** 2 > 2 * np.nanmax(signal[: i + 1]) ** 2
+        if agreement[i] < AGREE and noise[i] ** 2 > 2 * np.nanmax(signal[: i + 1]) ** 2
     ]
-    at_start = cosines[0] < AGREE
+    at_start = agreement[0] < AGREE
     # One probe of a few entries may disagree by accident.
     if not at_start and len(bad) < 2:
         return
-    worst = 0 if at_start else min(bad, key=lambda i: cosines[i])
+    worst = 0 if at_start else min(bad, key=lambda i: agreement[i])
     where = "at the start" if at_start else f"at iteration {ends[worst] - 1}"
     more = f" (and at {len(bad)} of {len(taken)} later probes)" if at_start and bad else ""
     yield (
-        f"Gradients of two noises agree by a cosine of {cosines[worst]:.2g} only {where}{more}: "
-        "the learning rate is above the edge for gradients, or noise hides them; lower the rate, "
-        "take fewer steps, or average over more members."
+        f"Gradients of two noises agree to {agreement[worst]:.2g} only {where}{more}, where 1 is "
+        "full agreement and 0 none: the learning rate is above the edge for gradients, or noise "
+        "hides them; lower the rate, take fewer steps, or average over more members."
     )
 
 

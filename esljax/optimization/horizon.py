@@ -38,7 +38,8 @@ class GradientNorms(eqx.Module):
     largest: Float[np.ndarray, " H"]
     """The largest norm among the keys."""
     agreement: Float[np.ndarray, " H"]
-    """Mean cosine over all pairs of keys."""
+    """Mean over all pairs of keys of g₁·g₂ / ½(‖g₁‖² + ‖g₂‖²), which is their cosine where they are
+    equally long; NaN where gradients are 0."""
     value: Float[np.ndarray, " H"]
     """Mean of the objective over the keys."""
     standard_error: StandardErrors
@@ -60,12 +61,12 @@ class GradientNorms(eqx.Module):
 
     @property
     def disagreeing(self) -> int | None:
-        """The first horizon at which the mean cosine of two keys is below 1/3, or None."""
+        """The first horizon at which two keys agree to less than 1/3 on average, or None."""
         return next(
             (
                 steps
-                for steps, cosine in zip(self.steps, self.agreement, strict=True)
-                if cosine < AGREE
+                for steps, agreement in zip(self.steps, self.agreement, strict=True)
+                if agreement < AGREE
             ),
             None,
         )
@@ -76,22 +77,27 @@ class GradientNorms(eqx.Module):
         sentences = []
         if self.exploding is not None:
             i = self.steps.index(self.exploding)
-            grown = f"{self.largest[i] / self.largest[i - 1]:.2g} times" if i else "at once"
-            how = f"grow {grown}" if np.isfinite(self.largest[i]) else "are not finite"
-            since = f" from {self.steps[i - 1]} to" if i else " at"
-            sentences.append(f"Gradients {how}{since} {self.exploding} steps: they explode.")
-        if self.disagreeing is not None:
-            cosine = self.agreement[self.steps.index(self.disagreeing)]
             sentences.append(
-                f"From {self.disagreeing} steps on, gradients of two noises agree by a cosine of "
-                f"{cosine:.2g} only."
+                f"Gradients grow {self.largest[i] / self.largest[i - 1]:.2g} times from "
+                f"{self.steps[i - 1]} to {self.steps[i]} steps: they explode."
+                if np.isfinite(self.largest[i])
+                else f"Gradients are not finite at {self.steps[i]} steps: they explode."
             )
-        if not sentences:
-            return f"Gradients of two noises agree and do not explode up to {self.steps[-1]} steps."
-        return " ".join([*sentences, "Lower the learning rate, or take fewer steps."])
+        if self.disagreeing is not None:
+            least = self.agreement[self.steps.index(self.disagreeing)]
+            sentences.append(
+                f"At {self.disagreeing} steps gradients of two noises agree to {least:.2g} only, "
+                "where 1 is full agreement and 0 none."
+            )
+        if sentences:
+            return " ".join([*sentences, "Lower the learning rate, or take fewer steps."])
+        if not self.largest.all():
+            still = self.steps[int(np.argmin(self.largest))]
+            return f"Gradients are exactly 0 at {still} steps: nothing there says where to go."
+        return f"Gradients of two noises agree and do not explode up to {self.steps[-1]} steps."
 
     def __str__(self) -> str:
-        heading = ("steps", "value", "gradient norm", "spread / norm", "largest", "cosine")
+        heading = ("steps", "value", "gradient norm", "spread / norm", "largest", "agreement")
         columns = zip(
             self.steps,
             zip(self.value, self.standard_error.value, strict=True),
@@ -106,11 +112,11 @@ class GradientNorms(eqx.Module):
                 str(steps),
                 measured(*value, digits=4),
                 measured(*norm, digits=4),
-                f"{spread:.2g}",
+                "not resolved" if np.isnan(spread) else f"{spread:.2g}",
                 f"{largest:.3g}",
-                f"{cosine:.2f}",
+                "not resolved" if np.isnan(agreement) else f"{agreement:.2f}",
             )
-            for steps, value, norm, spread, largest, cosine in columns
+            for steps, value, norm, spread, largest, agreement in columns
         ]
         return f"{table([heading, *rows], align='rrrrrr')}\n{self.verdict}"
 
@@ -202,13 +208,15 @@ def _of_horizon(
         mean = stacked.mean(axis=0)
         norm = np.linalg.norm(mean)
         deviation = np.sqrt(np.sum((stacked - mean) ** 2) / (keys - 1))
-        along = stacked @ mean / norm if norm > 0 else np.zeros(keys)
-        cosines = [compared(stacked[i], stacked[j])[0] for i in range(keys) for j in range(i)]
+        along = np.zeros(keys) if norm == 0 else stacked @ mean / norm
+        pairs = [compared(stacked[i], stacked[j])[0] for i in range(keys) for j in range(i)]
+        # A gradient that is 0 has no direction.
+        known = [agreement for agreement in pairs if not np.isnan(agreement)]
         return (
             float(norm),
-            float(deviation / norm) if norm > 0 else np.nan,
+            float(deviation / norm),
             float(np.max(np.linalg.norm(stacked, axis=1))),
-            float(np.mean(cosines)),
+            float(np.mean(known)) if known else np.nan,
             float(np.mean(values)),
             float(np.std(along, ddof=1) / np.sqrt(keys)),
             float(np.std(values, ddof=1) / np.sqrt(keys)),

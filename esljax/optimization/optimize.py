@@ -62,11 +62,13 @@ def optimize(
     - `iterations`: gradient steps.
     - `optimizer`: any optax transformation; by default Adam with rate 0.15 falling to 0 on a cosine
       and short memories (β = .8, .95), right for controls on a log scale such as `Knots` and some
-      tens of iterations. `optax.lbfgs()` suits objectives without noise.
+      tens of iterations; it cuts gradients of more than 10 times the usual size. `optax.lbfgs()`
+      suits objectives without noise.
     - `rounds`: how often a candidate is judged; in each round the multipliers move once in all.
     - `validation`: held-out keys for each judgment.
     - `tolerance`: residual up to which a constraint counts as satisfied.
-    - `penalty`: μ, for an objective divided by its first value.
+    - `penalty`: the most that μ may be, for an objective divided by its first value. A residual
+      that scatters over keys gets a smaller one, so that its noise does not drive the multiplier.
     - `callback`: sees an `Iteration` after each. `KeyboardInterrupt` ends the search with the best
       so far; anything else that the callback raises passes through.
     - `checkpoints`: where to save the search between iterations, so that it survives its process;
@@ -76,7 +78,11 @@ def optimize(
       `positions` are.
 
     **Returns:** `Optimum`. A value or gradient that is not finite, or explodes, ends the search:
-    the best so far is returned and `message` names the iteration and the likely cause.
+    the best so far is returned and `message` names the iteration and the likely cause. At the start
+    and after each round one more gradient, of another noise, tells signal from noise; `agreement`
+    has the numbers. `doubts` names what speaks against the answer: gradients of two noises that
+    disagree, or far above the usual size; controls whose gradient is exactly 0 at the start, such
+    as a temperature that starts at 0; a multiplier beside a slack residual.
     **Raises:** `InputError` if `controls` has no floating leaf, or the first value or gradient is
     not finite.
     **Differentiation:** none; this is a loop on the host around one compiled step.
@@ -91,6 +97,17 @@ def optimize(
         >>> optimum = esl.optimize(objective, start, key=jax.random.key(0), iterations=200)
         >>> round(float(optimum.controls), 1)
         3.0
+
+        A temperature that starts at 0 has slope 0 there, by convention:
+
+        >>> def energy(temperature, key):
+        ...     rule = esl.Langevin(0.1, temperature)
+        ...     start = jnp.ones((4, 1))
+        ...     path = esl.simulate(esl.Quadratic(1.0), rule, start, steps=5, key=key)
+        ...     return jnp.mean(path.final**2)
+        >>> cold = esl.optimize(energy, esl.Constant(0.0), key=jax.random.key(0), iterations=2)
+        >>> print(cold.doubts[0].split(";")[0])
+        The gradient of controls.value is exactly 0 at the start on two noises
     """
     check_positive_int("iterations", iterations)
     check_positive_int("rounds", rounds)

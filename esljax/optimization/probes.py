@@ -1,8 +1,13 @@
 """What a search learns about its own noise: gradients and numbers of two keys at the same controls.
 
 Two gradients g₁, g₂ of independent noises at the same controls tell signal from noise: E g₁·g₂ is
-the square of the mean gradient, E ‖g₁ - g₂‖²/2 the variance of one gradient, and their cosine goes
-from 1, all signal, to 0, all noise.
+the square of the mean gradient, E ‖g₁ - g₂‖²/2 the variance of one gradient, and their agreement
+
+    g₁·g₂ / ½(‖g₁‖² + ‖g₂‖²)
+
+goes from 1, all signal, to 0, all noise. It is their cosine if they are equally long, and less if
+not: gradients that explode all point along the control that moves the run first, at random sizes,
+and their cosine is 1 or -1.
 """
 
 from typing import NamedTuple
@@ -11,7 +16,7 @@ import numpy as np
 
 from esljax._types import Float
 
-# Below this cosine the variance of one gradient exceeds twice the square of its mean.
+# Below this agreement the variance of one gradient exceeds twice the square of its mean.
 AGREE = 1 / 3
 # One iteration's noise of a residual pulls by at most this share of the largest useful multiplier.
 # On a quadratic under a constraint with residuals that scatter by .05 to 3, .2 brought the
@@ -25,7 +30,7 @@ class Probes(NamedTuple):
     still: Float[np.ndarray, " p"]
     """1 for each entry of the controls whose gradients are exactly 0 at the start, else 0."""
     agreement: Float[np.ndarray, " rounds+1"]
-    """Cosine of the two gradients; NaN where a gradient is 0 or was not taken."""
+    """Of the two gradients; NaN where both are 0 or they were not taken."""
     signal: Float[np.ndarray, " rounds+1"]
     """The mean gradient's norm, √max(0, g₁·g₂); NaN where it was not taken."""
     noise: Float[np.ndarray, " rounds+1"]
@@ -62,9 +67,9 @@ class Probes(NamedTuple):
 
     def with_gradients(self, place: int, one: np.ndarray, other: np.ndarray) -> "Probes":
         """These, with two gradients (p,) taken at the end of a round, or at the start (0)."""
-        cosine, signal, noise = compared(one, other)
+        agreement, signal, noise = compared(one, other)
         return self._replace(
-            agreement=_put(self.agreement, place, cosine),
+            agreement=_put(self.agreement, place, agreement),
             signal=_put(self.signal, place, signal),
             noise=_put(self.noise, place, noise),
         )
@@ -85,13 +90,16 @@ def no_probes(entries: int, residuals: int, rounds: int) -> Probes:
 
 
 def compared(one: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """Cosine (NaN if a gradient is 0), signal and noise of two gradients (p,)."""
+    """Agreement (NaN if both are 0), signal and noise of two gradients (p,)."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        norms = np.linalg.norm(one) * np.linalg.norm(other)
+        size = max(float(np.max(np.abs(one))), float(np.max(np.abs(other))))
+        # Squares of gradients beyond 1e154 overflow.
+        one, other = (one / size, other / size) if size > 0 else (one, other)
         product = float(one @ other)
-        cosine = product / norms if norms > 0 else np.nan
+        squares = float(one @ one + other @ other)
+        agreement = 2 * product / squares if squares > 0 else np.nan
         noise = np.linalg.norm(one - other) / np.sqrt(2)
-        return float(cosine), float(np.sqrt(max(product, 0.0))), float(noise)
+        return agreement, size * float(np.sqrt(max(product, 0.0))), size * float(noise)
 
 
 def _put(numbers: np.ndarray, place: int, number: float) -> np.ndarray:

@@ -81,9 +81,10 @@ class Optimum(eqx.Module):
     history: History
     """The iterations."""
     agreement: Float[np.ndarray, " rounds+1"]
-    """Cosine between the gradients of two independent noises at the same controls: at the start the
-    least over the objective and each residual, then of the Lagrangian at the end of each round.
-    NaN where a gradient is 0 or the search did not come to it. It falls to 0 at an optimum."""
+    """g₁·g₂ / ½(‖g₁‖² + ‖g₂‖²) of the gradients of two noises at the same controls: 1 if they are
+    equal, their cosine if only their lengths are, near 0 if they are noise. At the start the least
+    over the objective and each residual, then of the Lagrangian at the end of each round; NaN where
+    both are 0 or the search did not come to it. It falls to 0 at an optimum under noise."""
     message: str = eqx.field(static=True)
     """How the search ended, in a sentence."""
     doubts: tuple[str, ...] = eqx.field(static=True)

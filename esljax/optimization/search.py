@@ -149,8 +149,8 @@ class Search:
             # The first iteration names what is not finite.
             return state._replace(probes=state.probes)
         of_value, of_residuals = means[0], means[1:]
-        cosines = [compared(x, y)[0] for x, y in zip(one[1], other[1], strict=True)]
-        known = [cosine for cosine in cosines if not np.isnan(cosine)]
+        each = [compared(x, y)[0] for x, y in zip(one[1], other[1], strict=True)]
+        known = [agreement for agreement in each if not np.isnan(agreement)]
         agreement = probes.agreement.copy()
         agreement[0] = min(known, default=np.nan)
         norms = np.linalg.norm(of_residuals, axis=1)
