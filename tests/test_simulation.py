@@ -699,7 +699,7 @@ BAD = {
     r"`rule` must return a Diffusion or None from `law`, but Lawful.law returns": {
         "rule": Lawful(claim=lambda control: control.learning_rate)
     },
-    r"`rule` must claim one temperature of each step in its law, but claims numbers of shape \(2,\)": {
+    r"`rule` must claim one temperature of each step .*, but claims numbers of shape \(2,\)": {
         "rule": Lawful(claim=lambda c: esl.simulation.Diffusion(c.learning_rate, jnp.ones(2), 0.0))
     },
     "`mobility of the law` must be at least 0": {

@@ -113,7 +113,7 @@ def test_a_run_with_checkpoints_has_the_work_of_one_without(tmp_path, refused, m
     moving = esl.Driven(trap, esl.Linear(0.0, 1.0), before=-1.0, after=3.0)
 
     def run(folder=None):
-        saved = None if folder is None else esl.Checkpoints(folder, every=0)
+        saved = None if folder is None else esl.Checkpoints(folder, resume=True, every=0)
         return esl.simulate(
             moving,
             esl.Langevin(0.1, 0.1),
@@ -200,17 +200,22 @@ def test_work_differentiates_in_every_way_and_as_central_differences_do():
         )
 
 
-class Network(eqx.Module):
+class Network(esl.AbstractPotential):
     """A loss whose intermediate results outweigh its parameters by far."""
 
-    inputs: Any
+    scale: Any
+    conservative = True
 
-    def __call__(self, scale):
-        def loss(position):
-            hidden = jnp.tanh(scale * self.inputs @ position.reshape(4, 4))
-            return jnp.mean(jnp.tanh(hidden @ position.reshape(4, 4)) ** 2)
+    def energy(self, position, batch=None):
+        weights = position.reshape(4, 4)
+        inputs = jnp.cos(jnp.arange(1024.0)).reshape(256, 4)
+        return jnp.mean(jnp.tanh(jnp.tanh(self.scale * inputs @ weights) @ weights) ** 2)
 
-        return esl.FromFunction(loss)
+    def energy_and_gradient(self, position, batch=None):
+        return jax.value_and_grad(self.energy)(position)
+
+    def draw(self, key, members):
+        return None
 
 
 class Still(esl.Driven):
@@ -222,12 +227,12 @@ class Still(esl.Driven):
 
 
 def test_the_gradient_keeps_positions_and_no_intermediate_results_of_the_work():
-    network, start = Network(jnp.ones((256, 4))), jax.ShapeDtypeStruct((8, 16), jnp.float32)
+    start = jax.ShapeDtypeStruct((8, 16), jnp.float32)
 
     def needed(kind):
         def value(end, start):
             path = esl.simulate(
-                kind(network, esl.Linear(1.0, end)),
+                kind(Network, esl.Linear(1.0, end)),
                 esl.Langevin(0.1),
                 start,
                 steps=100,
@@ -314,7 +319,7 @@ def test_work_alone_gives_the_difference_of_free_energies(name):
 
 def numpy_jarzynski(work, temperature):
     """ΔF, its jackknife error and bias, and the effective members, from work (runs, n)."""
-    runs, n = work.shape
+    n = work.shape[1]
 
     def change(work):
         return -temperature * np.log(np.mean(np.exp(-work / temperature)))
@@ -366,15 +371,16 @@ def test_its_numbers_are_those_of_numpy_and_runs_are_pooled(runs):
 
 
 def test_few_members_show_their_bias():
-    """Sixteen members of a trap that dissipates about one temperature: ΔF = 0 comes out above 0,
-    and the jackknife sees more than half of that."""
+    """Sixteen members of a trap that dissipates more than its temperature: ΔF = 0 comes out above
+    0, and the jackknife sees more than half of that."""
+    driven = esl.Driven(trap, esl.Linear(0.0, 2.5))
 
     @jax.jit
     def one(i):
         keys = jax.random.split(jax.random.fold_in(KEY, i))
         start = jax.random.normal(keys[0], (16, 1))
         path = esl.simulate(
-            PROCESSES["moving"][0](),
+            driven,
             esl.Langevin(0.02, 1.0),
             start,
             steps=50,
@@ -410,7 +416,7 @@ def test_it_prints_its_numbers_and_how_far_to_trust_them():
 
 def test_one_member_far_below_the_others_leaves_a_finite_error():
     path = driven("moving", 8)
-    work = path.work_of_links.at[:, 3].add(-200.0)
+    work = path.work_of_links.at[:, 3].add(-25.0)
     found = esl.jarzynski(dataclasses.replace(path, work_of_links=work))
     np.testing.assert_allclose(found.effective_members, 1, rtol=1e-5)
     truth = numpy_jarzynski(np.asarray(jnp.sum(work, axis=0), np.float64)[None], 1.0)
@@ -461,7 +467,7 @@ REFUSED = {
     ),
     "must come from a rule with a law": Unlawful(),
     "must have one constant temperature above 0, but has temperature 0": esl.Langevin(0.1),
-    "must have one constant temperature above 0, but has temperatures from 0.5": esl.Langevin(
+    "must have one constant temperature above 0, but has temperatures from 0.625": esl.Langevin(
         0.1, esl.Linear(1.0, 0.5)
     ),
     "must hold members that feel the noise of their temperature": esl.ProbabilityFlow(
