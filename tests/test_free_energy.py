@@ -1,6 +1,7 @@
 """The free-energy monitor: books that balance on known laws and not on planted faults, calibrated
 errors, and honest words."""
 
+import dataclasses
 import functools
 import itertools
 import operator
@@ -144,7 +145,7 @@ def test_the_books_of_a_driven_and_cooled_trap_balance(name):
 
 def planted(fault):
     """The books of the trap with something wrong in them."""
-    potential, path = trapped()
+    potential, path = trapped(20_000)
     report = esl.free_energy(
         path, potential, entropy=esl.density.GaussianEntropy(), velocity=esl.AffineVelocity()
     )
@@ -210,8 +211,8 @@ def test_work_is_exact_for_any_number_of_snapshots_and_so_is_the_first_law():
 
     drives = np.interp(np.linspace(0, 1, 49), np.linspace(0, 1, 4), [0.0, 2.0, -0.5, 1.0])
     x, work, heat = start, np.zeros(4), np.zeros(4)
-    for now, then in itertools.pairwise([*drives, 3.0]):
-        moved = x - 0.05 * (1 + now) * (x - now**2) if now is not drives[-1] else x
+    for k, (now, then) in enumerate(itertools.pairwise([*drives, 3.0])):
+        moved = x - 0.05 * (1 + now) * (x - now**2) * (k < 48)
         heat += energy(moved, now) - energy(x, now)
         work += energy(moved, then) - energy(moved, now)
         x = moved
@@ -521,6 +522,21 @@ def test_bad_input(sentence, refused):
     )
     path, potential = options.pop("trajectory", path), options.pop("potential")
     refused(lambda: esl.free_energy(path, potential, **options), sentence)
+
+
+def test_work_and_law_are_known_or_the_run_is_refused(refused):
+    start = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+    moving = esl.Driven(lambda center: esl.Quadratic(1.0, center), esl.Linear(0.0, 1.0))
+
+    def books(path, potential):
+        return esl.free_energy(path, potential, entropy=esl.density.GaussianEntropy())
+
+    path = esl.simulate(moving, esl.Langevin(0.1, 0.1), start, steps=4, snapshots=2, key=KEY)
+    bare = dataclasses.replace(path, work_of_links=None)
+    refused(lambda: books(bare, moving), "must hold the work of a potential that moves")
+    np.testing.assert_array_equal(books(bare, esl.Quadratic(1.0)).work, 0)
+    lawless = dataclasses.replace(path, lawful=False)
+    refused(lambda: books(lawless, moving), "must come from a rule with a law")
 
 
 def test_a_run_that_left_the_numbers_is_refused():

@@ -170,8 +170,10 @@ def _of_each_member(
 
     Numbers that belong to the ensemble as a whole are missing here: `_of_all_members` adds them.
     """
-    energy, work = _energies(trajectory, potential)
-    links, members = work.shape
+    energy = _energies(trajectory, potential)
+    links, members = energy.shape[0] - 1, energy.shape[1]
+    # Of a potential at rest, which needs no record of it, the work is 0.
+    work: Any = trajectory.work_of_links if potential.moves else jnp.zeros_like(energy[1:])
     along = coarse = None
     if velocity is not None:
         along, coarse = _dissipation(trajectory, potential, velocity)
@@ -218,13 +220,11 @@ def _temperatures(trajectory: Trajectory) -> Float[Array, " snapshots"]:
     return law.temperature[np.minimum(np.arange(links + 1) * (steps // links), steps - 1)]
 
 
-def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
-    """Φ of every member at every snapshot (J+1, n), outside the jumps at the ends, and the work on
-    it along every link (J, n)."""
+def _energies(trajectory: Trajectory, potential: Any) -> Float[Array, "snapshots n"]:
+    """Φ of every member at every snapshot, outside the jumps at the ends."""
     positions = trajectory.positions
     if not potential.moves:
-        energy = jax.lax.map(jax.vmap(potential.energy), positions)
-        return energy, jnp.zeros_like(energy[1:])
+        return jax.lax.map(jax.vmap(potential.energy), positions)
 
     def at_snapshot(s_and_members: tuple[Array, Array]) -> Array:
         s, members = s_and_members
@@ -234,7 +234,7 @@ def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
     inside = jax.lax.map(at_snapshot, (trajectory.times[1:-1], positions[1:-1]))
     start = jax.vmap(potential.at_start().energy)(positions[0])
     end = jax.vmap(potential.at_end().energy)(positions[-1])
-    return jnp.concatenate([start[None], inside, end[None]]), work
+    return jnp.concatenate([start[None], inside, end[None]])
 
 
 def _entropies(trajectory: Trajectory, entropy: Any) -> Float[Array, "snapshots n"]:

@@ -27,7 +27,7 @@ from esljax.sharding import replicate
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
 
 # With fewer effective members, unless they are most of all, the interval of two standard errors
-# covers the truth in less than 90 % of ensembles: 73 to 88 % at 10 to 30 of them (Gaussian work).
+# covers the truth in less than 90 % of ensembles: in 73 to 88 % at 10 to 30 (Gaussian work).
 _FEW = 50
 
 _PRINTED = {
