@@ -246,9 +246,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         chosen = [
             cell
             for cell in chosen
-            if any(
-                all(a == b for a, b in zip(one, _names(cell), strict=False)) for one in asked
-            )
+            if any(all(a == b for a, b in zip(one, _names(cell), strict=False)) for one in asked)
         ]
     if arguments.smoke:
         chosen = [Cell("affine", "trap", 1.0, 12), Cell("moments", "trap", 1.0, 12)]

@@ -107,11 +107,11 @@ five; `mixture` relaxes in three."""
 
 def bures(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
     """W2² of Gaussians with these means and covariances."""
-    (m, a), (l, b) = one, other
+    (m, a), (o, b) = one, other
     values, vectors = np.linalg.eigh(a)
     root = (vectors * np.sqrt(values)) @ vectors.T
     crossed = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b @ root), 0)).sum()
-    return float(np.sum((m - l) ** 2) + np.trace(a) + np.trace(b) - 2 * crossed)
+    return float(np.sum((m - o) ** 2) + np.trace(a) + np.trace(b) - 2 * crossed)
 
 
 def _affine(system: System, k: float, shrunk: float, variance: float) -> float:
