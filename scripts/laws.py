@@ -1,0 +1,179 @@
+"""Systems whose laws are known at every step of the simulated map, and the numbers of those laws.
+
+A step θ → θ - h k_i θ + sqrt(2 T h) ξ is linear, so it maps Gaussian mixtures to Gaussian mixtures:
+every mean μ is multiplied by 1 - h k_i, and the variance s² of every component becomes
+(1 - h k_i)² s² + 2 T h. All numbers are those of these laws, so the length of a step is no error.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import esljax as esl
+
+TIMES = (0.3, 1.0, 3.0, 10.0)
+"""The learning times U at which every system is measured."""
+_NODES = 40
+
+
+class Stiffness(esl.AbstractSchedule):
+    """The stiffness whose trap of temperature 1 widens at constant speed from 1 to its final width.
+
+    The drive of least work in the time `duration` (Schmiedl and Seifert, PRL 98, 108301 (2007)):
+    the path is a geodesic at constant speed, so Σ = L² = W2².
+    """
+
+    duration: Any
+
+    def __call__(self, s):
+        t = self.duration
+        end = (1 / t + (1 / t**2 + 2 + 2 / t) ** 0.5) / (2 + 2 / t)
+        width = 1 + (end - 1) * s
+        return (1 - width * (end - 1) / t) / width**2
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """Members from a mixture of Gaussians N(means_i, variance I), in a trap about 0."""
+
+    temperature: float
+    means: np.ndarray
+    weights: np.ndarray
+    variance: float
+    stiffening: bool = False
+
+    @property
+    def d(self) -> int:
+        return self.means.shape[1]
+
+    def potential(self, duration: Any) -> esl.AbstractPotential:
+        if not self.stiffening:
+            return esl.Quadratic(1.0)
+        return esl.Driven(esl.Quadratic, Stiffness(duration))
+
+    def start(self, key: Any, n: int) -> Any:
+        which, noise = jax.random.split(key)
+        component = jax.random.choice(
+            which, len(self.weights), (n,), p=jnp.asarray(self.weights, jnp.float32)
+        )
+        spread = jax.random.normal(noise, (n, self.d)) * self.variance**0.5
+        return jnp.asarray(self.means, jnp.float32)[component] + spread
+
+    def stiffness(self, duration: float, steps: int) -> np.ndarray:
+        """k at the training times i/K, i = 0, ..., K."""
+        s = np.arange(steps + 1) / steps
+        return Stiffness(duration)(s) if self.stiffening else np.ones(steps + 1)
+
+    def laws(self, duration: float, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """How far the means have shrunk and the variance of the components, (K+1,) each."""
+        h, k = duration / steps, self.stiffness(duration, steps)
+        shrunk = np.concatenate([[1.0], np.cumprod(1 - h * k[:-1])])
+        variance = np.empty(steps + 1)
+        variance[0] = self.variance
+        for i in range(steps):
+            variance[i + 1] = (1 - h * k[i]) ** 2 * variance[i] + 2 * self.temperature * h
+        return shrunk, variance
+
+    def moments(self, shrunk: float, variance: float) -> tuple[np.ndarray, np.ndarray]:
+        mean = self.weights @ self.means
+        apart = self.means - mean
+        between = (apart.T * self.weights) @ apart
+        return shrunk * mean, shrunk**2 * between + variance * np.eye(self.d)
+
+
+def _trap(temperature: float, mean: np.ndarray, stiffening: bool = False) -> System:
+    return System(temperature, mean[None], np.ones(1), 1.0, stiffening)
+
+
+SYSTEMS: dict[str, System] = {
+    "trap": _trap(1.0, np.zeros(1), stiffening=True),
+    "ou1": _trap(0.1, 2 * np.eye(1)[0]),
+    "ou5": _trap(0.1, 2 * np.eye(5)[0]),
+    # Three hills, their centers two to three standard deviations apart, off the middle of the trap.
+    "mixture": System(
+        0.5,
+        np.array([[1.5, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 1.5, 1.0]]),
+        np.array([0.5, 0.3, 0.2]),
+        0.25,
+    ),
+}
+"""`trap` stiffens, in one dimension; `ou1` and `ou5` are Ornstein-Uhlenbeck processes in one and
+five; `mixture` relaxes in three."""
+
+
+def bures(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray]) -> float:
+    """W2² of Gaussians with these means and covariances."""
+    (m, a), (o, b) = one, other
+    values, vectors = np.linalg.eigh(a)
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    crossed = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ b @ root), 0)).sum()
+    return float(np.sum((m - o) ** 2) + np.trace(a) + np.trace(b) - 2 * crossed)
+
+
+def _affine(system: System, k: float, shrunk: float, variance: float) -> float:
+    """E‖w‖² of the best affine field, which is the velocity of the Gaussian of the same moments."""
+    mean, covariance = system.moments(shrunk, variance)
+    slope = -k * np.eye(system.d) + system.temperature * np.linalg.inv(covariance)
+    return float(np.sum((k * mean) ** 2) + np.trace(slope @ covariance @ slope))
+
+
+def _exact(system: System, k: float, shrunk: float, variance: float) -> float:
+    """E‖v‖² of v = -k θ - T ∇log q, by the quadrature of Gauss and Hermite about each component."""
+    x, w = np.polynomial.hermite_e.hermegauss(_NODES)
+    # The law is Gaussian, and independent, along directions in which all means agree.
+    means = shrunk * system.means
+    along = np.ptp(means, axis=0) > 0
+    d = int(along.sum())
+    grid = np.stack([g.ravel() for g in np.meshgrid(*[x] * d)], axis=-1)
+    mass = np.prod(np.meshgrid(*[w / w.sum()] * d), axis=0).ravel()
+    total = 0.0
+    for center, weight in zip(means[:, along], system.weights, strict=True):
+        at = center + np.sqrt(variance) * grid
+        apart = means[None, :, along] - at[:, None]
+        logits = np.log(system.weights) - np.sum(apart**2, axis=2) / (2 * variance)
+        share = np.exp(logits - logits.max(axis=1, keepdims=True))
+        share /= share.sum(axis=1, keepdims=True)
+        score = np.einsum("ac,acd->ad", share, apart) / variance
+        total += weight * mass @ np.sum((-k * at - system.temperature * score) ** 2, axis=1)
+    offset = means[0, ~along]
+    alone = (k - system.temperature / variance) ** 2 * variance
+    return total + float(np.sum((k * offset) ** 2) + alone * (~along).sum())
+
+
+def _simpson(y: np.ndarray) -> float:
+    weights = np.full(len(y), 2 / 3)
+    weights[1::2], weights[[0, -1]] = 4 / 3, 1 / 3
+    return float(weights @ y / (len(y) - 1))
+
+
+def truth(name: str, duration: float, steps: int, links: int, kind: str) -> dict[str, float]:
+    """The numbers that an estimator should give on the average.
+
+    **Args:** `kind`: "affine" for the best affine field, "field" for the velocity itself, "chain"
+    for the chain of `links` links between the laws. W2² is that of the moments.
+    """
+    system = SYSTEMS[name]
+    k, (shrunk, variance) = system.stiffness(duration, steps), system.laws(duration, steps)
+    moments = [system.moments(*law) for law in zip(shrunk, variance, strict=True)]
+    distance = bures(moments[0], moments[-1])
+    rate: Callable[..., float] = _exact if kind == "field" and len(system.weights) > 1 else _affine
+    squares = np.array([rate(system, *at) for at in zip(k, shrunk, variance, strict=True)])
+    sigma, length = duration**2 * _simpson(squares), duration * _simpson(np.sqrt(squares))
+    numbers = {"gap": sigma - distance}
+    if kind == "chain":
+        at = moments[:: steps // links]
+        steps_apart = np.array([bures(*pair) for pair in zip(at[:-1], at[1:], strict=True)])
+        sigma, length = links * steps_apart.sum(), np.sqrt(steps_apart).sum()
+        # The interval of the gap is about Σ itself, its debiased value about the chain's.
+        numbers["debiased_gap"] = sigma - distance
+    return numbers | {
+        "entropy_production": sigma,
+        "w2_squared": distance,
+        "length_squared": length**2,
+        "temporal": sigma - length**2,
+        "geometric": length**2 - distance,
+    }
