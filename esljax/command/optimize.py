@@ -308,7 +308,8 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
 
 def _examined(comparison: Comparison) -> dict[str, Any]:
     """The numbers of the optimized schedule alone."""
-    debiased, batches = comparison.debiased_w2_squared, comparison.batches
+    debiased = comparison.debiased_w2_squared
+    batches: Any = comparison.batches
     return {
         "debiased_w2_squared": None if debiased is None else debiased[0],
         "batch_temperature": None
@@ -458,7 +459,8 @@ def _on_the_path(comparison: Comparison) -> Iterator[str]:
     if dissipations:
         least, most = min(dissipations), max(dissipations)
         yield f"The dissipated free energy D is {least:.4g} to {most:.4g} nats over the schedules."
-    batches, optimized = comparison.batches, comparison.optimized
+    batches: Any = comparison.batches
+    optimized = comparison.optimized
     if batches is not None:
         low, high = float(jnp.min(batches.temperature)), float(jnp.max(batches.temperature))
         yield (

@@ -173,7 +173,6 @@ def _of_each_member(
     energy = _energies(trajectory, potential)
     links, members = energy.shape[0] - 1, energy.shape[1]
     # Of a potential at rest, which needs no record of it, the work is 0.
-    work: Any = trajectory.work_of_links if potential.moves else jnp.zeros_like(energy[1:])
     along = coarse = None
     if velocity is not None:
         along, coarse = _dissipation(trajectory, potential, velocity)
@@ -230,7 +229,6 @@ def _energies(trajectory: Trajectory, potential: Any) -> Float[Array, "snapshots
         s, members = s_and_members
         return jax.vmap(potential.at(s).energy)(members)
 
-    work: Any = trajectory.work_of_links
     inside = jax.lax.map(at_snapshot, (trajectory.times[1:-1], positions[1:-1]))
     start = jax.vmap(potential.at_start().energy)(positions[0])
     end = jax.vmap(potential.at_end().energy)(positions[-1])
