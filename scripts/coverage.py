@@ -151,9 +151,7 @@ def count(cell: Cell, repetitions: int) -> list[dict[str, Any]]:
         interval = "mean"
         if number in ("entropy_production", "w2_squared"):
             interval = "square"
-        elif number == "gap" and kind == "chain":
-            interval = "bracket"
-        elif number in UNRESOLVED and not resolved.all():
+        elif (number == "gap" and kind == "chain") or (number in UNRESOLVED and not resolved.all()):
             interval = "bracket"
         clear = resolved if number in UNRESOLVED else np.ones_like(resolved)
         rows.append(

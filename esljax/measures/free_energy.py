@@ -173,6 +173,7 @@ def _of_each_member(
     energy = _energies(trajectory, potential)
     links, members = energy.shape[0] - 1, energy.shape[1]
     # Of a potential at rest, which needs no record of it, the work is 0.
+    work: Any = trajectory.work_of_links if potential.moves else jnp.zeros_like(energy[1:])
     along = coarse = None
     if velocity is not None:
         along, coarse = _dissipation(trajectory, potential, velocity)
