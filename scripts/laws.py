@@ -6,6 +6,7 @@ every mean μ is multiplied by 1 - h k_i, and the variance s² of every componen
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -166,7 +167,7 @@ def truth(name: str, duration: float, steps: int, links: int, kind: str) -> dict
     numbers = {"gap": sigma - distance}
     if kind == "chain":
         at = moments[:: steps // links]
-        steps_apart = np.array([bures(*pair) for pair in zip(at[:-1], at[1:], strict=True)])
+        steps_apart = np.array([bures(*pair) for pair in itertools.pairwise(at)])
         sigma, length = links * steps_apart.sum(), np.sqrt(steps_apart).sum()
         # The interval of the gap is about Σ itself, its debiased value about the chain's.
         numbers["debiased_gap"] = sigma - distance

@@ -257,12 +257,12 @@ def _on_the_residual(report: FreeEnergy, residual: float, dissipation: float) ->
 def _on_spacing(report: FreeEnergy, dissipation: float) -> list[str]:
     if report.dissipation_coarse is None:
         return []
-    # The trapezoidal rule's error falls as 1/J², so a third of the last change is all that further
-    # halvings would add.
+    # The error of a chain falls as 1/J², so a third of the last change is all that further halvings
+    # would add; that of extrapolated velocities falls faster.
     change = dissipation - float(report.dissipation_coarse)
     return [
-        f"Halving the number of snapshots changes D by {change:.2g}, so spacing still hides about "
-        f"{change / 3:.1g}."
+        f"Halving the number of snapshots changes D by {change:.2g}, so spacing still hides "
+        f"{change / 3:.1g} at most."
     ]
 
 

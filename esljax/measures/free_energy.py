@@ -281,14 +281,23 @@ def _dissipation(
     trajectory: Trajectory, potential: Any, velocity: AbstractVelocity
 ) -> tuple[Array, Array | None]:
     """D = ∫ g² du, the share of each member: of every link (n, J), and in all from every second
-    snapshot (n,), if their number allows it."""
-    rates = member_rates(trajectory, GaussianTransport(), velocity, potential).whole
+    snapshot (n,), if their number allows it.
+
+    With an even number of links, each pair of them is extrapolated from its trapezoids and that
+    over both, as Σ is in `velocities`.
+    """
+    rates = member_rates(trajectory, GaussianTransport(), velocity, potential)
     learning_times = spans(trajectory)[:, None]
-    along = _trapezoids(rates, learning_times).T
+    along = _trapezoids(rates.whole, learning_times)
     if learning_times.shape[0] % 2:
-        return along, None
-    coarse = _trapezoids(rates[::2], learning_times[::2] + learning_times[1::2])
-    return along, jnp.sum(coarse, axis=0)
+        return along.T, None
+    pairs = learning_times[::2] + learning_times[1::2]
+    coarse = _trapezoids(rates.whole[::2], pairs)
+    if rates.smooth:
+        missed = (along[::2] + along[1::2] - coarse) / 3
+        shares = safe_divide(learning_times, jnp.repeat(pairs, 2, axis=0))
+        along = along + shares * jnp.repeat(missed, 2, axis=0)
+    return along.T, jnp.sum(coarse, axis=0)
 
 
 def _chain(
