@@ -47,13 +47,13 @@ def searches(offset, scatter, iterations, seeds=3):
     ]
 
 
-@pytest.mark.parametrize("scatter", [0.3, 1.0, 3.0])
-def test_noise_does_not_drive_a_slack_constraint(scatter):
-    """With one penalty for all, these searches ended at 150 to 270, with multipliers to 4700."""
+@pytest.mark.parametrize(("scatter", "most"), [(0.3, 105), (1.0, 112), (3.0, 145)])
+def test_noise_does_not_drive_a_slack_constraint(scatter, most):
+    """With one penalty for all, these searches ended at 110, 150 and 270 on average, with
+    multipliers of up to 205, 1280 and 4670."""
     for optimum in searches(0.1, scatter, 40):
-        # What is left of the push costs a tenth at most, instead of half of the objective or more.
-        assert exact(optimum.controls) < 112
-        assert optimum.multipliers[0] < 130
+        assert exact(optimum.controls) < most
+        assert optimum.multipliers[0] < 160
         slack = -optimum.residuals[0] > 3 * optimum.standard_error.residuals[0] + 1e-3
         product = -optimum.multipliers[0] * optimum.residuals[0]
         if slack and product > max(1, 3 * optimum.standard_error.value):
@@ -191,6 +191,16 @@ def spiky(x, key):
     return -x * jnp.where(is_one_of(key, jnp.array([7, 12])), 1e3, 1.0)
 
 
+def adam(slopes):
+    """Where the default optimizer goes along these slopes; whole slopes of -1000 lead to 1.69."""
+    x = mean = square = 0.0
+    for i, slope in enumerate(slopes):
+        mean, square = 0.8 * mean + 0.2 * slope, 0.95 * square + 0.05 * slope**2
+        rate = 0.15 * 0.5 * (1 + np.cos(np.pi * i / len(slopes)))
+        x -= rate * mean / (1 - 0.8 ** (i + 1)) / (np.sqrt(square / (1 - 0.95 ** (i + 1))) + 1e-8)
+    return x
+
+
 def test_a_gradient_of_unusual_size_is_cut_and_named():
     cut = esl.optimize(spiky, 0.0, key=KEY, iterations=40)
     assert cut.doubts[0].startswith(
@@ -200,8 +210,9 @@ def test_a_gradient_of_unusual_size_is_cut_and_named():
     np.testing.assert_allclose(cut.history.gradient_norm[[6, 7, 12, 13]], [1, 1e3, 1e3, 1])
     smooth = esl.optimize(lambda x, key: -x, 0.0, key=KEY, iterations=40)
     assert smooth.doubts == ()
-    # Adam that had followed them would have crept: .49 of the way.
-    assert 0.75 < cut.controls / smooth.controls < 1.5
+    slopes = np.where(np.isin(np.arange(40), [7, 12]), -10.0, -1.0)
+    np.testing.assert_allclose(cut.controls, adam(slopes), rtol=1e-5)
+    np.testing.assert_allclose(smooth.controls, adam(np.full(40, -1.0)), rtol=1e-5)
 
 
 def test_an_optimizer_of_the_users_own_follows_them_as_they_are():
@@ -354,12 +365,12 @@ def test_gradient_norms_of_a_quadratic(rate):
         2 * a * b / (a**2 + b**2) for a, b in [squares[[0, 1]], squares[[0, 2]], squares[[1, 2]]]
     ]
     np.testing.assert_allclose(norms.agreement, np.mean(pairs), rtol=1e-6)
-    # 1.2 to the power 60 is 5.6e4; the horizon itself gives a factor of 4.
-    assert norms.exploding == (40 if rate > 2 else None)
+    # From 5 to 10 steps 2 · 1.2^10 = 12.4 times; the cube of the horizon grows 8 times.
+    assert norms.exploding == (10 if rate > 2 else None)
     assert norms.disagreeing is None
     assert norms.verdict == (
-        "Gradients grow 2.2e+05 times from 10 to 40 steps: they explode. Lower the learning rate, "
-        "or take fewer steps."
+        "Gradients grow 12 times from 5 to 10 steps: they explode. Lower the learning rate, or take "
+        "fewer steps."
         if rate > 2
         else "Gradients of two noises agree and do not explode up to 40 steps."
     )
