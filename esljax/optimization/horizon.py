@@ -154,18 +154,19 @@ def gradient_norms(
         >>> import esljax as esl
         >>> import jax
         >>> import jax.numpy as jnp
+        >>> potential = esl.Quadratic(1.0)
         >>> start = jax.random.normal(jax.random.key(0), (8, 1))
         >>> def objective_of(steps):
         ...     def loss(rate, key):
         ...         rule = esl.Langevin(rate, 1e-3)
-        ...         path = esl.simulate(esl.DoubleWell(), rule, start, steps=steps, key=key)
-        ...         return jnp.mean(esl.DoubleWell()(path.final))
+        ...         path = esl.simulate(potential, rule, start, steps=steps, key=key)
+        ...         return jnp.mean(potential(path.final))
         ...     return loss
         >>> norms = esl.optimization.gradient_norms(
-        ...     objective_of, esl.Constant(0.1), steps=(10, 20), key=jax.random.key(1)
+        ...     objective_of, esl.Constant(0.05), steps=(20, 40), key=jax.random.key(1)
         ... )
         >>> print(norms.verdict)
-        Gradients of two noises agree and do not explode up to 20 steps.
+        Gradients of two noises agree and do not explode up to 40 steps.
     """
     if not callable(objective_of):
         raise refuse(

@@ -103,7 +103,7 @@ def optimize(
         >>> def energy(temperature, key):
         ...     rule = esl.Langevin(0.1, temperature)
         ...     start = jnp.ones((4, 1))
-        ...     path = esl.simulate(esl.Quadratic(1.0), rule, start, steps=5, key=key)
+        ...     path = esl.simulate(esl.Quadratic(1.0), rule, start, steps=20, key=key)
         ...     return jnp.mean(path.final**2)
         >>> cold = esl.optimize(energy, esl.Constant(0.0), key=jax.random.key(0), iterations=2)
         >>> print(cold.doubts[0].split(";")[0])
