@@ -251,7 +251,6 @@ def test_the_gradient_keeps_positions_and_no_intermediate_results_of_the_work():
 # The search
 
 
-@pytest.mark.slow
 def test_a_search_over_drives_finds_the_least_work_and_not_the_gaps_between_snapshots():
     """Twenty-one knots and three snapshots. Trapezoids over the snapshots have no least value
     there: spikes between them, and at the ends, cost nothing. The truth is the least work of the
