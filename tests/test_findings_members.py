@@ -91,7 +91,8 @@ def from_the_middle(x, random):
 def test_labels_that_do_not_follow_members_are_recovered(healthy, permute):
     """The laws are the same, so all numbers and errors are, to the order of the groups."""
     shuffled = permute(healthy, np.random.default_rng(1))
-    for transport in (esl.GaussianTransport(), esl.ExactTransport()):
+    exact = [esl.ExactTransport()] if permute is everywhere else []
+    for transport in (esl.GaussianTransport(), *exact):
         given = report(healthy, transport=transport, jackknife=64, debias=False)
         found = report(shuffled, transport=transport, jackknife=64, debias=False)
         assert names(found) == ["labels do not follow members", *names(given)]

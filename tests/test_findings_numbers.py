@@ -38,15 +38,14 @@ def by_moments(path, potential=TRAP, **options):
 
 @pytest.fixture(scope="module")
 def slow():
-    """A trap that relaxes by a little: Σ of the law is .02, of which a chain of samples sees 1."""
-    return fall(0.5, n=200, time=0.05, width=0.6, center=0.3)
+    """A trap that relaxes by a little: Σ of the law is about .05, and that of samples ten times."""
+    return fall(0.5, n=100, time=0.3, width=0.6, center=0.3)
 
 
 def test_a_chain_of_samples_in_a_slow_trap_is_sampling_noise(slow):
-    report = esl.speed_limit(slow, transport=esl.ExactTransport(), debias=True, jackknife=8)
-    finding = report.diagnose()[0]
+    report = esl.speed_limit(slow, transport=esl.GaussianTransport(), debias=True, jackknife=16)
+    (finding,) = report.diagnose()
     assert finding.name == "sampling noise"
-    assert names(report)[1:] in ([], ["noise-dominated chain"])
     assert "fewer snapshots" in finding.change
     assert "more snapshots" not in finding.change
     assert "errs upward" in finding.evidence
@@ -56,7 +55,7 @@ def test_a_chain_of_samples_in_a_slow_trap_is_sampling_noise(slow):
 
 
 def test_without_a_debiased_chain_spacing_asks_for_it(slow):
-    report = esl.speed_limit(slow, transport=esl.ExactTransport(), jackknife=0)
+    report = esl.speed_limit(slow, transport=esl.GaussianTransport(), jackknife=0)
     finding = next(one for one in report.diagnose() if one.name.startswith("Σ not converged"))
     assert finding.change.startswith("measure with debias=True")
     # A Σ that is not the chain's is not judged by the chain's spacing.
@@ -110,20 +109,16 @@ def test_what_moved_the_run_agrees_with_the_chain(warm, velocity):
     moments = isinstance(velocity, esl.AffineVelocity)
     transport = esl.GaussianTransport() if moments else esl.ExactTransport()
     velocity = esl.TransportVelocity(transport) if velocity is None else velocity
-    for path in warm:
-        report = esl.speed_limit(
-            path,
-            transport=transport,
-            velocity=velocity,
-            potential=TRAP if velocity.needs_drift else None,
-            debias=True,
-            jackknife=8,
-        )
+    for path in warm if moments else warm[:1]:
+        options = {
+            "transport": transport,
+            "velocity": velocity,
+            "potential": TRAP if velocity.needs_drift else None,
+            "jackknife": 8 * moments,
+        }
+        report = esl.speed_limit(path, debias=True, **options)
         assert "velocity and chain disagree" not in names(report)
-        if velocity.needs_drift and not moments:
+        if velocity.needs_drift:
             wrong = dataclasses.replace(path, rates=3 * path.rates)
-            report = esl.speed_limit(
-                wrong, transport=transport, velocity=velocity, potential=TRAP, jackknife=0
-            )
-            assert "velocity and chain disagree" in names(report)
-            break
+            found = names(esl.speed_limit(wrong, debias=True, **options))
+            assert "velocity and chain disagree" in found

@@ -127,15 +127,17 @@ def of_disagreement(report: Any) -> Iterator[Finding]:
     if debiased is not None:
         chains.append(float(debiased))
     names = ("entropy_production", "debiased_entropy_production")
-    allowed += at.DISAGREEING * max(_error(report, name) for name in names)
+    error = max(_error(report, name) for name in names)
     # Finite differences between snapshots share the sampling bias of the chain.
+    rest = moving - allowed - at.DISAGREEING * error
     above = moving > at.DISAGREEMENT * max(chains) and (
-        moving - allowed > at.DISAGREEMENT * max(chains[-1], 0.0)
+        rest > at.DISAGREEMENT * max(chains[-1], 0.0)
     )
     # A class of fields may miss part of a velocity. Affine fields miss nothing of a chain of
     # moments, whatever the law.
     exact = debiased is not None and report.evidence is not None and report.evidence.moments_only
-    below = exact and min(chains) - allowed > at.DISAGREEMENT * max(moving, 0.0)
+    rest = min(chains) - allowed - at.VIOLATION * error
+    below = exact and rest > at.DISAGREEMENT * max(moving, 0.0)
     if not (above or below):
         return
     chain = chains[-1]
@@ -143,8 +145,8 @@ def of_disagreement(report: Any) -> Iterator[Finding]:
     yield Finding(
         "velocity and chain disagree",
         f"By velocities {moving:.4g} of Σ moves mass, {ratio} the chain's "
-        f"{'' if debiased is None else 'debiased '}{chain:.4g} of the same snapshots; errors and "
-        f"spacing explain {allowed:.2g}.",
+        f"{'' if debiased is None else 'debiased '}{chain:.4g} of the same snapshots; spacing "
+        f"explains {allowed:.2g}, and the error is {error:.2g}.",
         (
             "a potential, learning rates or temperatures that are not those of the run",
             *([] if resolved else ["circulation, which this estimator does not tell apart"]),
