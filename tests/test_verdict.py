@@ -212,6 +212,12 @@ def test_a_speed_that_is_not_resolved():
         "The speed does not stand out of its noise, so uneven timing cannot be separated from the "
         f"bend of the path; it accounts for between 0 and {upper:.3g} of Σ."
     )
+    bare = report(None, length_resolved=False)
+    assert tiers(bare)[1].endswith("cannot be separated from the bend of the path.")
+    rows = {row.rsplit("  ", 1)[0].strip(): row for row in str(bare).splitlines()}
+    for label in ("Wasserstein length L²", "temporal", "geometric"):
+        assert rows[label].endswith("  not resolved")
+    assert rows["L², plug-in"].endswith("4.2")
 
 
 # The caveats
