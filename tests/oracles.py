@@ -196,6 +196,42 @@ def discrete_stationary_variance(k, temperature, eta):
     return temperature / (k * (1 - k * eta / 2))
 
 
+def euler_truth(mean, covariance, stiffness, steps, rate, temperature):
+    """Return what K Euler-Maruyama steps of linear drift -K(s) θ make of a Gaussian law.
+
+    Moments are exact for the discrete map. The action of each step is its mobility times the mean
+    of g² at its two ends, so that Σ = K² η² ∫g²; the gradient part solves A C + C A = V C + C Vᵀ.
+
+    `stiffness` is a function of s in [0, 1] that returns K (d, d).
+    """
+    eye, m, c = np.eye(len(mean)), np.asarray(mean, float), np.asarray(covariance, float)
+    whole, moving = [], []
+    for i in range(steps + 1):
+        k = stiffness(i / steps)
+        slope = temperature * np.linalg.inv(c) - k
+        gradient = solve_continuous_lyapunov(c, slope @ c + c @ slope.T)
+        drift = np.sum((k @ m) ** 2)
+        whole.append(drift + np.trace(slope @ c @ slope.T))
+        moving.append(drift + np.trace(gradient @ c @ gradient))
+        if i < steps:
+            step = eye - rate * k
+            m, c = step @ m, step @ c @ step.T + 2 * rate * temperature * eye
+    clock = rate * steps
+    action, metric, length = (
+        clock * np.trapezoid(each, dx=1 / steps) for each in (whole, moving, np.sqrt(moving))
+    )
+    return Truth(
+        clock * action,
+        length**2,
+        gaussian_w2_squared(np.asarray(mean, float), np.asarray(covariance, float), m, c),
+        clock * (action - metric),
+        action,
+        clock,
+        m,
+        c,
+    )
+
+
 def linear_descent(positions, stiffness, center, rates):
     """Positions (K+1, n, d) of gradient descent on linear drift."""
     path = [np.asarray(positions)]
@@ -269,6 +305,22 @@ def stiffening_drive(s):
     speed = (1 + np.sqrt(5)) / 4 - 1
     width = 1 + speed * np.asarray(s)
     return (1 - width * speed) / width**2
+
+
+def stiffening(time):
+    """Return the stiffness λ(s) of O7 in t_f = `time` instead of 1, and the least Σ.
+
+    The law starts at N(0, 1) in a trap of stiffness 1 that ends at 2. Its width moves at constant
+    speed to the best end, so that Σ = L² = W2².
+    """
+    end = (1 / time + np.sqrt(1 / time**2 + 2 + 2 / time)) / (2 + 2 / time)
+    speed = (end - 1) / time
+
+    def stiffness(s):
+        width = 1 + (end - 1) * s
+        return (1 - width * speed) / width**2
+
+    return stiffness, (end - 1) ** 2
 
 
 def driven_books(stiffness, center, jumps):

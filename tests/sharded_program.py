@@ -117,13 +117,19 @@ def main(out: str, meshes: str, devices: str, *processes: str) -> None:
             assert str(report)
             assert report.diagnose() is not None
         for name, (transport, velocity, potential) in velocities.items():
+            full = name == "affine"
             report = esl.speed_limit(
                 paths["trap"],
                 transport=transport,
                 velocity=velocity,
                 potential=potential,
-                jackknife=0,
+                jackknife=4 * full,
+                debias=full,
             )
+            if full:
+                bare = [report.gap, report.debiased_length_squared, report.entropy_production_bound]
+                errors = [report.standard_error.gap, report.standard_error.debiased_length_squared]
+                results[f"{size} debiased affine"] = np.array([*bare, *errors])
             results[f"{size} velocity {name}"] = np.array(
                 [report.entropy_production, report.length_squared, report.w2_squared]
             )

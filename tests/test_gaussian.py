@@ -168,6 +168,9 @@ def test_stationary_rotation_is_all_housekeeping():
     trap = Trap(np.array([[1.0, -2.0], [2.0, 1.0]]))
     report = speed_limit(Law([0.0, 0.0], 0.5 * np.eye(2)), trap, constant_rule(3.0, 0.5), steps=1)
     np.testing.assert_allclose(report.entropy_production, 4 * 3.0**2, rtol=1e-12)
+    assert report.circulation == "resolved"
+    np.testing.assert_allclose(report.metric_action, 0, atol=1e-12)
+    assert report.best("entropy_production") == report.entropy_production
     np.testing.assert_allclose(report.housekeeping, 4 * 3.0**2, rtol=1e-12)
     np.testing.assert_allclose((report.w2_squared, report.length_squared), 0, atol=1e-12)
     gradient = eqx.filter_grad(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import esljax as esl
+from esljax.measures.report import NUMBERS
 from esljax.results import StandardErrors, concise, measured, table
 
 KEY = jax.random.key(0)
@@ -86,6 +87,24 @@ def test_every_report_has_them(path, report):
             error = result.standard_error.get(name)
             assert error is None or np.shape(error) == np.shape(getattr(result, name)), name
     assert report.standard_error.debiased_gap is None
+
+
+@pytest.mark.parametrize("velocity", [None, esl.AffineVelocity()], ids=["chain", "velocity"])
+@pytest.mark.parametrize("debias", [False, True])
+def test_every_number_of_a_report_has_an_error_and_nothing_else_has(path, velocity, debias):
+    report = esl.speed_limit(
+        path,
+        transport=esl.GaussianTransport(),
+        velocity=velocity,
+        potential=None if velocity is None else esl.Quadratic(1.0),
+        jackknife=4,
+        debias=debias,
+    )
+    assert set(report.standard_error.numbers) == set(NUMBERS)
+    for name in NUMBERS:
+        number, error = getattr(report, name), report.standard_error.get(name)
+        assert (number is None) == (error is None), name
+        assert number is None or (np.isfinite(float(error)) and float(error) >= 0), name
 
 
 # Numbers and tables

@@ -119,7 +119,8 @@ class SpeedLimit(eqx.Module):
     variance of the fit, which near the limit is most of both. None for a chain."""
     length_resolved: Array | None = None
     """Whether the squared speed stands out of its noise everywhere: a boolean, shape (). If not, L²
-    is known to lie between W2² and ∫ℓ² ds and no better. None without errors; then not judged."""
+    is known to lie between W2² and ∫ℓ² ds and no better. None where no members left in turn, for
+    errors or for `debias`; then not judged."""
     standard_error: StandardErrors | None = None
     """Standard errors under the names of the numbers, each of the shape and units of its number:
     `entropy_production`, `entropy_production_bound`, `length_squared`, `w2_squared`, `gap`,
@@ -487,6 +488,8 @@ def _cell(report: SpeedLimit, name: str) -> str:
     plug_in = name == "length_squared" and report.debiased_length_squared is not None
     unclear = report.length_resolved is not None and not report.length_resolved
     if name in _UNRESOLVED and unclear and not plug_in:
+        if report.standard_error is None:
+            return "not resolved"
         within = report.interval(name)
         return f"not resolved, within [{float(within.lower):.4g}, {float(within.upper):.4g}]"
     return measured(value, errors.get(name))

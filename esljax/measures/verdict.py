@@ -115,11 +115,14 @@ def _on_the_waste(report: Any) -> str:
     if not gap > 0:
         return ""
     if report.length_resolved is not None and not bool(report.length_resolved):
-        upper = float(report.interval("temporal").upper)
-        return (
+        sentence = (
             "The speed does not stand out of its noise, so uneven timing cannot be separated from "
-            f"the bend of the path; it accounts for between 0 and {upper:.3g} of Σ."
+            "the bend of the path"
         )
+        if errors is None:
+            return f"{sentence}."
+        upper = float(report.interval("temporal").upper)
+        return f"{sentence}; it accounts for between 0 and {upper:.3g} of Σ."
     temporal, geometric = float(report.temporal), float(report.geometric)
     best = float(report.best("length_squared"))
     parts = []
