@@ -6,8 +6,8 @@ import numpy as np
 import oracles
 import oracles_fokker_planck
 import pytest
+from ensembles import exact_thirds
 from scipy.linalg import solve_continuous_lyapunov
-from test_velocity import exact_halves
 
 import esljax as esl
 
@@ -64,10 +64,8 @@ CIRCULATION = {
 def test_stationary_circulation_is_all_housekeeping(velocity, case):
     """From members with exact moments."""
     stiffness, diffusion, truth = CIRCULATION[case]
-    x = exact_halves(4000, [0.0, 0.0], solve_continuous_lyapunov(stiffness, 2 * diffusion))
-    result = velocity(
-        x.astype(np.float32), (-x @ stiffness.T).astype(np.float32), diffusion.astype(np.float32)
-    )
+    x = exact_thirds(4200, [0.0, 0.0], solve_continuous_lyapunov(stiffness, 2 * diffusion))
+    result = velocity(x, -x @ stiffness.T.astype(np.float32), diffusion.astype(np.float32))
     np.testing.assert_allclose(result.squared, truth, rtol=0.05)
     assert abs(float(jnp.mean(result.gradient_contributions))) < 0.05 * truth
 
@@ -97,7 +95,7 @@ def test_stationary_circulation_of_plain_samples(case):
 def test_nothing_moves_at_equilibrium(name):
     x = (np.random.default_rng(1).normal(size=(2000, 2)) * 0.5**0.5).astype(np.float32)
     velocity = (esl.AffineVelocity() if name == "affine" else FLEXIBLE[name]())(x, -x, 0.5)
-    # Both halves' fits err by about d²/n of the scale T k d = 1.
+    # The fits of thirds err by about 3d²/n of the scale T k d = 1.
     assert abs(float(velocity.squared)) < 5 * float(velocity.standard_error.squared) + 5 * 8 / 2000
     apart = velocity.contributions - velocity.gradient_contributions
     assert abs(float(jnp.mean(apart))) < 5 * float(jnp.std(apart)) / 2000**0.5 + 5 * 8 / 2000
@@ -148,7 +146,7 @@ def test_double_well_with_noise():
 
 
 def test_few_members_in_one_dimension_do_not_fool_the_cross_validation():
-    """Halves of 25 Gaussian members, whose best field is affine.
+    """Thirds of 16 Gaussian members, whose best field is affine.
 
     The best of 25 kernels must not win by chance and blow up.
     """
