@@ -274,7 +274,6 @@ def test_a_stationary_rotation_is_housekeeping():
         within = report.interval(name)
         assert float(within.lower) <= truth.length_squared <= float(within.upper)
     assert "is circulation that moves no mass" in report.verdict()
-    assert "not resolved  " not in str(report)
 
 
 @pytest.mark.parametrize("velocity", ["KDE", "histogram", "paths"])
@@ -291,6 +290,7 @@ def test_an_estimator_of_the_whole_velocity_contains_circulation(velocity):
     np.testing.assert_allclose(
         report.temporal + report.geometric, report.gap, atol=1e-5 * report.entropy_production
     )
+    assert float(report.entropy_production) > 1  # all of it circulates
     assert "L² is an upper value" in report.verdict()
     assert "circulation that moves no mass" not in report.verdict()
     row = next(line for line in str(report).splitlines() if "housekeeping" in line)
@@ -352,9 +352,7 @@ def test_quadratic_rates_are_integrated_exactly(links):
     rates = np.full(20, 0.1)  # U = 2
     sigma, dissipation = integrated(rates, links, lambda u: 3 + u - 2 * u**2)
     np.testing.assert_allclose(dissipation, 6 + 2 - 16 / 3, rtol=1e-12)
-    # Σ interpolates between snapshots; of one step each that is the rule of D.
-    if links == 20 // 2:
-        np.testing.assert_allclose(sigma, 2 * dissipation, rtol=1e-12)
+    np.testing.assert_allclose(sigma, 2 * dissipation, rtol=1e-12)  # η(s) = 2 throughout
     # An odd number of links has no coarser sum: the trapezoidal rule, which is off.
     odd = integrated(np.full(15, 2 / 15), 5, lambda u: 3 + u - 2 * u**2)[1]
     np.testing.assert_allclose(odd, 6 + 2 - 16 / 3 - 2 * 2 * (2 / 5) ** 2 / 6, rtol=1e-12)
@@ -363,7 +361,8 @@ def test_quadratic_rates_are_integrated_exactly(links):
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_smooth_rates_are_integrated_to_fourth_order(schedule):
-    steps = 1024
+    # So many that the sum over steps is an integral to 1e-10.
+    steps = 2**15
     rates = np.full(steps, 1.0) if schedule == "constant" else np.linspace(1.8, 0.2, steps)
     rates = 2 * rates / rates.sum()
     clock = np.concatenate([[0], np.cumsum(rates)])
@@ -444,7 +443,7 @@ def test_gradients_of_debiased_numbers_are_differences():
         report = small(start + h * direction)
         return jnp.stack([report.gap, report.debiased_length_squared, report.temporal])
 
-    slopes = jax.jit(jax.jacfwd(numbers))(0.0)
+    slopes = jax.jit(jax.jacrev(numbers))(0.0)
     moved = jax.jit(numbers)
     np.testing.assert_allclose(slopes, (moved(1e-5) - moved(-1e-5)) / 2e-5, rtol=1e-5)
 

@@ -114,17 +114,6 @@ def _on_the_waste(report: Any) -> str:
         return ""
     if not gap > 0:
         return ""
-    if report.length_resolved is not None and not bool(report.length_resolved):
-        sentence = (
-            "The speed does not stand out of its noise, so uneven timing cannot be separated from "
-            "the bend of the path"
-        )
-        if errors is None:
-            return f"{sentence}."
-        upper = float(report.interval("temporal").upper)
-        return f"{sentence}; it accounts for between 0 and {upper:.3g} of Σ."
-    temporal, geometric = float(report.temporal), float(report.geometric)
-    best = float(report.best("length_squared"))
     parts = []
     circulation = 0.0 if report.housekeeping is None else float(report.housekeeping)
     if circulation > 0.01 * gap and not _vanishes(report, "housekeeping"):
@@ -132,6 +121,30 @@ def _on_the_waste(report: Any) -> str:
             f"{_share(circulation, gap)} of the gap is circulation that moves no "
             "mass; dynamics without it would remove that"
         )
+    unclear = report.length_resolved is not None and not bool(report.length_resolved)
+    parts += _unsplit(report) if unclear else _split(report)
+    joined = "; ".join(parts)
+    return joined[0].upper() + joined[1:] + "."
+
+
+def _unsplit(report: Any) -> list[str]:
+    """What is left to say of timing and bend where the speed is not resolved."""
+    sentence = (
+        "the speed does not stand out of its noise, so uneven timing cannot be separated from the "
+        "bend of the path"
+    )
+    if report.standard_error is None:
+        return [sentence]
+    upper = float(report.interval("temporal").upper)
+    return [sentence, f"timing accounts for between 0 and {upper:.3g} of Σ"]
+
+
+def _split(report: Any) -> list[str]:
+    """How much of the gap is timing and how much is bend."""
+    gap, temporal, geometric = (
+        float(getattr(report, name)) for name in ("gap", "temporal", "geometric")
+    )
+    best = float(report.best("length_squared"))
     timing = f"{_share(temporal, gap)} of the gap is uneven timing"
     if _vanishes(report, "temporal"):
         timing = "uneven timing cannot be distinguished from 0"
@@ -139,15 +152,13 @@ def _on_the_waste(report: Any) -> str:
         timing += f"; the schedule of esl.constant_speed(report) promises Σ = {best:.4g} without it"
     elif temporal > 0:
         timing += f"; the same path at constant speed would produce Σ = {best:.4g}"
-    parts.append(timing)
-    parts.append(
+    bend = (
         "the bend of the path cannot be distinguished from 0"
         if _vanishes(report, "geometric")
         else f"{_share(geometric, gap)} is the bend of the path, which only another control than "
         "the learning rate removes"
     )
-    joined = "; ".join(parts)
-    return joined[0].upper() + joined[1:] + "."
+    return [timing, bend]
 
 
 def _vanishes(report: Any, name: str) -> bool:
