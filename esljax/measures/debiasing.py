@@ -126,8 +126,9 @@ def _errors(report: Any, x: Numbers, variance: Callable[[Array], Array], smooth:
     if report.entropy_production_chain is not None:
         sigma = variances["entropy_production"]
         if bound is not None:
-            value = report.entropy_production
-            sigma = error_of_square(value, sigma, (value - bound) / 2)
+            # No square of a sample mean, this may be far below 0.
+            value = jnp.maximum(report.entropy_production, 0)
+            sigma = error_of_square(value, sigma, (report.entropy_production - bound) / 2)
     noise = variances["entropy_production"] - sigma
     if smooth:
         value = report.debiased_entropy_production

@@ -102,10 +102,13 @@ def error_of_square(
 ) -> Float[Array, "*runs"]:
     """The variance of a debiased square, from that of the square by jackknife.
 
+    The latter is in proportion to the square itself, `value` + `bias`, however small that came out;
+    the former is in proportion to the truth and half the bias.
+
     **Args:** `value`: debiased. `bias`: that of the square, which was taken off.
     """
-    bias, size = jnp.maximum(bias, 0), jnp.maximum(value, 0)
-    return variance * (1 - safe_divide(bias / 2, size + bias))
+    bias = jnp.maximum(bias, 0)
+    return variance * safe_divide(jnp.maximum(value, 0) + bias / 2, value + bias)
 
 
 def interval_of_square(

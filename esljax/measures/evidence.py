@@ -153,12 +153,11 @@ def _spacing(positions: Float[Array, "snapshots n d"]) -> Float[Array, "snapshot
     kind = jnp.finfo(positions.dtype)
     whole, shorter = _STORED[kind.bits]
     bits = jax.lax.bitcast_convert_type(positions, whole)
-    # 0 is stored exactly in any number of bits.
-    most = np.array(jnp.iinfo(whole).max, whole)
-    lowest = jnp.min(jnp.where(bits == 0, most, bits & (~bits + np.ones((), whole))))
     dropped = jnp.zeros((), int)
     for unused in shorter:
-        dropped = jnp.where(lowest & np.asarray(2**unused - 1, whole) == 0, unused, dropped)
+        # 0 is stored exactly in any number of bits. A maximum, because devices cannot share an "or".
+        used = (bits & np.asarray(2**unused - 1, whole)) != 0
+        dropped = jnp.where(jnp.max(used.astype(jnp.int32)) == 0, unused, dropped)
     _, exponent = jnp.frexp(positions)
     return jnp.ldexp(jnp.ones_like(positions), exponent - 1 - kind.nmant + dropped)
 
