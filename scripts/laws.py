@@ -1,8 +1,9 @@
-"""Systems whose laws are known at every step of the simulated map, and the numbers of those laws.
+"""Systems whose laws are known at every time, members of these laws, and their exact numbers.
 
-A step θ → θ - h k_i θ + sqrt(2 T h) ξ is linear, so it maps Gaussian mixtures to Gaussian mixtures:
-every mean μ is multiplied by 1 - h k_i, and the variance s² of every component becomes
-(1 - h k_i)² s² + 2 T h. All numbers are those of these laws, so the length of a step is no error.
+In a trap of stiffness k about 0, members of a Gaussian mixture stay one: in a time t every mean is
+multiplied by the decay e^(-∫k dt), and so are the differences of a member from its mean, to which
+Gaussian noise is added. Members are drawn by these transitions, from snapshot to snapshot, so that
+no step has a length and no number an error of it.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import esljax as esl
 
 TIMES = (0.3, 1.0, 3.0, 10.0)
 """The learning times U at which every system is measured."""
-_NODES = 40
+_NODES, _TIMES = 40, 400
 
 
 class Stiffness(esl.AbstractSchedule):
@@ -30,11 +31,16 @@ class Stiffness(esl.AbstractSchedule):
 
     duration: Any
 
-    def __call__(self, s):
+    def width(self, s: Any) -> Any:
+        return 1 + self.speed * self.duration * s
+
+    @property
+    def speed(self) -> Any:
         t = self.duration
-        end = (1 / t + (1 / t**2 + 2 + 2 / t) ** 0.5) / (2 + 2 / t)
-        width = 1 + (end - 1) * s
-        return (1 - width * (end - 1) / t) / width**2
+        return ((1 / t + (1 / t**2 + 2 + 2 / t) ** 0.5) / (2 + 2 / t) - 1) / t
+
+    def __call__(self, s):
+        return (1 - self.width(s) * self.speed) / self.width(s) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,20 +70,43 @@ class System:
         spread = jax.random.normal(noise, (n, self.d)) * self.variance**0.5
         return jnp.asarray(self.means, jnp.float32)[component] + spread
 
-    def stiffness(self, duration: float, steps: int) -> np.ndarray:
-        """k at the training times i/K, i = 0, ..., K."""
-        s = np.arange(steps + 1) / steps
-        return Stiffness(duration)(s) if self.stiffening else np.ones(steps + 1)
+    def stiffness(self, duration: float, s: np.ndarray) -> np.ndarray:
+        return Stiffness(duration)(s) if self.stiffening else np.ones_like(s)
 
-    def laws(self, duration: float, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """How far the means have shrunk and the variance of the components, (K+1,) each."""
-        h, k = duration / steps, self.stiffness(duration, steps)
-        shrunk = np.concatenate([[1.0], np.cumprod(1 - h * k[:-1])])
-        variance = np.empty(steps + 1)
-        variance[0] = self.variance
-        for i in range(steps):
-            variance[i + 1] = (1 - h * k[i]) ** 2 * variance[i] + 2 * self.temperature * h
-        return shrunk, variance
+    def laws(self, duration: float, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How far the means have shrunk at each of the times s, and the variance of a component."""
+        if self.stiffening:
+            trap = Stiffness(duration)
+            width = trap.width(s)
+            # ∫k dt by the width: its rate of change is -k width + T/width.
+            return width * np.exp(-s * duration / width), width**2
+        rest, shrunk = self.temperature, np.exp(-duration * s)
+        return shrunk, rest + (self.variance - rest) * shrunk**2
+
+    def transitions(self, duration: float, links: int) -> tuple[np.ndarray, np.ndarray]:
+        """The decay along each link, and the deviation of the noise that it adds."""
+        shrunk, variance = self.laws(duration, np.linspace(0, 1, links + 1))
+        decay = shrunk[1:] / shrunk[:-1]
+        return decay, np.sqrt(variance[1:] - decay**2 * variance[:-1])
+
+    def run(self, duration: Any, transitions: Any, n: int, key: Any) -> esl.Trajectory:
+        """n members at J + 1 even times, as overdamped Langevin dynamics moves them."""
+        decay, noise = transitions
+        start_key, *keys = jax.random.split(key, len(decay) + 1)
+        positions = [self.start(start_key, n)]
+        for a, b, link in zip(decay, noise, keys, strict=True):
+            kicks = jax.random.normal(link, (n, self.d))
+            positions.append(a * positions[-1] + b * kicks)
+        rates = jnp.full(len(keys), duration / len(keys))
+        return esl.Trajectory(
+            times=jnp.linspace(0, 1, len(positions)),
+            positions=jnp.stack(positions),
+            energies=None,
+            rates=rates,
+            temperatures=jnp.full_like(rates, self.temperature),
+            final=positions[-1],
+            observed=False,
+        )
 
     def moments(self, shrunk: float, variance: float) -> tuple[np.ndarray, np.ndarray]:
         mean = self.weights @ self.means
@@ -151,30 +180,32 @@ def _simpson(y: np.ndarray) -> float:
     return float(weights @ y / (len(y) - 1))
 
 
-def truth(name: str, duration: float, steps: int, links: int, kind: str) -> dict[str, float]:
+def truth(name: str, duration: float, links: int, kind: str) -> dict[str, float]:
     """The numbers that an estimator should give on the average.
 
     **Args:** `kind`: "affine" for the best affine field, "field" for the velocity itself, "chain"
     for the chain of `links` links between the laws. W2² is that of the moments.
     """
-    system = SYSTEMS[name]
-    k, (shrunk, variance) = system.stiffness(duration, steps), system.laws(duration, steps)
+    system, s = SYSTEMS[name], np.linspace(0, 1, _TIMES + 1)
+    k, (shrunk, variance) = system.stiffness(duration, s), system.laws(duration, s)
     moments = [system.moments(*law) for law in zip(shrunk, variance, strict=True)]
     distance = bures(moments[0], moments[-1])
     rate: Callable[..., float] = _exact if kind == "field" and len(system.weights) > 1 else _affine
     squares = np.array([rate(system, *at) for at in zip(k, shrunk, variance, strict=True)])
     sigma, length = duration**2 * _simpson(squares), duration * _simpson(np.sqrt(squares))
-    numbers = {"gap": sigma - distance}
+    # Also of a chain: its interval of the gap reaches to what its spacing hides.
+    gap = sigma - distance
     if kind == "chain":
-        at = moments[:: steps // links]
-        steps_apart = np.array([bures(*pair) for pair in itertools.pairwise(at)])
-        sigma, length = links * steps_apart.sum(), np.sqrt(steps_apart).sum()
-        # The interval of the gap is about Σ itself, its debiased value about the chain's.
-        numbers["debiased_gap"] = sigma - distance
-    return numbers | {
+        pairs = itertools.pairwise(moments[:: _TIMES // links])
+        apart = np.array([bures(*pair) for pair in pairs])
+        sigma, length = float(links * apart.sum()), float(np.sqrt(apart).sum())
+    numbers = {
         "entropy_production": sigma,
         "w2_squared": distance,
+        "gap": gap,
         "length_squared": length**2,
         "temporal": sigma - length**2,
         "geometric": length**2 - distance,
     }
+    # A difference of equal numbers is 0.
+    return {number: round(value, 12) for number, value in numbers.items()}

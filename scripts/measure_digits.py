@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
     table = {}
     print(
-        f"{'law and estimator':<42}{'Σ':>17}{'Σ bound':>10}{'L²':>20}{'W2²':>10}{'housekeeping':>16}"
-        f"{'Σ plug-in':>12}{'W2² plug-in':>13}  findings"
+        f"{'law and estimator':<42}{'Σ':>17}{'Σ bound':>10}{'L²':>20}{'W2²':>10}"
+        f"{'housekeeping':>16}{'Σ plug-in':>12}{'W2² plug-in':>13}  findings"
     )
     for name, (run, given) in rows.items():
         report = esl.speed_limit(run, debias=True, **given)
