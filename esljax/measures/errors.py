@@ -104,8 +104,11 @@ def error_of_square(
 
     **Args:** `value`: debiased. `bias`: that of the square, which was taken off.
     """
-    bias, size = jnp.maximum(bias, 0), jnp.maximum(value, 0)
-    return variance * (1 - safe_divide(bias / 2, size + bias))
+    bias = jnp.maximum(bias, 0)
+    # The jackknife measures R (θ̂ + b), and both fall together where the square came out small.
+    # Below a tenth of the bias it measures the noise of its own groups.
+    rate = safe_divide(variance, jnp.maximum(value + bias, bias / 10))
+    return rate * (jnp.maximum(value, 0) + bias / 2)
 
 
 def interval_of_square(
