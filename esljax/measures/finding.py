@@ -88,3 +88,8 @@ def rounding(report: Any) -> float:
     amplified = 1 if report.debiased_w2_squared is None else max(report.freedom, 16)
     size = abs(float(report.entropy_production)) + abs(float(report.w2_squared))
     return 8 * float(np.finfo(dtype).eps) * amplified * size
+
+
+def listed(numbers: Any, most: int = 5) -> str:
+    """Return numbers as a sentence lists them, the first few by name."""
+    return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
