@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -273,6 +274,26 @@ def test_caveats_of_a_chain():
     ) in chained(noise_floor=2.0, identity_fraction=0.1).verdict()
     assert "oise" not in chained(noise_floor=0.2, identity_fraction=0.1).verdict()
     assert "oise" not in report(noise_floor=2.0, identity_fraction=0.1).verdict()
+
+
+def test_members_that_pair_with_themselves_speak_of_their_paths_first():
+    """Their paths are known exactly, and the law behind them is not."""
+    rng = np.random.default_rng(0)
+    start = 5 + rng.normal(size=(8, 60))
+    positions = start * np.linspace(1, 0.2, 9)[:, None, None] ** 2
+    report = esl.speed_limit(
+        esl.from_snapshots(np.float32(positions)), transport=esl.ExactTransport(), debias=True
+    )
+    sigma, length, distance = oracles.chain_of_pairs(positions, np.arange(9) / 8)
+    first, second, third = report.verdict().splitlines()
+    assert first.startswith(f"Of the members' own paths, Σ is {sigma:.4g} ± ")
+    assert (
+        f"{sigma / distance:.3g} times their mean squared displacement {distance:.4g} ± " in first
+    )
+    assert "Of the law behind them these members resolve" in first
+    assert f"at constant speed they would produce Σ = {length:.4g}." in second
+    assert f"{100 * (sigma - length) / (sigma - distance):.0f} % is uneven timing" in second
+    assert "the plug-in numbers describe the members' paths" in third
 
 
 def test_a_finding_is_named_once():

@@ -290,11 +290,13 @@ def _on_pairing(report: Any) -> str:
     share = _paired(report)
     if share <= 0.5:
         return ""
-    plug_in = "plug-in " if _debiased(report) else ""
+    numbers, distance = "the numbers", "W2²"
+    if _debiased(report):
+        numbers, distance = "the plug-in numbers", "the plug-in W2²"
     return (
-        f"In {100 * share:.0f} % of the links each member is its own best partner: the {plug_in}"
-        f"numbers describe the members' paths, not a resolved density, and the {plug_in}W2² is the "
-        "mean squared displacement of the members, an upper value of that between laws."
+        f"In {100 * share:.0f} % of the links each member is its own best partner: {numbers} "
+        f"describe the members' paths, not a resolved density, and {distance} is the mean squared "
+        "displacement of the members, an upper value of that between laws."
     )
 
 
