@@ -171,7 +171,7 @@ def test_moments_by_hand():
 
 def test_the_slope_of_a_length_with_negative_squares_is_finite():
     """Samples of one law: some debiased links come out below 0 and count as no length."""
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(5, 12, 1)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 12, 1)), jnp.float32)
     links = distances(esl.from_snapshots(x), esl.ExactTransport(), halves=True).debiased_links
     assert float(jnp.min(links)) < 0 < float(jnp.max(links))
 
