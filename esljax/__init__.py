@@ -28,7 +28,15 @@ from esljax import (
 from esljax._checks import InputError
 from esljax.experiment import Plan, RunConfig, plan_memory, run
 from esljax.files import Checkpoints, Terminated, recordings
-from esljax.measures import FreeEnergy, SpeedLimit, free_energy, minibatch_noise, speed_limit
+from esljax.measures import (
+    FreeEnergy,
+    SpeedLimit,
+    constant_speed,
+    free_energy,
+    jarzynski,
+    minibatch_noise,
+    speed_limit,
+)
 from esljax.optimization import Equality, Optimum, optimize
 from esljax.potentials import (
     AbstractPotential,
@@ -150,11 +158,13 @@ __all__ = [
     "Trajectory",
     "TransportVelocity",
     "WarmupStableDecay",
+    "constant_speed",
     "datasets",
     "density",
     "free_energy",
     "from_snapshots",
     "gaussian",
+    "jarzynski",
     "measures",
     "member_mesh",
     "minibatch_noise",

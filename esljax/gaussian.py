@@ -294,9 +294,10 @@ def optimal_learning_rate(
 
     At a fixed temperature a schedule only changes the clock u = ∫η ds, so the path, D, ∫G du and
     W2² are given, and Σ ≥ (∫G du)² with equality at η*. For a symmetric stiffness G is the metric
-    speed and Σ = L². The rate rises as the law comes to rest, the opposite of a decay; near
-    equilibrium it diverges, and a run of finite `steps` is unstable where it exceeds 2 over the
-    stiffness.
+    speed and Σ = L². Where forces fade (a positive stiffness) the rate rises as the law comes to
+    rest, the opposite of a decay; near equilibrium it diverges, and a run of finite `steps` is
+    unstable where it exceeds 2 over the stiffness. Where forces grow, as out of a saddle, it falls.
+    Of a path that was only measured, `constant_speed` finds this schedule.
 
     **Args:**
     - `law`, `potential`, `panels`: as for `speed_limit`.
@@ -322,6 +323,15 @@ def optimal_learning_rate(
         ... )
         >>> round(float(rate(0.0)), 3), round(float(rate(1.0)), 2)
         (0.845, 6.74)
+
+        Out of a saddle it falls throughout:
+
+        >>> start, saddle = esl.gaussian.Law([0.5, 0.5], [[0.1, 0], [0, 0.1]]), [-2.0, 1.0]
+        >>> rate = esl.gaussian.optimal_learning_rate(
+        ...     start, esl.Quadratic(saddle), temperature=0.01, learning_time=1.0, steps=1
+        ... )
+        >>> round(float(rate(0.0)), 2), round(float(rate(1.0)), 2)
+        (2.89, 0.44)
     """
     learning_time = as_float(learning_time)
     check_positive("learning_time", learning_time)

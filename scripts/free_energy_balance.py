@@ -6,7 +6,8 @@ First table: every entropy estimator on the Ornstein-Uhlenbeck relaxation from N
 in one and two dimensions, with D from the affine velocity, which is exact there: D by balance, D
 measured, and the residual in standard errors. Second table: the work of moving and stiffening a
 trap at T = 1 in unit time, by drives of least work and, for the first, a straight one, beside the
-references (Schmiedl and Seifert, PRL 98, 108301 (2007)).
+references (Schmiedl and Seifert, PRL 98, 108301 (2007)). The work is exact for the steps of the
+run; in 400 steps it lies within .003 of the references.
 """
 
 from collections.abc import Sequence

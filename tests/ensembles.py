@@ -28,6 +28,19 @@ def skewed(n, d=2, seed=0, dtype=np.float32):
     )
 
 
+def exact_thirds(n, mean, covariance, dtype=np.float32):
+    """Return (n, d) normal members, of which every third has exactly these moments.
+
+    So have the other two thirds. The covariance is that of 1/n.
+    """
+    x = np.random.default_rng(0).normal(size=(n, len(mean)))
+    for third in (slice(i, None, 3) for i in range(3)):
+        centered = x[third] - x[third].mean(axis=0)
+        root = np.linalg.cholesky(centered.T @ centered / len(centered))
+        x[third] = np.linalg.solve(root, centered.T).T
+    return (x @ np.linalg.cholesky(np.asarray(covariance)).T + mean).astype(dtype)
+
+
 def clouds(n, m, d=3, dtype=np.float32, seed=0):
     """Return clouds (n, d) and (m, d) of unequal widths that lie apart."""
     rng = np.random.default_rng(seed)

@@ -355,25 +355,25 @@ def driven_books(stiffness, center, jumps):
 
 
 def driven_steps(stiffness, center, jumps):
-    """Return the work of the same in K steps of 1/K.
+    """Return the work of the same in K steps of 1/K, and mean and variance at the end.
 
-    Moments are exact for the Euler-Maruyama step, the work of a step is trapezoidal. `stiffness`
-    and `center` hold their values at 0, 1/K, ..., 1.
+    Moments are exact for the Euler-Maruyama step. The trap rests during a step and changes after
+    it. `stiffness` and `center` hold their values at 0, 1/K, ..., 1.
     """
     steps = len(stiffness) - 1
+    traps = [jumps[0], *zip(stiffness, center, strict=True), jumps[1]]
     mean, variance = 0.0, 1.0
 
     def energy(k, c):
         return k * (variance + (mean - c) ** 2) / 2
 
-    work = energy(stiffness[0], center[0]) - energy(*jumps[0])
-    for i in range(steps):
-        pair = (stiffness[i], center[i]), (stiffness[i + 1], center[i + 1])
-        work += (energy(*pair[1]) - energy(*pair[0])) / 2
-        mean += stiffness[i] / steps * (center[i] - mean)
-        variance = (1 - stiffness[i] / steps) ** 2 * variance + 2 / steps
-        work += (energy(*pair[1]) - energy(*pair[0])) / 2
-    return work + energy(*jumps[1]) - energy(stiffness[-1], center[-1])
+    work = energy(*traps[1]) - energy(*traps[0])
+    for now, then in itertools.pairwise(traps[1:-1]):
+        k, c = now
+        mean += k / steps * (c - mean)
+        variance = (1 - k / steps) ** 2 * variance + 2 / steps
+        work += energy(*then) - energy(*now)
+    return work + energy(*traps[-1]) - energy(*traps[-2]), mean, variance
 
 
 def relaxing_mixture(weights, means, variances, k, temperature, clock):

@@ -18,7 +18,7 @@ def problem():
     data = esl.datasets.two_moons(300)
     potential = esl.FlaxLoss(esl.models.mlp(2, 8, 2), data.train, batch_size=32, l2=1e-4)
     return comparison.Problem(
-        potential, data.test, 1e-6, esl.ExactTransport(), members=6, steps=20, snapshots=5
+        potential, data.test, 1e-6, esl.ExactTransport(), members=8, steps=20, snapshots=5
     )
 
 
@@ -34,7 +34,7 @@ def test_run_is_the_simulation_that_it_says(problem):
     key = jax.random.key(3)
     outcome = problem.run(esl.Constant(0.2), key)
     start_key, path_key = jax.random.split(key)
-    start = problem.potential.init(members=6, key=start_key)
+    start = problem.potential.init(members=8, key=start_key)
     path = esl.simulate(
         problem.potential, esl.Langevin(0.2, 1e-6), start, steps=20, snapshots=5, key=path_key
     )
@@ -189,7 +189,7 @@ def test_a_comparison_is_its_stages(problem, whole):
     )
     sigmas = [float(each.report.entropy_production) for each in result.judgments.values()]
     assert sigmas == sorted(sigmas)
-    assert set(result.judgments) == {"constant", "cosine", "optimized"}
+    assert set(result.judgments) == {"constant", "cosine", "optimized", "retimed"}
     assert result.best_usual in ("constant", "cosine")
     assert result.optimized is result.judgments["optimized"]
     off = abs(float(result.optimized.final_loss) / result.target - 1)
@@ -198,15 +198,93 @@ def test_a_comparison_is_its_stages(problem, whole):
         "target",
         "matching constant",
         "matching cosine",
+        "matching retimed",
         "optimizing",
         "matching optimized",
         "judging optimized",
         "judging constant",
         "judging cosine",
+        "judging retimed",
+        "examining optimized",
     ]
     assert [each.iteration for each in watcher.iterations] == [0, 1, 2]
     assert len(watcher.losses) >= 3
-    assert len(watcher.judgments) == 3
+    assert len(watcher.judgments) == 4
+
+
+def test_the_retimed_shape_is_the_first_one_at_constant_speed(problem, whole):
+    """By hand, from the run that the first shape was matched on."""
+    result, _ = whole
+    _, match_key, _, _ = jax.random.split(jax.random.key(4), 4)
+    keys = jax.random.split(match_key, 1)
+    report = problem.run(result.judgments["constant"].schedule, keys[0]).report
+    rates = np.asarray(esl.constant_speed(report).rates(20))
+    judged = np.asarray(result.judgments["retimed"].schedule.values[:-1])
+    np.testing.assert_allclose(judged / judged.sum(), rates / rates.sum(), rtol=1e-4)
+    constant, retimed = (result.judgments[name].report for name in ("constant", "retimed"))
+    assert retimed.temporal < constant.temporal / 4
+    assert result.left_out == ""
+
+
+def test_the_optimized_schedule_is_examined_on_its_runs(problem, whole):
+    result, _ = whole
+    _, _, _, judge_key = jax.random.split(jax.random.key(4), 4)
+    keys = jax.random.split(judge_key, 2)
+    schedule = result.optimized.schedule
+    squares = [
+        float(
+            esl.speed_limit(
+                problem.path(schedule, key), transport=problem.transport, jackknife=0, debias=True
+            ).debiased_w2_squared
+        )
+        for key in keys
+    ]
+    value, error = result.debiased_w2_squared
+    np.testing.assert_allclose(value, np.mean(squares), rtol=1e-4)
+    np.testing.assert_allclose(error, abs(squares[0] - squares[1]) / 2, rtol=1e-3)
+    assert value < result.optimized.report.w2_squared
+    noise = esl.minibatch_noise(
+        problem.path(schedule, keys[0]), problem.potential, key=jax.random.key(9), pairs=16
+    )
+    off = np.hypot(noise.standard_error.floor, result.batches.standard_error.floor)
+    assert abs(noise.floor - result.batches.floor) < 5 * off
+
+
+def test_a_retiming_that_fails_is_left_out_with_its_reason(compared, monkeypatch):
+    def refusing(report):
+        raise esl.InputError("Argument `report` must move.")
+
+    monkeypatch.setattr(comparison, "constant_speed", refusing)
+    result = compared(iterations=1, shapes={"constant": esl.Constant(1.0)})
+    assert set(result.judgments) == {"constant", "optimized"}
+    assert result.left_out == ("The re-timed schedule is left out: Argument `report` must move.")
+
+
+def test_agreement_is_the_chi_squared_of_equal_lengths(whole):
+    judgments = whole[0].judgments
+    reports = [judgment.report for judgment in judgments.values()]
+    lengths = np.array([float(report.length_squared) for report in reports])
+    errors = np.array([float(report.standard_error.length_squared) for report in reports])
+    fitted = np.polynomial.polynomial.polyfit(np.arange(4), lengths, 0, w=1 / errors)
+    same = comparison.agreement(judgments)
+    np.testing.assert_allclose(same.chi_squared, np.sum(((lengths - fitted) / errors) ** 2))
+    np.testing.assert_allclose(same.spread, (lengths.max() - lengths.min()) / fitted[0])
+    assert same.freedom == 3
+
+
+def test_two_registered_shapes_rise_and_are_not_in_common_use(problem):
+    shapes = comparison.usual_shapes()
+    for name in settings.RISING:
+        rates = np.asarray(shapes[name].rates(50))
+        assert np.all(np.diff(rates) > 0)
+        np.testing.assert_allclose(shapes[name](1.0), 1.0)
+    np.testing.assert_allclose(float(shapes["linear_rise"](0.0)), 0.2)
+    np.testing.assert_allclose(float(shapes["exponential_rise"](0.0)), math.exp(-1.6), rtol=1e-6)
+    rise = comparison.judge(
+        problem, shapes["exponential_rise"], jax.random.split(jax.random.key(0), 2)
+    )
+    one = comparison.Comparison(1.0, {"exponential_rise": rise, "cosine": rise}, None)
+    assert (one.best_usual, one.best_rising) == ("cosine", "exponential_rise")
 
 
 def test_an_interrupted_judging_keeps_what_was_judged(compared, whole):
@@ -244,6 +322,7 @@ def test_a_resumed_comparison_has_the_same_bits(compared, whole, tmp_path, stage
         ({"judge_runs": 1}, "`judge_runs` must be an integer of at least 2"),
         ({"shapes": {}}, "`shapes` must hold at least one schedule.*, but holds none"),
         ({"shapes": {"optimized": esl.Constant(1.0)}}, "`shapes` .* none named 'optimized'"),
+        ({"shapes": {"retimed": esl.Constant(1.0)}}, "`shapes` .* or 'retimed', but"),
     ],
     ids=str,
 )

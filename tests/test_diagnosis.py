@@ -1,4 +1,8 @@
-"""Each finding is seen with its fault planted, and none in a thousand healthy runs."""
+"""Each finding about numbers is seen with its fault planted, and none in a thousand healthy runs.
+
+`test_findings_members` plants silent faults of members and snapshots, `test_findings_numbers` those
+of Σ, and `test_findings_near_limit` holds another 1320 healthy runs.
+"""
 
 import collections
 import operator
@@ -291,12 +295,21 @@ HEALTHY = {
     "mixture": (mixture, 2, 64, esl.SlicedTransport(6, KEY)),
     "network": (*network(), 24, "projected"),
 }
-EACH = 120
 
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_nothing_is_found_in_healthy_runs(name):
+    check_healthy(name, 20, jax.random.key(8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HEALTHY)
+def test_nothing_is_found_in_many_healthy_runs(name):
     """1080 runs in all, each with a schedule, a start, a temperature and a potential of its own."""
+    check_healthy(name, 120, jax.random.key(7))
+
+
+def check_healthy(name, count, key):
     make, d, n, transport = HEALTHY[name]
 
     @jax.jit
@@ -338,8 +351,8 @@ def test_nothing_is_found_in_healthy_runs(name):
         )
         return esl.speed_limit(path, transport=by, jackknife=12, debias=n % 2 == 0, **affine)
 
-    reports = jax.lax.map(report, jax.random.split(jax.random.key(7), EACH))
+    reports = jax.lax.map(report, jax.random.split(key, count))
     found = collections.Counter()
-    for i in range(EACH):
+    for i in range(count):
         found.update(names(jax.tree.map(operator.itemgetter(i), reports)))
     assert not found, found

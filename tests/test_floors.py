@@ -60,7 +60,7 @@ FENCES = {
     "ott": {"transport"},
     "optax": {"optimization", "density", "velocity"},
     "flowjax": {"density"},
-    "scipy": {"experiment"},
+    "scipy": {"experiment", "measures"},
     "tomli_w": {"files"},
     "matplotlib": {"figures"},
     "rich": {"command"},

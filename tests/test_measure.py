@@ -302,7 +302,7 @@ def test_problems_are_predicted(links, jackknife, debias, maps):
     whole = sum(count for size, count in transport.solved.items() if size > members // 2)
     solved = whole, transport.solved.total() - whole
     assert solved == transport_problems(
-        links + 1, members, maps=maps, jackknife=jackknife, debias=debias
+        links + 1, members, maps=maps, jackknife=jackknife, halves=debias
     )
 
 
@@ -315,7 +315,7 @@ def test_the_time_that_it_will_take_is_printed_first(tmp_path, capsys):
                 "measure",
                 str(tmp_path / "run.npz"),
                 "--transport",
-                "gaussian",
+                "exact",
                 "--out",
                 str(tmp_path / "out"),
             ]

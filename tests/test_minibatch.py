@@ -1,5 +1,6 @@
 """Minibatch noise against the law of a batch's mean, computed by NumPy from all the data."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -108,6 +109,20 @@ def test_print_and_the_former_names_of_errors(run):
         ):
             old = getattr(noise, f"{name}_error")
         np.testing.assert_array_equal(old, getattr(error, name))
+
+
+def test_the_spread_of_a_rule_without_a_law_is_not_known(run):
+    potential, path = run
+    options = {"key": jax.random.key(2), "pairs": 2}
+    noise = esl.minibatch_noise(path, potential, **options)
+    unlawful = esl.minibatch_noise(dataclasses.replace(path, lawful=False), potential, **options)
+    np.testing.assert_array_equal(unlawful.variance, noise.variance)
+    assert unlawful.floor is unlawful.temperature is unlawful.standard_error.floor is None
+    heading, *_, last = str(unlawful).splitlines()
+    assert heading.split() == ["s", "E‖∇Φ‖²", "tr", "Cov(g)"]
+    assert (
+        last == "The rule claims no law, so the share of batches in the Σ of a chain is not known."
+    )
 
 
 def test_what_has_no_batches_is_refused(run, refused):

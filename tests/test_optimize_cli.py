@@ -47,9 +47,19 @@ def command(folder: Path, out: str, *more: str) -> list[str]:
 
 
 def finish(folder: Path, out: str, environment: dict[str, str], *more: str) -> None:
-    assert subprocess.run(
-        command(folder, out, "--quiet", *more), env=environment, timeout=PATIENCE
-    ).returncode in (0, 1)
+    printed(folder, out, environment, "--quiet", *more)
+
+
+def printed(folder: Path, out: str, environment: dict[str, str], *more: str) -> str:
+    done = subprocess.run(
+        command(folder, out, *more),
+        env=environment,
+        timeout=PATIENCE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    assert done.returncode in (0, 1)
+    return done.stdout
 
 
 def report(folder: Path, out: str) -> dict:
@@ -61,8 +71,38 @@ def report(folder: Path, out: str) -> dict:
 def folder(tmp_path_factory, environment) -> Path:
     folder = tmp_path_factory.mktemp("optimize")
     (folder / "small.toml").write_text(SMALL)
-    finish(folder, "undisturbed", environment)
+    environment = {**environment, "COLUMNS": "80", "PYTHONIOENCODING": "utf-8"}
+    text = printed(folder, "undisturbed", environment)
+    (folder / "printed.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+def test_it_prints_a_table_and_what_to_make_of_it(folder):
+    text = (folder / "printed.txt").read_text(encoding="utf-8")
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert max(map(len, lines)) <= 136
+    (heading,) = [line.split() for line in lines if line.startswith("schedule ")]
+    assert heading[1:9] == ["Σ", "L²", "W2²", "gap", "temporal", "geometric", "W2²/Σ", "U"]
+    schedules = report(folder, "undisturbed")["schedules"]
+    rows = [
+        line for line in lines if line.startswith(tuple(n.replace("_", " ") for n in schedules))
+    ]
+    assert len(rows) == len(schedules) == 9
+    for row, schedule in zip(rows, schedules.values(), strict=True):
+        assert f"  {schedule['efficiency']:.3f}  " in row
+    words = " ".join(text.split())
+    for sentence in (
+        "Units: squared parameters",
+        "times the entropy of the best schedule in common use",
+        "Without a search: ",
+        "by the first shape passed at constant speed (retimed)",
+        "χ² of equality",
+        "dissipated free energy D is",
+        "batches spread members as injected noise",
+    ):
+        assert sentence in words
+    # The moments of an ensemble are no members' paths.
+    assert "displacement" not in words
 
 
 def test_a_finished_run_leaves_no_checkpoints(folder):

@@ -50,7 +50,7 @@ class Constant(esl.velocity.AbstractVariationalVelocity):
     moments_only, note = True, "constant fields"
 
     def init(self, positions):
-        return [jnp.zeros(()) for _ in range(4)]
+        return [jnp.zeros(()) for _ in range(6)]
 
     def fit(self, snapshot, gradient, state):
         return ConstantField(jnp.mean(snapshot.drift, axis=0)), state + 1
@@ -243,15 +243,15 @@ WRONG_VELOCITIES = {
     ),
     "a field of another shape": (
         lambda: altered(Constant, fit=lambda self, snapshot, gradient, state: (Lopsided(), state)),
-        r"`field` must return tr\(D ∇w\) of shape \(32,\) from `evaluate`",
+        r"`field` must return tr\(D ∇w\) of shape \(22,\) from `evaluate`",
     ),
     "a field without divergence": (
         lambda: altered(Constant, fit=lambda self, snapshot, gradient, state: (Partial(), state)),
         "`field` must return w, .* but Partial.evaluate returns",
     ),
-    "one state for four fits": (
+    "one state for six fits": (
         lambda: altered(Constant, init=lambda self, positions: jnp.zeros(3)),
-        "None or a list of four states from `init`, but Outside.init",
+        "None or a list of 6 states from `init`, but Outside.init",
     ),
     "a density that is a function": (
         lambda: altered(
@@ -327,8 +327,8 @@ def test_a_velocity_that_answers_otherwise_is_rejected(path, refused, case):
             r"`field` must return tr\(D ∇w\) of shape \(64,\) from `evaluate`",
         ),
         (
-            lambda: altered(Constant, init=lambda self, positions: jnp.zeros(4)),
-            "None or a list of four states from `init`, but Outside.init",
+            lambda: altered(Constant, init=lambda self, positions: jnp.zeros(6)),
+            "None or a list of 6 states from `init`, but Outside.init",
         ),
         (lambda: Translation, "`velocity` must estimate from one snapshot"),
         (

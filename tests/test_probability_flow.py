@@ -135,6 +135,19 @@ def test_no_noise_and_no_key_in_it():
     np.testing.assert_array_equal(*runs)
 
 
+def test_members_without_noise_have_no_floor():
+    rule = esl.ProbabilityFlow(0.01, 0.3, esl.AffineVelocity())
+    start = 2 + jax.random.normal(KEY, (40, 2))
+    path = esl.simulate(esl.Quadratic(1.0), rule, start, steps=100, key=KEY)
+    report = esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0)
+    assert float(report.noise_floor) == 0
+    assert "noise-dominated" not in str(report)
+    # The same members moved by Langevin noise have a floor above Σ itself.
+    noisy = esl.simulate(esl.Quadratic(1.0), esl.Langevin(0.01, 0.3), start, steps=100, key=KEY)
+    floor = esl.speed_limit(noisy, transport=esl.ExactTransport(), jackknife=0).noise_floor
+    assert floor > 2 * report.entropy_production
+
+
 def test_gradients_go_through_the_flow(x64):
     start = jax.random.normal(KEY, (12, 2), jnp.float64) + 1
 

@@ -1,5 +1,6 @@
 """The ensemble tracker against NumPy, exact laws, and itself under every way of differentiating."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -680,7 +681,30 @@ class SharedBatch(esl.AbstractPotential):
         return jax.random.randint(key, (3,), 0, 10)
 
 
+class Lawful(Rule):
+    """The same with a law from outside."""
+
+    claim: Any = eqx.field(static=True, default=None)
+    answer: Any = eqx.field(static=True, default=lambda x, energies: (x, energies))
+
+    def law(self, control):
+        return self.claim(control)
+
+
+def halved(control):
+    return esl.simulation.Diffusion(control.learning_rate / 2, 0.3, injected=0.1)
+
+
 BAD = {
+    r"`rule` must return a Diffusion or None from `law`, but Lawful.law returns": {
+        "rule": Lawful(claim=lambda control: control.learning_rate)
+    },
+    r"`rule` must claim one temperature of each step .*, but claims numbers of shape \(2,\)": {
+        "rule": Lawful(claim=lambda c: esl.simulation.Diffusion(c.learning_rate, jnp.ones(2), 0.0))
+    },
+    "`mobility of the law` must be at least 0": {
+        "rule": Lawful(claim=lambda c: esl.simulation.Diffusion(-c.learning_rate, 0.0, 0.0))
+    },
     r"`positions` must be finite, but has 1 entries that are not, the first at index \(1, 0\)": {
         "positions": np.array([[1.0, 0.0], [np.nan, 0.0]], np.float32)
     },
@@ -764,6 +788,90 @@ def test_under_a_transformation_bad_values_come_out_as_nan():
         )
     )(-0.1)
     assert np.isnan(end).all()
+
+
+# Laws
+
+
+def test_a_trajectory_keeps_the_law_of_its_rule():
+    start, schedule = np.ones((3, 2), np.float32), esl.Linear(0.1, 0.3)
+    options = {"steps": 4, "snapshots": 2, "key": KEY}
+
+    def run(rule):
+        return esl.simulate(esl.Quadratic(1.0), rule, start, **options)
+
+    path = run(esl.Langevin(schedule, 0.5))
+    for name, truth in (
+        ("mobility", schedule.rates(4)),
+        ("temperature", np.full(4, 0.5)),
+        ("injected", np.full(4, 0.5)),
+    ):
+        np.testing.assert_allclose(getattr(path.law, name), truth, rtol=1e-6)
+    flow = run(esl.ProbabilityFlow(schedule, 0.5, esl.AffineVelocity())).law
+    np.testing.assert_array_equal(flow.injected, 0)
+    np.testing.assert_allclose(flow.temperature, 0.5)
+    outside = run(Lawful(claim=halved))
+    np.testing.assert_allclose(outside.rates, 0.05, rtol=1e-6)
+    np.testing.assert_allclose(outside.law.mobility, 0.05, rtol=1e-6)
+    np.testing.assert_allclose((outside.temperatures[0], outside.law.injected[0]), (0.3, 0.1))
+    unlawful = run(Rule(answer=lambda x, energies: (x, energies)))
+    assert unlawful.law is None
+    np.testing.assert_allclose(unlawful.rates, 0.1)
+    assert esl.from_snapshots(path.positions).law is None
+
+
+def test_the_law_is_made_of_the_arrays_of_the_trajectory():
+    start = np.ones((3, 2), np.float32)
+    path = esl.simulate(
+        esl.Quadratic(1.0), esl.Langevin(0.1, 0.5), start, steps=4, snapshots=2, key=KEY
+    )
+    faster = dataclasses.replace(path, rates=3 * path.rates)
+    np.testing.assert_array_equal(faster.law.mobility, 3 * path.law.mobility)
+    by_hand = esl.Trajectory(
+        times=path.times,
+        positions=path.positions,
+        energies=path.energies,
+        rates=path.rates,
+        temperatures=path.temperatures,
+        final=path.final,
+        observed=False,
+    )
+    for ours, theirs in zip(jax.tree.leaves(by_hand.law), jax.tree.leaves(path.law), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    warmer = dataclasses.replace(by_hand, temperatures=2 * path.temperatures)
+    np.testing.assert_array_equal(warmer.law.injected, 2 * path.temperatures)
+
+
+def test_measures_know_a_rule_by_its_law_alone(refused):
+    """D, U and the floor of a law from outside are its own; of a rule without one they are None."""
+    start = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+
+    def run(rule):
+        return esl.simulate(esl.Quadratic(1.0), rule, start, steps=4, snapshots=2, key=KEY)
+
+    def report(path, **options):
+        return esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=0, **options)
+
+    outside, unlawful = run(Lawful(claim=halved)), run(Rule(answer=lambda *moved: moved))
+    np.testing.assert_allclose(report(outside).learning_time, 4 * 0.05, rtol=1e-6)
+    # 2 d Σ_j Σ_{k∈j} T η/Δs with d = 2 and two links of two steps.
+    np.testing.assert_allclose(report(outside).noise_floor, 2 * 2 * 4 * 0.05 * 0.1 / 0.5, rtol=1e-6)
+    unknown = report(unlawful)
+    assert unknown.dissipation is unknown.learning_time is unknown.noise_floor is None
+    np.testing.assert_allclose(unknown.entropy_production, report(outside).entropy_production)
+    assert "which the rule does not state" in unknown.verdict()
+    velocity = esl.TransportVelocity(esl.ExactTransport())
+    followed = report(unlawful, velocity=velocity)
+    assert followed.dissipation is None
+    np.testing.assert_allclose(
+        followed.entropy_production,
+        report(outside, velocity=velocity).entropy_production,
+        rtol=1e-4,
+    )
+    refused(
+        lambda: report(unlawful, velocity=esl.KDEVelocity(), potential=esl.Quadratic(1.0)),
+        "must be TransportVelocity.* for a run whose rule claims no law",
+    )
 
 
 @pytest.mark.parametrize("gradient", [esl.HessianAdjoint, esl.Autodiff])

@@ -175,8 +175,13 @@ class Measurement:
             members,
             maps=self.velocity is not None,
             jackknife=self.config.jackknife,
-            debias=self.debias,
+            halves=self.halves,
         )
+
+    @property
+    def halves(self) -> bool:
+        """Whether the bias of sampling is removed by halves of the members."""
+        return self.debias and not self.transport.moments_only
 
     def seconds(self) -> tuple[float, float]:
         """Return the seconds of a problem of n members and of n/2, the latter 0 if there is none.
@@ -187,7 +192,7 @@ class Measurement:
         positions = self.path.positions
         pairs, coarse = compared(positions.shape[0] - 1)
         each = _seconds(self.transport, positions, positions, pairs + coarse)
-        if not self.debias:
+        if not self.halves:
             return each, 0.0
         even = positions[:, 0 : positions.shape[1] // 2 * 2 : 2]
         return each, _seconds(self.transport, even, positions[:, 1::2], pairs)
@@ -209,18 +214,19 @@ class Measurement:
 
 
 def transport_problems(
-    snapshots: int, members: int, *, maps: bool, jackknife: int, debias: bool
+    snapshots: int, members: int, *, maps: bool, jackknife: int, halves: bool
 ) -> tuple[int, int]:
     """Return how many transport problems `speed_limit` solves for one recorded run.
 
-    **Args:** `maps`: whether there are velocities, by a map to each neighbor in time.
+    **Args:** `maps`: whether there are velocities, by a map to each neighbor in time. `halves`:
+    whether distances are debiased by halves of the members.
     **Returns:** how many of up to n members, and how many of up to n/2.
     """
     pairs, coarse = compared(snapshots - 1)
-    groups = jackknife_groups(members, jackknife, unit=1 + debias, least=2 + 2 * debias)
+    groups = jackknife_groups(members, jackknife, unit=1 + halves, least=2 + 2 * halves)
     reports = 1 if groups is None else 1 + groups.count + (groups.covered < members)
     whole = reports * len(pairs + coarse) + 2 * snapshots * maps
-    return whole, reports * (2 * len(pairs) + snapshots) * debias
+    return whole, reports * (2 * len(pairs) + snapshots) * halves
 
 
 def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int, int]]) -> float:
@@ -268,37 +274,48 @@ _NUMBERS = (
     "temporal",
     "geometric",
     "housekeeping",
-)
-_DEBIASED = ("debiased_entropy_production", "debiased_w2_squared", "debiased_gap")
-_OPTIONAL = (
-    *_DEBIASED,
+    "metric_action",
+    "efficiency",
+    "certificate",
+    "debiased_entropy_production",
+    "debiased_length_squared",
+    "debiased_w2_squared",
+    "debiased_gap",
+    "entropy_production_bound",
     "entropy_production_coarse",
     "entropy_production_chain",
     "identity_fraction",
     "learning_time",
+    "dissipation",
     "noise_floor",
 )
+_INTERVALS = ("entropy_production", "w2_squared", "gap", "length_squared", "temporal", "geometric")
 
 
 def _numbers(report: SpeedLimit) -> dict[str, Any]:
-    """Return the numbers of a report as they go into report.json."""
+    """Return the numbers of a report as they go into report.json; null is "not resolved"."""
     errors = report.standard_error
-    error_of = {name: getattr(errors, name, None) for name in (*_NUMBERS, *_DEBIASED)}
-    has_interval = getattr(errors, "gap_lower", None) is not None
-    interval = report.interval("gap") if has_interval else None
-    optional = {name: getattr(report, name) for name in _OPTIONAL}
+    numbers = {name: getattr(report, name) for name in _NUMBERS}
+    error_of = {} if errors is None else {name: errors.get(name) for name in _NUMBERS}
+    intervals = {} if errors is None else {name: report.interval(name) for name in _INTERVALS}
+    resolved = report.length_resolved
     return {
-        **{name: float(getattr(report, name)) for name in _NUMBERS},
-        "efficiency": float(report.efficiency),
-        **{name: None if value is None else float(value) for name, value in optional.items()},
+        **{name: None if value is None else float(value) for name, value in numbers.items()},
+        "length_resolved": None if resolved is None else bool(resolved),
+        "circulation": report.circulation,
         "transport_converged": bool(report.converged),
         "is_bound": report.is_bound,
+        "units": "squared coordinates",
         "standard_error": None
         if errors is None
         else {name: float(error) for name, error in error_of.items() if error is not None},
-        "gap_interval": None
-        if interval is None
-        else [float(interval.lower), float(interval.upper)],
+        "intervals": {
+            name: [float(interval.lower), float(interval.upper)]
+            for name, interval in intervals.items()
+        },
+        "gap_interval": [float(intervals["gap"].lower), float(intervals["gap"].upper)]
+        if intervals
+        else None,
         "errors": report.errors,
         "source": report.source,
         "verdict": report.verdict(),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import rich.console
 import rich.markup
 import rich.progress
@@ -26,10 +27,12 @@ from esljax.command.settings import (
     in_words,
 )
 from esljax.experiment import (
+    QUANTITIES,
     WITH_ERROR,
     Comparison,
     Judgment,
     Problem,
+    agreement,
     compare,
     enable,
     make_problem,
@@ -54,7 +57,7 @@ def optimize_command(config: OptimizeConfig) -> int:
     # Every process computes everything; the first one prints and writes.
     first = jax.process_index() == 0
     console = rich.console.Console(quiet=config.quiet or not first)
-    # The table has ten columns: a narrow terminal should break its lines rather than its numbers.
+    # The table has eleven columns: a narrow terminal should break its lines and not its numbers.
     console.width = max(console.width, 136)
     with alone(config.out, "out"):
         kept = config.out / "checkpoints"
@@ -204,11 +207,12 @@ class _Progress:
             *columns, console=console, transient=True, disable=config.quiet
         )
         shapes = len(usual_shapes())
-        # A matching takes about two trials, a gradient about 2.3 forward runs, a judgment 1.3.
+        # A matching takes about two trials, a gradient about 2.3 forward runs, a judgment 1.3. Two
+        # schedules are made here, one by the search and one by re-timing.
         total = (
-            (2 * shapes + 4) * config.match_runs
+            (2 * shapes + 6) * config.match_runs
             + 2.3 * config.iterations
-            + 1.3 * (shapes + 1) * config.judge_runs
+            + 1.3 * (shapes + 2) * config.judge_runs
         )
         self.task = self.bar.add_task("starting", total=total, numbers="")
 
@@ -240,6 +244,19 @@ def _numbers(sigma: Any, w2_squared: Any, loss: Any) -> str:
     return f"Σ {float(sigma):.4g}  W2² {float(w2_squared):.4g}  final loss {float(loss):.4f}"
 
 
+_SQUARED = "squared parameters"
+# Of the numbers in report.json beyond those of every run.
+UNITS = {quantity.name: quantity.units for quantity in QUANTITIES} | {
+    "efficiency": "1",
+    "dissipation": "nats per example",
+    "identity_fraction": "1",
+    "learning_rates": "squared parameters per nat and step",
+    "debiased_w2_squared": _SQUARED,
+    "batch_temperature": "nats per example",
+    "batch_floor": _SQUARED,
+}
+
+
 # --- The report -----------------------------------------------------------------------------------
 
 
@@ -248,30 +265,39 @@ def _write(config: OptimizeConfig, comparison: Comparison, wall: float) -> None:
     content = {
         "target_loss": comparison.target,
         "schedules": {name: _schedule(judgment) for name, judgment in judgments.items()},
+        "optimized": _examined(comparison),
+        "paths": agreement(judgments)._asdict() if len(judgments) > 1 else None,
+        "units": UNITS,
         "config": config.as_dict(),
         "versions": storage.versions(),
         "wall_seconds": wall,
     }
     storage.write_json(config.out / "report.json", content)
     plot_schedules(judgments).savefig(config.out / "schedules.png", dpi=150)
-    plot_speed_limit({name: judgment.report for name, judgment in judgments.items()}).savefig(
+    reports = {name: judgment.report for name, judgment in judgments.items()}
+    plot_speed_limit(reports, limit=_limit_in_figures(config, comparison)).savefig(
         config.out / "speed_limit.png", dpi=150
     )
 
 
 def _schedule(judgment: Judgment) -> dict[str, Any]:
     report = judgment.report
+    errors: Any = report.standard_error
     rates = judgment.schedule.values[:-1]
     return {
         **{name: float(getattr(report, name)) for name in WITH_ERROR},
+        "efficiency": float(report.efficiency),
+        "dissipation": _known(report.dissipation),
         "final_loss": float(judgment.final_loss),
         "test_accuracy": float(judgment.test_accuracy),
-        "learning_time": None if report.learning_time is None else float(report.learning_time),
-        "noise_floor": None if report.noise_floor is None else float(report.noise_floor),
+        "learning_time": _known(report.learning_time),
+        "noise_floor": _known(report.noise_floor),
+        "identity_fraction": _known(report.identity_fraction),
         "transport_converged": bool(report.converged),
         "learning_rates": [float(rate) for rate in rates],
         "standard_error": {
-            **{name: float(getattr(report.standard_error, name)) for name in WITH_ERROR},
+            **{name: float(getattr(errors, name)) for name in WITH_ERROR},
+            "dissipation": _known(errors.dissipation),
             "final_loss": float(judgment.standard_error.final_loss),
             "test_accuracy": float(judgment.standard_error.test_accuracy),
             # The rates are given, not estimated.
@@ -280,16 +306,42 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
     }
 
 
+def _examined(comparison: Comparison) -> dict[str, Any]:
+    """The numbers of the optimized schedule alone."""
+    debiased = comparison.debiased_w2_squared
+    batches: Any = comparison.batches
+    return {
+        "debiased_w2_squared": None if debiased is None else debiased[0],
+        "batch_temperature": None
+        if batches is None
+        else [float(temperature) for temperature in batches.temperature],
+        "batch_floor": None if batches is None else float(batches.floor),
+        "standard_error": {
+            "debiased_w2_squared": None if debiased is None else debiased[1],
+            "batch_floor": None if batches is None else float(batches.standard_error.floor),
+        },
+    }
+
+
+def _known(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 def _show(
     config: OptimizeConfig, comparison: Comparison, wall: float, console: rich.console.Console
 ) -> None:
     console.print(_table(comparison))
-    console.print(rich.markup.escape(_verdict(comparison)), highlight=False)
-    console.print(
+    lines = [
+        _UNITS_OF_THE_TABLE,
+        *_gains(comparison),
+        *_on_the_limit(config, comparison),
+        *_on_the_path(comparison),
+        *_doubts(comparison),
         f"{wall:.0f} s; report.json, config.toml, schedules.png and speed_limit.png are in "
         f"{config.out}/",
-        highlight=False,
-    )
+    ]
+    for line in lines:
+        console.print(rich.markup.escape(line), highlight=False)
 
 
 def _table(comparison: Comparison) -> rich.table.Table:
@@ -309,7 +361,8 @@ def _table(comparison: Comparison) -> rich.table.Table:
         "gap",
         "temporal",
         "geometric",
-        "Σ floor",
+        "W2²/Σ",
+        "U",
         "final loss",
         "accuracy",
     ):
@@ -322,46 +375,140 @@ def _table(comparison: Comparison) -> rich.table.Table:
                 concise(getattr(report, number), getattr(report.standard_error, number))
                 for number in WITH_ERROR
             ),
-            "unknown" if report.noise_floor is None else f"{float(report.noise_floor):.2g}",
+            f"{float(report.efficiency):.3f}",
+            "unknown" if report.learning_time is None else f"{float(report.learning_time):.4g}",
             concise(judgment.final_loss, errors.final_loss),
             concise(judgment.test_accuracy, errors.test_accuracy),
         )
     return table
 
 
-def _verdict(comparison: Comparison) -> str:
-    """The result in sentences, with the reasons to doubt it."""
-    optimum, optimized, usual = comparison.optimum, comparison.optimized, comparison.best_usual
-    sentences = []
-    if optimum.interrupted or optimum.message != "Ran all iterations.":
-        sentences.append(optimum.message)
-    if optimized is not None and usual is not None:
-        share, error = ratio(optimized, comparison.judgments[usual])
-        report = optimized.report
-        over = float(report.entropy_production / report.w2_squared)
-        left = float(report.temporal / report.w2_squared)
-        sentences.append(
-            f"At the same final loss {comparison.target:.4g}, the optimized schedule produces "
-            f"{share:.3f} ± {error:.3f} times the entropy of the best usual shape "
-            f"({in_words(usual)}) and {over:.3f} times the limit W2²; {left:.2%} of W2² is left to "
-            "timing, the rest is the bend of the path."
+_UNITS_OF_THE_TABLE = (
+    "Units: squared parameters (Σ, L², W2² and the parts), the same per nat (U), nats (loss)."
+)
+
+
+def _gains(comparison: Comparison) -> Iterator[str]:
+    """How much less Σ than the schedules in common use, and how much of that needs no search."""
+    judgments, optimized = comparison.judgments, comparison.optimized
+    usual, rising = comparison.best_usual, comparison.best_rising
+    if optimized is None or usual is None:
+        return
+    yield (
+        f"At the same final loss {comparison.target:.4g}, the optimized schedule produces "
+        f"{_share(optimized, judgments[usual])} times the entropy of the best schedule in common "
+        f"use ({in_words(usual)})."
+    )
+    others = [
+        ("the best rising shape ({})", rising),
+        (
+            "the first shape passed at constant speed ({})",
+            "retimed" if "retimed" in judgments else None,
+        ),
+    ]
+    known = [(words.format(in_words(name)), judgments[name]) for words, name in others if name]
+    if known:
+        shares = ", ".join(f"{_share(each, judgments[usual])} by {words}" for words, each in known)
+        adds = all(ratio(optimized, each)[0] < 1 for _, each in known)
+        rest = "the rest is what the search adds" if adds else "the search adds nothing to that"
+        yield f"Without a search: {shares}; {rest}."
+
+
+def _on_the_limit(config: OptimizeConfig, comparison: Comparison) -> Iterator[str]:
+    """What is left above W2², and what that W2² is."""
+    optimized = comparison.optimized
+    if optimized is None:
+        return
+    report = optimized.report
+    over = float(report.entropy_production / report.w2_squared)
+    left = float(report.temporal / report.w2_squared)
+    yield (
+        f"Its Σ is {over:.3f} times W2²; {left:.2%} of W2² is left to timing, the rest is the bend "
+        "of the path."
+    )
+    share = _known(report.identity_fraction)
+    paired = share is not None and share > 0.5
+    if paired:
+        yield (
+            f"This W2² is the mean squared displacement of {config.members} members (each is its "
+            f"own best partner in {share:.0%} of the links), an upper "
+            "value of the squared distance between the laws."
         )
+    if comparison.debiased_w2_squared is not None:
+        value = concise(*comparison.debiased_w2_squared)
+        yield f"Without sampling bias, from halves of the members, W2² is {value}" + (
+            ": a lower value, because so few members do not resolve laws whose hidden units can be "
+            "permuted."
+            if paired
+            else "."
+        )
+
+
+def _on_the_path(comparison: Comparison) -> Iterator[str]:
+    """How far the schedules pass one path, and the noise that bends it."""
+    judgments = comparison.judgments
+    if len(judgments) > 1:
+        same = agreement(judgments)
+        yield (
+            f"L² agrees over the schedules to {same.spread:.2%} (χ² of equality "
+            f"{same.chi_squared:.3g} on {same.freedom} degrees of freedom): that far, schedules "
+            "re-time one path."
+        )
+    known = [judgment.report.dissipation for judgment in judgments.values()]
+    dissipations = [float(dissipation) for dissipation in known if dissipation is not None]
+    if dissipations:
+        least, most = min(dissipations), max(dissipations)
+        yield f"The dissipated free energy D is {least:.4g} to {most:.4g} nats over the schedules."
+    batches: Any = comparison.batches
+    optimized = comparison.optimized
+    if batches is not None:
+        low, high = float(jnp.min(batches.temperature)), float(jnp.max(batches.temperature))
+        yield (
+            f"Along the optimized schedule, batches spread members as injected noise of "
+            f"temperature {low:.2g} to {high:.2g} nats would, which is not tied to the rate; "
+            f"in Σ they make up to {float(batches.floor):.2g}."
+        )
+    if optimized is not None and optimized.report.noise_floor is not None:
+        yield f"Injected noise makes up to {float(optimized.report.noise_floor):.2g} of its Σ."
+
+
+def _doubts(comparison: Comparison) -> Iterator[str]:
+    """The reasons not to believe the table."""
+    optimum, optimized = comparison.optimum, comparison.optimized
+    if optimum.interrupted or optimum.message != "Ran all iterations.":
+        yield optimum.message
+    yield from optimum.doubts
+    if comparison.left_out:
+        yield comparison.left_out
     if optimized is not None and comparison.misses_target:
-        sentences.append(
+        yield (
             f"Its held-out final loss {float(optimized.final_loss):.4g} misses the target by more "
             "than 1 %."
         )
     reports = [judgment.report for judgment in comparison.judgments.values()]
     if not all(bool(report.converged) for report in reports):
-        sentences.append("Some transport problems did not converge: do not trust these numbers.")
+        yield "Some transport problems did not converge: do not trust these numbers."
     floors = [
         (report.noise_floor, report.entropy_production)
         for report in reports
         if report.noise_floor is not None
     ]
     if any(float(floor) > 0.05 * float(sigma) for floor, sigma in floors):
-        sentences.append(
+        yield (
             "Injected noise alone makes up more than 5 % of some Σ (its floor): lower the "
             "temperature before comparing."
         )
-    return " ".join(sentences)
+
+
+def _share(first: Judgment, second: Judgment) -> str:
+    mean, error = ratio(first, second)
+    return f"{mean:.3f} ± {error:.3f}"
+
+
+def _limit_in_figures(config: OptimizeConfig, comparison: Comparison) -> str:
+    """The name of W2² in a figure: a displacement where each member is its own best partner."""
+    name = f"$W_2^2$ of {config.members} members"
+    reports = [judgment.report for judgment in comparison.judgments.values()]
+    shares = [_known(report.identity_fraction) for report in reports]
+    paired = all(share is not None and share > 0.5 for share in shares)
+    return f"{name}: their displacement" if paired else name

@@ -1,16 +1,17 @@
 r"""Schedules held against the speed limit at one final loss: same start and end, other timing.
 
-A learning-rate schedule is a change of clock of one path through the space of laws. Schedules are
-therefore compared fairly only where they end at the same place: each shape is scaled until the mean
-final training loss is one common target. Then all are judged on keys (initializations, batches,
-noise) that neither the scaling nor any optimization has seen.
+With noise tied to the learning rate, a schedule is a change of clock of one path through the space
+of laws; batches, whose noise is not tied to it, bend that path a little (`agreement` measures it).
+Schedules are therefore compared fairly only where they end at the same place: each shape is scaled
+until the mean final training loss is one common target. Then all are judged on keys
+(initializations, batches, noise) that neither the scaling nor any optimization has seen.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -21,15 +22,22 @@ from jax.sharding import Mesh
 from esljax._checks import InputError, check_key, check_positive, check_positive_int, refuse
 from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.experiment.memory import Plan, plan_memory
-from esljax.experiment.settings import SCHEDULES
+from esljax.experiment.settings import RISING, SCHEDULES
 from esljax.files import Checkpoints, session
-from esljax.measures import SpeedLimit, average, speed_limit
+from esljax.measures import (
+    MinibatchNoise,
+    SpeedLimit,
+    average,
+    constant_speed,
+    minibatch_noise,
+    speed_limit,
+)
 from esljax.optimization import Iteration, Optimum, optimize
 from esljax.potentials import Examples, FlaxLoss
 from esljax.results import StandardErrors, renamed_error
 from esljax.schedules import AbstractSchedule, Constant, Knots, as_schedule
 from esljax.sharding import replicate
-from esljax.simulation import AbstractGradient, HessianAdjoint, Langevin, simulate
+from esljax.simulation import AbstractGradient, HessianAdjoint, Langevin, Trajectory, simulate
 from esljax.transport import AbstractTransport
 
 
@@ -87,12 +95,22 @@ class Problem(eqx.Module):
 
     def run(self, learning_rate: AbstractSchedule, key: Key) -> Outcome:
         """Train an ensemble from fresh initializations and measure it."""
+        path = self.path(learning_rate, key)
+        outcome = Outcome(
+            report=speed_limit(path, transport=self.transport, jackknife=self.jackknife),
+            final_loss=jnp.mean(self.potential(path.final)),
+            test_accuracy=jnp.mean(self.potential.accuracy(path.final, self.test)),
+        )
+        return replicate(outcome, self.mesh)
+
+    def path(self, learning_rate: AbstractSchedule, key: Key) -> Trajectory:
+        """The training run that `run` measures."""
         start_key, path_key = jax.random.split(key)
         start = self.potential.init(members=self.members, key=start_key).astype(
             self.potential.inputs.dtype
         )
         rule = Langevin(learning_rate, self.temperature)
-        path = simulate(
+        return simulate(
             self.potential,
             rule,
             start,
@@ -102,12 +120,6 @@ class Problem(eqx.Module):
             gradient=self.gradient,
             mesh=self.mesh,
         )
-        outcome = Outcome(
-            report=speed_limit(path, transport=self.transport, jackknife=self.jackknife),
-            final_loss=jnp.mean(self.potential(path.final)),
-            test_accuracy=jnp.mean(self.potential.accuracy(path.final, self.test)),
-        )
-        return replicate(outcome, self.mesh)
 
     def plan_memory(self, *, devices: int = 1, differentiated: bool = True) -> Plan:
         """The memory of one run on each device, with its gradient if `differentiated`."""
@@ -154,6 +166,17 @@ class Judgment(eqx.Module):
     test_accuracy_error = renamed_error("test_accuracy")
 
 
+class Agreement(NamedTuple):
+    """How far the paths of several schedules agree: a change of clock leaves L² as it is."""
+
+    spread: float
+    """The largest L² less the least, as a share of their mean."""
+    chi_squared: float
+    """Σ (L² - mean)²/error² over the schedules, with the mean weighted by the errors."""
+    freedom: int
+    """The degrees of freedom of `chi_squared`, and its mean if the paths are one."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Usual schedules and one found by gradient, judged at the same final loss."""
@@ -161,10 +184,19 @@ class Comparison:
     target: float
     """The mean final training loss that every schedule was scaled to."""
     judgments: Mapping[str, Judgment]
-    """Each schedule's judgment, least Σ first. The searched one is named "optimized". After an
-    interruption only the schedules judged by then are here."""
+    """Each schedule's judgment, least Σ first. The searched one is named "optimized"; the one named
+    "retimed" is the first shape passed at constant speed, in closed form. After an interruption
+    only the schedules judged by then are here."""
     optimum: Optimum
     """The search by gradient and its history."""
+    left_out: str = ""
+    """Why the re-timed schedule was not judged, a sentence; "" if it was."""
+    debiased_w2_squared: tuple[float, float] | None = None
+    """W2² of the optimized schedule without its sampling bias, in squared parameters, and its
+    standard error over the held-out runs. None below 8 members, and after an interruption."""
+    batches: MinibatchNoise | None = None
+    """The noise of the batches along one held-out run of the optimized schedule. None without
+    batches, and after an interruption."""
 
     @property
     def optimized(self) -> Judgment | None:
@@ -173,8 +205,15 @@ class Comparison:
 
     @property
     def best_usual(self) -> str | None:
-        """The usual schedule with the least Σ; None if none was judged."""
-        return next((name for name in self.judgments if name != _OPTIMIZED), None)
+        """The schedule in common use with the least Σ: neither a rising shape nor one made here.
+        None if none was judged."""
+        apart = (*_MADE, *RISING)
+        return next((name for name in self.judgments if name not in apart), None)
+
+    @property
+    def best_rising(self) -> str | None:
+        """The rising shape with the least Σ; None if none was judged."""
+        return next((name for name in self.judgments if name in RISING), None)
 
     @property
     def misses_target(self) -> bool:
@@ -191,7 +230,8 @@ class Watcher(Protocol):
     """
 
     def stage(self, name: str) -> None:
-        """A stage begins: "target", "matching NAME", "optimizing" or "judging NAME"."""
+        """A stage begins: "target", "matching NAME", "optimizing", "judging NAME" or
+        "examining optimized"."""
         ...
 
     def trial(self, loss: float) -> None:
@@ -219,7 +259,10 @@ class _Unwatched:
     def judged(self, judgment: Judgment) -> None: ...
 
 
-_OPTIMIZED = "optimized"
+_OPTIMIZED, _RETIMED = "optimized", "retimed"
+_MADE = (_OPTIMIZED, _RETIMED)
+# From this many members on, halves of them are worth a distance.
+_DEBIASED_FROM = 8
 # Only the same problem resumes a checkpoint; its mesh may differ, to resume on other devices.
 _PARTS = [field.name for field in dataclasses.fields(Problem) if field.name != "mesh"]
 _LEAST = {"knots": 2, "iterations": 1, "match_runs": 1, "judge_runs": 2}
@@ -241,10 +284,11 @@ def compare(
 ) -> Comparison:
     """Compare the usual schedules with one found by gradient, at the same final loss.
 
-    Every usual shape is scaled until its mean final training loss is the target. A search by
-    gradient starts at the mean rate of the first one and looks for the schedule of least Σ at that
-    loss; its result is scaled likewise. All are then judged on common keys that no earlier stage
-    has seen.
+    Every usual shape is scaled until its mean final training loss is the target. The first of them
+    is re-timed to constant speed in closed form (`constant_speed`), which needs no search: a search
+    is worth what it gains beyond that. A search by gradient starts at the mean rate of the first
+    shape and looks for the schedule of least Σ at that loss. Both results are scaled likewise. All
+    are then judged on common keys that no earlier stage has seen.
 
     **Args:**
     - `problem`: the learning problem.
@@ -281,7 +325,7 @@ def compare(
         ...     problem, rate=0.2, key=jax.random.key(0), shapes=shapes, iterations=4, judge_runs=2
         ... )
         >>> sorted(result.judgments)
-        ['constant', 'cosine', 'optimized']
+        ['constant', 'cosine', 'optimized', 'retimed']
     """
     counts = {
         "knots": knots,
@@ -300,7 +344,13 @@ def compare(
 
     with session(_within(checkpoints, "matching"), about) as saved:
         target, matched = _match_usual(match, shapes, target, rate, saved)
-    start = Knots(jnp.full(knots, jnp.mean(next(iter(matched.values())).values)))
+    first = next(iter(matched.values()))
+    start = Knots(jnp.full(knots, jnp.mean(first.values)))
+    left_out = ""
+    try:
+        matched[_RETIMED] = match(_retimed(problem, first, match.keys), _RETIMED, target)
+    except InputError as error:
+        left_out = f"The re-timed schedule is left out: {error}"
     watcher.stage("optimizing")
     optimum = optimize(
         _objective(problem, target),
@@ -310,27 +360,30 @@ def compare(
         callback=watcher.iteration,
         checkpoints=_within(checkpoints, "search"),
     )
-    judgments = {}
+    judgments, debiased, batches = {}, None, None
     try:
         searched = optimum.controls
         # A schedule that is not finite cannot be scaled to the target; it is judged as it is.
         finite = bool(np.all(np.isfinite(searched.values)))
         matched[_OPTIMIZED] = match(searched, _OPTIMIZED, target) if finite else searched
         judge_keys = jax.random.split(judge_key, judge_runs)
-        for name in (_OPTIMIZED, *shapes):
+        for name in (_OPTIMIZED, *(name for name in matched if name != _OPTIMIZED)):
             watcher.stage(f"judging {name}")
             judgments[name] = judge(problem, matched[name], judge_keys)
             watcher.judged(judgments[name])
+        watcher.stage(f"examining {_OPTIMIZED}")
+        debiased = _debiased_w2_squared(problem, matched[_OPTIMIZED], judge_keys)
+        batches = _batches(problem, matched[_OPTIMIZED], judge_keys[0])
     except KeyboardInterrupt:
         if not judgments:
             raise
         optimum = optimum.as_interrupted()
     ordered = sorted(judgments.items(), key=lambda item: float(item[1].report.entropy_production))
-    return Comparison(target, dict(ordered), optimum)
+    return Comparison(target, dict(ordered), optimum, left_out, debiased, batches)
 
 
 def usual_shapes() -> dict[str, AbstractSchedule]:
-    """The learning-rate schedules in common use, with peak 1, by name."""
+    """The learning-rate schedules in common use, and two that rise, with peak 1, by name."""
     return {name: make() for name, make in SCHEDULES.items()}
 
 
@@ -430,6 +483,26 @@ def ratio(first: Judgment, second: Judgment) -> tuple[float, float]:
     return float(np.mean(ratios)), float(np.std(ratios, ddof=1) / np.sqrt(ratios.size))
 
 
+def agreement(judgments: Mapping[str, Judgment]) -> Agreement:
+    """Compare the L² of schedules that end at the same loss.
+
+    If a schedule only re-timed one path, all would be equal but for their errors. χ² takes the
+    errors as independent; common keys make the differences smaller, so it errs below.
+
+    **Args:** `judgments`: at least two, by name, on common keys.
+    """
+    reports = [judgment.report for judgment in judgments.values()]
+    lengths = np.array([float(report.length_squared) for report in reports])
+    errors: list[Any] = [report.standard_error for report in reports]
+    weights = np.array([float(error.length_squared) for error in errors]) ** -2
+    mean = np.sum(weights * lengths) / np.sum(weights)
+    return Agreement(
+        spread=float(np.ptp(lengths) / mean),
+        chi_squared=float(np.sum(weights * (lengths - mean) ** 2)),
+        freedom=lengths.size - 1,
+    )
+
+
 # --- The stages -----------------------------------------------------------------------------------
 
 
@@ -446,10 +519,10 @@ def _check_settings(
         check_positive("target", target)
     for name, count in counts.items():
         check_positive_int(name, count, _LEAST[name])
-    if not shapes or _OPTIMIZED in shapes:
+    if not shapes or not shapes.keys().isdisjoint(_MADE):
         raise refuse(
             "shapes",
-            f"hold at least one schedule, and none named {_OPTIMIZED!r}",
+            f"hold at least one schedule, and none named {_OPTIMIZED!r} or {_RETIMED!r}",
             f"holds {', '.join(shapes) or 'none'}",
         )
 
@@ -526,6 +599,40 @@ def _objective(problem: Problem, target: float) -> Callable[[Knots, Key], Any]:
         )
 
     return objective
+
+
+def _retimed(problem: Problem, table: Knots, keys: Keys) -> Knots:
+    """The schedule of constant speed along the mean of some runs of another schedule."""
+    reports = [_outcome(problem, table, key).report for key in keys]
+    if len(reports) == 1:
+        return constant_speed(reports[0])
+    return constant_speed(average(jax.tree.map(lambda *runs: jnp.stack(runs), *reports)))
+
+
+def _debiased_w2_squared(problem: Problem, table: Knots, keys: Keys) -> tuple[float, float] | None:
+    """W2² without sampling bias over the runs of some keys, and its standard error."""
+    if problem.members < _DEBIASED_FROM:
+        return None
+    squares = np.array([float(_debiased(problem, table, key)) for key in keys])
+    return float(np.mean(squares)), float(np.std(squares, ddof=1) / np.sqrt(squares.size))
+
+
+@eqx.filter_jit
+def _batches(problem: Problem, table: Knots, key: Key) -> MinibatchNoise | None:
+    """The noise of the batches along one run, from batches that the run has not seen."""
+    if problem.potential.batch_size is None:
+        return None
+    path = problem.path(table, key)
+    batch_key = jax.random.fold_in(key, 1)
+    noise = minibatch_noise(path, problem.potential, key=batch_key, pairs=2)
+    return replicate(noise, problem.mesh)
+
+
+@eqx.filter_jit
+def _debiased(problem: Problem, table: Knots, key: Key) -> Scalar:
+    path = problem.path(table, key)
+    report = speed_limit(path, transport=problem.transport, jackknife=0, debias=True)
+    return replicate(report.debiased_w2_squared, problem.mesh)
 
 
 @eqx.filter_jit

@@ -8,6 +8,7 @@ commands, the check of TOML files and the construction all read it, so one line 
 """
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -83,14 +84,19 @@ TRANSPORTS: dict[str, Callable[[TransportNumbers], AbstractTransport]] = {
     "sinkhorn": lambda numbers: SinkhornTransport(numbers.epsilon, chunk=numbers.chunk or None),
 }
 
-# The learning-rate schedules in common use, each with peak 1.
+# The shapes of learning-rate schedules, each with peak 1: those in common use, and those that rise.
 SCHEDULES: dict[str, Callable[[], AbstractSchedule]] = {
     "constant": lambda: Constant(1.0),
     "linear_decay": lambda: Linear(1.0, 0.0),
     "cosine": lambda: Cosine(1.0),
     "warmup_stable_decay": lambda: WarmupStableDecay(1.0),
     "exponential_decay": lambda: Exponential(1.0, 0.1),
+    "linear_rise": lambda: Linear(0.2, 1.0),
+    "exponential_rise": lambda: Exponential(math.exp(-1.6), 1.0),
 }
+
+# Not in common use: a search that ends at a rising rate is held against what a rise gains alone.
+RISING = ("linear_rise", "exponential_rise")
 
 # Whether jax must have 64-bit numbers enabled.
 DTYPES: dict[str, bool] = {"float32": False, "float64": True}

@@ -25,13 +25,11 @@ class JudgmentLike(Protocol):
 class ReportLike(Protocol):
     """Anything that `plot_speed_limit` can draw, such as an `esl.SpeedLimit`.
 
-    Its three parts are stacked. They add up to Σ for an estimate by the chain of snapshots, which
-    knows no housekeeping.
+    Its parts are stacked and add up to Σ.
     """
 
-    @property
-    def w2_squared(self) -> SupportsFloat:
-        """W2² between start and end, the limit."""
+    def best(self, name: str) -> SupportsFloat:
+        """W2² between start and end, for the name "w2_squared": the limit."""
         ...
 
     @property
@@ -42,6 +40,16 @@ class ReportLike(Protocol):
     @property
     def temporal(self) -> SupportsFloat:
         """The part of Σ - W2² that an uneven speed ℓ costs, ∫ℓ² ds - L²."""
+        ...
+
+    @property
+    def housekeeping(self) -> SupportsFloat | None:
+        """The part of Σ - W2² that moves no mass; None where it is not resolved."""
+        ...
+
+    @property
+    def length_resolved(self) -> Any:
+        """Whether `geometric` and `temporal` can be told apart: None or a boolean."""
         ...
 
     @property
@@ -102,14 +110,17 @@ def plot_schedules(judgments: Mapping[str, JudgmentLike]) -> Figure:
     return figure
 
 
-def plot_speed_limit(reports: Mapping[str, ReportLike]) -> Figure:
+def plot_speed_limit(
+    reports: Mapping[str, ReportLike], *, limit: str = "$W_2^2$, the limit"
+) -> Figure:
     """Plot the parts of Σ as stacked bars, and the metric speed against training time.
 
     The bars end in the standard error of Σ. A dotted line marks W2 (with several reports their
     mean), the constant speed at which Σ would equal W2².
 
     **Args:** `reports`: by name, one bar and one line each; the one named "optimized" is drawn in
-    black.
+    black. `limit`: the label of W2², which says of what it is one: of laws, of the moments, or of
+    members that are their own best partners.
     **Returns:** the figure, which `savefig` writes.
     **Raises:** `InputError` if there are none.
 
@@ -129,22 +140,26 @@ def plot_speed_limit(reports: Mapping[str, ReportLike]) -> Figure:
         raise refuse("reports", "hold at least one report", "is empty")
     figure = Figure(figsize=(10.0, 4.2), layout="constrained")
     bars, speeds = figure.subplots(1, 2, width_ratios=(1.1, 1))
-    _draw_parts(bars, reports)
+    _draw_parts(bars, reports, limit)
     _draw_speeds(speeds, reports)
     clean(bars, speeds)
     return figure
 
 
-def _draw_parts(axes: Any, reports: Mapping[str, ReportLike]) -> None:
+def _draw_parts(axes: Any, reports: Mapping[str, ReportLike], limit: str) -> None:
     rows = np.arange(len(reports))[::-1]
     left = np.zeros(len(reports))
+    parts = [_parts(report) for report in reports.values()]
     for part, label, color in (
-        ("w2_squared", "$W_2^2$, the limit", "#555555"),
+        ("limit", limit, "#555555"),
         ("geometric", "geometric", "#56B4E9"),
         ("temporal", "temporal", "#E69F00"),
+        ("unresolved", "geometric and temporal, not resolved", "#BBBBBB"),
+        ("housekeeping", "housekeeping", "#CC79A7"),
     ):
-        width = np.array([float(getattr(report, part)) for report in reports.values()])
-        axes.barh(rows, width, left=left, color=color, label=label, height=0.7)
+        width = np.array([each.get(part, 0.0) for each in parts])
+        if width.any() or part in ("limit", "geometric", "temporal"):
+            axes.barh(rows, width, left=left, color=color, label=label, height=0.7)
         left = left + width
     errors = [report.standard_error for report in reports.values()]
     widths = [0.0 if error is None else float(error.entropy_production) for error in errors]
@@ -160,11 +175,20 @@ def _draw_parts(axes: Any, reports: Mapping[str, ReportLike]) -> None:
     )
 
 
+def _parts(report: ReportLike) -> dict[str, float]:
+    """The widths of the parts of Σ by name."""
+    moving = {"geometric": float(report.geometric), "temporal": float(report.temporal)}
+    if report.length_resolved is not None and not bool(report.length_resolved):
+        moving = {"unresolved": sum(moving.values())}
+    housekeeping = 0.0 if report.housekeeping is None else float(report.housekeeping)
+    return {"limit": float(report.best("w2_squared")), **moving, "housekeeping": housekeeping}
+
+
 def _draw_speeds(axes: Any, reports: Mapping[str, ReportLike]) -> None:
     for name, style in _styles(reports).items():
         report = reports[name]
         axes.plot(np.asarray(report.times), np.asarray(report.speed), label=in_words(name), **style)
-    limits = [np.sqrt(max(float(report.w2_squared), 0.0)) for report in reports.values()]
+    limits = [np.sqrt(max(float(report.best("w2_squared")), 0.0)) for report in reports.values()]
     limit = float(np.mean(limits))
     axes.axhline(limit, color="#555555", linestyle=":", linewidth=1.2, label="$W_2$")
     axes.set(
@@ -174,10 +198,15 @@ def _draw_speeds(axes: Any, reports: Mapping[str, ReportLike]) -> None:
 
 
 def _styles(names: Collection[str]) -> dict[str, dict]:
-    # The optimized schedule is drawn in black.
+    # The optimized schedule is drawn in black; dashes tell apart lines that share a color.
     others = [name for name in sorted(names) if name != "optimized"]
     styles = {
-        name: {"color": COLORS[i % len(COLORS)], "linewidth": 1.4} for i, name in enumerate(others)
+        name: {
+            "color": COLORS[i % len(COLORS)],
+            "linestyle": ("-", "--", ":")[i // len(COLORS) % 3],
+            "linewidth": 1.4,
+        }
+        for i, name in enumerate(others)
     }
     if "optimized" in names:
         styles["optimized"] = {"color": "black", "linewidth": 2.4}

@@ -1,13 +1,15 @@
-"""Σ, L², W2², their split and errors, the free energy, and the noise of batches."""
+"""Σ, L², W2², their split and errors, the free energy, work, and the noise of batches."""
 
 from esljax.measures.balance import Balance, FreeEnergy
 from esljax.measures.chain import compared
-from esljax.measures.diagnosis import Finding
 from esljax.measures.errors import Interval, jackknife_groups
 from esljax.measures.evidence import Evidence
+from esljax.measures.finding import Finding
 from esljax.measures.free_energy import free_energy
+from esljax.measures.jarzynski import Jarzynski, jarzynski
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
 from esljax.measures.report import SpeedLimit, Split, average
+from esljax.measures.retiming import constant_speed
 from esljax.measures.speed_limit import speed_limit
 
 __all__ = [
@@ -16,13 +18,16 @@ __all__ = [
     "Finding",
     "FreeEnergy",
     "Interval",
+    "Jarzynski",
     "MinibatchNoise",
     "SpeedLimit",
     "Split",
     "average",
     "compared",
+    "constant_speed",
     "free_energy",
     "jackknife_groups",
+    "jarzynski",
     "minibatch_noise",
     "speed_limit",
 ]

@@ -77,7 +77,8 @@ class FreeEnergy(eqx.Module):
     entropy: Float[Array, "*runs snapshots"]
     """H at the snapshots, in nats, shape (J+1,)."""
     work_of_links: Float[Array, "*runs J"]
-    """∫ E[∂_s Φ] ds of each link, jumps at the ends included, shape (J,)."""
+    """∫ E[∂_s Φ] ds of each link, exact for the steps of the run, jumps at the ends included, shape
+    (J,)."""
     dissipation_of_links: Float[Array, "*runs J"] | None
     """D of each link from velocities or transport, shape (J,). None if the call asked for
     neither."""
@@ -256,12 +257,12 @@ def _on_the_residual(report: FreeEnergy, residual: float, dissipation: float) ->
 def _on_spacing(report: FreeEnergy, dissipation: float) -> list[str]:
     if report.dissipation_coarse is None:
         return []
-    # The trapezoidal rule's error falls as 1/J², so a third of the last change is all that further
-    # halvings would add.
+    # The error of a chain falls as 1/J², so a third of the last change is all that further halvings
+    # would add; that of extrapolated velocities falls faster.
     change = dissipation - float(report.dissipation_coarse)
     return [
-        f"Halving the number of snapshots changes D by {change:.2g}, so spacing still hides about "
-        f"{change / 3:.1g}."
+        f"Halving the number of snapshots changes D by {change:.2g}, so spacing still hides "
+        f"{change / 3:.1g} at most."
     ]
 
 

@@ -138,6 +138,7 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
     elapsed = jnp.diff(times)
     # Rounding can bring a Sinkhorn divergence below 0; only the length counts that as 0.
     lengths = safe_root(squares)
+    learning_times: Any = None
     dissipation = learning_time = mobility = None
     law = trajectory.law
     if law is not None:
@@ -164,6 +165,9 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
         debiased_entropy_production=None
         if solved.debiased_links is None
         else jnp.sum(solved.debiased_links / elapsed),
+        debiased_dissipation=None
+        if solved.debiased_links is None or law is None
+        else jnp.sum(safe_divide(solved.debiased_links, learning_times)),
         debiased_length_squared=None
         if solved.debiased_links is None
         else jnp.sum(safe_root(solved.debiased_links)) ** 2,

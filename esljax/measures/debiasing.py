@@ -39,10 +39,10 @@ def plain(report: SpeedLimit, rates: MemberRates | None, solved: Distances) -> N
     the squared speeds behind the length.
     """
     halves = solved.debiased_links is not None
-    links, whole = (
-        (solved.debiased_links, solved.debiased_whole) if halves else (solved.links, solved.whole)
-    )
+    links: Any = solved.debiased_links if halves else solved.links
+    whole: Any = solved.debiased_whole if halves else solved.whole
     chain = report.debiased_entropy_production if halves else report.chained
+    heat = report.debiased_dissipation if halves and rates is None else report.dissipation
     numbers = {name: getattr(report, name) for name in _MEANS}
     plug_in = {
         "length_squared": report.length_squared,
@@ -59,7 +59,7 @@ def plain(report: SpeedLimit, rates: MemberRates | None, solved: Distances) -> N
             "length": report.length_squared,
             "squares": squares,
         }
-    return {**numbers, **plug_in, **own, "chain": chain, "distance": whole}
+    return {**numbers, **plug_in, **own, "chain": chain, "distance": whole, "heat": heat}
 
 
 def corrected(
@@ -90,21 +90,21 @@ def corrected(
     clear = resolved_squares(squares, variance(replicates["squares"]))
     report = dataclasses.replace(report, length_resolved=clear)
     if debias:
-        chain, distance = (
-            full[name] if halves else without_bias(name) for name in ("chain", "distance")
+        chain, distance, heat = (
+            full[name] if halves or full[name] is None else without_bias(name)
+            for name in ("chain", "distance", "heat")
         )
         report = dataclasses.replace(
             report,
             debiased_entropy_production=chain,
             debiased_length_squared=without_bias("length"),
             debiased_w2_squared=distance,
+            debiased_dissipation=None if by_velocity else heat,
         )
     return report, _errors(report, replicates, variance, debias and not halves)
 
 
-def _errors(
-    report: SpeedLimit, x: Numbers, variance: Callable[[Array], Array], smooth: bool
-) -> Numbers:
+def _errors(report: Any, x: Numbers, variance: Callable[[Array], Array], smooth: bool) -> Numbers:
     """The standard errors of a corrected report, from the numbers `x` without each group.
 
     **Args:** `smooth`: whether a jackknife has removed the bias of the distances.
@@ -126,8 +126,9 @@ def _errors(
     if report.entropy_production_chain is not None:
         sigma = variances["entropy_production"]
         if bound is not None:
-            value = report.entropy_production
-            sigma = error_of_square(value, sigma, (value - bound) / 2)
+            # No square of a sample mean, this may be far below 0.
+            value = jnp.maximum(report.entropy_production, 0)
+            sigma = error_of_square(value, sigma, (report.entropy_production - bound) / 2)
     noise = variances["entropy_production"] - sigma
     if smooth:
         value = report.debiased_entropy_production
@@ -148,6 +149,8 @@ def _errors(
             "gap_lower": variance(below - x["w2_squared"]),
             "gap_upper": variance(x["chain_above"] - x["distance"]),
         }
+        if report.debiased_dissipation is not None:
+            variances["debiased_dissipation"] = variance(x["heat"])
         if report.entropy_production_chain is None:
             variances["entropy_production"] = variance(x["chain_plug_in"])
     return {

@@ -102,6 +102,9 @@ def error_of_square(
 ) -> Float[Array, "*runs"]:
     """The variance of a debiased square, from that of the square by jackknife.
 
+    The latter is in proportion to the square itself, `value` + `bias`, however small that came out;
+    the former is in proportion to the truth and half the bias.
+
     **Args:** `value`: debiased. `bias`: that of the square, which was taken off.
     """
     bias = jnp.maximum(bias, 0)

@@ -15,6 +15,10 @@ from esljax.sharding import AnyMesh, map_pairs
 from esljax.simulation import Trajectory
 from esljax.transport import AbstractTransport, solution_of
 
+# By bits of a number: its type as a whole number, and the digits of its fraction that stay 0 where
+# it was once a float16, a bfloat16 or a float32.
+_STORED = {32: (jnp.uint32, (13, 16)), 64: (jnp.uint64, (29, 42, 45))}
+
 
 class Labels(eqx.Module):
     """What the host saw of the members' labels before anything was computed.
@@ -63,8 +67,8 @@ class Evidence(eqx.Module):
     """The highest temperature of the run, shape (), in units of the potential. None for a recorded
     run."""
     still: Array
-    """Whether the learning rates of a link are all 0, booleans of shape (J,); False where the rates
-    are not known."""
+    """Whether the learning rates of a link are 0, booleans of shape (J,); False where the rates are
+    not known."""
     doubled_epsilon: Scalar | None
     """W2² at twice the ε of an entropic transport, shape (), in units of θ². None for other
     transports."""
@@ -112,14 +116,20 @@ def evidence_of(trajectory: Trajectory, transport: AbstractTransport) -> Evidenc
         rounding=jnp.sum(rounding / elapsed),
         energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
         temperature=None if trajectory.temperatures is None else jnp.max(trajectory.temperatures),
-        still=jnp.zeros(links, bool)
-        if rates is None
-        else jnp.all(rates.reshape(links, -1) == 0, axis=1),
+        still=_still(rates, links),
         doubled_epsilon=_at_twice_epsilon(positions, trajectory.mesh, transport),
         coordinates=compared.shape[-1],
         steps=None if rates is None else rates.shape[0],
         moments_only=transport.moments_only,
     )
+
+
+def _still(rates: Float[Array, " K"] | None, links: int) -> Array:
+    """Return whether the learning time of each link is 0, up to the rounding of a schedule."""
+    if rates is None:
+        return jnp.zeros(links, bool)
+    times = jnp.sum(rates.reshape(links, -1), axis=1)
+    return times <= 1e-5 * jnp.max(times)
 
 
 def _center_and_scale(positions: Float[Array, "snapshots n d"]) -> tuple[Array, Array]:
@@ -130,8 +140,8 @@ def _center_and_scale(positions: Float[Array, "snapshots n d"]) -> tuple[Array, 
     apart = jnp.abs(positions - center)
     scale = jnp.max(jnp.where(jnp.isfinite(apart), apart, 0))
     # A power of 2 rounds nothing.
-    scale = jnp.exp2(jnp.floor(jnp.log2(jnp.where(scale > 0, scale, 1))))
-    return center, scale
+    _, exponent = jnp.frexp(jnp.where(scale > 0, scale, 1))
+    return center, jnp.ldexp(jnp.ones_like(scale), exponent - 1)
 
 
 def _spacing(positions: Float[Array, "snapshots n d"]) -> Float[Array, "snapshots n d"]:
@@ -141,14 +151,15 @@ def _spacing(positions: Float[Array, "snapshots n d"]) -> Float[Array, "snapshot
     bits were in use.
     """
     kind = jnp.finfo(positions.dtype)
-    whole = {32: jnp.uint32, 64: jnp.uint64}[kind.bits]
+    whole, shorter = _STORED[kind.bits]
     bits = jax.lax.bitcast_convert_type(positions, whole)
-    # 0 is stored exactly in any number of bits.
-    used = jax.lax.reduce(bits, np.zeros((), whole), jax.lax.bitwise_or, (0, 1, 2))
-    lowest = used & (~used + np.ones((), whole))
-    dropped = jnp.clip(jnp.log2(jnp.maximum(lowest, 1).astype(positions.dtype)), 0, kind.nmant)
+    dropped = jnp.zeros((), int)
+    for unused in shorter:
+        # 0 is stored exactly in any number of bits. Devices can share a maximum, and no "or".
+        used = (bits & np.asarray(2**unused - 1, whole)) != 0
+        dropped = jnp.where(jnp.max(used.astype(jnp.int32)) == 0, unused, dropped)
     _, exponent = jnp.frexp(positions)
-    return jnp.exp2(exponent.astype(positions.dtype) - 1 - kind.nmant + dropped)
+    return jnp.ldexp(jnp.ones_like(positions), exponent - 1 - kind.nmant + dropped)
 
 
 def _at_twice_epsilon(

@@ -4,16 +4,11 @@ The balance D = F₀ - F₁ + work + tempering checks them against each other (`
 from velocities at snapshots, D = ∫ E‖g‖² du in learning time u, or from a chain of transport
 distances, D = Σ_j dist_j²/U_j.
 
-Work is summed over the links between snapshots, as the change of the potential averaged over the
-members of both ends,
-
-    work_j = ½ (E_{q_j} + E_{q_{j+1}}) [Φ_{j+1} - Φ_j],
-
-which is the trapezoidal rule for ∫ E[∂_s Φ] ds (error ∝ 1/J²) where the drive is smooth, needs no
-derivative where it is not, and keeps the first law exact on samples: ΔE = work + heat with heat_j
-the change of ½ (Φ_j + Φ_{j+1}) along the members' paths (Sekimoto, Prog. Theor. Phys. Suppl. 130,
-17 (1998)). The jumps of a `Driven` potential at its ends add E_{q_0}[Φ_0 - Φ_before] and
-E_{q_J}[Φ_after - Φ_J] exactly.
+Work is that of the run, `Trajectory.work_of_links`: the drive rests during a step and changes after
+it, and each member receives the change of Φ at its position, with the jumps of a `Driven` potential
+at its ends. It is exact for the process that was simulated, for any drive and any number of
+snapshots, and so is the first law on samples, ΔE = work + heat (Sekimoto, Prog. Theor. Phys. Suppl.
+130, 17 (1998)). The work of a run with batches is that of the batches: unbiased, with their noise.
 
 Every number is a mean over members of a sum over time, so its standard error counts the
 correlations along a path. Source: Okanohara, arXiv 2601.17607.
@@ -59,7 +54,7 @@ def free_energy(
     - `trajectory`: one run, or several: a sequence, or one made by `jax.vmap(simulate)` with
       positions (runs, J+1, n, d).
     - `potential`: the potential of the run; energies are over all its data, whatever batches the
-      run saw.
+      run saw. Work is that of the run itself.
     - `entropy`: an estimator of H at every snapshot, or `TransportedEntropy(start)`, which follows
       H along `velocity`.
     - `velocity`: an estimator of D at every snapshot, on the clock of learning time, as in
@@ -72,8 +67,9 @@ def free_energy(
 
     **Returns:** `FreeEnergy`; `print` shows it with a verdict. Of several runs, the mean of each
     number, with errors from their spread.
-    **Raises:** `InputError` for observed runs (which hold no positions), members that are not
-    finite, and estimators that do not fit.
+    **Raises:** `InputError` for observed runs (which hold no positions), runs without a law or
+    without the work of a potential that moves, members that are not finite, and estimators that do
+    not fit.
     **Differentiation:** in the trajectory, and so in everything that made it, and in the potential:
     forward and reverse where the entropy, the velocity and the transport are. Put the call inside
     the function that is differentiated, with `simulate` before it.
@@ -174,8 +170,10 @@ def _of_each_member(
 
     Numbers that belong to the ensemble as a whole are missing here: `_of_all_members` adds them.
     """
-    energy, work = _energies(trajectory, potential)
-    links, members = work.shape
+    energy = _energies(trajectory, potential)
+    links, members = energy.shape[0] - 1, energy.shape[1]
+    # Of a potential at rest, which needs no record of it, the work is 0.
+    work: Any = trajectory.work_of_links if potential.moves else jnp.zeros_like(energy[1:])
     along = coarse = None
     if velocity is not None:
         along, coarse = _dissipation(trajectory, potential, velocity)
@@ -217,34 +215,25 @@ def _of_all_members(
 
 def _temperatures(trajectory: Trajectory) -> Float[Array, " snapshots"]:
     """T of the step that starts at each snapshot; at the end that of the last step."""
-    temperatures: Any = trajectory.temperatures
-    steps, links = temperatures.shape[0], trajectory.positions.shape[0] - 1
-    return temperatures[np.minimum(np.arange(links + 1) * (steps // links), steps - 1)]
+    law: Any = trajectory.law
+    steps, links = law.temperature.shape[0], trajectory.positions.shape[0] - 1
+    return law.temperature[np.minimum(np.arange(links + 1) * (steps // links), steps - 1)]
 
 
-def _energies(trajectory: Trajectory, potential: Any) -> tuple[Array, Array]:
-    """Φ of every member at every snapshot (J+1, n), outside the jumps at the ends, and the work on
-    it along every link (J, n)."""
-    positions, times = trajectory.positions, trajectory.times
+def _energies(trajectory: Trajectory, potential: Any) -> Float[Array, "snapshots n"]:
+    """Φ of every member at every snapshot, outside the jumps at the ends."""
+    positions = trajectory.positions
     if not potential.moves:
-        energy = jax.lax.map(jax.vmap(potential.energy), positions)
-        return energy, jnp.zeros_like(energy[1:])
-    links = positions.shape[0] - 1
+        return jax.lax.map(jax.vmap(potential.energy), positions)
 
-    def at_snapshot(j_and_members: tuple[Array, Array]) -> Array:
-        j, members = j_and_members
-        near = times[jnp.clip(jnp.stack([j - 1, j, j + 1]), 0, links)]
-        return jax.lax.map(lambda s: jax.vmap(potential.at(s).energy)(members), near)
+    def at_snapshot(s_and_members: tuple[Array, Array]) -> Array:
+        s, members = s_and_members
+        return jax.vmap(potential.at(s).energy)(members)
 
-    earlier, now, later = jnp.moveaxis(
-        jax.lax.map(at_snapshot, (jnp.arange(links + 1), positions)), 1, 0
-    )
+    inside = jax.lax.map(at_snapshot, (trajectory.times[1:-1], positions[1:-1]))
     start = jax.vmap(potential.at_start().energy)(positions[0])
     end = jax.vmap(potential.at_end().energy)(positions[-1])
-    # ½ (E_j + E_{j+1}) [Φ_{j+1} - Φ_j] for each member, then the jumps.
-    work = (later[:-1] - now[:-1] + now[1:] - earlier[1:]) / 2
-    work = work.at[0].add(now[0] - start).at[-1].add(end - now[-1])
-    return now.at[0].set(start).at[-1].set(end), work
+    return jnp.concatenate([start[None], inside, end[None]])
 
 
 def _entropies(trajectory: Trajectory, entropy: Any) -> Float[Array, "snapshots n"]:
@@ -292,14 +281,23 @@ def _dissipation(
     trajectory: Trajectory, potential: Any, velocity: AbstractVelocity
 ) -> tuple[Array, Array | None]:
     """D = ∫ g² du, the share of each member: of every link (n, J), and in all from every second
-    snapshot (n,), if their number allows it."""
-    rates = member_rates(trajectory, GaussianTransport(), velocity, potential).whole
+    snapshot (n,), if their number allows it.
+
+    With an even number of links, each pair of them is extrapolated from its trapezoids and that
+    over both, as Σ is in `velocities`.
+    """
+    rates = member_rates(trajectory, GaussianTransport(), velocity, potential)
     learning_times = spans(trajectory)[:, None]
-    along = _trapezoids(rates, learning_times).T
+    along = _trapezoids(rates.whole, learning_times)
     if learning_times.shape[0] % 2:
-        return along, None
-    coarse = _trapezoids(rates[::2], learning_times[::2] + learning_times[1::2])
-    return along, jnp.sum(coarse, axis=0)
+        return along.T, None
+    pairs = learning_times[::2] + learning_times[1::2]
+    coarse = _trapezoids(rates.whole[::2], pairs)
+    if rates.smooth:
+        missed = (along[::2] + along[1::2] - coarse) / 3
+        shares = safe_divide(learning_times, jnp.repeat(pairs, 2, axis=0))
+        along = along + shares * jnp.repeat(missed, 2, axis=0)
+    return along.T, jnp.sum(coarse, axis=0)
 
 
 def _chain(
@@ -364,6 +362,19 @@ def _check(
             "trajectory",
             "come from simulate(...), with its rates and temperatures",
             "was recorded without them",
+        )
+    if trajectory.law is None:
+        raise refuse(
+            "trajectory",
+            "come from a rule with a law, such as Langevin(...), whose mobility and temperature "
+            "the balance needs",
+            "its rule claims none",
+        )
+    if potential.moves and trajectory.work_of_links is None:
+        raise refuse(
+            "trajectory",
+            "hold the work of a potential that moves, as simulate(...) counts it",
+            "was made without work_of_links",
         )
     if not isinstance(entropy, AbstractEntropy | TransportedEntropy):
         raise refuse(

@@ -7,6 +7,10 @@ Two independent batches give gradients g₁, g₂ of one member with one mean, s
 where E‖g‖² alone would add the second to the first. Each step of rate η then spreads a member by
 η² tr Cov(g), as injected noise spreads it by 2dTη; a chain whose assignments are the identity sees
 that spread as if it were velocity. It is no part of Σ and is reported beside it.
+
+That spread is the one of members that step by -ηg. A fitted field (`ProbabilityFlow`) averages the
+noise of many members and spreads them less. A rule without a law may do anything with g, so its
+spread is not known.
 """
 
 from typing import Any
@@ -14,11 +18,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from esljax._checks import check_key, check_kind, check_positive_int, refuse
+from esljax._checks import check_key, check_kind, check_positive_int, known, refuse
 from esljax._types import Array, Float, Key, Scalar
 from esljax.potentials import AbstractPotential, check_potential
-from esljax.results import StandardErrors, is_number, measured, renamed_error, table
+from esljax.results import StandardErrors, measured, renamed_error, table
 from esljax.simulation import Trajectory
 
 
@@ -34,12 +39,13 @@ class MinibatchNoise(eqx.Module):
     """E‖∇Φ‖², without bias, shape (J+1,), in units of Φ² per θ²."""
     variance: Float[Array, " snapshots"]
     """tr Cov(g) of one batch, shape (J+1,), in the same units."""
-    temperature: Float[Array, " snapshots"]
+    temperature: Float[Array, " snapshots"] | None
     """η tr Cov(g)/(2d), shape (J+1,), in units of the potential: the temperature at which injected
-    noise would spread the members as much."""
-    floor: Scalar
+    noise would spread the members as much. None if the rule of the run claims no law."""
+    floor: Scalar | None
     """Σ_j (Σ_{k∈j} η_k² tr Cov(g))/Δs_j, shape (), in units of θ²: the addition of batches to the
-    chain's Σ if every member is its own best partner."""
+    chain's Σ if every member is its own best partner, and the most that they add to members that
+    follow a fitted field. None if the rule of the run claims no law."""
     standard_error: StandardErrors
     """Standard errors over members of `gradient_squared`, `variance`, `temperature` and `floor`,
     each of the shape and units of its number."""
@@ -52,20 +58,30 @@ class MinibatchNoise(eqx.Module):
     floor_error = renamed_error("floor")
 
     def __str__(self) -> str:
-        if not is_number(self.floor):
+        if not known(self.variance) or np.ndim(self.variance) != 1:
             return repr(self)
-        rows: list[tuple[str, ...]] = [("s", "E‖∇Φ‖²", "tr Cov(g)", "temperature")]
+        columns = {
+            "E‖∇Φ‖²": "gradient_squared",
+            "tr Cov(g)": "variance",
+            "temperature": "temperature",
+        }
+        names = {label: name for label, name in columns.items() if getattr(self, name) is not None}
+        rows: list[tuple[str, ...]] = [("s", *names)]
         for j, s in enumerate(self.times):
             cells = (
                 measured(getattr(self, name)[j], self.standard_error.get(name)[j], digits=4)
-                for name in ("gradient_squared", "variance", "temperature")
+                for name in names.values()
             )
             rows.append((f"{float(s):.3f}", *cells))
+        return f"{table(rows, align='r' * len(rows[0]))}\n{self._on_the_floor()}"
+
+    def _on_the_floor(self) -> str:
+        if self.floor is None:
+            return (
+                "The rule claims no law, so the share of batches in the Σ of a chain is not known."
+            )
         floor = measured(self.floor, self.standard_error.floor, digits=4)
-        return (
-            f"{table(rows, align='rrrr')}\n"
-            f"Batches contribute up to {floor} to the Σ of a chain of members' paths."
-        )
+        return f"Batches contribute up to {floor} to the Σ of a chain of members' paths."
 
 
 def minibatch_noise(
@@ -115,8 +131,7 @@ def minibatch_noise(
 
 @eqx.filter_jit
 def _measure(trajectory: Trajectory, potential: Any, key: Key, pairs: int) -> MinibatchNoise:
-    links, members, d = trajectory.positions.shape[0] - 1, *trajectory.positions.shape[1:]
-    rates: Any = trajectory.rates
+    links, members = trajectory.positions.shape[0] - 1, trajectory.positions.shape[1]
 
     def gradients(positions: Array, s: Array, key: Key) -> Array:
         acting = potential.at(s)
@@ -135,27 +150,32 @@ def _measure(trajectory: Trajectory, potential: Any, key: Key, pairs: int) -> Mi
     squared, variance = jax.lax.map(
         at_snapshot, (jnp.arange(links + 1), trajectory.positions, trajectory.times)
     )
-    # Trapezoids over the snapshots: half of each link's steps see the noise at its start.
-    steps = jnp.sum(rates.reshape(links, -1) ** 2, axis=1) / jnp.diff(trajectory.times)
-    floors = jnp.sum(steps[:, None] * (variance[1:] + variance[:-1]) / 2, axis=0)
+    numbers = {"gradient_squared": squared, "variance": variance, **_spread(trajectory, variance)}
 
     def error(x: Array) -> Array:
         return jnp.std(x, axis=-1, ddof=1) / members**0.5
 
-    last = jnp.concatenate([rates[:: rates.shape[0] // links], rates[-1:]])
-    mean = jnp.mean(variance, axis=1)
-    errors = {
-        "gradient_squared": error(squared),
-        "variance": error(variance),
-        "temperature": last * error(variance) / (2 * d),
-        "floor": error(floors),
-    }
+    means, errors = (jax.tree.map(f, numbers) for f in (lambda x: jnp.mean(x, axis=-1), error))
     return MinibatchNoise(
         times=trajectory.times,
-        gradient_squared=jnp.mean(squared, axis=1),
-        variance=mean,
-        temperature=last * mean / (2 * d),
-        floor=jnp.mean(floors),
+        **means,
         standard_error=StandardErrors(errors),
         errors=f"over {members} members",
     )
+
+
+def _spread(
+    trajectory: Trajectory, variance: Float[Array, "snapshots n"]
+) -> dict[str, Array | None]:
+    """The share of each member in the numbers that need to know how a step uses its gradient."""
+    law, (snapshots, _, d) = trajectory.law, trajectory.positions.shape
+    if law is None:
+        return {"temperature": None, "floor": None}
+    links, eta = snapshots - 1, law.mobility
+    # Trapezoids over the snapshots: half of each link's steps see the noise at its start.
+    steps = jnp.sum(eta.reshape(links, -1) ** 2, axis=1) / jnp.diff(trajectory.times)
+    acting = jnp.concatenate([eta[:: eta.shape[0] // links], eta[-1:]])
+    return {
+        "temperature": acting[:, None] * variance / (2 * d),
+        "floor": jnp.sum(steps[:, None] * (variance[1:] + variance[:-1]) / 2, axis=0),
+    }

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from esljax._checks import check_choice, refuse
 from esljax._types import Array, Float, Scalar
 from esljax.measures import diagnosis
-from esljax.measures.diagnosis import Finding
 from esljax.measures.errors import Interval, interval_of_square, quantile, spread_of_runs
 from esljax.measures.evidence import Evidence
+from esljax.measures.finding import VIOLATION, Finding, rounding
 from esljax.measures.verdict import sentences
 from esljax.results import StandardErrors, is_number, measured, table
 
@@ -41,6 +41,7 @@ NUMBERS = (
     "debiased_entropy_production",
     "debiased_length_squared",
     "debiased_w2_squared",
+    "debiased_dissipation",
     "debiased_gap",
     "gap_lower",
     "gap_upper",
@@ -111,6 +112,8 @@ class SpeedLimit(eqx.Module):
     """L² without its sampling bias. None without `debias`."""
     debiased_w2_squared: Scalar | None = None
     """W2² without its sampling bias. None without `debias`."""
+    debiased_dissipation: Scalar | None = None
+    """The D of the chain without its sampling bias. None without `debias` or without a D."""
     entropy_production_bound: Scalar | None = None
     """A lower bound of Σ from velocities, in expectation for every fitted field: Σ is larger by the
     variance of the fit, which near the limit is most of both. None for a chain."""
@@ -122,9 +125,10 @@ class SpeedLimit(eqx.Module):
     """Standard errors under the names of the numbers, each of the shape and units of its number:
     `entropy_production`, `entropy_production_bound`, `length_squared`, `w2_squared`, `gap`,
     `temporal`, `geometric`, `housekeeping`, `metric_action`, `dissipation`,
-    `debiased_entropy_production`, `debiased_length_squared`, `debiased_w2_squared`, `debiased_gap`,
-    `gap_lower` and `gap_upper`; None for a number that this report does not have. None altogether
-    without errors: for `jackknife=0`, too few members, or an exact law."""
+    `debiased_entropy_production`, `debiased_length_squared`, `debiased_w2_squared`,
+    `debiased_dissipation`, `debiased_gap`, `gap_lower` and `gap_upper`; None for a number that this
+    report does not have. None altogether without errors: for `jackknife=0`, too few members, or an
+    exact law."""
     source: str = eqx.field(static=True, default="")
     """How these numbers were made, in words, such as "a chain of 30 links in ExactTransport"."""
     errors: str = eqx.field(static=True, default="none")
@@ -156,9 +160,13 @@ class SpeedLimit(eqx.Module):
         check_choice("circulation", self.circulation, tuple(CIRCULATION))
 
     def best(self, name: str) -> Any:
-        """The debiased value of "entropy_production", "length_squared" or "w2_squared", or the
-        plain one without `debias`. A Σ from velocities needs no debiasing."""
-        by_velocity = name == "entropy_production" and self.entropy_production_chain is not None
+        """The debiased value of "entropy_production", "length_squared", "w2_squared" or
+        "dissipation", or the plain one without `debias`. Σ and D from velocities need no
+        debiasing."""
+        by_velocity = (
+            name in ("entropy_production", "dissipation")
+            and self.entropy_production_chain is not None
+        )
         debiased = None if by_velocity else getattr(self, f"debiased_{name}")
         return getattr(self, name) if debiased is None else debiased
 
@@ -240,8 +248,8 @@ class SpeedLimit(eqx.Module):
         outside of `jit`.
         """
         errors = self.standard_error
-        error = 0.0 if errors is None else diagnosis.VIOLATION * float(errors.gap)
-        return float(self.gap) >= -max(error, diagnosis.rounding(self))
+        error = 0.0 if errors is None else VIOLATION * float(errors.gap)
+        return float(self.gap) >= -max(error, rounding(self))
 
     def interval(self, name: str, level: float = 0.95) -> Interval:
         """Return the confidence interval of one number.
@@ -441,6 +449,7 @@ def _rows(report: SpeedLimit) -> list[tuple[str, str]]:
     by_velocity = report.entropy_production_chain is not None
     prefix = "debiased_" if debiased else ""
     sigma = "entropy_production" if by_velocity else f"{prefix}entropy_production"
+    dissipation = "dissipation" if by_velocity else f"{prefix}dissipation"
     unit = "potential"
     known = [
         ("entropy production Σ", sigma),
@@ -451,7 +460,7 @@ def _rows(report: SpeedLimit) -> list[tuple[str, str]]:
         ("  temporal", "temporal"),
         ("  geometric", "geometric"),
         ("efficiency W2²/Σ", "efficiency"),
-        (f"dissipation D (units of the {unit})", "dissipation"),
+        (f"dissipation D (units of the {unit})", dissipation),
         (f"learning time U (θ² per unit of the {unit})", "learning_time"),
         ("Σ at least, in expectation", "certificate"),
         ("lower bound of Σ", "entropy_production_bound"),

@@ -19,6 +19,7 @@ from esljax._types import Array, Int
 from esljax.measures.chain import Distances, chain, distances
 from esljax.measures.debiasing import corrected, plain
 from esljax.measures.errors import Groups, jackknife_groups
+from esljax.measures.labels import canonical, with_labels
 from esljax.measures.report import SpeedLimit, average, with_errors
 from esljax.measures.velocities import MemberRates, from_velocities, member_rates
 from esljax.potentials import AbstractPotential, check_potential
@@ -87,6 +88,7 @@ def speed_limit(
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
     _check_pair(trajectory, transport, velocity, potential)
+    trajectory, labels = canonical(trajectory, velocity)
     # Devices are settled here, once.
     trajectory = on_devices(trajectory, mesh)
     mesh = trajectory.mesh
@@ -95,7 +97,7 @@ def speed_limit(
         report = _of_one(trajectory, transport, velocity, potential, jackknife, debias)
     else:
         report = _of_several(trajectory, transport, velocity, potential, debias)
-    return replicate(report, mesh)
+    return with_labels(replicate(report, mesh), labels)
 
 
 @eqx.filter_jit

@@ -194,6 +194,8 @@ def from_velocities(trajectory: Trajectory, chain: SpeedLimit, rates: MemberRate
         housekeeping=jnp.sum(action * (whole - moving)) if resolved else None,
         circulation=rates.circulation,
         length_squared=jnp.sum(time * speed) ** 2,
+        debiased_length_squared=None,
+        debiased_dissipation=None,
         dissipation=None if trajectory.law is None else jnp.sum(time * whole),
         speed=along / jnp.diff(trajectory.times),
         source=f"{rates.name} at {links + 1} snapshots; W2² and {chain.source} in the same "

@@ -82,6 +82,9 @@ def check_law(rule: Any, controls: Any) -> None:
 def check_functions(potential: AbstractPotential, positions: Any, key: Key, observe: Any) -> None:
     """Reject functions that fail on a member of this shape: traced, so only when a run compiles."""
     d = positions.shape[1]
+    if potential.moves:
+        check_potential("potential.at_start()", potential.at_start())
+        check_potential("potential.at_end()", potential.at_end())
     potential = potential.at(0.0)
     check_potential("potential.at(s)", potential)
     member = jax.ShapeDtypeStruct((d,), positions.dtype)

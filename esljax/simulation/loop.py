@@ -38,6 +38,7 @@ from esljax.simulation.checks import (
 )
 from esljax.simulation.rules import AbstractRule, Controls
 from esljax.simulation.trajectory import Trajectory, laid
+from esljax.simulation.work import work_of_change
 
 # The two uses of the key of a step.
 _BATCHES, _NOISE = 0, 1
@@ -48,8 +49,24 @@ class Steps(NamedTuple):
 
     k: Int[Array, "..."]
     """Their numbers, from 0 to K-1."""
+    before: Int[Array, "..."]
+    """The numbers of the steps before them; of the first step of a link its own."""
     control: Controls
     """Their learning rates and temperatures."""
+
+
+class Kept(NamedTuple):
+    """The history of a run, on a leading axis of its links (J,)."""
+
+    features: Float[Array, "J n p"]
+    """The members where each link begins, or their features."""
+    energies: Float[Array, "J n"]
+    """Their energies there."""
+    entry: Float[Array, "J n"] | None
+    """The work there, of the change of the potential that the link before ends with; 0 at the
+    start. None if the potential never moves."""
+    work: Float[Array, "J n"] | None
+    """The work inside each link. None if the potential never moves."""
 
 
 class Run(eqx.Module):
@@ -94,20 +111,27 @@ class Run(eqx.Module):
     def links(self, snapshots: int, dtype: Any) -> Steps:
         """All steps by the links between snapshots that they belong to, each (J, K/J)."""
         controls = self.rule.controls(self.steps)
-        steps = Steps(jnp.arange(self.steps), jax.tree.map(lambda x: x.astype(dtype), controls))
+        k = jnp.arange(self.steps)
+        before = jnp.maximum(k - 1, k - k % (self.steps // snapshots))
+        steps = Steps(k, before, jax.tree.map(lambda x: x.astype(dtype), controls))
         return jax.tree.map(lambda x: x.reshape(snapshots, -1, *x.shape[1:]), steps)
 
-    def through(self, positions: Float[Array, "n d"], links: Steps) -> tuple[Array, Any]:
-        """Through some links: their end, and features and energies where each of them begins."""
+    def through(self, positions: Float[Array, "n d"], links: Steps) -> tuple[Array, Kept]:
+        """Through some links: their end, and the rest where each of them begins."""
 
         def link(positions, steps):
-            end, energies = self.between(positions, steps)
-            return end, (self.features(positions), energies)
+            end, energies, work = self.between(positions, steps)
+            first = steps.k[0]
+            entry = self.work(jnp.maximum(first - 1, 0), positions, first)
+            return end, Kept(self.features(positions), energies, entry, work)
 
         return jax.lax.scan(link, positions, links)
 
-    def between(self, positions: Float[Array, "n d"], steps: Steps) -> tuple[Array, Array]:
-        """Through the steps of one link: positions at its end, and energies at its start.
+    def between(
+        self, positions: Float[Array, "n d"], steps: Steps
+    ) -> tuple[Array, Array, Array | None]:
+        """Through the steps of one link: positions at its end, energies at its start, and the work
+        inside.
 
         If states are recomputed, the steps are grouped, and the backward pass recomputes one group
         at a time.
@@ -116,21 +140,52 @@ class Run(eqx.Module):
         if recompute:
             length = group_length(self.steps, self.steps // length)
 
-        def step(positions, step):
+        def step(state, step):
             # A method bound to tracers has no hash, which a scan asks its body for.
-            return self.step(positions, step)
+            positions, work = state
+            if work is not None:
+                work += self.work(step.before, positions, step.k)
+            positions, energies = self.step(positions, step)
+            return (positions, work), energies
 
-        def group(positions, steps):
-            return jax.lax.scan(step, positions, steps)
+        def group(state, steps):
+            return jax.lax.scan(step, state, steps)
 
         group = jax.checkpoint(group, prevent_cse=False) if recompute else group
         grouped = jax.tree.map(lambda x: x.reshape(-1, length, *x.shape[1:]), steps)
-        positions, energies = jax.lax.scan(group, positions, grouped)
-        return positions, energies[0, 0]
+        none = jnp.zeros_like(positions[:, 0]) if self.potential.moves else None
+        (positions, work), energies = jax.lax.scan(group, (positions, none), grouped)
+        return positions, energies[0, 0], work
+
+    def at(self, k: int | Int[Array, ""], dtype: Any) -> AbstractPotential:
+        """The potential that acts during step k, at s = k/K."""
+        return self.potential.at(jnp.asarray(k, dtype) / self.steps)
+
+    def work(
+        self, before: Int[Array, ""], positions: Float[Array, "n d"], k: Int[Array, ""]
+    ) -> Float[Array, " n"] | None:
+        """The work on each member as step k begins and the potential of step `before` ends."""
+        if not self.potential.moves:
+            return None
+        pair = self.at(before, positions.dtype), self.at(k, positions.dtype)
+        return work_of_change(*pair, positions, self.key_of(k, _BATCHES))
+
+    def jumps(self, start: Float[Array, "n d"], final: Float[Array, "n d"]) -> Any:
+        """The work at both ends, before the first step and after the last one, (2, n)."""
+        if not self.potential.moves:
+            return None
+        first = self.potential.at_start(), self.at(0, start.dtype)
+        last = self.at(self.steps - 1, final.dtype), self.potential.at_end()
+        return jnp.stack(
+            [
+                work_of_change(*first, start, self.key_of(0, _BATCHES)),
+                work_of_change(*last, final, self.key_of(self.steps, _BATCHES)),
+            ]
+        )
 
     def step(self, positions: Float[Array, "n d"], step: Steps) -> tuple[Array, Array]:
         """θ_k to θ_{k+1}, and the energies Φ(θ_k; k/K)."""
-        acting = self.potential.at(step.k.astype(positions.dtype) / self.steps)
+        acting = self.at(step.k, positions.dtype)
 
         def kick(x, scale):
             return self.kick(acting, x, scale, step.k)
@@ -239,6 +294,9 @@ def simulate(
             "key": run.key,
             "observe": run.observe,
         }
+        if potential.moves:
+            # Checkpoints of 0.1 hold no work, and read as those of another run.
+            about["work"] = "counted"
         path = _link_by_link(run, spread, snapshots, checkpoints, about)
     return laid(path, mesh)
 
@@ -253,7 +311,7 @@ def _at_once(run: Run, start: Array, snapshots: int) -> Trajectory:
         check_functions(run.potential, start, run.key, run.observe)
         links = run.links(snapshots, start.dtype)
         final, kept = run.through(start, links)
-        return _trajectory(run, final, kept, run.last(final), links)
+        return _trajectory(run, final, kept, run.last(final), run.jumps(start, final), links)
 
     return run.gradient.wrap(path)(arrays)
 
@@ -273,7 +331,7 @@ def _link_by_link(
 
     state = start, _room(run, start, snapshots)
     final, kept = _surviving(checkpoints, about, snapshots, state, advance)
-    return _trajectory(run, final, kept, _last(run, final), links)
+    return _trajectory(run, final, kept, _last(run, final), _jumps(run, start, final), links)
 
 
 def _surviving(
@@ -295,18 +353,20 @@ def _surviving(
 _links = eqx.filter_jit(Run.links)
 _through = eqx.filter_jit(Run.through)
 _last = eqx.filter_jit(Run.last)
+_jumps = eqx.filter_jit(Run.jumps)
 
 
 @eqx.filter_jit
-def _room(run: Run, start: Array, snapshots: int) -> tuple[Array, Array]:
+def _room(run: Run, start: Array, snapshots: int) -> Kept:
     """Room for the whole history, on the devices of the start. A history that grew would compile
     anew for each of its lengths."""
-    of_one = run.features(start), start[:, 0]
+    work = start[:, 0] if run.potential.moves else None
+    of_one = Kept(run.features(start), start[:, 0], work, work)
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (snapshots, *x.shape)), of_one)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _entered(kept: tuple[Array, Array], link: tuple[Array, Array], j: Any) -> tuple[Array, Array]:
+def _entered(kept: Kept, link: Kept, j: Any) -> Kept:
     """The history with the link that begins at snapshot j, in the same memory."""
     return jax.tree.map(
         lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, j, 0), kept, link
@@ -314,20 +374,28 @@ def _entered(kept: tuple[Array, Array], link: tuple[Array, Array], j: Any) -> tu
 
 
 def _trajectory(
-    run: Run, final: Array, kept: tuple[Array, Array], last: tuple[Array, Array], links: Steps
+    run: Run, final: Array, kept: Kept, last: tuple[Array, Array], jumps: Any, links: Steps
 ) -> Trajectory:
-    positions, energies = jax.tree.map(lambda x, end: jnp.concatenate([x, end[None]]), kept, last)
+    def ended(x, end):
+        return jnp.concatenate([x, end[None]])
+
     controls = jax.tree.map(jnp.ravel, links.control)
     law = jax.tree.map(lambda x: x.astype(final.dtype), jax.vmap(run.rule.law)(controls))
-    snapshots = positions.shape[0] - 1
+    snapshots, members = kept.features.shape[:2]
+    work = jnp.zeros((snapshots, members), final.dtype)
+    if kept.entry is not None and kept.work is not None:
+        # The potential changes after each step, so a link ends with the entry of the next one.
+        work = ended(kept.entry[1:], jumps[1]) + kept.work
+        work = work.at[0].add(jumps[0])
     return Trajectory(
         times=jnp.arange(snapshots + 1, dtype=final.dtype) / snapshots,
-        positions=positions,
-        energies=energies,
+        positions=ended(kept.features, last[0]),
+        energies=ended(kept.energies, last[1]),
         rates=controls.learning_rate if law is None else law.mobility,
         temperatures=controls.temperature if law is None else law.temperature,
         final=final,
         observed=run.observe is not None,
         injected=None if law is None else law.injected,
         lawful=law is not None,
+        work_of_links=work,
     )

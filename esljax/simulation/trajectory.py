@@ -53,6 +53,10 @@ class Trajectory(eqx.Module):
     injected: Float[Array, "*runs K"] | None = None
     """The temperatures of the noise that the members received, in units of Φ; None where they are
     `temperatures`, as in a trajectory made by hand, or not known."""
+    work_of_links: Float[Array, "*runs J n"] | None = None
+    """The work on each member along each link, in units of Φ, exact for the steps of the run: the
+    changes of Φ at the positions of the member, with the jumps at both ends. On the batches of the
+    steps, unbiased. None if the run was recorded, or made by hand without it."""
     lawful: bool = eqx.field(static=True, default=True)
     """Whether `rates` and `temperatures`, if there are any, are those of overdamped Langevin
     dynamics. False after a rule without a law."""
@@ -65,6 +69,12 @@ class Trajectory(eqx.Module):
             return None
         injected = self.temperatures if self.injected is None else self.injected
         return Diffusion(self.rates, self.temperatures, injected)
+
+    @property
+    def work(self) -> Float[Array, "*runs n"] | None:
+        """The work on each member along the whole run, in units of Φ; None if it is not known. Its
+        mean over members has the standard error std(work)/√n."""
+        return None if self.work_of_links is None else jnp.sum(self.work_of_links, axis=-2)
 
     def __str__(self) -> str:
         *runs, snapshots, members, numbers = self.positions.shape
@@ -185,11 +195,12 @@ def laid(trajectory: Trajectory, mesh: AnyMesh | None) -> Trajectory:
         name: replicate(getattr(trajectory, name), mesh)
         for name in ("times", "rates", "temperatures", "injected")
     }
-    energies = trajectory.energies
+    energies, work = trajectory.energies, trajectory.work_of_links
     return dataclasses.replace(
         trajectory,
         positions=lay(trajectory.positions, -2),
         energies=None if energies is None else lay(energies, -1),
+        work_of_links=None if work is None else lay(work, -1),
         final=lay(trajectory.final, -2),
         mesh=mesh,
         **whole,

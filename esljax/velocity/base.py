@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import check_choice, check_ensemble, known, refuse, wrong_answer
-from esljax._numerics import product
+from esljax._numerics import product, safe_divide
 from esljax._types import Array, ArrayLike, Float, Scalar, ScalarLike
 from esljax.results import StandardErrors, measured
 
@@ -117,9 +117,17 @@ class Velocity(eqx.Module):
 
     @property
     def standard_error(self) -> StandardErrors:
-        """The standard error of `squared`, shape (), in the units of σ."""
-        spread = jnp.std(self.contributions, ddof=1)
-        return StandardErrors({"squared": spread / jnp.sqrt(self.contributions.shape[0])})
+        """The standard error of `squared`, shape (), in the units of σ.
+
+        Where the noise of the fits is all there is, near rest, the variance of the contributions
+        counts it twice, because each fit also judges the two others.
+        """
+        variance = jnp.var(self.contributions, ddof=1) / self.contributions.shape[0]
+        if self.bound_contributions is not None:
+            noise = (self.squared - jnp.mean(self.bound_contributions)) / 2
+            size = jnp.maximum(self.squared, 0) + noise
+            variance *= 1 - safe_divide(noise / 2, size)
+        return StandardErrors({"squared": jnp.sqrt(variance)})
 
     @property
     def errors(self) -> str:
@@ -368,7 +376,7 @@ class AbstractVariationalVelocity(AbstractVelocity):
                 after = learned.drift - evaluated(gradient, learned)[0]
                 left = Snapshot(learned.positions, after, learned.diffusion)
                 rest, states[FOLDS + i] = self._checked_fit(left, False, starts[FOLDS + i])
-                whole = _Sum(gradient, rest)
+                whole = Sum(gradient, rest)
             gradients.append(gradient)
             wholes.append(whole)
         values, divergence, contributions, bounds = cross_fitted(wholes, parts)
@@ -408,7 +416,7 @@ class AbstractVariationalVelocity(AbstractVelocity):
         return answer
 
 
-class _Sum(AbstractField):
+class Sum(AbstractField):
     """The sum of two fields."""
 
     one: AbstractField

@@ -4,7 +4,7 @@ r"""Velocities from fields in a reproducing kernel Hilbert space (RKHS), on top 
 
 The affine field w₀ is fitted first, so the remainder u is fitted to the drift b - w₀ and is 0 where
 the law is Gaussian. The flexibility of u is chosen by the value of this expression on members that
-it was not fitted to, which also decides whether there is any u at all.
+it was not fitted to, which also decides what share of u is taken, or none at all.
 
 Here a kernel k spans a space of fields. The kernels of `KDEVelocity` estimate a density.
 """
@@ -19,16 +19,26 @@ import numpy as np
 from jax.scipy.linalg import solve_triangular
 
 from esljax._checks import as_float, check_positive, check_positive_int
-from esljax._numerics import product, whitening
+from esljax._numerics import product, safe_divide, whitening
 from esljax._types import Array, Float, Scalar
 from esljax.velocity.affine import AffineVelocity
 from esljax.velocity.base import (
     AbstractField,
     AbstractVariationalVelocity,
     Snapshot,
+    Sum,
     diffusion_matrix,
     rows,
 )
+
+# A gain of u is believed when it is 3 standard errors above 0, more of them while few members
+# judge; one is taken off it to find the share of u. The best of 25 noisy gains is positive
+# by chance, and a field of few members can blow up: of a Gaussian near rest from 200 members, σ
+# spreads over runs by .055 if 2.5 standard errors are asked for, by .006 if 3 are (one taken off).
+_BELIEVED = 3.0
+_CAUTION = 1.0
+# Members that judge without which there is no u: thirds of fewer than 7.
+_FEWEST = 4
 
 
 class KernelVelocity(AbstractVariationalVelocity):
@@ -39,15 +49,15 @@ class KernelVelocity(AbstractVariationalVelocity):
         k(θ, θ') = exp(-(θ - θ')ᵀ C⁻¹ (θ - θ')/(2 h² d))
 
     maximizes the variational expression less λ‖u‖². The θ_m are members spread evenly over the
-    third that is learned from (the Nyström approximation). h, λ and whether u is needed at all are
-    chosen by cross-validation within that third.
+    third that is learned from (the Nyström approximation). h, λ and the share of u that is taken,
+    or none, are chosen by cross-validation within that third.
 
     **Args:** `landmarks`: the greatest number of terms of the sum. `bandwidths`: shape (g,), the h
     to choose from, in standard deviations √d of the ensemble. `penalties`: shape (g,), the λ to
     choose from, relative to the mean square of the kernel features. `folds`: of the
     cross-validation, at least 2.
     **Raises:** `InputError` for numbers out of these ranges.
-    **Differentiation:** forward and reverse, at the h and λ chosen.
+    **Differentiation:** forward and reverse, at the h, λ and share chosen.
     **Reference:** Sriperumbudur, Fukumizu, Gretton, Hyvärinen and Kumar, "Density estimation in
     infinite dimensional exponential families", JMLR 18, 57 (2017); Sutherland, Strathmann, Arbel
     and Gretton, "Efficient and principled score estimation with Nyström kernel exponential
@@ -87,21 +97,23 @@ class KernelVelocity(AbstractVariationalVelocity):
 
     def fit(self, snapshot: Snapshot, gradient: bool, state: Any) -> tuple[AbstractField, Any]:
         base, _ = AffineVelocity().fit(snapshot, gradient, None)
-        bandwidth, penalty, needed = self._chosen(
-            *jax.lax.stop_gradient((base, snapshot)), gradient
-        )
+        n = len(snapshot.positions)
+        if n - len(_landmarks(n, self.landmarks)) < _FEWEST:
+            return base, None
+        bandwidth, penalty, share = self._chosen(*jax.lax.stop_gradient((base, snapshot)), gradient)
         kernel = _Kernel(snapshot.positions, self.landmarks, bandwidth)
         gram, given = _moments(kernel, base, snapshot, gradient)
-        return _KernelField(
-            base, kernel, kernel.expand(needed * _ridge(gram, given, penalty)), gradient
-        ), None
+        remainder = _Remainder(
+            kernel, kernel.expand(share * _ridge(gram, given, penalty)), gradient
+        )
+        return Sum(base, remainder), None
 
     def _chosen(
         self, base: AbstractField, snapshot: Snapshot, gradient: bool
     ) -> tuple[Scalar, Scalar, Scalar]:
         """Return the bandwidth and the penalty that gain most on held-out folds.
 
-        The third number is 1 if there is anything to gain, else 0.
+        The third number is the share of the remainder that gains most there, from 0 to 1.
         """
         dtype = snapshot.positions.dtype
         n = snapshot.positions.shape[0]
@@ -111,6 +123,9 @@ class KernelVelocity(AbstractVariationalVelocity):
         others = np.setdiff1d(np.arange(n), landmarks)
         count = min(self.folds, len(others))
         folds = [others[i::count] for i in range(count)]
+        own_fold = np.arange(len(others)) % count
+        judged = rows(snapshot, others)
+        rest = judged.drift - base.evaluate(judged.positions, judged.diffusion)[0]
 
         def at_bandwidth(bandwidth):
             kernel = _Kernel(snapshot.positions, self.landmarks, bandwidth)
@@ -120,22 +135,29 @@ class KernelVelocity(AbstractVariationalVelocity):
 
             def at_penalty(penalty):
                 # One factorization at a time: batched ones gain nothing here, and two of some
-                # kinds in one program can wait for each other forever. Three standard errors over
-                # folds are taken off, because the best of 25 noisy gains is positive by chance:
-                # with one, 6 % of fits to halves of 25 members of a Gaussian law blew up, with
-                # three none of 200.
-                gains = jax.lax.map(lambda fold: _gain(fold, of_all, penalty), of_each)
-                return jnp.mean(gains) - 3 * jnp.std(gains, ddof=1) / jnp.sqrt(count)
+                # kinds in one program can wait for each other forever.
+                weights = jax.lax.map(lambda fold: _without(fold, of_all, penalty), of_each)
+
+                def judge(weights):
+                    remainder = _Remainder(kernel, kernel.expand(weights), gradient)
+                    return remainder.evaluate(judged.positions, judged.diffusion)[:2]
+
+                values, spread = (
+                    x[own_fold, np.arange(len(others))] for x in jax.vmap(judge)(weights)
+                )
+                # Of all members: a field can be large where no judge stands.
+                squares = jnp.sum(weights * product(of_all[0], weights), axis=(1, 2))
+                return _gain(jnp.sum(values * rest, axis=1) + spread, jnp.mean(squares))
 
             return jax.lax.map(at_penalty, self.penalties.astype(dtype))
 
-        gains = jax.lax.map(at_bandwidth, self.bandwidths.astype(dtype))
-        gains = jnp.where(jnp.isfinite(gains), gains, -jnp.inf)
+        gains, shares = jax.lax.map(at_bandwidth, self.bandwidths.astype(dtype))
+        gains = jnp.where(jnp.isfinite(gains), gains, 0)
         best = jnp.unravel_index(jnp.argmax(gains), gains.shape)
         return (
             self.bandwidths[best[0]].astype(dtype),
             self.penalties[best[1]].astype(dtype),
-            (gains[best] > 0).astype(dtype),
+            jnp.where(gains[best] > 0, shares[best], 0),
         )
 
 
@@ -191,8 +213,9 @@ class _Kernel(eqx.Module):
         )
 
 
-class _KernelField(AbstractField):
-    base: AbstractField
+class _Remainder(AbstractField):
+    """u, which is added to the affine field."""
+
     kernel: _Kernel
     weights: Float[Array, "m c"]
     """(m, d) of a general field, (m, 1) of the potential of a gradient field."""
@@ -201,34 +224,25 @@ class _KernelField(AbstractField):
     def evaluate(
         self, positions: Float[Array, "m d"], diffusion: Float[Array, "..."]
     ) -> tuple[Array, Array, Array]:
-        values, spread, divergence = self.base.evaluate(positions, diffusion)
         kernel, d = self.kernel, positions.shape[1]
         z = kernel.whiten(positions)
         k = kernel(z)
         sums = product(k, self.weights)
+        one = jnp.ones((), positions.dtype)
         if self.gradient:
             push = (product(k, self.weights * kernel.points) - sums * z) / kernel.width**2
-            values += product(push, kernel.whitening)
 
             def turn(D):
                 return product(kernel.turned(z, k, _whitened(kernel, D, d)), self.weights)[:, 0]
 
-            return (
-                values,
-                spread + turn(diffusion),
-                divergence + turn(jnp.ones((), positions.dtype)),
-            )
+            return product(push, kernel.whitening), turn(diffusion), turn(one)
 
         def turn(D):  # tr(D ∇u) = Σ_m (θ_m - θ)ᵀ D a_m k/h² in whitened coordinates
             mixed = product(kernel.whitening, diffusion_matrix(D, d))
             ahead = product(k, jnp.sum(product(kernel.points, mixed) * self.weights, axis=1))
             return (ahead - jnp.sum(product(z, mixed) * sums, axis=1)) / kernel.width**2
 
-        return (
-            values + sums,
-            spread + turn(diffusion),
-            divergence + turn(jnp.ones((), positions.dtype)),
-        )
+        return sums, turn(diffusion), turn(one)
 
 
 def _moments(
@@ -288,15 +302,32 @@ def _moments_of_folds(
     return (grams, givens, shares), whole
 
 
-def _gain(fold: tuple[Array, Array, Array], whole: tuple[Array, Array], penalty: Scalar) -> Scalar:
-    """Return the variational expression of one fold, for the weights fitted to all others."""
+def _without(
+    fold: tuple[Array, Array, Array], whole: tuple[Array, Array], penalty: Scalar
+) -> Float[Array, "m c"]:
+    """Return the weights fitted to all members but those of one fold."""
     gram, given, share = fold
     rest = [
         (total - share * part) / (1 - share)
         for total, part in zip(whole, (gram, given), strict=True)
     ]
-    weights = _ridge(rest[0], rest[1], penalty)
-    return 2 * jnp.sum(weights * given) - jnp.sum(weights * product(gram, weights))
+    return _ridge(rest[0], rest[1], penalty)
+
+
+def _gain(linear: Float[Array, " n"], size: Scalar) -> tuple[Scalar, Scalar]:
+    """Return what the best share α of u gains on unseen members, 2αl - α²q, and that share.
+
+    **Args:** `linear`: u·(b - w₀) + tr(D ∇u) at each of them, whose mean less some standard errors
+    is l. `size`: q = E‖u‖².
+    """
+    error = jnp.std(linear, ddof=1) / jnp.sqrt(linear.size)
+    worth = jnp.mean(linear) - _CAUTION * error
+    # Few members do not know their own spread: a quantile of Student's t, about.
+    clear = jnp.mean(linear) > _BELIEVED * (1 + 4 / linear.size) * error
+    share = jnp.where(clear, jnp.clip(safe_divide(worth, size), 0, 1), 0)
+    # Of a field near the truth l is q; one of which less than half is wanted is noise.
+    share = jnp.where(share > 0.5, share, 0)
+    return share * (2 * worth - share * size), share
 
 
 def _ridge(
