@@ -327,7 +327,8 @@ def test_no_count_of_errors_beside_an_interval_that_contains_0(
         entropy_production_bound=None if chain is None else bound,
         freedom=freedom,
         length_resolved=resolved,
-        **({"debiased_w2_squared": distance} if debias else {"w2_squared": distance}),
+        w2_squared=distance + (0.1 if debias else 0.0),
+        **({"debiased_w2_squared": distance} if debias else {}),
     )
     within, words = made.interval("gap"), made.verdict()
     contains = float(within.lower) <= 0 <= float(within.upper)
