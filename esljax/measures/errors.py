@@ -73,7 +73,7 @@ def jackknife_groups(members: int, most: int, *, unit: int = 1, least: int = 2) 
     size = next((size for size in sizes if members % size == 0), least_size)
     if members < 2 * size:
         size = members // 2 // unit * unit
-    count = members // size if size else 0
+    count = min(members // size, most) if size else 0
     covered = count * size
     if count < 2 or covered - size < least:
         return None
