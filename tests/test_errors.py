@@ -239,10 +239,3 @@ def test_distances_between_moments_without_bias(d, n, runs, apart):
     error = np.std(debiased) / np.sqrt(runs)
     assert abs(np.mean(debiased) - truth) < 5 * error
     assert np.mean(plain) - truth > 10 * error
-
-
-@pytest.mark.parametrize("members", [2, 3, 5, 7])
-def test_two_groups_fit_any_two_members(members):
-    groups = jackknife_groups(members, 2, least=1)
-    assert groups.count == 2
-    assert groups.covered == members // 2 * 2

@@ -71,9 +71,7 @@ def jackknife_groups(members: int, most: int, *, unit: int = 1, least: int = 2) 
     # Groups a little larger that hold every member, if there are any.
     sizes = range(least_size, least_size + least_size // 2 + 1, unit)
     size = next((size for size in sizes if members % size == 0), least_size)
-    if members < 2 * size:
-        size = members // 2 // unit * unit
-    count = min(members // size, most) if size else 0
+    count = members // size
     covered = count * size
     if count < 2 or covered - size < least:
         return None
