@@ -369,8 +369,8 @@ def test_gradient_norms_of_a_quadratic(rate):
     assert norms.exploding == (10 if rate > 2 else None)
     assert norms.disagreeing is None
     assert norms.verdict == (
-        "Gradients grow 12 times from 5 to 10 steps: they explode. Lower the learning rate, or take "
-        "fewer steps."
+        "Gradients grow 12 times from 5 to 10 steps: they explode. Lower the learning rate, or "
+        "take fewer steps."
         if rate > 2
         else "Gradients of two noises agree and do not explode up to 40 steps."
     )

@@ -94,30 +94,30 @@ def test_members_in_no_group_count_in_the_variance():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("ratio", "too_large"), [(0.0, 1.484), (1.0, 1.107), (30.0, 1.0)])
+@pytest.mark.parametrize(("ratio", "too_large"), [(0.0, 1.25), (1.0, 1.0), (10.0, 1.0)])
 def test_the_error_of_a_square_without_its_noise_counted_twice(ratio, too_large):
-    """θ̂ = x̄² - s²/n of a mean of `ratio` times its own error. Its variance is 2b² + 4θb, where the
-    jackknife of x̄² has 4b² + 4θb.
+    """θ̂ = ‖x̄‖² - b in 20 dimensions, of a mean of `ratio` times its own error.
 
-    The correction needs θ and has θ̂, or 0 if that is negative: with z = x̄/√b it makes
-    4z² - 2 + 2 (1 - z²)₊ times b², whose mean is `too_large` times the variance.
+    Its variance is (2b² + 4θb)/20, where the jackknife of ‖x̄‖² has (4b² + 4θb)/20. The correction
+    needs θ and has θ̂, or 0 if that is negative: at θ = 0 it has .13 b on the average, .25 of b/2.
     """
-    n, samples = 24, 20_000
-    x = np.random.default_rng(3).normal(size=(samples, n)) + ratio / np.sqrt(n)
+    n, d, samples = 24, 20, 2000
+    x = np.random.default_rng(3).normal(size=(samples, n, d)) + ratio / np.sqrt(n)
     groups = jackknife_groups(n, n)
-    means = jnp.stack([jnp.mean(x[:, kept], axis=1) for kept in groups.kept])
-    square, variance = np.mean(x, axis=1) ** 2, jackknife_variance(means**2, groups, n)
-    bias = jackknife_bias(square, means**2, groups)
-    value = square - bias
-    truth = np.var(value)
-    # 2/n² + 4 m²/n, the variance of a debiased square.
-    np.testing.assert_allclose(truth, (2 + 4 * ratio**2) / n**2, rtol=0.12)
+
+    def square(x):
+        return np.sum(np.mean(x, axis=1) ** 2, axis=1)
+
+    replicates = jnp.asarray([square(x[:, kept]) for kept in groups.kept])
+    variance = jackknife_variance(replicates, groups, n)
+    bias = jackknife_bias(square(x), replicates, groups)
+    value = square(x) - bias
+    truth = (2 + 4 * ratio**2) * d / n**2
+    np.testing.assert_allclose(np.var(value), truth, rtol=0.16)  # five errors
     claimed = np.mean(np.asarray(error_of_square(value, variance, bias)))
-    np.testing.assert_allclose(claimed / truth, too_large, rtol=0.12)
+    np.testing.assert_allclose(claimed / truth, too_large, rtol=0.1)
     if ratio == 0:
         assert np.mean(variance) / truth > 1.8
-    if ratio == 30:
-        np.testing.assert_allclose(claimed, np.mean(variance), rtol=0.01)
 
 
 # Intervals
@@ -196,8 +196,8 @@ def test_intervals_of_a_square_cover(ratio):
     interval = interval_of_square(value, error, bias, quantile(0.975, groups.count - 1), 0.95)
     truth = d * ratio**2 / n
     lower, upper = np.asarray(interval.lower), np.asarray(interval.upper)
-    assert 0.92 < np.mean((lower <= truth) & (truth <= upper)) < 0.99
-    # The symmetric interval of a single negative value is no better near 0, and this is far off.
+    # 4000 samples know a coverage to .35 %. Errors that vanish with a square missed 13 % at 0.
+    assert 0.93 < np.mean((lower <= truth) & (truth <= upper)) < 0.985
     assert np.all(upper > lower)
 
 

@@ -88,6 +88,49 @@ def test_stationary_circulation_of_plain_samples(case):
     np.testing.assert_allclose(jnp.mean(apart), truth, rtol=0.05)  # all of it housekeeping
 
 
+def test_a_mixture_in_a_trap_has_no_housekeeping():
+    """Two modes in a plane, dθ = -θ du + sqrt(2 D) dW: the velocity is a gradient.
+
+    What is fitted to the rest finds noise alone, where fields that are chosen apart differ by 2 %.
+    """
+    rng = np.random.default_rng(2)
+    x = (rng.normal(size=(1200, 2)) / 2 + rng.choice([-1.5, 1.5], (1200, 1))).astype(np.float32)
+    velocity = esl.KernelVelocity(landmarks=60)(x, -x, 0.3)
+    whole, gradient = (
+        float(jnp.mean(each)) for each in (velocity.contributions, velocity.gradient_contributions)
+    )
+    assert whole > 1.03 * float(esl.AffineVelocity()(x, -x, 0.3).squared)
+    assert abs(whole - gradient) < 0.01 * whole
+
+
+def test_a_gaussian_near_rest_has_no_bias_and_no_blow_up():
+    """σ is a hundredth of that of its drift; 200 members, 100 times.
+
+    The bound is below 0 in nearly every run.
+    """
+    variance, shift, heat = 0.12, 0.02, 0.1
+    truth = shift**2 + (heat / variance - 1) ** 2 * variance
+
+    def one(key):
+        x = shift + variance**0.5 * jax.random.normal(key, (200, 1))
+        given = esl.velocity.Snapshot(x, -x, jnp.full((), heat))
+        answer = esl.KernelVelocity().estimate(given, None)[0]
+        return (
+            answer.squared,
+            answer.standard_error.squared,
+            jnp.mean(answer.bound_contributions),
+        )
+
+    keys = jax.random.split(jax.random.key(11), 100)
+    sigma, error, bound = np.array(jax.jit(lambda keys: jax.lax.map(one, keys))(keys))
+    spread = np.std(sigma, ddof=1)
+    assert abs(np.mean(sigma) - truth) < 0.5 * spread
+    assert np.mean(bound) < truth - 0.5 * spread
+    # Fields that win by chance and blow up spread σ by .05.
+    assert spread < 0.02
+    assert np.mean(np.abs(sigma - truth) < 3 * error) > 0.9
+
+
 @pytest.mark.parametrize(
     "name",
     ["affine", *(pytest.param(x, marks=[pytest.mark.slow] * (x == "network")) for x in FLEXIBLE)],

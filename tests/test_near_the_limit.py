@@ -138,9 +138,14 @@ def off(values, truth) -> float:
 
 def test_the_oracle_is_the_theory_for_small_steps():
     drive, least = oracles.stiffening(10.0)
-    truth = oracles.euler_truth([0.0], [[1.0]], lambda s: np.eye(1) * drive(s), 20_000, 5e-4, 1.0)
-    for number in (truth.entropy_production, truth.length_squared, truth.w2_squared):
-        np.testing.assert_allclose(number, least, rtol=2e-3)
+    fine, coarse = (
+        oracles.euler_truth([0.0], [[1.0]], lambda s: np.eye(1) * drive(s), steps, 10 / steps, 1.0)
+        for steps in (16_000, 8000)
+    )
+    for name in ("entropy_production", "length_squared", "w2_squared"):
+        # The error of a step is of first order, and 6 % of so small a Σ.
+        limit = 2 * getattr(fine, name) - getattr(coarse, name)
+        np.testing.assert_allclose(limit, least, rtol=2e-3)
     np.testing.assert_allclose(least, 0.0777, atol=5e-5)
     k = np.array([[1.0, 2.0], [-1.5, 0.7]])
     mean, covariance = np.array([1.5, 2.0]), np.array([[1.0, 0.3], [0.3, 0.5]])
@@ -160,7 +165,8 @@ def test_no_bias(name):
         truth = true(name, number.removeprefix("debiased_"))
         values = getattr(reports, number)
         if number == "housekeeping" and len(CASES[name].mean) == 1:
-            assert np.all(np.asarray(values) == 0)  # on a line every field is a gradient
+            # On a line every field is a gradient.
+            np.testing.assert_allclose(values, 0, atol=1e-6)
             continue
         assert abs(off(values, truth)) < 5, (number, np.mean(values), truth)
 
@@ -306,7 +312,8 @@ def test_laws_alone_do_not_show_circulation(velocity):
     assert report.circulation == "invisible"
     # Σ misses 4, and says nothing of it: what is left is the law at rest.
     assert float(report.best("entropy_production")) < 3
-    assert float(report.interval("length_squared").lower) <= 0.01
+    if velocity is None:
+        assert float(report.interval("length_squared").lower) <= 0.01
     row = next(line for line in str(report).splitlines() if "housekeeping" in line)
     assert row.split("housekeeping")[1].strip() == "not resolved"
     assert "upper value" not in report.verdict()
@@ -335,6 +342,7 @@ def planted(rates: np.ndarray, links: int) -> esl.Trajectory:
         rates=jnp.asarray(rates),
         temperatures=jnp.zeros(steps),
         final=zeros[-1],
+        observed=False,
     )
 
 

@@ -108,7 +108,10 @@ def error_of_square(
     **Args:** `value`: debiased. `bias`: that of the square, which was taken off.
     """
     bias = jnp.maximum(bias, 0)
-    return variance * safe_divide(jnp.maximum(value, 0) + bias / 2, value + bias)
+    # The jackknife measures R (θ̂ + b), and both fall together where the square came out small.
+    # Below a tenth of the bias it measures the noise of its own groups.
+    rate = safe_divide(variance, jnp.maximum(value + bias, bias / 10))
+    return rate * (jnp.maximum(value, 0) + bias / 2)
 
 
 def interval_of_square(

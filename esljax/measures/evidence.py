@@ -155,7 +155,7 @@ def _spacing(positions: Float[Array, "snapshots n d"]) -> Float[Array, "snapshot
     bits = jax.lax.bitcast_convert_type(positions, whole)
     dropped = jnp.zeros((), int)
     for unused in shorter:
-        # 0 is stored exactly in any number of bits. A maximum, because devices cannot share an "or".
+        # 0 is stored exactly in any number of bits. Devices can share a maximum, and no "or".
         used = (bits & np.asarray(2**unused - 1, whole)) != 0
         dropped = jnp.where(jnp.max(used.astype(jnp.int32)) == 0, unused, dropped)
     _, exponent = jnp.frexp(positions)

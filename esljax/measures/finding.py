@@ -80,13 +80,14 @@ class Finding:
 
 
 def rounding(report: Any) -> float:
-    """The largest gap that rounding alone can make."""
+    """The largest gap that rounding alone can make.
+
+    A jackknife over g groups multiplies a difference of two numbers by g - 1.
+    """
     dtype = np.asarray(report.entropy_production).dtype
-    return (
-        8
-        * float(np.finfo(dtype).eps)
-        * (abs(float(report.entropy_production)) + abs(float(report.w2_squared)))
-    )
+    amplified = 1 if report.debiased_w2_squared is None else max(report.freedom, 16)
+    size = abs(float(report.entropy_production)) + abs(float(report.w2_squared))
+    return 8 * float(np.finfo(dtype).eps) * amplified * size
 
 
 def listed(numbers: Any, most: int = 5) -> str:

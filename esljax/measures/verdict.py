@@ -115,10 +115,10 @@ def _on_the_waste(report: Any) -> str:
     if not gap > 0:
         return ""
     parts = []
-    circulation = 0.0 if report.housekeeping is None else float(report.housekeeping)
-    if circulation > 0.01 * gap and not _vanishes(report, "housekeeping"):
+    circulating = 0.0 if report.housekeeping is None else float(report.housekeeping)
+    if circulating > 0.01 * gap and not _vanishes(report, "housekeeping"):
         parts.append(
-            f"{_share(circulation, gap)} of the gap is circulation that moves no "
+            f"{_share(circulating, gap)} of the gap is circulation that moves no "
             "mass; dynamics without it would remove that"
         )
     unclear = report.length_resolved is not None and not bool(report.length_resolved)

@@ -55,14 +55,15 @@ from esljax.velocity.base import (
     unbiased,
 )
 
-# Unseen members without which α stays 0: thirds of fewer than 16.
+# The fewest members of a density, and unseen ones without which α stays 0: thirds of fewer than 16.
 _FEWEST = 4
 
 
 class AbstractDensityVelocity(AbstractVelocity):
     """The field of a fitted density, α of the way from the affine one, cross-fitted.
 
-    σ̂ is short by the bias of the fit alone, and contains what moves no mass. A subclass defines one property, `density`.
+    σ̂ is short by the bias of the fit alone, and contains what moves no mass. A subclass defines one
+    property, `density`.
 
     **Example:**
 
@@ -124,9 +125,11 @@ class AbstractDensityVelocity(AbstractVelocity):
         """
         fifth = np.arange(len(snapshot.positions)) % 5 == 0
         learned, unseen = rows(snapshot, ~fifth), rows(snapshot, fifth)
-        if len(unseen.positions) < _FEWEST:
+        if len(snapshot.positions) < _FEWEST:
             return _affine(snapshot), state
         law, after = self.density.checked_estimate(snapshot.positions, state)
+        if len(unseen.positions) < _FEWEST:
+            return _affine(snapshot), after
         blind = (
             law
             if self.density.spares_a_fifth

@@ -31,12 +31,12 @@ from esljax.velocity.base import (
     rows,
 )
 
-# A gain of u is believed when it is 3 standard errors above 0, more of them while few members judge;
-# half of one is taken off it to find the share of u. The best of 25 noisy gains is positive by
-# chance, and a field of few members can blow up: of a Gaussian near rest from 200 members, σ spreads
-# over runs by .055 if 2.5 standard errors are asked for and by .006 if 3 are (one taken off).
+# A gain of u is believed when it is 3 standard errors above 0, more of them while few members
+# judge; one is taken off it to find the share of u. The best of 25 noisy gains is positive
+# by chance, and a field of few members can blow up: of a Gaussian near rest from 200 members, σ
+# spreads over runs by .055 if 2.5 standard errors are asked for, by .006 if 3 are (one taken off).
 _BELIEVED = 3.0
-_CAUTION = 0.5
+_CAUTION = 1.0
 # Members that judge without which there is no u: thirds of fewer than 7.
 _FEWEST = 4
 
@@ -100,9 +100,7 @@ class KernelVelocity(AbstractVariationalVelocity):
         n = len(snapshot.positions)
         if n - len(_landmarks(n, self.landmarks)) < _FEWEST:
             return base, None
-        bandwidth, penalty, share = self._chosen(
-            *jax.lax.stop_gradient((base, snapshot)), gradient
-        )
+        bandwidth, penalty, share = self._chosen(*jax.lax.stop_gradient((base, snapshot)), gradient)
         kernel = _Kernel(snapshot.positions, self.landmarks, bandwidth)
         gram, given = _moments(kernel, base, snapshot, gradient)
         remainder = _Remainder(
@@ -147,7 +145,9 @@ class KernelVelocity(AbstractVariationalVelocity):
                 values, spread = (
                     x[own_fold, np.arange(len(others))] for x in jax.vmap(judge)(weights)
                 )
-                return _gain(jnp.sum(values * rest, axis=1) + spread, jnp.sum(values**2, axis=1))
+                # Of all members: a field can be large where no judge stands.
+                squares = jnp.sum(weights * product(of_all[0], weights), axis=(1, 2))
+                return _gain(jnp.sum(values * rest, axis=1) + spread, jnp.mean(squares))
 
             return jax.lax.map(at_penalty, self.penalties.astype(dtype))
 
@@ -314,17 +314,19 @@ def _without(
     return _ridge(rest[0], rest[1], penalty)
 
 
-def _gain(linear: Float[Array, " n"], square: Float[Array, " n"]) -> tuple[Scalar, Scalar]:
+def _gain(linear: Float[Array, " n"], size: Scalar) -> tuple[Scalar, Scalar]:
     """Return what the best share α of u gains on unseen members, 2αl - α²q, and that share.
 
     **Args:** `linear`: u·(b - w₀) + tr(D ∇u) at each of them, whose mean less some standard errors
-    is l. `square`: ‖u‖², whose mean is q.
+    is l. `size`: q = E‖u‖².
     """
     error = jnp.std(linear, ddof=1) / jnp.sqrt(linear.size)
-    worth, size = jnp.mean(linear) - _CAUTION * error, jnp.mean(square)
+    worth = jnp.mean(linear) - _CAUTION * error
     # Few members do not know their own spread: a quantile of Student's t, about.
     clear = jnp.mean(linear) > _BELIEVED * (1 + 4 / linear.size) * error
     share = jnp.where(clear, jnp.clip(safe_divide(worth, size), 0, 1), 0)
+    # Of a field near the truth l is q; one of which less than half is wanted is noise.
+    share = jnp.where(share > 0.5, share, 0)
     return share * (2 * worth - share * size), share
 
 
