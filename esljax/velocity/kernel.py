@@ -31,11 +31,11 @@ from esljax.velocity.base import (
     rows,
 )
 
-# A gain of u is believed when it is 3 standard errors above 0, more of them while few members
-# judge; one is taken off it to find the share of u. The best of 25 noisy gains is positive
-# by chance, and a field of few members can blow up: of a Gaussian near rest from 200 members, σ
-# spreads over runs by .055 if 2.5 standard errors are asked for, by .006 if 3 are (one taken off).
-_BELIEVED = 3.0
+# A gain of u is believed when it is 4 standard errors above 0, more of them while few members
+# judge; one is taken off it to find the share of u. The best of 25 noisy gains is positive by
+# chance, and a field of few members can blow up: with 3, one or two of 100 ensembles of 200 members
+# of a Gaussian near rest did, which spread σ by .36 where its drift alone has .12.
+_BELIEVED = 4.0
 _CAUTION = 1.0
 # Members that judge without which there is no u: thirds of fewer than 7.
 _FEWEST = 4
