@@ -170,7 +170,8 @@ def count(cell: Cell, repetitions: int) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    marks = " *" * off(row) + " bias" * (abs(row["bias"]) > SHIFT)
+    marks = " *" if off(row) else ""
+    marks += " bias" if abs(row["bias"]) > SHIFT else ""
     return (
         f"{_cell(row)}  {SYMBOLS[row['number']]:<10}"
         f"{row['truth']:>10.4f}{row['mean']:>10.4f}{row['spread']:>10.4f}{row['bias']:>7.2f}"
