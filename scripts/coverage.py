@@ -170,39 +170,48 @@ def count(cell: Cell, repetitions: int) -> list[dict[str, Any]]:
 
 
 def line(row: dict[str, Any]) -> str:
-    marks = ""
-    if row["coverage"] < GOOD[0] or (row["interval"] != "bracket" and row["coverage"] > GOOD[1]):
-        marks += " *"
-    if abs(row["bias"]) > SHIFT:
-        marks += " bias"
+    marks = " *" if off(row) else ""
+    marks += " bias" if abs(row["bias"]) > SHIFT else ""
     return (
-        f"{Cell(*(row[name] for name in Cell._fields))}  {SYMBOLS[row['number']]:<10}"
+        f"{_cell(row)}  {SYMBOLS[row['number']]:<10}"
         f"{row['truth']:>10.4f}{row['mean']:>10.4f}{row['spread']:>10.4f}{row['bias']:>7.2f}"
         f"{row['width']:>10.4f}{100 * row['coverage']:>7.1f} %{100 * row['resolved']:>6.0f} %"
         f"  {row['interval']}{marks}"
     )
 
 
+def off(row: dict[str, Any]) -> bool:
+    """Whether an interval covers too rarely, or too often if it is no bracket."""
+    most = 1.0 if row["interval"] == "bracket" else GOOD[1]
+    return not GOOD[0] <= row["coverage"] <= most
+
+
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """The coverage in per cent and, in parentheses, the bias in spreads; one table a system."""
+    """The coverage in per cent and, in parentheses, the bias in spreads, in Markdown.
+
+    Brackets in italics, failures in bold; one table an estimator, of affine fields one a system.
+    """
     lines = []
-    by_cell: dict[tuple, dict[str, Any]] = {}
+    by_cell: dict[Cell, dict[str, Any]] = {}
     for row in rows:
-        where = (row["estimator"], row["system"], row["time"], row["members"])
-        by_cell.setdefault(where, {})[row["number"]] = row
-    for (estimator, system), group in itertools.groupby(by_cell, key=lambda where: where[:2]):
-        heads = (*SYMBOLS.values(), "L² resolved")
-        lines += ["", f"{estimator}, {system}", "", f"| U | n | {' | '.join(heads)} |"]
-        lines += ["|---" * (len(heads) + 2) + "|"]
-        for where in group:
-            cells = by_cell[where]
-            texts = [
-                f"{'≥ ' if row['interval'] == 'bracket' else ''}{100 * row['coverage']:.1f} "
-                f"({row['bias']:+.2f})"
-                for row in cells.values()
-            ]
-            share = f"{100 * cells['length_squared']['resolved']:.0f} %"
-            lines.append(f"| {where[2]:g} | {where[3]} | {' | '.join([*texts, share])} |")
+        by_cell.setdefault(_cell(row), {})[row["number"]] = row
+
+    def table(cell: Cell) -> tuple[str, ...]:
+        return (cell.estimator, cell.system) if cell.estimator == "affine" else (cell.estimator,)
+
+    for names, group in itertools.groupby(by_cell, key=table):
+        heads = ["U", "n", *SYMBOLS.values(), "L² resolved"]
+        heads = heads if len(names) > 1 else ["system", *heads]
+        lines += ["", ", ".join(names), "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for cell in group:
+            texts = [f"{cell.time:g}", f"{cell.members}"]
+            if len(names) == 1:
+                texts.insert(0, cell.system)
+            for row in by_cell[cell].values():
+                mark = "**" if off(row) else "*" if row["interval"] == "bracket" else ""
+                texts.append(f"{mark}{100 * row['coverage']:.1f}{mark} ({row['bias']:+.2f})")
+            texts.append(f"{100 * by_cell[cell]['length_squared']['resolved']:.0f} %")
+            lines.append(f"| {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -213,7 +222,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         mine = list(group)
         plain = [row for row in mine if row["interval"] != "bracket"]
         brackets = [row for row in mine if row["interval"] == "bracket"]
-        good = [row for row in plain if GOOD[0] <= row["coverage"] <= GOOD[1]]
+        good = [row for row in plain if not off(row)]
         shifted = [row for row in plain if abs(row["bias"]) > SHIFT]
         low = [row for row in mine if row["coverage"] < LEAST]
         least = min((row["coverage"] for row in plain), default=float("nan"))
@@ -251,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     ]
     # Results of few members come first.
     chosen.sort(key=lambda cell: cell.members)
-    counted = {Cell(*(row[name] for name in Cell._fields)) for row in rows}
+    counted = set(map(_cell, rows))
     print(
         f"{'estimator':<10}{'system':<9}{'U':<5}{'n':>5}  {'number':<10}{'truth':>10}{'mean':>10}"
         f"{'spread':>10}{'bias':>7}{'width':>10}{'covered':>9}{'clear':>8}  interval"
@@ -277,6 +286,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(summary(rows))
     timing.write(arguments.out, {"coverage": rows})
     return {"coverage": rows}
+
+
+def _cell(row: dict[str, Any]) -> Cell:
+    return Cell(*(row[name] for name in Cell._fields))
 
 
 def _names(cell: Cell) -> tuple[str, str, str]:

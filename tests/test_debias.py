@@ -169,6 +169,20 @@ def test_moments_by_hand():
     np.testing.assert_allclose(report.geometric, truth[1] - truth[2], rtol=1e-7)
 
 
+def test_the_slope_of_a_length_with_negative_squares_is_finite():
+    """Samples of one law: some debiased links come out below 0 and count as no length."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 12, 1)), jnp.float32)
+    links = distances(esl.from_snapshots(x), esl.ExactTransport(), halves=True).debiased_links
+    assert float(jnp.min(links)) < 0 < float(jnp.max(links))
+
+    def length(x):
+        path = esl.from_snapshots(x)
+        report = esl.speed_limit(path, transport=esl.ExactTransport(), jackknife=3, debias=True)
+        return report.debiased_length_squared
+
+    assert np.all(np.isfinite(np.asarray(jax.jit(jax.grad(length))(x))))
+
+
 # Odd numbers of members
 
 
@@ -436,3 +450,9 @@ def test_bad_input(report, refused):
         lambda: report.interval("dissipation"),
         "that the report has a standard error of, but is 'dissipation'",
     )
+
+
+def test_too_few_members_are_rejected():
+    path = esl.from_snapshots(np.zeros((3, 3, 2), np.float32) + np.arange(3)[:, None, None])
+    with pytest.raises(esl.InputError, match="`debias` must be False for fewer than 4 members"):
+        esl.speed_limit(path, transport=esl.GaussianTransport(), debias=True)

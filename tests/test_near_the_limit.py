@@ -382,7 +382,7 @@ def test_smooth_rates_are_integrated_to_fourth_order(schedule):
     true_sigma = steps * np.sum(rates**2 * square(middle))
     fine = np.linspace(0, 2, 200_001)
     true_dissipation = np.trapezoid(square(fine), fine)
-    links = np.array([8, 16, 32])
+    links = np.array([16, 32, 64])
     found = np.array([integrated(rates, int(j), square) for j in links])
     for value, truth in zip(found.T, (true_sigma, true_dissipation), strict=True):
         order = -np.polyfit(np.log(links), np.log(np.abs(value - truth)), 1)[0]

@@ -1,13 +1,18 @@
 """Every script runs in its smallest size, and every notebook equals its script."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jupytext
+import numpy as np
 import pytest
 from processes import PATIENCE
+
+import esljax as esl
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
@@ -74,6 +79,50 @@ def test_scripts(script, tmp_path):
             one["entropy_production"] > one["length_squared"] > one["w2_squared"] > 0
             for one in reports
         )
+
+
+@pytest.fixture
+def laws(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("laws")
+
+
+def test_coverage_is_held_to_known_numbers(laws):
+    exact = laws.truth("ou1", 1.0, 20, "affine")
+    numbers = [exact[name] for name in ("entropy_production", "length_squared", "w2_squared")]
+    np.testing.assert_allclose(numbers, [2.04312999, 1.87917202, 1.87819069], atol=1e-8)
+    # Schmiedl and Seifert: the least work leads along a geodesic at constant speed.
+    for duration, limit in ((1.0, 0.0364745), (10.0, 0.0777378)):
+        exact = laws.truth("trap", duration, 20, "chain")
+        np.testing.assert_allclose(list(exact.values()), [limit, limit, 0, limit, 0, 0], atol=1e-6)
+    # The Gaussian of the same moments moves more slowly than the mixture.
+    affine, whole = (laws.truth("mixture", 1.0, 20, kind) for kind in ("affine", "field"))
+    assert 1.05 * affine["entropy_production"] < whole["entropy_production"]
+
+
+@pytest.mark.parametrize("name", ["trap", "ou5", "mixture"])
+def test_members_of_coverage_follow_their_law(laws, name):
+    n, system = 20000, laws.SYSTEMS[name]
+    path = system.run(1.0, system.transitions(1.0, 4), n, jax.random.key(0))
+    shrunk, variance = system.laws(1.0, np.linspace(0, 1, 5))
+    for x, *law in zip(np.asarray(path.positions, float), shrunk, variance, strict=True):
+        mean, covariance = system.moments(*law)
+        widths = np.diag(covariance)
+        assert (abs(x.mean(0) - mean) < 5 * np.sqrt(widths / n)).all()
+        # Of a Gaussian; a mixture of hills apart has lighter tails.
+        errors = np.sqrt((np.outer(widths, widths) + covariance**2) / n)
+        assert (abs(np.cov(x.T) - covariance) < 5 * errors).all()
+    # Langevin dynamics with short steps has the same correlation with the start.
+    first, last = np.asarray(path.positions, float)[[0, -1], :, 0]
+    steps = esl.simulate(
+        system.potential(1.0),
+        esl.Langevin(1 / 400, system.temperature),
+        path.positions[0],
+        steps=400,
+        key=jax.random.key(1),
+    ).final
+    slopes = [np.cov(first, y)[0, 1] / first.var() for y in (last, np.asarray(steps, float)[:, 0])]
+    assert abs(slopes[0] - slopes[1]) < 5 * np.sqrt(2 * last.var() / first.var() / n) + 0.002
 
 
 def dictionaries(numbers, key):

@@ -133,16 +133,18 @@ def _errors(report: Any, x: Numbers, variance: Callable[[Array], Array], smooth:
     if report.entropy_production_chain is not None:
         sigma = variances["entropy_production"]
         if bound is not None:
-            # No square of a sample mean, this may be far below 0.
-            value = jnp.maximum(report.entropy_production, 0)
-            sigma = error_of_square(value, sigma, (report.entropy_production - bound) / 2)
-    noise = variances["entropy_production"] - sigma
+            # By three fits w_i of mean w̄, Σ = ‖w̄‖² - Q/6 and the bias is Q/4, where Q is the sum of
+            # ‖w_i - w̄‖²: so Σ is no less than -2/3 of it, up to noise of the judging members.
+            bias = jnp.maximum(report.entropy_production - bound, 0) / 2
+            value = jnp.maximum(report.entropy_production, -2 / 3 * bias)
+            sigma = error_of_square(value, sigma, bias)
+    noise = jnp.maximum(variances["entropy_production"] - sigma, 0)
     if smooth:
         value = report.debiased_entropy_production
         chain = error_of_square(value, chain, report.chained - value)
         value = report.debiased_w2_squared
         fewer = error_of_square(value, distance, report.w2_squared - value)
-        noise, distance = noise + distance - fewer, fewer
+        noise, distance = noise + jnp.maximum(distance - fewer, 0), fewer
     gap = variance(x["sigma"] - x["distance"])
     variances["entropy_production"] = sigma
     variances["gap"] = jnp.maximum(gap - noise, gap / 4)

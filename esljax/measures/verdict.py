@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from esljax.results import measured
+
 
 def sentences(report: Any) -> list[str]:
     """Return the three tiers of one `SpeedLimit`, a line each; the last may be missing."""
@@ -79,6 +81,8 @@ def _on_the_limit(report: Any, violated: bool) -> str:
             f"Σ came out below W2²: {between}. An estimate that misses part of the velocity does "
             f"that{chance}."
         )
+    if _of_paths(report):
+        return f"{_action(report)} Of the law behind them {_resolved(lower)}: {between}."
     if lower > 0:
         return f"The speed limit holds: {_ratio(sigma, whole)}; {between}."
     if (
@@ -100,6 +104,8 @@ def _ratio(sigma: float, whole: float) -> str:
 
 def _subject(report: Any) -> str:
     """What the numbers are numbers of."""
+    if _of_paths(report):
+        return "the law"
     if _paired(report) > 0.5:
         return "the members' own paths"
     if report.entropy_production_chain is not None:
@@ -113,12 +119,39 @@ def _debiased(report: Any) -> bool:
     return report.debiased_w2_squared is not None
 
 
+def _of_paths(report: Any) -> bool:
+    """Whether the plug-in numbers of a debiased chain are those of the members' own paths.
+
+    They need no debiasing: of these members they are exact. Debiased numbers are of the law.
+    """
+    by_chain = report.entropy_production_chain is None
+    return by_chain and _debiased(report) and _paired(report) > 0.5
+
+
+def _action(report: Any) -> str:
+    """The numbers of the members' own paths."""
+    errors: Any = report.standard_error
+    sigma = measured(report.entropy_production, errors.entropy_production, digits=4)
+    distance = measured(report.w2_squared, errors.w2_squared, digits=4)
+    times = float(report.entropy_production) / max(float(report.w2_squared), 1e-300)
+    return (
+        f"Of the members' own paths, Σ is {sigma}, {times:.3g} times their mean squared "
+        f"displacement {distance}, which no paths between the same places go below."
+    )
+
+
+def _resolved(lower: float) -> str:
+    return "these members resolve a gap" if lower > 0 else "these members resolve no gap"
+
+
 # --- The waste ------------------------------------------------------------------------------------
 
 
 def _on_the_waste(report: Any) -> str:
     """Where the gap comes from and what would remove it; nothing without a resolved split."""
     gap, errors = float(report.gap), report.standard_error
+    if _of_paths(report) and errors is not None:
+        return _waste_of_paths(report)
     if errors is not None and not float(report.interval("gap").lower) > 0:
         return ""
     if not gap > 0:
@@ -134,6 +167,22 @@ def _on_the_waste(report: Any) -> str:
     parts += _unsplit(report) if unclear else _split(report)
     joined = "; ".join(parts)
     return joined[0].upper() + joined[1:] + "."
+
+
+def _waste_of_paths(report: Any) -> str:
+    """The split of the members' own paths, from plug-in numbers."""
+    sigma, length, distance = (
+        float(getattr(report, name))
+        for name in ("entropy_production", "length_squared", "w2_squared")
+    )
+    excess = sigma - distance
+    if not excess > 0:
+        return ""
+    return (
+        f"Of the excess of these paths, {_share(sigma - length, excess)} is uneven timing; at "
+        f"constant speed they would produce Σ = {length:.4g}. {_share(length - distance, excess)} "
+        "is their bend, which only another control than the learning rate removes."
+    )
 
 
 def _unsplit(report: Any) -> list[str]:
@@ -250,9 +299,12 @@ def _on_pairing(report: Any) -> str:
     share = _paired(report)
     if share <= 0.5:
         return ""
+    numbers, distance = "the numbers", "W2²"
+    if _debiased(report):
+        numbers, distance = "the plug-in numbers", "the plug-in W2²"
     return (
-        f"In {100 * share:.0f} % of the links each member is its own best partner: the numbers "
-        "describe the members' paths, not a resolved density, and W2² is the mean squared "
+        f"In {100 * share:.0f} % of the links each member is its own best partner: {numbers} "
+        f"describe the members' paths, not a resolved density, and {distance} is the mean squared "
         "displacement of the members, an upper value of that between laws."
     )
 
