@@ -7,10 +7,10 @@ the two clouds fit together, and the best assignment recovers them:
 
     mean‖x_i - y_π(i)‖² ≪ the same between halves of one snapshot, the given pairs explain nothing
 
-Where only some members stand in each other's places, at one snapshot, `strays` puts them back. A law
-that mixes within a link fails the first condition, since then no assignment is cheaper than
-between independent members, and members that move by themselves fail the second. Copies of a member
-are one observation, and are measured once.
+A law that mixes within a link fails the first condition, since then no assignment is cheaper than
+between independent members, and members that move by themselves fail the second. Where only some
+members stand in each other's places, `strays` puts them back. Copies of a member are one
+observation, and are measured once.
 """
 
 import dataclasses
