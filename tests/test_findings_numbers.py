@@ -54,6 +54,21 @@ def test_a_chain_of_samples_in_a_slow_trap_is_sampling_noise(slow):
     assert not {"sampling noise", "Σ not converged in snapshot spacing"} & set(names(report))
 
 
+def test_members_that_follow_their_own_paths_are_no_sampling_noise():
+    """Halves of 16 members know the law less well than the paths of all: debiased values came out
+    at a third of the law's Σ, which the plain one met. Planted here."""
+    path = fall(1e-3, n=16)
+    report = esl.speed_limit(path, transport=esl.ExactTransport(), debias=True, jackknife=12)
+    assert report.identity_fraction == 1
+    assert names(report) == []
+    low = dataclasses.replace(report, debiased_entropy_production=0.3 * report.entropy_production)
+    assert names(low) == []
+    other = dataclasses.replace(low, identity_fraction=jnp.asarray(0.3))
+    assert names(other) == ["sampling noise"]
+    # Of a recorded run the noise of the steps is not known, and has no finding of its own.
+    assert names(dataclasses.replace(low, noise_floor=None)) == ["sampling noise"]
+
+
 @pytest.mark.parametrize("debias", [True, False])
 def test_a_length_of_samples_is_sampling_noise(debias):
     """By the moments of its law L² of this trap is 4.24; 64 members give 13 to 14."""
