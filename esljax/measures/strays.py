@@ -31,12 +31,12 @@ def put_back(positions: np.ndarray) -> tuple[np.ndarray, int, int]:
     if members < 4 or members**3 > AFFORDABLE:
         return orders, 0, 0
     for j in range(1, snapshots - 1):
-        before, here, after = _centered(positions[j - 1 : j + 2])
-        if orders[j - 1].tobytes() != np.arange(members).tobytes():
+        before, here, after = positions[j - 1 : j + 2]
+        if (orders[j - 1] != orders[0]).any():
             before = before[orders[j - 1]]
         suspects = _suspects(before, here, after)
         if 2 <= suspects.sum() <= MOST * members:
-            orders[j] = _exchanged(before, here, after, suspects)
+            orders[j] = _exchanged(*_centered(np.stack([before, here, after])), suspects)
     changed = orders != np.arange(members)
     links = changed.any(axis=1)
     return orders, int((links[1:] | links[:-1]).sum()), int(changed.sum(axis=1).max())
@@ -63,7 +63,12 @@ def _centered(clouds: np.ndarray) -> np.ndarray:
 
 
 def _motion(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.sum((y - x) ** 2, axis=1)
+    """Return the squared motion of each member about that of the mean. Infinite ones are no
+    exception, so that their snapshot stays as it is."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        apart = y - x
+        apart -= apart.mean(axis=0)
+        return np.einsum("ij,ij->i", apart, apart)
 
 
 def _suspects(before: np.ndarray, here: np.ndarray, after: np.ndarray) -> np.ndarray:
