@@ -11,8 +11,8 @@ laws. All numbers are debiased. Of 400 repetitions a right interval covers 92 to
 The last column says what kind of interval was counted: `mean` (symmetric), `square` (the interval
 of a square, see `esljax.measures.errors`), or, where some runs do not resolve L², `bracket`, which
 covers too often by its construction. Other fields than affine ones miss a part of the velocity of
-the mixture: what follows from it is a `bound`. --out is written after every cell; --done holds files of
-cells that are not counted again.
+the mixture: what follows from it is a `bound`. --out is written after every cell; --done holds
+files of cells that are not counted again.
 """
 
 import functools
@@ -184,15 +184,15 @@ def line(row: dict[str, Any]) -> str:
 
 
 def off(row: dict[str, Any]) -> bool:
-    """Whether an interval covers too rarely, or too often if it is no bracket."""
-    most = 1.0 if row["interval"] == "bracket" else GOOD[1]
+    """Whether an interval covers too rarely, or too often if it is no bracket or bound."""
+    most = 1.0 if row["interval"] in ("bracket", "bound") else GOOD[1]
     return not GOOD[0] <= row["coverage"] <= most
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
     """The coverage in per cent and, in parentheses, the bias in spreads, in Markdown.
 
-    Brackets in italics, failures in bold; one table an estimator, of affine fields one a system.
+    Brackets and bounds in italics, failures in bold; one table an estimator, of affine fields one a system.
     """
     lines = []
     by_cell: dict[Cell, dict[str, Any]] = {}
@@ -211,7 +211,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             if len(names) == 1:
                 texts.insert(0, cell.system)
             for row in by_cell[cell].values():
-                mark = "**" if off(row) else "*" if row["interval"] == "bracket" else ""
+                mark = "**" if off(row) else "*" if row["interval"] in ("bracket", "bound") else ""
                 texts.append(f"{mark}{100 * row['coverage']:.1f}{mark} ({row['bias']:+.2f})")
             texts.append(f"{100 * by_cell[cell]['length_squared']['resolved']:.0f} %")
             lines.append(f"| {' | '.join(texts)} |")
