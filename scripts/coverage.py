@@ -192,7 +192,8 @@ def off(row: dict[str, Any]) -> bool:
 def tables(rows: Sequence[dict[str, Any]]) -> str:
     """The coverage in per cent and, in parentheses, the bias in spreads, in Markdown.
 
-    Brackets and bounds in italics, failures in bold; one table an estimator, of affine fields one a system.
+    Brackets and bounds in italics, failures in bold; one table an estimator, of affine fields one
+    a system.
     """
     lines = []
     by_cell: dict[Cell, dict[str, Any]] = {}
