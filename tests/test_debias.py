@@ -450,3 +450,9 @@ def test_bad_input(report, refused):
         lambda: report.interval("dissipation"),
         "that the report has a standard error of, but is 'dissipation'",
     )
+
+
+def test_too_few_members_are_rejected():
+    path = esl.from_snapshots(np.zeros((3, 3, 2), np.float32) + np.arange(3)[:, None, None])
+    with pytest.raises(esl.InputError, match="`debias` must be False for fewer than 4 members"):
+        esl.speed_limit(path, transport=esl.GaussianTransport(), debias=True)

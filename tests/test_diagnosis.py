@@ -293,7 +293,7 @@ HEALTHY = {
     "well d=1": (well, 1, 100, esl.ExactTransport()),
     "well d=3": (well, 3, 100, esl.GaussianTransport()),
     "mixture": (mixture, 2, 64, esl.SlicedTransport(6, KEY)),
-    "network": (*network(), 24, "projected"),
+    "network": (*network(), 256, "projected"),
 }
 
 
@@ -309,7 +309,8 @@ def test_nothing_is_found_in_many_healthy_runs(name):
     check_healthy(name, 120, jax.random.key(7))
 
 
-def check_healthy(name, count, key):
+def healthy(name, keys):
+    """Return the report of a run for each of the keys."""
     make, d, n, transport = HEALTHY[name]
 
     @jax.jit
@@ -351,7 +352,11 @@ def check_healthy(name, count, key):
         )
         return esl.speed_limit(path, transport=by, jackknife=12, debias=n % 2 == 0, **affine)
 
-    reports = jax.lax.map(report, jax.random.split(key, count))
+    return jax.lax.map(report, keys)
+
+
+def check_healthy(name, count, key):
+    reports = healthy(name, jax.random.split(key, count))
     found = collections.Counter()
     for i in range(count):
         found.update(names(jax.tree.map(operator.itemgetter(i), reports)))

@@ -77,7 +77,8 @@ def reports(kind, d, n, transport, velocity, *, count, seed):
 
 
 def exact_chain(rates, temperature, stiffness, center, width):
-    """Return Σ of the law of a trap by 20 and by 10 links, and W2², by the moments at snapshots."""
+    """Return the chain of the law of a trap, by its moments at snapshots: Σ by 20 and by 10 links,
+    W2², and L²."""
     clock = np.concatenate([[0.0], np.cumsum(np.asarray(rates, float))])[:: STEPS // LINKS]
     decay = np.exp(-np.asarray(stiffness, float) * clock[:, None])
     mean = np.asarray(center, float) * decay
@@ -87,19 +88,22 @@ def exact_chain(rates, temperature, stiffness, center, width):
     def squares(every):
         return sum(np.sum(np.diff(x[::every], axis=0) ** 2, axis=1) for x in (mean, spread))
 
-    return LINKS * squares(1).sum(), LINKS / 2 * squares(2).sum(), squares(LINKS).sum()
+    length = np.sqrt(squares(1)).sum() ** 2
+    return LINKS * squares(1).sum(), LINKS / 2 * squares(2).sum(), squares(LINKS).sum(), length
 
 
-def due(name, report, fine, coarse, whole):
+def due(name, report, fine, coarse, whole, length):
     """Return whether the law of a trap calls for this finding."""
     chain = float(report.entropy_production)
+    bend = float(report.length_squared - report.w2_squared)
     return {
-        "sampling noise": chain > 1.4 * fine,
+        # Of Σ, of L², or of the bend, where that is a sixth of L² too long.
+        "sampling noise": chain > 1.4 * fine
+        or float(report.length_squared) > 1.4 * length
+        or bend > length - whole + max(0.4 * (length - whole), length / 6),
         "noise-dominated chain": chain > 1.1 * fine,
         "Σ not converged in snapshot spacing": fine - coarse > 0.1 * fine,
         "gap extreme": fine > 12 * whole,
-        # Fields fitted to few members near the limit; of laws Σ is small there.
-        "negative entropy production": float(report.entropy_production) < 0 < fine < 2,
     }.get(name, False)
 
 

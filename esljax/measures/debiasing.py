@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from esljax._numerics import safe_root
@@ -22,6 +23,7 @@ from esljax.measures.errors import (
     jackknife_variance,
     resolved_squares,
 )
+from esljax.measures.evidence import Corrected
 from esljax.measures.report import NUMBERS, SpeedLimit
 from esljax.measures.velocities import MemberRates
 
@@ -89,6 +91,11 @@ def corrected(
     squares = full["squares"] if by_velocity or halves else without_bias("squares")
     clear = resolved_squares(squares, variance(replicates["squares"]))
     report = dataclasses.replace(report, length_resolved=clear)
+    evidence = report.evidence
+    if not debias and not by_velocity and evidence is not None and evidence.moments_only:
+        known = Corrected(*(without_bias(name) for name in ("chain", "length", "distance")))
+        evidence = dataclasses.replace(evidence, corrected=jax.lax.stop_gradient(known))
+        report = dataclasses.replace(report, evidence=evidence)
     if debias:
         chain, distance, heat = (
             full[name] if halves or full[name] is None else without_bias(name)

@@ -37,6 +37,14 @@ class Labels(eqx.Module):
     then not observed. None if it was not withheld."""
 
 
+class Corrected(eqx.Module):
+    """Numbers of a chain of moments without their sampling bias, which its errors know."""
+
+    debiased_entropy_production: Scalar
+    debiased_length_squared: Scalar
+    debiased_w2_squared: Scalar
+
+
 class Evidence(eqx.Module):
     """The observations of a run on which a diagnosis relies, beside the numbers of the report."""
 
@@ -78,6 +86,9 @@ class Evidence(eqx.Module):
     """K, the number of steps. None for a recorded run."""
     moments_only: bool = eqx.field(static=True, default=False)
     """Whether the transport compares means and covariances only."""
+    corrected: Corrected | None = None
+    """The numbers of the chain without their sampling bias, where the report does not give them
+    and a jackknife over moments knows them."""
     labels: Labels | None = None
     """What the host saw of the members' labels. None if there was nothing to say, and under
     `jit`, which hides the values."""

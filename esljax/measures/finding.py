@@ -22,6 +22,8 @@ SPACING = 0.2
 NOISE = 0.2
 # A number that is half sampling noise has an error of its own size in every part of the split.
 SAMPLING = 1.0
+# A bias of the bend matters where it is a fifth of L².
+BENT = 0.2
 # Velocity and chain differ by this much by themselves: both integrate between snapshots.
 DISAGREEMENT = 1.1
 # The errors of both are taken over the same members, so that the larger of them overstates that of

@@ -30,6 +30,7 @@ from esljax.density import AbstractEntropy, TransportedEntropy
 from esljax.measures.balance import NUMBERS, FreeEnergy
 from esljax.measures.chain import of_pairs
 from esljax.measures.errors import jackknife_groups
+from esljax.measures.labels import canonical
 from esljax.measures.velocities import member_rates, spans
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.results import StandardErrors
@@ -52,7 +53,7 @@ def free_energy(
 
     **Args:**
     - `trajectory`: one run, or several: a sequence, or one made by `jax.vmap(simulate)` with
-      positions (runs, J+1, n, d).
+      positions (runs, J+1, n, d). Copies of a member count once.
     - `potential`: the potential of the run; energies are over all its data, whatever batches the
       run saw. Work is that of the run itself.
     - `entropy`: an estimator of H at every snapshot, or `TransportedEntropy(start)`, which follows
@@ -94,6 +95,7 @@ def free_energy(
     if not isinstance(trajectory, Trajectory):
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
+    trajectory, _ = canonical(trajectory, None)
     _check(trajectory, potential, entropy, velocity, transport)
     # Devices are settled here, once.
     trajectory = on_devices(trajectory)

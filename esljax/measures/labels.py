@@ -102,17 +102,20 @@ def with_labels(report: SpeedLimit, found: Labels | None) -> SpeedLimit:
 def _reordered(trajectory: Trajectory, order: np.ndarray) -> Trajectory:
     """Return the run with its members in another order at each snapshot, on the same devices.
 
-    Nothing that this changes reads the work of the members, which stays as it was.
+    The work along a link goes with the members at its end.
     """
     positions = np.asarray(trajectory.positions)
     positions = np.take_along_axis(positions, order[..., None], axis=-2)
-    energies = trajectory.energies
+    energies, work = trajectory.energies, trajectory.work_of_links
     changed = dataclasses.replace(
         trajectory,
         positions=jnp.asarray(positions),
         energies=None
         if energies is None
         else jnp.asarray(np.take_along_axis(np.asarray(energies), order, axis=-1)),
+        work_of_links=None
+        if work is None
+        else jnp.asarray(np.take_along_axis(np.asarray(work), order[..., 1:, :], axis=-1)),
         final=jnp.asarray(
             np.take_along_axis(np.asarray(trajectory.final), order[..., -1, :, None], axis=-2)
         ),

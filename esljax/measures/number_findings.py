@@ -174,18 +174,17 @@ def of_epsilon(report: Any) -> Iterator[Finding]:
 
 
 def of_sampling(report: Any) -> Iterator[Finding]:
-    """A chain most of which is sampling noise."""
-    debiased = report.debiased_entropy_production
-    if debiased is None or report.entropy_production_chain is not None:
+    """A chain whose Σ, L² or bend is mostly sampling noise."""
+    if report.entropy_production_chain is not None:
         return
-    chain = float(report.entropy_production)
-    # The noise of steps has a finding of its own.
-    excess = chain - float(debiased) - _floor(report)
-    error = _error(report, "debiased_entropy_production")
-    if excess > at.SAMPLING * (max(float(debiased), 0.0) + 2 * error):
+    for name, plain, value, error, least in _biased(report):
+        # The noise of steps has a finding of its own.
+        excess = plain - value - _floor(report)
+        if not excess > max(at.SAMPLING * (max(value, 0.0) + 2 * error), least):
+            continue
         yield Finding(
             "sampling noise",
-            f"The chain's Σ is {chain:.4g}, and {float(debiased):.4g} without its sampling bias: "
+            f"The chain's {name} is {plain:.4g}, and {value:.4g} without its sampling bias: "
             "of laws a chain is a lower bound, of so few members it errs upward.",
             (
                 "snapshots so dense that the law moves less in a link than its sampling error",
@@ -194,6 +193,31 @@ def of_sampling(report: Any) -> Iterator[Finding]:
             "use more members, fewer snapshots, moments (GaussianTransport), a projection, or "
             "velocities",
         )
+        return
+
+
+def _biased(report: Any) -> Iterator[tuple[str, float, float, float, float]]:
+    """Of Σ, L² and the bend: the plain and the debiased value, the error of this, and how large a
+    bias must be to matter."""
+    prefix, debiased = "debiased_", report
+    if report.debiased_entropy_production is None:
+        # Errors of a distance between moments know its bias as well.
+        prefix, debiased = "", None if report.evidence is None else report.evidence.corrected
+        if debiased is None:
+            return
+    sigma, length, whole = (
+        float(getattr(debiased, f"debiased_{name}"))
+        for name in ("entropy_production", "length_squared", "w2_squared")
+    )
+    plain = float(report.length_squared)
+    error = _error(report, f"{prefix}entropy_production")
+    yield "Σ", float(report.entropy_production), sigma, error, 0.0
+    error = _error(report, f"{prefix}length_squared")
+    yield "L²", plain, length, error, 0.0
+    if report.length_resolved is not None and bool(report.length_resolved):
+        bend, error = plain - float(report.w2_squared), _error(report, "geometric")
+        # A path that is nearly straight has hardly any bend to compare with.
+        yield "L² - W2²", bend, length - whole, error, at.BENT * plain
 
 
 def of_spacing(report: Any) -> Iterator[Finding]:

@@ -34,7 +34,8 @@ _VELOCITY = {
     "follow of the velocity is missing.",
     "upper": "Σ is the action of the members' own paths, never below W2² of the same members; "
     "noise in the steps would swamp it.",
-    "none": "Σ is an approximation that may lie on either side.",
+    "none": "Σ is an approximation that may lie on either side; near rest sampling noise pushes it "
+    "up.",
 }
 
 

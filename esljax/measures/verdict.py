@@ -13,9 +13,18 @@ from esljax.results import measured
 
 def sentences(report: Any) -> list[str]:
     """Return the three tiers of one `SpeedLimit`, a line each; the last may be missing."""
+    found = report.diagnose()
+    for finding in found:
+        if finding.name in ("overflow", "underflow"):
+            return [f"No verdict, by {finding.name}: {finding.evidence} Try: {finding.change}."]
+    findings = [finding.name for finding in found]
     if not np.isfinite(float(report.entropy_production + report.gap + report.length_squared)):
-        return ["No verdict: the numbers are not finite."]
-    findings = [finding.name for finding in report.diagnose()]
+        others = _on_findings(findings)
+        return ["No verdict: the numbers are not finite.", *([others] if others else [])]
+    if "nothing moved" in findings:
+        others = [name for name in findings if name != "nothing moved"]
+        sentence = "Nothing moved: all members are at the same place in every snapshot."
+        return [sentence, *([_on_findings(others)] if others else [])]
     caveats = (
         _on_the_transport(report),
         _on_spacing(report),

@@ -32,8 +32,8 @@ class TransportVelocity(AbstractVelocity):
 
     Central inside the run and one-sided at its ends: the error is of the order of the squared
     spacing where snapshots are evenly spaced on the clock, and of its first power at the ends and
-    where they are not. It needs no drift. It resolves only motion that moves mass, so σ and
-    E‖∇ψ‖² are the same number.
+    where they are not. It needs no drift. It sees only motion that moves mass: housekeeping is no
+    part of σ and not resolved. Near rest sampling noise pushes σ up, and nothing takes it off.
 
     **Args:** `transport`: `ExactTransport()`, `GaussianTransport()`, `SinkhornTransport(epsilon)`,
     or any other with a method `map(x, y)` that returns an array like x.
