@@ -78,14 +78,14 @@ def wanted(name: str) -> Iterator[Cell]:
     """The cells of one estimator: all, every second one of few members, or a few."""
     grid = itertools.product(SYSTEMS, enumerate(TIMES), enumerate(SIZES))
     for system, (i, time), (j, members) in grid:
-        line = system in ("trap", "ou1")
+        one_dimensional = SYSTEMS[system].d == 1
         chosen = {
             "affine": True,
-            "moments": members == 200 and (time == 1.0 or (time == 10.0 and line)),
-            "exact": members == 50 and time in (1.0, 10.0) and line,
+            "moments": members == 200 and (time == 1.0 or (time == 10.0 and one_dimensional)),
+            "exact": members == 50 and time in (1.0, 10.0) and one_dimensional,
             "kernel": members < 1000 and (i + j) % 2 == 0,
             "kde": members < 1000 and (i + j) % 2 == 0,
-            "histogram": line and members == 200 and time in (1.0, 10.0),
+            "histogram": one_dimensional and members == 200 and time in (1.0, 10.0),
             "flow": members == 200 and time == 1.0,
             "network": members == 200 and time == 1.0,
         }
