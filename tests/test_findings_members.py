@@ -151,6 +151,27 @@ def test_members_that_turn_or_mix_keep_their_labels(quarter):
         assert mixed.evidence.labels is None
 
 
+@pytest.mark.parametrize("count", [2, 6])
+def test_members_in_each_others_places_at_one_snapshot_are_put_back(healthy, count):
+    swapped = healthy.copy()
+    swapped[7, :count] = np.roll(swapped[7, :count], 1, axis=0)
+    given, found = (report(x, jackknife=64, debias=False) for x in (healthy, swapped))
+    name, evidence = only(found)
+    assert name == "labels do not follow members"
+    assert f"In 2 of 20 links the given order of {count} of 64 members" in evidence
+    np.testing.assert_allclose(
+        found.standard_error.entropy_production, given.standard_error.entropy_production, rtol=1e-3
+    )
+    np.testing.assert_array_equal(found.evidence.displacements, given.evidence.displacements)
+
+
+def test_members_that_change_places_for_good_keep_their_labels(healthy):
+    """Two that cross a barrier do the same."""
+    crossed = healthy.copy()
+    crossed[7:, :2] = crossed[7:, 1::-1]
+    assert report(crossed, jackknife=0).evidence.labels is None
+
+
 def test_under_jit_labels_are_not_known(healthy):
     measure = jax.jit(functools.partial(report, transport=esl.GaussianTransport(), jackknife=0))
     assert measure(healthy).evidence.labels is None
@@ -325,6 +346,9 @@ def test_numbers_without_digits_are_named(healthy, scale, name):
     assert names(found) == ([] if name is None else [name])
     if name is not None:
         assert "float64" in found.diagnose()[0].change
+        assert found.verdict().startswith(f"No verdict, by {name}: ")
+        assert "float64" in found.verdict()
+        assert "not finite" not in found.verdict()
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
@@ -335,7 +359,9 @@ def test_numbers_without_digits_are_named(healthy, scale, name):
 )
 def test_constant_runs_have_not_moved(start, transport, offset):
     constant = np.broadcast_to(start + np.float32(offset), (5, N, D))
-    assert names(report(constant, transport=transport, debias=False)) == ["nothing moved"]
+    found = report(constant, transport=transport, debias=False)
+    assert names(found) == ["nothing moved"]
+    assert found.verdict() == "Nothing moved: all members are at the same place in every snapshot."
 
 
 def test_evidence_is_the_same_on_several_scales(healthy):

@@ -54,6 +54,32 @@ def test_a_chain_of_samples_in_a_slow_trap_is_sampling_noise(slow):
     assert not {"sampling noise", "Σ not converged in snapshot spacing"} & set(names(report))
 
 
+@pytest.mark.parametrize("debias", [True, False])
+def test_a_length_of_samples_is_sampling_noise(debias):
+    """By the moments of its law L² of this trap is 4.24; 64 members give 13 to 14."""
+    start = 0.05**0.5 * jax.random.normal(jax.random.key(0), (64, 4)) + 2 * jnp.eye(4)[0]
+    rule, key = esl.Langevin(0.01, 0.5), jax.random.key(50)
+    path = esl.simulate(esl.Quadratic(1.0), rule, start, steps=200, snapshots=20, key=key)
+    report = esl.speed_limit(path, transport=esl.GaussianTransport(), debias=debias, jackknife=16)
+    (finding,) = report.diagnose()
+    assert finding.name == "sampling noise"
+    assert finding.evidence.startswith("The chain's L² is 12.")
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_a_bend_of_samples_is_sampling_noise(debias):
+    """Independent draws of one law that moves straight: no bend, and speeds that are resolved."""
+    moving = 2 * jnp.arange(9.0)[:, None, None] * jnp.eye(16)[0]
+    draws = jax.random.normal(jax.random.key(0), (9, 64, 16))
+    for path, expected in ((draws + moving, ["sampling noise"]), (draws[:1] + moving, [])):
+        report = esl.speed_limit(
+            esl.from_snapshots(path), transport=esl.GaussianTransport(), debias=debias
+        )
+        assert report.length_resolved
+        assert names(report) == expected
+        assert all(one.evidence.startswith("The chain's L² - W2² is") for one in report.diagnose())
+
+
 def test_without_a_debiased_chain_spacing_asks_for_it(slow):
     report = esl.speed_limit(slow, transport=esl.GaussianTransport(), jackknife=0)
     finding = next(one for one in report.diagnose() if one.name.startswith("Σ not converged"))

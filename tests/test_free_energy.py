@@ -198,6 +198,22 @@ def test_a_planted_fault_is_seen(fault):
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_copies_of_members_count_once(fraction):
+    """The books and their errors are those of the distinct members, work included."""
+    potential, path = trapped(200)
+    places = np.concatenate([np.arange(200), np.arange(int(200 * fraction))])
+    names = ("positions", "energies", "work_of_links")
+    copies = {name: getattr(path, name)[:, places] for name in names}
+    copied = dataclasses.replace(path, final=path.final[places], **copies)
+    entropy, velocity = esl.density.GaussianEntropy(), esl.AffineVelocity()
+    given, found = (
+        esl.free_energy(run, potential, entropy=entropy, velocity=velocity)
+        for run in (path, copied)
+    )
+    chex.assert_trees_all_close(found, given, rtol=1e-6)
+
+
 def test_work_is_exact_for_any_number_of_snapshots_and_so_is_the_first_law():
     """Members in no noise, whose work NumPy sums from the steps of the run alone. Trapezoids over
     snapshots would be off by 1 to 30 %."""

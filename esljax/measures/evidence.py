@@ -32,6 +32,8 @@ class Labels(eqx.Module):
     """The distinct members, which alone were measured."""
     members: Array
     """The members that the run holds."""
+    astray: Array
+    """The most members that one snapshot held in each other's places."""
     identity_fraction: Scalar | None = None
     """The report's own number, which is withheld where labels do not follow members: paths were
     then not observed. None if it was not withheld."""

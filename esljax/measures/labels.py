@@ -8,8 +8,9 @@ the two clouds fit together, and the best assignment recovers them:
     mean‖x_i - y_π(i)‖² ≪ the same between halves of one snapshot, the given pairs explain nothing
 
 A law that mixes within a link fails the first condition, since then no assignment is cheaper than
-between independent members, and members that move by themselves fail the second. Copies of a member
-are one observation, and are measured once.
+between independent members, and members that move by themselves fail the second. Where only some
+members stand in each other's places, `strays` puts them back. Copies of a member are one
+observation, and are measured once.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from jax.sharding import Mesh
 from esljax._checks import known, refuse
 from esljax.measures.evidence import Labels
 from esljax.measures.report import SpeedLimit
+from esljax.measures.strays import partners, put_back, squares_between
 from esljax.simulation import Trajectory, on_devices
 from esljax.velocity import AbstractVelocity
 
@@ -64,7 +66,7 @@ def canonical(
         return trajectory, None
     values = np.asarray(positions)
     runs = values if values.ndim == 4 else values[None]
-    orders, broken = zip(*(_orders(one) for one in runs), strict=True)
+    orders, broken, astray = zip(*(_orders(one) for one in runs), strict=True)
     followed = np.stack([_ordered(*pair) for pair in zip(runs, orders, strict=True)])
     kept = [_distinct(one) for one in followed]
     members = runs.shape[2]
@@ -80,9 +82,8 @@ def canonical(
             "read laws, as TransportVelocity(...) does, where labels do not follow members",
             f"is {type(velocity).__name__}, which reads the members' own paths",
         )
-    found = Labels(
-        links=jnp.asarray(max(broken)), distinct=jnp.asarray(distinct), members=jnp.asarray(members)
-    )
+    counts = max(broken), distinct, members, max(astray)
+    found = Labels(*(jnp.asarray(count) for count in counts))
     shape = values.shape[:-2]
     order = np.stack(orders)[..., keep].reshape(*shape, len(keep))
     return _reordered(trajectory, order), found
@@ -156,8 +157,16 @@ class _Link(NamedTuple):
     """The cost of the given pairs over that of the best; 1 where it was not computed."""
 
 
-def _orders(positions: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return the place of each member at each snapshot (J+1, n), and the number of broken links."""
+def _orders(positions: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Return the place of each member at each snapshot (J+1, n), the number of broken links, and
+    the most members that stood in each other's places at one snapshot."""
+    orders, broken = _shuffled(positions)
+    # A guess upon a guess is none.
+    return (orders, broken, positions.shape[1]) if broken else put_back(positions)
+
+
+def _shuffled(positions: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the place of each member, and the number of links that explain nothing."""
     snapshots, members, d = positions.shape
     given = np.broadcast_to(np.arange(members), (snapshots, members))
     low = [j for j in range(snapshots - 1) if _correlation(*positions[j : j + 2]) < CORRELATED]
@@ -179,7 +188,7 @@ def _orders(positions: np.ndarray) -> tuple[np.ndarray, int]:
     orders = [given[0]]
     for j in range(snapshots - 1):
         last = orders[-1]
-        orders.append(_partners(*_centred(positions[j : j + 2]))[last] if j in broken else last)
+        orders.append(partners(*_centred(positions[j : j + 2]))[last] if j in broken else last)
     return np.stack(orders), len(broken)
 
 
@@ -226,25 +235,14 @@ def _effective_dimensions(x: np.ndarray) -> float:
 def _cheapest(x: np.ndarray, y: np.ndarray) -> float:
     from scipy.optimize import linear_sum_assignment
 
-    cost = _squares(x, y)
+    cost = squares_between(x, y)
     return float(np.mean(cost[linear_sum_assignment(cost)]))
-
-
-def _partners(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    from scipy.optimize import linear_sum_assignment
-
-    return linear_sum_assignment(_squares(x, y))[1]
-
-
-def _squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    squares = np.sum(x**2, axis=1)[:, None] + np.sum(y**2, axis=1) - 2 * x @ y.T
-    return np.maximum(squares, 0)
 
 
 def _dependence(x: np.ndarray, y: np.ndarray, random: np.random.Generator) -> float:
     """How many standard deviations of random labels the distance covariance of the given ones is
     from the mean of random labels. It sees any dependence, a rotation by a right angle as well."""
-    a, b = (np.sqrt(_squares(z, z)) for z in (x, y))
+    a, b = (np.sqrt(squares_between(z, z)) for z in (x, y))
     a = a - a.mean(axis=0) - a.mean(axis=1)[:, None] + a.mean()
     shuffled = [random.permutation(len(x)) for _ in range(PERMUTATIONS)]
     by_chance = np.array([np.vdot(a, b[np.ix_(order, order)]) for order in shuffled])

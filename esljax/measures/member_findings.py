@@ -79,9 +79,11 @@ def of_labels(report: Any) -> Iterator[Finding]:
         return
     labels, links = evidence.labels, evidence.displacements.shape[-2]
     if int(labels.links):
+        some = int(labels.astray) < int(labels.members)
+        which = f"{int(labels.astray)} of {int(labels.members)}" if some else "the"
         yield Finding(
             "labels do not follow members",
-            f"In {int(labels.links)} of {links} links the given order of the members explains "
+            f"In {int(labels.links)} of {links} links the given order of {which} members explains "
             "nothing of their motion, and the best assignment explains it: members were put back "
             "in order, and numbers of their own paths are withheld.",
             (

@@ -177,6 +177,10 @@ def of_sampling(report: Any) -> Iterator[Finding]:
     """A chain whose Σ, L² or bend is mostly sampling noise."""
     if report.entropy_production_chain is not None:
         return
+    if report.noise_floor is not None and _paired(report) > at.FOLLOWED:
+        # Such a chain is a mean over the members' own paths: its bias is their noise, which has a
+        # finding of its own.
+        return
     for name, plain, value, error, least in _biased(report):
         # The noise of steps has a finding of its own.
         excess = plain - value - _floor(report)
@@ -196,15 +200,23 @@ def of_sampling(report: Any) -> Iterator[Finding]:
         return
 
 
+def _debiased(report: Any) -> Any:
+    """Return what has the debiased numbers of the chain; None if nothing has.
+
+    Errors of a distance between moments know its bias as well.
+    """
+    if report.debiased_entropy_production is not None:
+        return report
+    return None if report.evidence is None else report.evidence.corrected
+
+
 def _biased(report: Any) -> Iterator[tuple[str, float, float, float, float]]:
     """Of Σ, L² and the bend: the plain and the debiased value, the error of this, and how large a
     bias must be to matter."""
-    prefix, debiased = "debiased_", report
-    if report.debiased_entropy_production is None:
-        # Errors of a distance between moments know its bias as well.
-        prefix, debiased = "", None if report.evidence is None else report.evidence.corrected
-        if debiased is None:
-            return
+    debiased = _debiased(report)
+    if debiased is None:
+        return
+    prefix = "debiased_" if debiased is report else ""
     sigma, length, whole = (
         float(getattr(debiased, f"debiased_{name}"))
         for name in ("entropy_production", "length_squared", "w2_squared")
@@ -227,7 +239,8 @@ def of_spacing(report: Any) -> Iterator[Finding]:
         return
     chain = float(report.entropy_production)
     change = abs(chain - float(coarse))
-    debiased = report.debiased_entropy_production
+    corrected = _debiased(report)
+    debiased = None if corrected is None else corrected.debiased_entropy_production
     # Links twice as long carry a quarter of the bias of sampling and half of the noise of steps.
     floor = _floor(report)
     noise = floor / 2
