@@ -99,7 +99,7 @@ def member_rates(
     positions, matrix = transport.coordinates(trajectory.positions), transport.projection
     matrix = None if matrix is None else matrix.astype(positions.dtype)
     snapshot_of = (
-        functools.partial(_driven, potential=potential, matrix=matrix)
+        functools.partial(_driven, potential=potential, matrix=matrix, mesh=trajectory.mesh)
         if velocity.needs_drift
         else functools.partial(_in_time, mesh=trajectory.mesh)
     )
@@ -149,14 +149,22 @@ def _moments(trajectory: Trajectory, positions: Array, between: bool) -> _Moment
     )
 
 
-def _driven(moment: _Moment, potential: Any, matrix: Array | None) -> Snapshot:
-    """A snapshot with its drift -∇Φ and its diffusion T in learning time, projected if need be."""
+def _driven(
+    moment: _Moment, potential: Any, matrix: Array | None, mesh: AnyMesh | None
+) -> Snapshot:
+    """A snapshot with its drift -∇Φ and its diffusion T in learning time, projected if need be.
+
+    The members share the devices for their drift; the fields are then fitted on every device, to
+    the whole snapshot. A fit to thirds of members that are spread out would wait for other devices
+    dozens of times.
+    """
     acting = potential.at(moment.s)
     drift = -jax.vmap(lambda member: acting.energy_and_gradient(member)[1])(moment.members)
     diffusion = moment.temperature
     if matrix is not None:
         drift, diffusion = product(drift, matrix), diffusion * product(matrix.T, matrix)
-    return Snapshot(moment.positions, drift, diffusion, moment.before, moment.after, moment.elapsed)
+    positions, drift = replicate((moment.positions, drift), mesh)
+    return Snapshot(positions, drift, diffusion, moment.before, moment.after, moment.elapsed)
 
 
 def _in_time(moment: _Moment, mesh: AnyMesh | None) -> Snapshot:
