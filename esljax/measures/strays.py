@@ -8,7 +8,8 @@ leaves and comes back, both times far beyond the median motion of that link,
 and others that do the same stand where it should be: one permutation of them explains both links.
 Members that change places for good are not seen. Members that cross a barrier do the same, and no
 snapshot tells one from the other. Neither is seen at the first and the last snapshot, nor among
-members so close that their own motion carries them as far.
+members so close that their own motion carries them as far. More than some 3600 members are not
+looked at.
 """
 
 import numpy as np
@@ -36,7 +37,8 @@ def put_back(positions: np.ndarray) -> tuple[np.ndarray, int, int]:
             before = before[orders[j - 1]]
         suspects = _suspects(before, here, after)
         if 2 <= suspects.sum() <= MOST * members:
-            orders[j] = _exchanged(*_centered(np.stack([before, here, after])), suspects)
+            before, here, after = _centered(np.stack([before, here, after]))
+            orders[j] = _exchanged(before, here, after, suspects)
     changed = orders != np.arange(members)
     links = changed.any(axis=1)
     return orders, int((links[1:] | links[:-1]).sum()), int(changed.sum(axis=1).max())
