@@ -20,7 +20,7 @@ from esljax._numerics import safe_divide, safe_root
 from esljax._types import Array, Float, Scalar
 from esljax.measures.evidence import evidence_of
 from esljax.measures.report import SpeedLimit
-from esljax.sharding import map_pairs
+from esljax.sharding import map_pairs, replicate
 from esljax.simulation import Trajectory
 from esljax.transport import AbstractTransport, solution_of
 
@@ -111,6 +111,9 @@ def of_pairs(
     first, second = np.array(pairs).T
     shared, positions, mesh = (transport, subsets), trajectory.positions, trajectory.mesh
     solved = map_pairs(of_pair, shared, positions, first, second, mesh, in_turn=transport.in_turn)
+    # A few numbers, from here on whole on each device: sums and differences of numbers that lie
+    # apart would each wait for all devices.
+    solved = replicate(solved, mesh)
     return solved if subsets is None else jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), solved)
 
 
