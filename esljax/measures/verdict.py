@@ -75,7 +75,7 @@ def _on_the_limit(report: Any, violated: bool) -> str:
             f"The speed limit is violated by {-least:.4g}{by}: Σ and W2² do not come from one "
             "geometry, or an estimate is off."
         )
-    if upper < 0:
+    if upper < 0 or not report.holds:
         chance = ", or by chance" if report.holds else ""
         return (
             f"Σ came out below W2²: {between}. An estimate that misses part of the velocity does "
