@@ -79,7 +79,7 @@ def test_the_mean_and_its_square_by_hand():
     means = jnp.stack([jnp.mean(x[kept], axis=0) for kept in groups.kept])
     error = np.var(x, axis=0, ddof=1) / 12
     np.testing.assert_allclose(jackknife_variance(means, groups, 12), error, rtol=1e-12)
-    bias = jackknife_bias(np.mean(x, axis=0) ** 2, means**2, groups)
+    bias = jackknife_bias(jnp.asarray(np.mean(x, axis=0) ** 2), means**2, groups)
     np.testing.assert_allclose(bias, error, rtol=1e-9)
 
 
@@ -106,7 +106,7 @@ def test_the_error_of_a_square_without_its_noise_counted_twice(ratio, too_large)
     groups = jackknife_groups(n, n)
 
     def square(x):
-        return np.sum(np.mean(x, axis=1) ** 2, axis=1)
+        return jnp.asarray(np.sum(np.mean(x, axis=1) ** 2, axis=1))
 
     replicates = jnp.asarray([square(x[:, kept]) for kept in groups.kept])
     variance = jackknife_variance(replicates, groups, n)
@@ -158,9 +158,9 @@ def test_ends_are_the_roots_of_the_score_equation(value, error, bias, width):
 def test_ends_in_double_precision():
     for value, error, bias, width in [(2.0, 0.5, 0.3, 2.1), (-0.1, 0.5, 0.3, 2.1), (9, 3, 0, 1.9)]:
         interval = interval_of_square(
-            jnp.asarray(float(value)), jnp.asarray(float(error)), jnp.asarray(float(bias)), width, 0
+            jnp.asarray(float(value)), jnp.asarray(float(error)), jnp.asarray(float(bias)), width, 0.95
         )
-        rate = error**2 / (max(value, 0) + bias / 2)
+        rate = error**2 / (max(value, 0.0) + bias / 2)
         for end in (interval.lower, interval.upper):
             np.testing.assert_allclose(
                 (value - end) ** 2, width**2 * rate * (end + bias / 2), rtol=1e-9
@@ -187,7 +187,7 @@ def test_intervals_of_a_square_cover(ratio):
     groups = jackknife_groups(n, 20)
 
     def square(x):
-        return np.sum(np.mean(x, axis=1) ** 2, axis=1)
+        return jnp.asarray(np.sum(np.mean(x, axis=1) ** 2, axis=1))
 
     replicates = jnp.asarray([square(x[:, kept]) for kept in groups.kept])
     bias = jackknife_bias(square(x), replicates, groups)

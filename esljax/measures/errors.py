@@ -26,15 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._numerics import safe_divide, safe_root
-from esljax._types import Array, Float, Int, Scalar
+from esljax._types import Array, Float, Int
 
 
 class Interval(eqx.Module):
     """A confidence interval of one number. `print` shows its ends and its level."""
 
-    lower: Scalar
+    lower: Float[Array, "*runs"]
     """The lower end, in the units of the number."""
-    upper: Scalar
+    upper: Float[Array, "*runs"]
     """The upper end, in the units of the number."""
     level: float = eqx.field(static=True)
     """The nominal probability that the interval covers the true number, between 0 and 1."""

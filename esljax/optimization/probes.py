@@ -29,11 +29,11 @@ class Probes(NamedTuple):
 
     still: Float[np.ndarray, " p"]
     """1 for each entry of the controls whose gradients are exactly 0 at the start, else 0."""
-    agreement: Float[np.ndarray, " rounds+1"]
+    agreement: Float[np.ndarray, " judgments"]
     """Of the two gradients; NaN where both are 0 or they were not taken."""
-    signal: Float[np.ndarray, " rounds+1"]
+    signal: Float[np.ndarray, " judgments"]
     """The mean gradient's norm, √max(0, g₁·g₂); NaN where it was not taken."""
-    noise: Float[np.ndarray, " rounds+1"]
+    noise: Float[np.ndarray, " judgments"]
     """Standard deviation of one gradient, ‖g₁ - g₂‖/√2; NaN where it was not taken."""
     reference: Float[np.ndarray, " c"]
     """The largest useful multiplier of each residual: ‖∇f‖/‖∇r‖ at the start, at least 1."""

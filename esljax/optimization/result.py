@@ -80,7 +80,7 @@ class Optimum(eqx.Module):
     constraint over the last round; 0 where the constraint is slack and its pull is noise."""
     history: History
     """The iterations."""
-    agreement: Float[np.ndarray, " rounds+1"]
+    agreement: Float[np.ndarray, " judgments"]
     """g₁·g₂ / ½(‖g₁‖² + ‖g₂‖²) of the gradients of two noises at the same controls: 1 if they are
     equal, their cosine if only their lengths are, near 0 if they are noise. At the start the least
     over the objective and each residual, then of the Lagrangian at the end of each round; NaN where
