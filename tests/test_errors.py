@@ -158,7 +158,11 @@ def test_ends_are_the_roots_of_the_score_equation(value, error, bias, width):
 def test_ends_in_double_precision():
     for value, error, bias, width in [(2.0, 0.5, 0.3, 2.1), (-0.1, 0.5, 0.3, 2.1), (9, 3, 0, 1.9)]:
         interval = interval_of_square(
-            jnp.asarray(float(value)), jnp.asarray(float(error)), jnp.asarray(float(bias)), width, 0.95
+            jnp.asarray(float(value)),
+            jnp.asarray(float(error)),
+            jnp.asarray(float(bias)),
+            width,
+            0.95,
         )
         rate = error**2 / (max(value, 0.0) + bias / 2)
         for end in (interval.lower, interval.upper):
