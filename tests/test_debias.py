@@ -453,6 +453,6 @@ def test_bad_input(report, refused):
 
 
 def test_too_few_members_are_rejected():
-    path = esl.from_snapshots(np.zeros((3, 3, 2), np.float32) + np.arange(3)[:, None, None])
-    with pytest.raises(esl.InputError, match="`debias` must be False for fewer than 4 members"):
+    path = esl.from_snapshots(np.zeros((3, 2, 2), np.float32) + np.arange(3)[:, None, None])
+    with pytest.raises(esl.InputError, match="`debias` must be False for the moments of two"):
         esl.speed_limit(path, transport=esl.GaussianTransport(), debias=True)

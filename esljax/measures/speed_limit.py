@@ -87,10 +87,9 @@ def speed_limit(
     if not isinstance(trajectory, Trajectory):
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
-    if debias and trajectory.positions.shape[-2] < 4:
-        members = trajectory.positions.shape[-2]
-        raise refuse("debias", "be False for fewer than 4 members", f"is True for {members}")
     _check_pair(trajectory, transport, velocity, potential)
+    if debias and transport.moments_only and trajectory.positions.shape[-2] < 3:
+        raise refuse("debias", "be False for the moments of two members", "is True")
     trajectory, labels = canonical(trajectory, velocity)
     # Devices are settled here, once.
     trajectory = on_devices(trajectory, mesh)
