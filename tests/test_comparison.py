@@ -283,7 +283,8 @@ def test_two_registered_shapes_rise_and_are_not_in_common_use(problem):
     rise = comparison.judge(
         problem, shapes["exponential_rise"], jax.random.split(jax.random.key(0), 2)
     )
-    one = comparison.Comparison(1.0, {"exponential_rise": rise, "cosine": rise}, None)
+    search = esl.optimize(lambda x, key: x**2, 1.0, key=jax.random.key(0), iterations=1)
+    one = comparison.Comparison(1.0, {"exponential_rise": rise, "cosine": rise}, search)
     assert (one.best_usual, one.best_rising) == ("cosine", "exponential_rise")
 
 

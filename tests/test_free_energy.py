@@ -214,6 +214,7 @@ def test_copies_of_members_count_once(fraction):
     chex.assert_trees_all_close(found, given, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("x64")
 def test_work_is_exact_for_any_number_of_snapshots_and_so_is_the_first_law():
     """Members in no noise, whose work NumPy sums from the steps of the run alone. Trapezoids over
     snapshots would be off by 1 to 30 %."""

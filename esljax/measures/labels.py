@@ -37,6 +37,9 @@ CORRELATED = 0.9
 # more often, so that the threshold falls with them.
 CLOSE = ((1.5, 0.03), (3.0, 0.08), (np.inf, 0.25))
 MANY = 32
+# Labels that follow some members explain some of the motion: two neighbors of four that change
+# places on a line leave a correlation of .6.
+UNEXPLAINED = 0.5
 # The given pairs must be this much worse than the best ones.
 WORSE = 4.0
 # The distance covariance of independent labels exceeds its mean by more than this number of
@@ -223,7 +226,10 @@ def _link(x: np.ndarray, y: np.ndarray) -> _Link:
     close = next(share for most, share in CLOSE if dimensions < most)
     close *= min(1.0, len(apart) / MANY) ** (2 if dimensions < CLOSE[1][0] else 1)
     fits = worse > WORSE and best < close * reference
-    return _Link(fits and _dependence(x[rows], y[rows], random) < INFORMATIVE, worse)
+    unexplained = _correlation(x[rows], y[rows]) < UNEXPLAINED
+    return _Link(
+        fits and unexplained and _dependence(x[rows], y[rows], random) < INFORMATIVE, worse
+    )
 
 
 def _effective_dimensions(x: np.ndarray) -> float:
