@@ -450,7 +450,6 @@ def _rows(report: SpeedLimit) -> list[tuple[str, str]]:
     prefix = "debiased_" if debiased else ""
     sigma = "entropy_production" if by_velocity else f"{prefix}entropy_production"
     dissipation = "dissipation" if by_velocity else f"{prefix}dissipation"
-    unit = "potential"
     known = [
         ("entropy production Σ", sigma),
         ("Wasserstein length L²", f"{prefix}length_squared"),
@@ -460,8 +459,8 @@ def _rows(report: SpeedLimit) -> list[tuple[str, str]]:
         ("  temporal", "temporal"),
         ("  geometric", "geometric"),
         ("efficiency W2²/Σ", "efficiency"),
-        (f"dissipation D (units of the {unit})", dissipation),
-        (f"learning time U (θ² per unit of the {unit})", "learning_time"),
+        ("dissipation D (units of the potential)", dissipation),
+        ("learning time U (θ² per unit of the potential)", "learning_time"),
         ("Σ at least, in expectation", "certificate"),
         ("lower bound of Σ", "entropy_production_bound"),
         ("Σ of the chain", "entropy_production_chain"),
