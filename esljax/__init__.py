@@ -26,7 +26,16 @@ from esljax import (
     velocity,
 )
 from esljax._checks import InputError
-from esljax.experiment import Plan, RunConfig, plan_memory, run
+from esljax.experiment import (
+    Comparison,
+    Plan,
+    Problem,
+    RunConfig,
+    compare,
+    plan_memory,
+    run,
+    usual_shapes,
+)
 from esljax.files import Checkpoints, Terminated, recordings
 from esljax.measures import (
     FreeEnergy,
@@ -118,6 +127,7 @@ __all__ = [
     "AffineVelocity",
     "Autodiff",
     "Checkpoints",
+    "Comparison",
     "Constant",
     "Cosine",
     "DoubleWell",
@@ -147,6 +157,7 @@ __all__ = [
     "PathVelocity",
     "Plan",
     "ProbabilityFlow",
+    "Problem",
     "ProjectedTransport",
     "Quadratic",
     "RunConfig",
@@ -158,6 +169,7 @@ __all__ = [
     "Trajectory",
     "TransportVelocity",
     "WarmupStableDecay",
+    "compare",
     "constant_speed",
     "datasets",
     "density",
@@ -185,6 +197,7 @@ __all__ = [
     "speed_limit",
     "study",
     "transport",
+    "usual_shapes",
     "velocity",
 ]
 

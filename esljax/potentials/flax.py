@@ -178,6 +178,11 @@ class FlaxLoss(AbstractPotential):
             apply = jax.vmap(apply)
         return apply(positions)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the labels are classes, so that `accuracy` means something."""
+        return self.loss is _cross_entropy
+
     def accuracy(self, positions: Float[Array, "*batch d"], data: Any) -> Float[Array, "*batch"]:
         """The share of the examples in `data` whose largest output is the label, one number for
         each position (..., d)."""
