@@ -107,7 +107,7 @@ class Problem(eqx.Module):
         """The training run that `run` measures."""
         start_key, path_key = jax.random.split(key)
         start = self.potential.init(members=self.members, key=start_key).astype(
-            self.potential.inputs.dtype
+            self.potential.position_dtype
         )
         rule = Langevin(learning_rate, self.temperature)
         return simulate(
@@ -128,7 +128,7 @@ class Problem(eqx.Module):
         )
         return plan_memory(
             self.potential,
-            jax.ShapeDtypeStruct(start.shape, self.potential.inputs.dtype),
+            jax.ShapeDtypeStruct(start.shape, self.potential.position_dtype),
             steps=self.steps,
             snapshots=self.snapshots,
             transport=self.transport,
