@@ -1,7 +1,7 @@
 """Count how often 95 % intervals cover Σ, L², W2² and the split of runs whose laws are known.
 
-    python scripts/coverage.py [--smoke] [--out FILE.json] [--only NAMES] [--cells SYSTEM:U:n,...]
-                               [--repetitions R] [--batch B] [--done FILE.json,...]
+    python scripts/count_coverage.py [--smoke] [--out FILE.json] [--only NAMES]
+        [--cells SYSTEM:U:n,...] [--repetitions R] [--batch B] [--done FILE.json,...]
 
 Each line is one number of one cell: an estimator, a system of `laws`, a learning time U and n
 members, which are drawn from the exact process at 21 times. Its estimand is the number of the exact
