@@ -5,13 +5,15 @@ known, that is, outside `jit`; inside a transformation the same call runs unchec
 come out as NaN.
 """
 
+import functools
+import inspect
 import operator
 import os
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,9 @@ import numpy as np
 from jax.core import Tracer
 
 from esljax._types import Array, Float
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
 
 
 class InputError(ValueError):
@@ -48,7 +53,7 @@ def wrong_answer(argument: str, owner: Any, method: str, expected: str, answer: 
 
     **Example:**
 
-        >>> from esljax._checks import wrong_answer
+        >>> from esljax._checks import plain_int, wrong_answer
         >>> print(wrong_answer("law", "no law", "fit", "a density", (0.5, None)))
         Argument `law` must return a density from `fit`, but str.fit returns (float, NoneType).
     """
@@ -158,6 +163,17 @@ def as_float(x: Any, argument: str = "value") -> Array:
     return _at_least_single(array) if own else jnp.asarray(array, jnp.result_type(float))
 
 
+def plain_int(x: Any) -> Any:
+    """Return an integer of NumPy or jax as one of Python, which a static field needs; anything else
+    as it is, for a sentence of its own."""
+    if isinstance(x, np.integer | np.ndarray | jax.Array) and known(x):
+        try:
+            return operator.index(x)
+        except TypeError:
+            pass
+    return x
+
+
 def as_count(argument: str, value: Any, minimum: int = 1) -> int:
     """Return an integer of at least `minimum` as a Python one, also from NumPy or a 0-d array.
 
@@ -180,6 +196,35 @@ def known(*arrays: Any) -> bool:
 def is_key(x: Any) -> bool:
     """Return whether `x` holds keys made by `jax.random.key`."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def door(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """Make a public function independent of the global settings of jax and of the type of counts.
+
+    Its formulas are written for the usual promotion of shapes and types, so it runs under that, and
+    so do the functions of the user that it calls. Parameters annotated as integers also take those
+    of NumPy and arrays of shape (), as Python ones.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    counts = {each.name for each in parameters if each.annotation in (int, int | None)}
+    places = [i for i, each in enumerate(parameters) if each.name in counts]
+
+    @functools.wraps(function)
+    def opened(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        given: Any = list(args)
+        for i in places[: len(given)]:
+            if i < len(given):
+                given[i] = plain_int(given[i])
+        named: Any = {k: plain_int(x) if k in counts else x for k, x in kwargs.items()}
+        if (
+            jax.config.jax_numpy_rank_promotion == "allow"
+            and jax.config.jax_numpy_dtype_promotion == "standard"
+        ):
+            return function(*given, **named)
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*given, **named)
+
+    return opened
 
 
 def check_positive_int(argument: str, value: int, minimum: int = 1) -> None:

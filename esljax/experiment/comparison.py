@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from esljax._checks import InputError, check_key, check_positive, check_positive_int, refuse
+from esljax._checks import (
+    InputError,
+    check_key,
+    check_positive,
+    check_positive_int,
+    door,
+    plain_int,
+    refuse,
+)
 from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.experiment.memory import Plan, plan_memory
 from esljax.experiment.settings import RISING, SCHEDULES
@@ -80,19 +88,20 @@ class Problem(eqx.Module):
     """T, in units of the loss: a schedule or a number."""
     transport: AbstractTransport
     """The transport that defines Σ and W2²."""
-    members: int = eqx.field(static=True)
+    members: int = eqx.field(static=True, converter=plain_int)
     """n, members of the ensemble."""
-    steps: int = eqx.field(static=True)
+    steps: int = eqx.field(static=True, converter=plain_int)
     """K, training steps of a run."""
-    snapshots: int = eqx.field(static=True)
+    snapshots: int = eqx.field(static=True, converter=plain_int)
     """J, links between the J+1 snapshots of a run; divides K."""
-    jackknife: int = eqx.field(static=True, default=0)
+    jackknife: int = eqx.field(static=True, converter=plain_int, default=0)
     """Most groups of members left out for the standard errors of one run; 0 for no errors."""
     mesh: Mesh | None = eqx.field(static=True, default=None)
     """The devices that share the members; None for the default device."""
     gradient: AbstractGradient = HessianAdjoint()
     """How a run is differentiated."""
 
+    @door
     def run(self, learning_rate: AbstractSchedule, key: Key) -> Outcome:
         """Train an ensemble from fresh initializations and measure it."""
         path = self.path(learning_rate, key)
@@ -103,6 +112,7 @@ class Problem(eqx.Module):
         )
         return replicate(outcome, self.mesh)
 
+    @door
     def path(self, learning_rate: AbstractSchedule, key: Key) -> Trajectory:
         """The training run that `run` measures."""
         start_key, path_key = jax.random.split(key)
@@ -121,6 +131,7 @@ class Problem(eqx.Module):
             mesh=self.mesh,
         )
 
+    @door
     def plan_memory(self, *, devices: int = 1, differentiated: bool = True) -> Plan:
         """The memory of one run on each device, with its gradient if `differentiated`."""
         start = jax.eval_shape(
@@ -137,6 +148,7 @@ class Problem(eqx.Module):
             differentiated=differentiated,
         )
 
+    @door
     def table(self, schedule: AbstractSchedule) -> Knots:
         """The rates of `schedule` at every step, in the one form that all compiled runs share."""
         schedule = schedule.over(self.steps)
@@ -268,6 +280,7 @@ _PARTS = [field.name for field in dataclasses.fields(Problem) if field.name != "
 _LEAST = {"knots": 2, "iterations": 1, "match_runs": 1, "judge_runs": 2}
 
 
+@door
 def compare(
     problem: Problem,
     *,
@@ -387,6 +400,7 @@ def usual_shapes() -> dict[str, AbstractSchedule]:
     return {name: make() for name, make in SCHEDULES.items()}
 
 
+@door
 def match_endpoint(
     problem: Problem,
     shape: AbstractSchedule,
@@ -442,12 +456,14 @@ def match_endpoint(
     return Knots(table.values * np.exp(trials[-1][0]), "linear")
 
 
+@door
 def final_loss(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> float:
     """The mean final training loss E Φ(q₁) of a schedule over `keys` (R,)."""
     table = problem.table(schedule)
     return float(np.mean([_outcome(problem, table, key).final_loss for key in keys]))
 
 
+@door
 def judge(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> Judgment:
     """Run a schedule on each of `keys` (R ≥ 2) and average, with standard errors over the keys."""
     count = keys.shape[0]

@@ -20,6 +20,7 @@ from esljax._checks import (
     check_finite,
     check_key,
     check_nonnegative,
+    door,
     failure,
     in_words,
     refuse,
@@ -135,6 +136,7 @@ class FlaxLoss(AbstractPotential):
                 ", ".join(self.dropped),
             )
 
+    @door
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         inputs, labels = self.inputs, self.labels
         if batch is not None:
@@ -143,11 +145,13 @@ class FlaxLoss(AbstractPotential):
         misfit = jnp.mean(losses.astype(position.dtype))
         return misfit + self.l2.astype(position.dtype) / 2 * jnp.sum(position**2)
 
+    @door
     def energy_and_gradient(
         self, position: Float[Array, " d"], batch: Any = None
     ) -> tuple[Scalar, Float[Array, " d"]]:
         return jax.value_and_grad(self.energy)(position, batch)
 
+    @door
     def draw(self, key: Key, members: int) -> Shaped[Array, "n b"] | None:
         """Indices of the examples of one step, (members, batch_size), independent and with
         replacement; None for all."""
@@ -155,6 +159,7 @@ class FlaxLoss(AbstractPotential):
             return None
         return jax.random.randint(key, (members, self.batch_size), 0, _count(self.inputs))
 
+    @door
     def init(self, *, members: int, key: Key) -> Float[Array, "n d"]:
         """Independent random initializations, one raveled row per member.
 
@@ -185,6 +190,7 @@ class FlaxLoss(AbstractPotential):
         linen module."""
         return self.network.unravel_model(position, self.constants)
 
+    @door
     def predict(self, positions: Float[Array, "*batch d"], inputs: Any) -> Any:
         """The model's outputs (..., m, classes) on `inputs` at positions (..., d); a pytree of them
         if the model returns one."""
@@ -197,6 +203,7 @@ class FlaxLoss(AbstractPotential):
             apply = jax.vmap(apply)
         return apply(positions)
 
+    @door
     def accuracy(self, positions: Float[Array, "*batch d"], data: Any) -> Float[Array, "*batch"]:
         """The share of the labels in `data` that are the largest output, one number for each
         position (..., d).
