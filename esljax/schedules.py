@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import (
+    as_count,
     as_float,
     check_choice,
     check_positive,
     check_positive_int,
+    door,
     in_words,
     known,
     refuse,
@@ -57,6 +59,7 @@ class AbstractSchedule(eqx.Module):
         """The schedule of a run of `steps` steps: this one, unless a subclass counts steps."""
         return self
 
+    @door
     def rates(self, steps: int) -> Float[Array, " K"]:
         """The values that a run of `steps` steps reads.
 
@@ -240,7 +243,7 @@ class Knots(AbstractSchedule):
         links = self.parameters.size - 1
         position = _counted(jnp.clip(as_float(s), 0, 1), links)
         left = jnp.clip(jnp.floor(position).astype(int), 0, links - 1)
-        weight = position - left
+        weight = position - left.astype(position.dtype)
         between = (1 - weight) * self.parameters[left] + weight * self.parameters[left + 1]
         return jnp.exp(between) if self.interpolation == "log-linear" else between
 
@@ -270,9 +273,8 @@ class FromOptax(AbstractSchedule):
     def __init__(self, fn: Callable[[Any], Any], steps: int | None = None):
         if not callable(fn) or isinstance(fn, AbstractSchedule):
             raise refuse("fn", "be optax's function of a count of steps", f"is {fn!r}")
-        if steps is not None:
-            check_positive_int("steps", steps)
-        self.fn, self.steps = fn, steps
+        self.fn = fn
+        self.steps = None if steps is None else as_count("steps", steps)
 
     def over(self, steps: int) -> "FromOptax":
         return self if self.steps is not None else FromOptax(self.fn, steps)

@@ -23,6 +23,7 @@ from esljax._checks import (
     check_kind,
     check_positive,
     check_positive_int,
+    door,
     refuse,
 )
 from esljax._types import Key, Keys, Scalar
@@ -145,6 +146,7 @@ _PARTS = [field.name for field in dataclasses.fields(Problem) if field.name != "
 _LEAST = {"knots": 2, "iterations": 1, "match_runs": 1, "judge_runs": 2}
 
 
+@door
 def compare(
     problem: Problem,
     *,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_positive_int
+from esljax._checks import check_positive_int, door
 from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.experiment.problem import ACCURACY, Outcome, Problem
 from esljax.measures import SpeedLimit, average
@@ -54,6 +54,7 @@ class Agreement(NamedTuple):
     """The degrees of freedom of `chi_squared`, and its mean if the paths are one."""
 
 
+@door
 def judge(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> Judgment:
     """Run a schedule on each of `keys` (R ≥ 2) and average, with standard errors over the keys."""
     count = keys.shape[0]
@@ -112,6 +113,7 @@ def agreement(judgments: Mapping[str, Judgment]) -> Agreement:
     )
 
 
+@door
 def final_loss(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> float:
     """The mean final training loss E Φ(q₁) of a schedule over `keys` (R,)."""
     table = problem.table(schedule)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import InputError, refuse
+from esljax._checks import InputError, door, refuse
 from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.experiment.judging import final_loss
 from esljax.experiment.problem import Problem
@@ -45,6 +45,7 @@ class Match:
         )
 
 
+@door
 def match_endpoint(
     problem: Problem,
     shape: AbstractSchedule,
@@ -100,6 +101,7 @@ def match_endpoint(
     return Knots(table.values * np.exp(trials[-1][0]), "linear")
 
 
+@door
 def stable_rate(problem: Problem, key: Key, watch: Callable[[float], Any] = _ignored) -> float:
     """The largest of a few constant learning rates that keeps clear of the stability limit.
 

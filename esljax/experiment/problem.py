@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from esljax._checks import check_kind, check_positive_int, refuse
+from esljax._checks import check_kind, check_positive_int, door, plain_int, refuse
 from esljax._types import Array, ArrayLike, Float, Key, Scalar, ScalarLike
 from esljax.experiment.memory import Plan, plan_memory
 from esljax.measures import SpeedLimit, speed_limit
@@ -95,19 +95,20 @@ class Problem(eqx.Module):
     """
 
     potential: AbstractPotential
-    members: int = eqx.field(static=True)
-    steps: int = eqx.field(static=True)
-    snapshots: int = eqx.field(static=True)
+    members: int = eqx.field(static=True, converter=plain_int)
+    steps: int = eqx.field(static=True, converter=plain_int)
+    snapshots: int = eqx.field(static=True, converter=plain_int)
     transport: AbstractTransport
     temperature: AbstractSchedule
     rule: Callable[[AbstractSchedule, AbstractSchedule], AbstractRule]
     start: Any
     metrics: dict[str, Metric]
     test: Any
-    jackknife: int = eqx.field(static=True)
+    jackknife: int = eqx.field(static=True, converter=plain_int)
     mesh: Mesh | None = eqx.field(static=True)
     gradient: AbstractGradient
 
+    @door
     def __init__(
         self,
         potential: AbstractPotential,
@@ -135,13 +136,14 @@ class Problem(eqx.Module):
         _check_rule(rule, self.temperature)
         check_positive_int("jackknife", jackknife, 0)
         self.potential, self.rule, self.test = potential, rule, test
-        self.members, self.steps, self.snapshots = int(members), int(steps), int(snapshots)
+        self.members, self.steps, self.snapshots = members, steps, snapshots
         self.start = _start(potential, start)
-        self.jackknife, self.mesh = int(jackknife), mesh
+        self.jackknife, self.mesh = jackknife, mesh
         self.gradient = HessianAdjoint() if gradient is None else gradient
         self.metrics = _usual_metrics(potential, test) if metrics is None else dict(metrics)
         self._check_shapes()
 
+    @door
     def run(self, learning_rate: AbstractSchedule, key: Key) -> Outcome:
         """Train an ensemble from its start and measure it."""
         path, potential = self.path(learning_rate, key), self.potential.at_end()
@@ -155,6 +157,7 @@ class Problem(eqx.Module):
         )
         return replicate(outcome, self.mesh)
 
+    @door
     def path(self, learning_rate: AbstractSchedule, key: Key) -> Trajectory:
         """The training run that `run` measures."""
         start_key, path_key = jax.random.split(key)
@@ -178,6 +181,7 @@ class Problem(eqx.Module):
             start = start(key)
         return jnp.asarray(start, jnp.result_type(float))
 
+    @door
     def plan_memory(self, *, devices: int = 1, differentiated: bool = True) -> Plan:
         """The memory of one run on each device, with its gradient if `differentiated`."""
         return plan_memory(
@@ -191,6 +195,7 @@ class Problem(eqx.Module):
             differentiated=differentiated,
         )
 
+    @door
     def table(self, schedule: AbstractSchedule) -> Knots:
         """The rates of `schedule` at every step, in the one form that all compiled runs share."""
         schedule = schedule.over(self.steps)

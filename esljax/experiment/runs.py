@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from esljax._checks import door
 from esljax._types import Array, Float
 from esljax.experiment.problem import Outcome, Problem
 from esljax.experiment.settings import (
@@ -122,6 +123,7 @@ def make_problem(
     )
 
 
+@door
 def run(config: RunConfig) -> Outcome:
     """Make one run alone, in its own floating type: a `Study` stores the numbers of such runs.
 
@@ -143,6 +145,7 @@ def run(config: RunConfig) -> Outcome:
         return _alone(problem, shape, jax.tree.map(lambda x: x[0], _numbers(problem, (config,))))
 
 
+@door
 def work(task: Task) -> Rows:
     """Run the points of a task and return their numbers, in this process or in a worker.
 
