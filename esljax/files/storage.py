@@ -1,4 +1,4 @@
-"""Results on disk: files written whole or not at all, the versions behind them, and their locks."""
+"""What is behind the results on disk: versions, and the locks of their writers."""
 
 import contextlib
 import importlib.metadata
@@ -8,7 +8,6 @@ import platform
 import re
 import stat
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -98,16 +97,6 @@ def make_folder(folder: Path, argument: str) -> None:
         raise refuse(
             argument, "be a folder that can be written", f"{folder} gives: {error.strerror}"
         ) from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON. Numbers that are not finite become null."""
-    _write(path, json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def write_toml(path: Path, content: dict[str, Any]) -> None:
-    """Write TOML without the keys whose value is None."""
-    _write(path, toml({key: value for key, value in content.items() if value is not None}))
 
 
 def toml(content: dict[str, Any]) -> str:
@@ -322,25 +311,3 @@ def _same(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
         return False
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file at once: a reader or an interruption meets the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _plain(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {str(key): _plain(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
-    if isinstance(content, float) and content - content != 0:
-        return None
-    return content
