@@ -30,9 +30,9 @@ class Family(NamedTuple):
         >>> import esljax as esl
         >>> from esljax.experiment import Family, bounded, unbounded
         >>> family = Family(
-        ...     start=lambda rate, cap: {"peak": unbounded(rate, cap), "floor": unbounded(0.1, 1.0)},
+        ...     start=lambda rate, cap: (unbounded(rate, cap), unbounded(0.1, 1.0)),
         ...     make=lambda x, cap: esl.Linear(
-        ...         bounded(x["peak"], cap), bounded(x["peak"], cap) * bounded(x["floor"], 1.0)
+        ...         bounded(x[0], cap), bounded(x[0], cap) * bounded(x[1], 1.0)
         ...     ),
         ... )
         >>> schedule = family.make(family.start(0.5, 2.0), 2.0)
