@@ -57,7 +57,10 @@ from esljax.schedules import (
     FromOptax,
     Knots,
     Linear,
+    Piecewise,
+    Warmup,
     WarmupStableDecay,
+    load_schedule,
 )
 from esljax.sharding import member_mesh
 from esljax.simulation import (
@@ -145,6 +148,7 @@ __all__ = [
     "NetworkVelocity",
     "Optimum",
     "PathVelocity",
+    "Piecewise",
     "Plan",
     "ProbabilityFlow",
     "ProjectedTransport",
@@ -157,6 +161,7 @@ __all__ = [
     "Terminated",
     "Trajectory",
     "TransportVelocity",
+    "Warmup",
     "WarmupStableDecay",
     "constant_speed",
     "datasets",
@@ -165,6 +170,7 @@ __all__ = [
     "from_snapshots",
     "gaussian",
     "jarzynski",
+    "load_schedule",
     "measures",
     "member_mesh",
     "minibatch_noise",
