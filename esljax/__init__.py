@@ -66,7 +66,10 @@ from esljax.schedules import (
     FromOptax,
     Knots,
     Linear,
+    Piecewise,
+    Warmup,
     WarmupStableDecay,
+    load_schedule,
 )
 from esljax.sharding import member_mesh
 from esljax.simulation import (
@@ -155,6 +158,7 @@ __all__ = [
     "NetworkVelocity",
     "Optimum",
     "PathVelocity",
+    "Piecewise",
     "Plan",
     "ProbabilityFlow",
     "Problem",
@@ -168,6 +172,7 @@ __all__ = [
     "Terminated",
     "Trajectory",
     "TransportVelocity",
+    "Warmup",
     "WarmupStableDecay",
     "compare",
     "constant_speed",
@@ -177,6 +182,7 @@ __all__ = [
     "from_snapshots",
     "gaussian",
     "jarzynski",
+    "load_schedule",
     "measures",
     "member_mesh",
     "minibatch_noise",
