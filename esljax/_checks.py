@@ -207,22 +207,19 @@ def door(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     """
     parameters = list(inspect.signature(function).parameters.values())
     counts = {each.name for each in parameters if each.annotation in (int, int | None)}
-    places = [i for i, each in enumerate(parameters) if each.name in counts]
+    call: Any = function
+    places = {i for i, each in enumerate(parameters) if each.name in counts}
 
     @functools.wraps(function)
     def opened(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
-        given: Any = list(args)
-        for i in places[: len(given)]:
-            if i < len(given):
-                given[i] = plain_int(given[i])
+        given: Any = [plain_int(x) if i in places else x for i, x in enumerate(args)]
         named: Any = {k: plain_int(x) if k in counts else x for k, x in kwargs.items()}
-        if (
-            jax.config.jax_numpy_rank_promotion == "allow"
-            and jax.config.jax_numpy_dtype_promotion == "standard"
-        ):
-            return function(*given, **named)
+        config: Any = jax.config
+        settings = config.jax_numpy_rank_promotion, config.jax_numpy_dtype_promotion
+        if settings == ("allow", "standard"):
+            return call(*given, **named)
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return function(*given, **named)
+            return call(*given, **named)
 
     return opened
 

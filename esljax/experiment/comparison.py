@@ -57,7 +57,8 @@ class Outcome(eqx.Module):
     final_loss: Scalar
     """E Φ(q₁): the mean of the members' training loss over all examples, shape ()."""
     test_accuracy: Scalar
-    """The mean of the members' share of test examples classified correctly, shape ()."""
+    """The mean of the members' share of test examples classified correctly, or of the metric of
+    the problem, shape ()."""
 
 
 class Problem(eqx.Module):
@@ -82,8 +83,8 @@ class Problem(eqx.Module):
 
     potential: FlaxLoss
     """Φ, the training loss."""
-    test: Examples
-    """Held-out examples: inputs (m, ...) and labels (m,)."""
+    test: Examples | tuple[Any, Any]
+    """Held-out examples: inputs (m, ...) and labels (m,), or what the potential takes as data."""
     temperature: AbstractSchedule = eqx.field(converter=as_schedule)
     """T, in units of the loss: a schedule or a number."""
     transport: AbstractTransport
@@ -100,6 +101,17 @@ class Problem(eqx.Module):
     """The devices that share the members; None for the default device."""
     gradient: AbstractGradient = HessianAdjoint()
     """How a run is differentiated."""
+    metric: Callable[[Any, Any], Array] | None = eqx.field(static=True, default=None)
+    """Outputs and labels of m test examples to m scores, whose mean is `test_accuracy`; None for
+    the share of correct classes, which labels that are no classes do not have."""
+
+    def __check_init__(self):
+        if not isinstance(self.potential, FlaxLoss):
+            return
+        start = jax.eval_shape(
+            lambda key: self.potential.init(members=1, key=key), jax.random.key(0)
+        )
+        jax.eval_shape(lambda x: self.potential.score(x, self.test, self.metric), start)
 
     @door
     def run(self, learning_rate: AbstractSchedule, key: Key) -> Outcome:
@@ -108,7 +120,7 @@ class Problem(eqx.Module):
         outcome = Outcome(
             report=speed_limit(path, transport=self.transport, jackknife=self.jackknife),
             final_loss=jnp.mean(self.potential(path.final)),
-            test_accuracy=jnp.mean(self.potential.accuracy(path.final, self.test)),
+            test_accuracy=jnp.mean(self.potential.score(path.final, self.test, self.metric)),
         )
         return replicate(outcome, self.mesh)
 
@@ -276,7 +288,9 @@ _MADE = (_OPTIMIZED, _RETIMED)
 # From this many members on, halves of them are worth a distance.
 _DEBIASED_FROM = 8
 # Only the same problem resumes a checkpoint; its mesh may differ, to resume on other devices.
-_PARTS = [field.name for field in dataclasses.fields(Problem) if field.name != "mesh"]
+_PARTS = [
+    field.name for field in dataclasses.fields(Problem) if field.name not in ("mesh", "metric")
+]
 _LEAST = {"knots": 2, "iterations": 1, "match_runs": 1, "judge_runs": 2}
 
 
@@ -351,6 +365,8 @@ def compare(
     _check_settings(rate, key, target, shapes, counts)
     about = {name: getattr(problem, name) for name in _PARTS}
     about |= {**counts, "rate": rate, "key": key, "target": target, "shapes": shapes}
+    if problem.metric is not None:
+        about["metric"] = problem.metric
     # The first key is the caller's, as documented.
     _, match_key, search_key, judge_key = jax.random.split(key, 4)
     match = _Match(problem, rate * problem.steps, jax.random.split(match_key, match_runs), watcher)
