@@ -53,7 +53,7 @@ def wrong_answer(argument: str, owner: Any, method: str, expected: str, answer: 
 
     **Example:**
 
-        >>> from esljax._checks import plain_int, wrong_answer
+        >>> from esljax._checks import plain_number, wrong_answer
         >>> print(wrong_answer("law", "no law", "fit", "a density", (0.5, None)))
         Argument `law` must return a density from `fit`, but str.fit returns (float, NoneType).
     """
@@ -140,9 +140,7 @@ def as_real(argument: str, x: Any, must: str = "be an array of numbers") -> Arra
     **Raises:** `InputError` for complex numbers, bools, and what `as_array` refuses.
     """
     array = as_array(argument, x, must)
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise refuse(argument, "hold real numbers", f"has dtype {array.dtype}")
+    check_real(argument, array)
     return _at_least_single(array)
 
 
@@ -163,14 +161,11 @@ def as_float(x: Any, argument: str = "value") -> Array:
     return _at_least_single(array) if own else jnp.asarray(array, jnp.result_type(float))
 
 
-def plain_int(x: Any) -> Any:
-    """Return an integer of NumPy or jax as one of Python, which a static field needs; anything else
+def plain_number(x: Any) -> Any:
+    """Return a number of NumPy or jax as one of Python, which a static field needs; anything else
     as it is, for a sentence of its own."""
-    if isinstance(x, np.integer | np.ndarray | jax.Array) and known(x):
-        try:
-            return operator.index(x)
-        except TypeError:
-            pass
+    if isinstance(x, np.generic | np.ndarray | jax.Array) and known(x) and np.shape(x) == ():
+        return x if is_key(x) else x.item()
     return x
 
 
@@ -212,8 +207,8 @@ def door(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
     @functools.wraps(function)
     def opened(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
-        given: Any = [plain_int(x) if i in places else x for i, x in enumerate(args)]
-        named: Any = {k: plain_int(x) if k in counts else x for k, x in kwargs.items()}
+        given: Any = [plain_number(x) if i in places else x for i, x in enumerate(args)]
+        named: Any = {k: plain_number(x) if k in counts else x for k, x in kwargs.items()}
         config: Any = jax.config
         settings = config.jax_numpy_rank_promotion, config.jax_numpy_dtype_promotion
         if settings == ("allow", "standard"):
@@ -227,6 +222,12 @@ def door(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 def check_positive_int(argument: str, value: int, minimum: int = 1) -> None:
     """Reject what `as_count` rejects."""
     as_count(argument, value, minimum)
+
+
+def check_real(argument: str, array: Any) -> None:
+    """Reject arrays of complex numbers and of bools."""
+    if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise refuse(argument, "hold real numbers", f"has dtype {array.dtype}")
 
 
 def check_positive(argument: str, value: Any) -> None:

@@ -25,7 +25,7 @@ from esljax._checks import (
     check_positive,
     check_positive_int,
     door,
-    plain_int,
+    plain_number,
     refuse,
 )
 from esljax._types import Array, Float, Key, Keys, Scalar
@@ -89,13 +89,13 @@ class Problem(eqx.Module):
     """T, in units of the loss: a schedule or a number."""
     transport: AbstractTransport
     """The transport that defines Σ and W2²."""
-    members: int = eqx.field(static=True, converter=plain_int)
+    members: int = eqx.field(static=True, converter=plain_number)
     """n, members of the ensemble."""
-    steps: int = eqx.field(static=True, converter=plain_int)
+    steps: int = eqx.field(static=True, converter=plain_number)
     """K, training steps of a run."""
-    snapshots: int = eqx.field(static=True, converter=plain_int)
+    snapshots: int = eqx.field(static=True, converter=plain_number)
     """J, links between the J+1 snapshots of a run; divides K."""
-    jackknife: int = eqx.field(static=True, converter=plain_int, default=0)
+    jackknife: int = eqx.field(static=True, converter=plain_number, default=0)
     """Most groups of members left out for the standard errors of one run; 0 for no errors."""
     mesh: Mesh | None = eqx.field(static=True, default=None)
     """The devices that share the members; None for the default device."""

@@ -22,7 +22,7 @@ from esljax._checks import (
     check_positive_int,
     door,
     in_words,
-    plain_int,
+    plain_number,
     refuse,
     wrong_answer,
 )
@@ -84,7 +84,7 @@ class Run(eqx.Module):
     """The features (p,) of one member (d,) that snapshots hold; None for the member itself."""
     gradient: AbstractGradient
     """The way in which the run is differentiated."""
-    steps: int = eqx.field(static=True, converter=plain_int)
+    steps: int = eqx.field(static=True, converter=plain_number)
     """K."""
 
     def __check_init__(self):
@@ -280,8 +280,8 @@ def simulate(
     """
     start = as_ensemble("positions", positions)
     gradient = HessianAdjoint() if gradient is None else gradient
-    run = Run(potential, rule, key, observe, gradient, steps)
     check_links(steps, snapshots)
+    run = Run(potential, rule, key, observe, gradient, steps)
     mesh = choose_mesh(mesh, start)
     run, spread = bring(run, mesh), shard_members(start, mesh)
     if checkpoints is None:

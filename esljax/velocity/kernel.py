@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from esljax._checks import as_float, check_positive, check_positive_int, plain_int
+from esljax._checks import as_float, check_positive, check_positive_int, plain_number
 from esljax._numerics import product, whitening
 from esljax._types import Array, Float, Scalar
 from esljax.velocity.affine import AffineVelocity
@@ -76,14 +76,14 @@ class KernelVelocity(AbstractVariationalVelocity):
 
     moments_only: ClassVar[bool] = False
     note: ClassVar[str] = "affine and kernel fields, bandwidth and penalty by cross-validation"
-    landmarks: int = eqx.field(static=True, converter=plain_int, default=200)
+    landmarks: int = eqx.field(static=True, converter=plain_number, default=200)
     bandwidths: Float[Array, " g"] = eqx.field(
         converter=as_float, default=(0.15, 0.3, 0.6, 1.2, 2.4)
     )  # type: ignore
     penalties: Float[Array, " g"] = eqx.field(
         converter=as_float, default=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     )  # type: ignore
-    folds: int = eqx.field(static=True, converter=plain_int, default=5)
+    folds: int = eqx.field(static=True, converter=plain_number, default=5)
 
     def __check_init__(self):
         check_positive_int("landmarks", self.landmarks)
