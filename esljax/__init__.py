@@ -26,7 +26,19 @@ from esljax import (
     velocity,
 )
 from esljax._checks import InputError
-from esljax.experiment import Plan, RunConfig, plan_memory, run
+from esljax.experiment import (
+    Comparison,
+    Front,
+    Plan,
+    Problem,
+    RunConfig,
+    compare,
+    front,
+    plan_memory,
+    run,
+    usual_families,
+    usual_shapes,
+)
 from esljax.files import Checkpoints, Terminated, recordings
 from esljax.measures import (
     FreeEnergy,
@@ -57,7 +69,10 @@ from esljax.schedules import (
     FromOptax,
     Knots,
     Linear,
+    Piecewise,
+    Warmup,
     WarmupStableDecay,
+    load_schedule,
 )
 from esljax.sharding import member_mesh
 from esljax.simulation import (
@@ -118,6 +133,7 @@ __all__ = [
     "AffineVelocity",
     "Autodiff",
     "Checkpoints",
+    "Comparison",
     "Constant",
     "Cosine",
     "DoubleWell",
@@ -131,6 +147,7 @@ __all__ = [
     "FreeEnergy",
     "FromFunction",
     "FromOptax",
+    "Front",
     "GaussianTransport",
     "HessianAdjoint",
     "HistogramVelocity",
@@ -145,8 +162,10 @@ __all__ = [
     "NetworkVelocity",
     "Optimum",
     "PathVelocity",
+    "Piecewise",
     "Plan",
     "ProbabilityFlow",
+    "Problem",
     "ProjectedTransport",
     "Quadratic",
     "RunConfig",
@@ -157,14 +176,18 @@ __all__ = [
     "Terminated",
     "Trajectory",
     "TransportVelocity",
+    "Warmup",
     "WarmupStableDecay",
+    "compare",
     "constant_speed",
     "datasets",
     "density",
     "free_energy",
     "from_snapshots",
+    "front",
     "gaussian",
     "jarzynski",
+    "load_schedule",
     "measures",
     "member_mesh",
     "minibatch_noise",
@@ -185,6 +208,8 @@ __all__ = [
     "speed_limit",
     "study",
     "transport",
+    "usual_families",
+    "usual_shapes",
     "velocity",
 ]
 

@@ -53,7 +53,7 @@ def wrong_answer(argument: str, owner: Any, method: str, expected: str, answer: 
 
     **Example:**
 
-        >>> from esljax._checks import plain_number, wrong_answer
+        >>> from esljax._checks import plain_int, wrong_answer
         >>> print(wrong_answer("law", "no law", "fit", "a density", (0.5, None)))
         Argument `law` must return a density from `fit`, but str.fit returns (float, NoneType).
     """
@@ -161,7 +161,7 @@ def as_float(x: Any, argument: str = "value") -> Array:
     return _at_least_single(array) if own else jnp.asarray(array, jnp.result_type(float))
 
 
-def plain_number(x: Any) -> Any:
+def plain_int(x: Any) -> Any:
     """Return a number of NumPy or jax as one of Python, which a static field needs; anything else
     as it is, for a sentence of its own."""
     if isinstance(x, np.generic | np.ndarray | jax.Array) and known(x) and np.shape(x) == ():
@@ -207,8 +207,8 @@ def door(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
     @functools.wraps(function)
     def opened(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
-        given: Any = [plain_number(x) if i in places else x for i, x in enumerate(args)]
-        named: Any = {k: plain_number(x) if k in counts else x for k, x in kwargs.items()}
+        given: Any = [plain_int(x) if i in places else x for i, x in enumerate(args)]
+        named: Any = {k: plain_int(x) if k in counts else x for k, x in kwargs.items()}
         config: Any = jax.config
         settings = config.jax_numpy_rank_promotion, config.jax_numpy_dtype_promotion
         if settings == ("allow", "standard"):

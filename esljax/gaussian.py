@@ -41,7 +41,7 @@ from esljax._checks import (
 from esljax._numerics import exponential, lyapunov, product, safe_root, sqrtm
 from esljax._types import Array, Float, Scalar, ScalarLike
 from esljax.measures import SpeedLimit
-from esljax.schedules import AbstractSchedule, Constant, Knots, WarmupStableDecay
+from esljax.schedules import AbstractSchedule, Constant, Knots
 
 
 @runtime_checkable
@@ -214,8 +214,8 @@ def speed_limit(
     - `potential`: has `stiffness` (a number, (d,), or (d, d), not necessarily symmetric) and
       `center` (a number or (d,)), such as `Quadratic`.
     - `rule`: has `learning_rate` (per step) and `temperature` (units of the potential), schedules
-      on s ∈ [0, 1], such as `Langevin`. They must be smooth, apart from the corners of `Knots` and
-      `WarmupStableDecay`, at which panels end.
+      on s ∈ [0, 1], such as `Langevin`. They must be smooth, apart from their `corners`, at which
+      panels end; a function has none.
     - `steps`: K; the mobility is K · learning_rate(s).
     - `panels`: the least number of panels of equal length. The stiffness (an upper bound of its
       norm) times the learning time of a panel must not exceed 2: by default, at a constant rate,
@@ -633,20 +633,12 @@ def _edges(panels: int, schedules: tuple[Any, ...]) -> Float[Array, " edges"]:
     the first panel.
     """
     fixed = [np.linspace(0, 1, panels + 1), 0.5 ** np.arange(1, 17) / panels]
-    fixed += [
-        np.linspace(0, 1, schedule.parameters.size)
-        for schedule in schedules
-        if isinstance(schedule, Knots)
+    corners = [
+        schedule.corners() for schedule in schedules if isinstance(schedule, AbstractSchedule)
     ]
-    moving = [
-        x
-        for schedule in schedules
-        if isinstance(schedule, WarmupStableDecay)
-        for x in (schedule.warmup, 1 - schedule.decay)
-    ]
-    return jnp.sort(
-        jnp.concatenate([np.unique(np.concatenate(fixed).round(12)), jnp.asarray(moving)])
-    )
+    fixed += [times for times in corners if isinstance(times, np.ndarray)]
+    moving = [times for times in corners if not isinstance(times, np.ndarray)]
+    return jnp.sort(jnp.concatenate([np.unique(np.concatenate(fixed).round(12)), *moving]))
 
 
 def _check_same_size(start: Law, end: Law) -> None:

@@ -253,21 +253,17 @@ def test_half_precision_has_the_entropy_production_of_single():
     assert abs(produced(potentials[0]) / produced(potentials[1]) - 1) < 0.02
 
 
-def test_regression_has_a_metric():
+def test_regression_has_metrics_of_its_own():
     potential = esl.FlaxLoss(linear, (INPUTS, TARGETS), loss="squared_error")
-    start = potential.init(members=2, key=KEY)
-    data = INPUTS, TARGETS
 
-    def error(outputs, labels):
-        return jnp.abs(outputs - labels).max(axis=1)
+    def error(potential, positions, test):
+        inputs, targets = test
+        return jnp.abs(potential.predict(positions, inputs) - targets).mean(axis=(1, 2))
 
-    expected = np.abs(np.asarray(potential.predict(start, INPUTS)) - TARGETS).max(axis=2).mean(1)
-    np.testing.assert_allclose(potential.score(start, data, error), expected, rtol=1e-5)
-    settings = {"members": 2, "steps": 2, "snapshots": 1}
-    problem = functools.partial(Problem, potential, data, 0.0, esl.ExactTransport(), **settings)
-    assert float(problem(metric=error).run(0.1, KEY).test_accuracy) > 0
-    with pytest.raises(esl.InputError, match="`data` must have class indices as labels"):
-        problem()
+    settings = {"members": 2, "steps": 2, "snapshots": 1, "test": (INPUTS, TARGETS)}
+    problem = functools.partial(Problem, potential, transport=esl.ExactTransport(), **settings)
+    assert float(problem(metrics={"error": error}).run(0.1, KEY).metrics["error"]) > 0
+    assert problem().metrics == {}
 
 
 class Lazy(nnx.Module):

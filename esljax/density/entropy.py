@@ -24,7 +24,7 @@ from esljax._checks import (
     check_positive_int,
     door,
     known,
-    plain_number,
+    plain_int,
     refuse,
     wrong_answer,
 )
@@ -227,7 +227,7 @@ class NearestNeighborEntropy(AbstractEntropy):
         True
     """
 
-    neighbors: int = eqx.field(static=True, converter=plain_number, default=3)
+    neighbors: int = eqx.field(static=True, converter=plain_int, default=3)
 
     def __check_init__(self):
         check_positive_int("neighbors", self.neighbors)
@@ -342,7 +342,7 @@ class FlowEntropy(AbstractEntropy):
     """
 
     key: Key
-    steps: int = eqx.field(static=True, converter=plain_number, default=1000)
+    steps: int = eqx.field(static=True, converter=plain_int, default=1000)
 
     def __check_init__(self):
         check_key("key", self.key)

@@ -11,19 +11,11 @@ from esljax.experiment.bounds import (
     convert,
     converted,
 )
-from esljax.experiment.comparison import (
-    Agreement,
-    Comparison,
-    Judgment,
-    Problem,
-    Watcher,
-    agreement,
-    compare,
-    judge,
-    match_endpoint,
-    ratio,
-    usual_shapes,
-)
+from esljax.experiment.comparison import Comparison, Watcher, compare
+from esljax.experiment.families import Family, bounded, unbounded, usual_families
+from esljax.experiment.front import Front, front
+from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
+from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import (
     Plan,
     memory_of_a_device,
@@ -31,6 +23,7 @@ from esljax.experiment.memory import (
     plan_memory,
     size,
 )
+from esljax.experiment.problem import Metric, Outcome, Problem
 from esljax.experiment.runs import (
     NUMBERS,
     QUANTITIES,
@@ -64,6 +57,7 @@ from esljax.experiment.settings import (
     make_transport,
     plain,
     read_toml,
+    usual_shapes,
 )
 
 __all__ = [
@@ -82,10 +76,14 @@ __all__ = [
     "Agreement",
     "AtLeast",
     "Comparison",
+    "Family",
+    "Front",
     "Judgment",
     "Manner",
+    "Metric",
     "Nonnegative",
     "OneOf",
+    "Outcome",
     "Plan",
     "Positive",
     "Problem",
@@ -97,6 +95,7 @@ __all__ = [
     "TransportNumbers",
     "Watcher",
     "agreement",
+    "bounded",
     "check_fields",
     "choices",
     "compare",
@@ -105,6 +104,7 @@ __all__ = [
     "enable",
     "failed",
     "fitting_width",
+    "front",
     "judge",
     "make_problem",
     "make_transport",
@@ -120,6 +120,9 @@ __all__ = [
     "run",
     "shape_of",
     "size",
+    "stable_rate",
+    "unbounded",
+    "usual_families",
     "usual_shapes",
     "work",
 ]

@@ -19,13 +19,14 @@ from jax.sharding import Mesh
 
 from esljax._checks import door
 from esljax._types import Array, Float
-from esljax.experiment.comparison import Outcome, Problem, usual_shapes
+from esljax.experiment.problem import Outcome, Problem
 from esljax.experiment.settings import (
     DTYPES,
     MODEL_DTYPES,
     RunConfig,
     TrainingConfig,
     make_transport,
+    usual_shapes,
 )
 from esljax.potentials import FlaxLoss, mlp
 from esljax.schedules import Constant, Knots
@@ -103,7 +104,7 @@ def make_problem(
     classes = int(max(data.train.labels.max(), data.test.labels.max())) + 1
     model = mlp(data.train.inputs.shape[1], *config.hidden, classes)
     return Problem(
-        potential=FlaxLoss(
+        FlaxLoss(
             model,
             data.train,
             batch_size=config.batch_size or None,

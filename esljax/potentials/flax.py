@@ -127,7 +127,7 @@ class FlaxLoss(AbstractPotential):
                 f"has labels of shape {self.labels.shape}",
             )
         self.loss = loss if callable(loss) else _LOSSES[loss]
-        _check_scores("loss", self.loss, outputs, self.labels)
+        _check_loss(self.loss, outputs, self.labels)
         if self.dropped:
             # The sentence is no warning: those that make errors of warnings asked for batches.
             _LOGGER.warning(
@@ -177,14 +177,6 @@ class FlaxLoss(AbstractPotential):
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(members))
         return jax.vmap(self.network.initialize)(keys)
 
-    @property
-    def position_dtype(self) -> Any:
-        """The type of the positions of a run on this data: the widest of the floating inputs, of at
-        least single precision."""
-        kinds = {x.dtype for x in jax.tree.leaves(self.inputs)}
-        wide = [x for x in kinds if jnp.issubdtype(x, jnp.floating) and x.itemsize >= 4]
-        return jnp.result_type(*wide) if wide else jnp.result_type(float)
-
     def unravel(self, position: Float[Array, " d"]) -> Any:
         """The model with the parameters `position` (d,): an `nnx.Module`, or the variables of a
         linen module."""
@@ -202,6 +194,11 @@ class FlaxLoss(AbstractPotential):
         for _ in range(positions.ndim - 1):
             apply = jax.vmap(apply)
         return apply(positions)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the labels are classes, so that `accuracy` means something."""
+        return self.loss is _cross_entropy
 
     @door
     def accuracy(self, positions: Float[Array, "*batch d"], data: Any) -> Float[Array, "*batch"]:
@@ -221,33 +218,6 @@ class FlaxLoss(AbstractPotential):
             raise refuse("data", "have class indices as labels, one for each row of outputs", was)
         right = (jnp.argmax(outputs, axis=-1) == labels).reshape(*batch, -1)
         return jnp.mean(right, axis=-1, dtype=positions.dtype)
-
-    def score(
-        self,
-        positions: Float[Array, "*batch d"],
-        data: Any,
-        metric: Callable[[Any, Any], Array] | None = None,
-    ) -> Float[Array, "*batch"]:
-        """The mean over `data` of `metric(outputs (m, ...), labels) -> (m,)`, one number for each
-        position (..., d); without a metric the accuracy.
-
-        **Raises:** `InputError` for a metric that fails or gives anything but one number per
-        example, and without one unless the labels are class indices.
-        """
-        if metric is None:
-            return self.accuracy(positions, data)
-        positions, (inputs, labels) = as_real("positions", positions), _examples(data)
-        position = jax.ShapeDtypeStruct(positions.shape[-1:], positions.dtype)
-        shapes = jax.eval_shape(lambda x: self._outputs(x, inputs), position)
-        _check_scores("metric", metric, shapes, labels)
-
-        def mean(position):
-            scores = metric(self._outputs(position, inputs), floating_as(position.dtype, labels))
-            return jnp.mean(scores, dtype=position.dtype)
-
-        for _ in range(positions.ndim - 1):
-            mean = jax.vmap(mean)
-        return mean(positions)
 
     def _outputs(self, position: Float[Array, " d"], inputs: Any) -> Any:
         outputs = self.network.apply(position, self.constants, inputs, self.dtype)
@@ -367,10 +337,8 @@ def _check_labels(labels: Array, outputs: tuple[int, ...]) -> None:
         )
 
 
-def _check_scores(
-    argument: str, scores: Callable[[Any, Any], Array], outputs: Any, labels: Any
-) -> None:
-    """Reject a function that fails on the outputs or gives anything but one number per example."""
+def _check_loss(loss: Callable[[Any, Any], Array], outputs: Any, labels: Any) -> None:
+    """Reject a loss that fails on the outputs or gives anything but one number per example."""
     m = _count(labels)
     single = jnp.result_type(float)
 
@@ -379,17 +347,17 @@ def _check_scores(
         return jax.ShapeDtypeStruct((m, *x.shape[1:]), single if floating else x.dtype)
 
     try:
-        losses = jax.eval_shape(scores, jax.tree.map(of_all, outputs), floating_as(single, labels))
+        losses = jax.eval_shape(loss, jax.tree.map(of_all, outputs), floating_as(single, labels))
     except InputError:
         raise
     except Exception as error:
         shapes = f"{_in_shapes(jax.tree.map(of_all, outputs))} and labels {_in_shapes(labels)}"
         raise refuse(
-            argument, f"accept outputs {shapes}", f"fails on them: {failure(error)}"
+            "loss", f"accept outputs {shapes}", f"fails on them: {failure(error)}"
         ) from error
     shape = getattr(losses, "shape", None)
     was = f"returns {in_words(losses)}" if shape is None else f"returns shape {shape}"
     if shape != (m,):
-        raise refuse(argument, f"return one number per example, shape ({m},)", was)
-    if argument == "loss" and not jnp.issubdtype(losses.dtype, jnp.floating):
-        raise refuse(argument, "return floating numbers", f"returns dtype {losses.dtype}")
+        raise refuse("loss", f"return one number per example, shape ({m},)", was)
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise refuse("loss", "return floating numbers", f"returns dtype {losses.dtype}")

@@ -23,7 +23,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
-from esljax._checks import InputError, door, plain_number
+from esljax._checks import InputError, door, plain_int
 from esljax._numerics import product
 from esljax._types import Array, Float, Key
 from esljax.potentials import AbstractPotential
@@ -148,7 +148,7 @@ class ForwardMode(AbstractGradient):
         16
     """
 
-    most: int = eqx.field(static=True, converter=plain_number, default=256)
+    most: int = eqx.field(static=True, converter=plain_int, default=256)
     recompute: bool = eqx.field(static=True, default=False, init=False)
 
     def kick(

@@ -22,7 +22,7 @@ from esljax._checks import (
     check_positive_int,
     door,
     in_words,
-    plain_number,
+    plain_int,
     refuse,
     wrong_answer,
 )
@@ -84,7 +84,7 @@ class Run(eqx.Module):
     """The features (p,) of one member (d,) that snapshots hold; None for the member itself."""
     gradient: AbstractGradient
     """The way in which the run is differentiated."""
-    steps: int = eqx.field(static=True, converter=plain_number)
+    steps: int = eqx.field(static=True, converter=plain_int)
     """K."""
 
     def __check_init__(self):

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import as_float, check_positive, check_positive_int, door, plain_number, refuse
+from esljax._checks import as_float, check_positive, check_positive_int, door, plain_int, refuse
 from esljax._numerics import product
 from esljax._types import Array, Float, Scalar
 from esljax.sharding import keep
@@ -71,8 +71,8 @@ class SinkhornTransport(AbstractTransport):
     is_metric: ClassVar[bool] = False
     epsilon: Scalar = eqx.field(converter=as_float)
     threshold: float = eqx.field(static=True, default=1e-4)
-    max_iterations: int = eqx.field(static=True, converter=plain_number, default=5000)
-    chunk: int | None = eqx.field(static=True, converter=plain_number, default=None)
+    max_iterations: int = eqx.field(static=True, converter=plain_int, default=5000)
+    chunk: int | None = eqx.field(static=True, converter=plain_int, default=None)
 
     def __check_init__(self):
         if jnp.ndim(self.epsilon) != 0:
