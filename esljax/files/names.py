@@ -165,7 +165,7 @@ def _kind(one: _Name) -> tuple[str, ...]:
 
 
 def _few(paths: Iterable[Path]) -> str:
-    names = sorted(path.name for path in paths)
+    names = sorted({path.name for path in paths})
     more = f" and {len(names) - 3} more" if len(names) > 4 else ""
     return ", ".join(names[: 3 if more else 4]) + more
 
@@ -186,8 +186,9 @@ def _meant(cut: Mapping[Path, Sequence[_Name]], labels: Sequence[set[str]], end:
         )
     index = len(example.numbers) - 1 if index is None else index
     before = example.texts[index]
-    if re.search(r"(?:^|[^A-Za-z])[A-Za-z]-$", before):
-        sign = example.like(index, varying) + end
+    # The order of members does not matter, that of times does.
+    if not end and re.search(r"(?:^|[^A-Za-z])[A-Za-z]-$", before):
+        sign = example.like(index, varying)
         raise refuse(
             "recording",
             f"have names whose sign is clear (choose by name={sign!r} for a hyphen, or "
@@ -212,20 +213,26 @@ def _labelled(example: _Name, indices: set[int], labels: Sequence[set[str]]) -> 
     if len(indices) == 1:
         return next(iter(indices))
     for words in labels:
-        found = []
-        for index in indices:
-            word = re.search(r"([A-Za-z]+)[^A-Za-z0-9]*$", example.texts[index])
-            if word and word[1].lower() in words:
-                found.append(index)
+        found = [index for index in indices if _label(example.texts[index]) in words]
         if len(found) == 1:
             return found[0]
     return None
 
 
+def _label(text: str) -> str:
+    """Return the word before a number."""
+    word = re.search(r"([A-Za-z]+)[^A-Za-z0-9]*$", text)
+    return word[1].lower() if word else ""
+
+
+def _has_label(texts: Sequence[str], labels: Sequence[set[str]]) -> bool:
+    return any(_label(text) in words for text in texts[:-1] for words in labels)
+
+
 def _of_several_kinds(
     cut: Mapping[Path, Sequence[_Name]], kinds: Counter, labels: Sequence[set[str]], end: str
 ) -> InputError:
-    most = kinds.most_common(1)[0][0]
+    most = max(kinds, key=lambda kind: (kinds[kind], _has_label(kind, labels)))
     fitting = {
         folder: [one for one in inside if _kind(one) == most] for folder, inside in cut.items()
     }

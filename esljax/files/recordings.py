@@ -161,12 +161,12 @@ def _snapshots(archive: Archive, selection: Selection) -> Recording:
     path = archive.path
     choice = selection.plain(archive.headers)
     selection.check_used(str(path))
-    if path.suffix.lower() == ".npy":
+    if path.suffix.lower() == ".npy" and choice.kept:
         return Recording(archive.load("recording", ["array"])["array"], None, observed=False)
     named = [name for name in ("positions", "features") if name in choice.kept]
     if len(named) != 1:
         unknown = [key for key in choice.kept if key not in _SNAPSHOTS]
-        instead = f", but {several(unknown)}" if unknown and not named else ""
+        instead = f" but {several(unknown)}" if unknown and not named else ""
         raise refuse(
             "recording",
             "hold either `positions` or `features`",
@@ -233,6 +233,7 @@ def _checkpoints(folder: Path, selection: Selection, name: str | None) -> Record
         if (header := archive.headers[key]).dtype is not None
     }
     dtype = np.result_type(np.float32, *types)
+    dtype = dtype if dtype.itemsize <= 8 else np.dtype(np.float64)
     size = sum(header.size for header in model.values())
     shape = (len(times), len(members), size)
     check_room("recording", str(folder), dtype.itemsize * np.prod(shape, dtype=float))
