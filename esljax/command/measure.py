@@ -17,10 +17,10 @@ import rich.markup
 
 from esljax._checks import refuse
 from esljax._types import Array
-from esljax.command.settings import DONE, FAILED, MeasureConfig
+from esljax.command.results import Results
+from esljax.command.settings import DONE, FAILED, NOT_WRITTEN, MeasureConfig
 from esljax.experiment import PROJECTIONS, enable
-from esljax.figures import plot_speed_limit
-from esljax.files import described, read, read_matrix, storage
+from esljax.files import described, read, read_matrix
 from esljax.measures import SpeedLimit, compared, jackknife_groups, speed_limit
 from esljax.sharding import map_pairs
 from esljax.simulation import Trajectory, from_snapshots
@@ -39,40 +39,36 @@ def measure_command(config: MeasureConfig) -> int:
     config.check()
     enable(config.dtype)
     console = rich.console.Console(quiet=config.quiet)
-    with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
-        measurement = Measurement.of(config)
-        if not config.quiet:
-            _announce(measurement, console)
-        report = measurement.report()
-        figure = plot_speed_limit({"this run": report})
-    content = {**_numbers(report), **measurement.settings()}
-    wall = time.perf_counter() - started
-    storage.make_folder(config.out, "out")
-    try:
-        storage.write_toml(config.out / "config.toml", config.as_dict())
-        storage.write_json(
-            config.out / "report.json",
-            {
-                **content,
-                "config": config.as_dict(),
-                "versions": storage.versions(),
-                "wall_seconds": wall,
-            },
-        )
-        figure.savefig(config.out / "speed_limit.png", dpi=150)
-    except OSError as error:
-        raise refuse(
-            "out", "be a folder that can be written", f"{config.out} gives: {error.strerror}"
-        ) from error
-    _print(console, _summary(content))
-    for note in _notes(content):
-        _print(console, note)
-    _print(console, str(report))
-    for finding in report.diagnose():
-        _print(console, f"- {finding}")
-    files = f"report.json, config.toml and speed_limit.png are in {config.out}/"
-    _print(console, f"{wall:.0f} s; {files}")
+    results = Results(config.out, config.as_dict(), (_FIGURE,), force=config.force)
+    with results.claimed():
+        with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
+            measurement = Measurement.of(config)
+            if not config.quiet:
+                _announce(measurement, console)
+            report = measurement.report()
+            content = {**_numbers(report), **measurement.settings()}
+        wall = time.perf_counter() - started
+
+        def figure() -> Any:
+            from esljax.figures import plot_speed_limit
+
+            return plot_speed_limit({"this run": report})
+
+        results.write({**content, "wall_seconds": wall}, {_FIGURE: figure})
+        _print(console, _summary(content))
+        for note in _notes(content):
+            _print(console, note)
+        _print(console, str(report))
+        for finding in report.diagnose():
+            _print(console, f"- {finding}")
+        _print(console, f"{wall:.0f} s; {results.places()}")
+        results.say()
+    if results.failed:
+        return NOT_WRITTEN
     return DONE if _is_trusted(report) else FAILED
+
+
+_FIGURE = "speed_limit.png"
 
 
 def _print(console: rich.console.Console, line: str) -> None:
