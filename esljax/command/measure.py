@@ -160,10 +160,13 @@ class Measurement:
             config.recording or "", only=config.only, skip=config.skip, name=config.name
         )
         positions, times = recording.positions, recording.times
-        if jnp.issubdtype(positions.dtype, np.floating):
-            # Never down: what all positions have in common is subtracted in their own type.
-            wide = np.promote_types(positions.dtype, jnp.result_type(float))
-            positions = positions.astype(wide, copy=False)
+        # Numbers are made wider here; `from_snapshots` makes them narrower, and loses no distance.
+        wide = jnp.dtype(jnp.result_type(float))
+        if (
+            jnp.issubdtype(positions.dtype, np.floating)
+            and positions.dtype.itemsize < wide.itemsize
+        ):
+            positions = positions.astype(wide)
         path = from_snapshots(positions, times, observed=recording.observed)
         projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
         inner = config.make_transport(sliced_key)

@@ -353,7 +353,10 @@ def _zarr_array(argument: str, where: str, array: Any) -> np.ndarray:
     """Return an array of which every chunk is stored; Zarr fills in those that are not."""
     chunk = math.prod(array.shards or array.chunks) * array.dtype.itemsize
     check_room(argument, f"a chunk of {where}", chunk)
-    first, second = (_filled(array, value) for value in _two_values(array.dtype))
+    first = _filled(array, np.nan if array.dtype.kind == "f" else 0)
+    if array.dtype.kind == "f" and not np.isnan(first).any():
+        return first
+    second = _filled(array, 0 if array.dtype.kind == "f" else 1)
     if first.tobytes() != second.tobytes():
         equal = first.view(np.uint8) if first.ndim else first.reshape(1).view(np.uint8)
         other = second.view(np.uint8) if second.ndim else second.reshape(1).view(np.uint8)
@@ -367,15 +370,12 @@ def _zarr_array(argument: str, where: str, array: Any) -> np.ndarray:
     return first
 
 
-def _two_values(dtype: np.dtype) -> tuple[Any, Any]:
-    return (False, True) if dtype.kind == "b" else (dtype.type(0), dtype.type(1))
-
-
 def _filled(array: Any, value: Any) -> np.ndarray:
     import zarr
 
     inner = array.async_array if hasattr(array, "async_array") else array._async_array
-    metadata = dataclasses.replace(inner.metadata, fill_value=value)
+    filling = array.dtype.type(value)
+    metadata = dataclasses.replace(inner.metadata, fill_value=filling)
     read = zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=inner.store_path))[...]
     return np.ascontiguousarray(read).reshape(array.shape)
 

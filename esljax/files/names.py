@@ -5,6 +5,7 @@ does not fit is refused rather than measured, because `best_0.93.npz` is no snap
 
     step_000100_of_5, step_000200_of_5      100, 200: the other numbers stay the same
     epoch=3-step=100, epoch=4-step=200      100, 200: a step is a better clock than an epoch
+    epoch=3-step=9, epoch=4-step=1          refused: steps that start again in each epoch
     step_-100, t_-0.5, step_1e3             -100, -0.5, 1000
     checkpoint-500                          500: behind a word, a hyphen separates
     t-3, t-2                                refused: -3 or 3
@@ -12,6 +13,7 @@ does not fit is refused rather than measured, because `best_0.93.npz` is no snap
     3_17, 4_25                              refused: either number could be meant
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -85,6 +87,8 @@ def numbered(
     if len(kinds) > 1:
         raise _of_several_kinds(cut, kinds, labels, end)
     index = _meant(cut, labels, end)
+    if not members:
+        _refuse_disagreement(cut, index)
     return {
         folder: _by_number(folder, [(one.path, _value(one.numbers[index])) for one in inside])
         for folder, inside in cut.items()
@@ -196,6 +200,23 @@ def _meant(cut: Mapping[Path, Sequence[_Name]], labels: Sequence[set[str]], end:
             f"{example.path.name} may be either",
         )
     return index
+
+
+def _refuse_disagreement(cut: Mapping[Path, Sequence[_Name]], index: int) -> None:
+    """Reject times that go back where another clock in the names goes on."""
+    varying = _varying(cut) - {index}
+    for folder, inside in cut.items():
+        ordered = sorted(inside, key=lambda one: _value(one.numbers[index]))
+        for other in varying:
+            clock = any(_label(ordered[0].texts[other]) in words for words in _CLOCKS)
+            for before, after in itertools.pairwise(ordered):
+                if clock and _value(after.numbers[other]) < _value(before.numbers[other]):
+                    pattern = before.like(index, varying)
+                    raise refuse(
+                        "recording",
+                        f"have names whose numbers agree on the order (choose by name={pattern!r})",
+                        f"{before.path.name} and {after.path.name} in {folder} do not",
+                    )
 
 
 def _varying(cut: Mapping[Path, Sequence[_Name]]) -> set[int]:

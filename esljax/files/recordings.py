@@ -17,6 +17,7 @@ safetensors and Orbax.
 """
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import refuse
+from esljax._checks import in_words, refuse
 from esljax.files.archives import (
     Archive,
     Header,
@@ -91,6 +92,8 @@ def read(
         >>> recording.positions.shape, recording.times.tolist()
         ((3, 8, 2), [0, 10, 50])
     """
+    if not isinstance(path, str | os.PathLike):
+        raise refuse("recording", "be a path", f"is {in_words(path)}")
     path, selection = Path(path), Selection(only, skip)
     refuse_pickle("recording", path)
     with decoding("recording", path):
