@@ -98,7 +98,7 @@ class Archive:
         return {key: _native(array) for key, array in arrays.items()}
 
 
-def check_room(argument: str, where: str, nbytes: float) -> None:
+def check_room(argument: str, where: str, nbytes: int) -> None:
     """Reject what the memory of this machine cannot hold.
 
     **Raises:** `InputError` with both numbers.

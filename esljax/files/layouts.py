@@ -277,7 +277,8 @@ def _refuse_one_level(folder: Path, inside: Sequence[Path], folders: Sequence[Pa
                 f"{_LAYOUT} (Σ compares copies of a network that were trained apart; move the "
                 "checkpoints of each copy into a folder of its own, or stack the copies in one "
                 ".npz as `positions` (snapshots, members, numbers))",
-                f"{folder} holds {len(flat)} checkpoints without members, such as {flat[0].name}",
+                f"{folder} holds {len(flat)} checkpoints, such as {flat[0].name}, outside of the "
+                "folder of a member",
             )
 
 

@@ -17,6 +17,7 @@ safetensors and Orbax.
 """
 
 import difflib
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -239,7 +240,7 @@ def _checkpoints(folder: Path, selection: Selection, name: str | None) -> Record
     dtype = dtype if dtype.itemsize <= 8 else np.dtype(np.float64)
     size = sum(header.size for header in model.values())
     shape = (len(times), len(members), size)
-    check_room("recording", str(folder), dtype.itemsize * np.prod(shape, dtype=float))
+    check_room("recording", str(folder), dtype.itemsize * math.prod(shape))
     positions = np.empty(shape, dtype)
     for (j, i), archive in opened.items():
         parameters = archive.load("recording", kept)
