@@ -126,6 +126,10 @@ class FlaxLoss(AbstractPotential):
             )
         self.batch_size = batch_size
 
+    @property
+    def parameter_keys(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return self.network.keys()
+
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         inputs, labels = (
             (self.inputs, self.labels)
@@ -221,6 +225,14 @@ class _Network:
 
     def initialize(self, key: Key) -> Float[Array, " d"]:
         return ravel_pytree(self.draw(key))[0]
+
+    def keys(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The names and shapes of the parameters in the order of `ravel_pytree`."""
+        drawn = jax.eval_shape(self.draw, jax.random.key(0))
+        return tuple(
+            (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(drawn)
+        )
 
     def unravel_model(self, position: Array) -> Any:
         return self.merge(self.definition, self.unravel(position))

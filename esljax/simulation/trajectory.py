@@ -2,8 +2,10 @@
 measure reads."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -22,6 +24,9 @@ from esljax._checks import (
 from esljax._types import Array, ArrayLike, Float, Shaped
 from esljax.sharding import AnyMesh, find_mesh, replicate, shard_members
 from esljax.simulation.diffusion import Diffusion
+
+Keys: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
+"""The parameters of a member in the order in which it is raveled, by name and shape."""
 
 
 class Trajectory(eqx.Module):
@@ -60,6 +65,9 @@ class Trajectory(eqx.Module):
     lawful: bool = eqx.field(static=True, default=True)
     """Whether `rates` and `temperatures`, if there are any, are those of overdamped Langevin
     dynamics. False after a rule without a law."""
+    keys: Keys | None = eqx.field(static=True, default=None)
+    """The parameters of a member in the order in which it is raveled: pairs of a name and a shape,
+    such as `(("bias", (3,)), ("kernel", (2, 3)))`. None if they are not known, and for features."""
 
     @property
     def law(self) -> Diffusion | None:
@@ -87,7 +95,11 @@ class Trajectory(eqx.Module):
 
 
 def from_snapshots(
-    positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False
+    positions: Shaped[ArrayLike, "snapshots n d"],
+    times: Any = None,
+    *,
+    observed: bool = False,
+    keys: Mapping[str, Sequence[int]] | Keys | None = None,
 ) -> Trajectory:
     """A run made outside of this package, as a `Trajectory` without learning rates, temperatures
     and energies.
@@ -104,10 +116,13 @@ def from_snapshots(
       are rescaled to [0, 1]. Evenly spaced by default.
     - `observed`: whether `positions` holds features of the members, such as their outputs, instead
       of parameters.
+    - `keys`: the parameters of a member by name, such as `{"bias": (3,), "kernel": (2, 3)}`: their
+      shapes in the order in which a member is raveled. Reports then say which parameters move
+      (`SpeedLimit.by_key`). Not for features.
 
     **Returns:** `Trajectory`, whose `energies`, `rates` and `temperatures` are None.
-    **Raises:** `InputError` for wrong shapes, values that are not finite numbers, and times that do
-    not increase.
+    **Raises:** `InputError` for wrong shapes, values that are not finite numbers, times that do not
+    increase, and keys whose shapes do not hold d numbers together.
     **Differentiation:** in `positions` and `times`.
 
     **Example:**
@@ -141,6 +156,8 @@ def from_snapshots(
                 f", the first of {int(bad.sum())} such places" if bad.sum() > 1 else ""
             )
             raise refuse(name, f"be finite in {positions.dtype}", f"is not for {where}")
+    if observed and keys is not None:
+        raise refuse("keys", "be None for features, which are no parameters", "names some")
     return Trajectory(
         times=_rescaled(times, snapshots, positions.dtype),
         positions=positions,
@@ -149,7 +166,39 @@ def from_snapshots(
         temperatures=None,
         final=positions[-1],
         observed=observed,
+        keys=None if keys is None else checked_keys("keys", keys, positions.shape[2]),
     )
+
+
+def checked_keys(argument: str, keys: Any, d: int) -> Keys:
+    """Return names and shapes in their hashable form.
+
+    **Raises:** `InputError` unless they are strings, each once, and shapes of d numbers together.
+    """
+    must = "map the name of each parameter to its shape"
+    try:
+        given = dict(keys)
+        found = tuple((name, tuple(map(operator.index, shape))) for name, shape in given.items())
+    except (TypeError, ValueError) as error:
+        raise refuse(argument, must, f"is {_brief(keys)}") from error
+    if len(found) < len(keys):
+        raise refuse(argument, "name each parameter once", f"is {_brief(keys)}")
+    odd = [name for name, shape in found if not isinstance(name, str) or min(shape, default=0) < 0]
+    if odd:
+        raise refuse(argument, must, f"has {odd[0]!r} of shape {given[odd[0]]}")
+    held = sum(math.prod(shape) for _, shape in found)
+    if held != d:
+        raise refuse(
+            argument,
+            f"have shapes that hold the {d} numbers of a member together",
+            f"holds {held} in {len(found)} parameters",
+        )
+    return found
+
+
+def _brief(keys: Any) -> str:
+    text = repr(keys)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
@@ -159,6 +208,9 @@ def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
         raise refuse("trajectory", must, f"is a {type(trajectories).__name__}")
     if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
         raise refuse("trajectory", must, f"is a sequence of {len(trajectories)} items")
+    if len({one.keys for one in trajectories}) > 1:
+        # What holds for some runs only is not known of all.
+        trajectories = [dataclasses.replace(one, keys=None) for one in trajectories]
     shapes = {one.positions.shape for one in trajectories}
     if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
         raise refuse(
