@@ -17,13 +17,13 @@ from esljax._checks import (
     InputError,
     check_finite,
     check_positive_int,
-    first_sentence,
     known,
     refuse,
 )
 from esljax._types import Array, ArrayLike, Float, Shaped
 from esljax.sharding import AnyMesh, find_mesh, replicate, shard_members
 from esljax.simulation.diffusion import Diffusion
+from esljax.simulation.narrowing import narrowed
 
 Keys: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 """The parameters of a member in the order in which it is raveled, by name and shape."""
@@ -68,6 +68,9 @@ class Trajectory(eqx.Module):
     keys: Keys | None = eqx.field(static=True, default=None)
     """The parameters of a member in the order in which it is raveled: pairs of a name and a shape,
     such as `(("bias", (3,)), ("kernel", (2, 3)))`. None if they are not known, and for features."""
+    origin: Float[Array, "*runs d"] | None = None
+    """The place that `positions` are relative to, in units of θ. None where they are relative to 0,
+    as in every simulated run; `from_snapshots` says when recorded ones are not."""
 
     @property
     def law(self) -> Diffusion | None:
@@ -77,6 +80,14 @@ class Trajectory(eqx.Module):
             return None
         injected = self.temperatures if self.injected is None else self.injected
         return Diffusion(self.rates, self.temperatures, injected)
+
+    @property
+    def placed(self) -> "Trajectory":
+        """The same run with `positions` relative to 0, rounded to their type."""
+        if self.origin is None:
+            return self
+        positions = self.positions + self.origin[..., None, None, :]
+        return dataclasses.replace(self, positions=positions, origin=None)
 
     @property
     def work(self) -> Float[Array, "*runs n"] | None:
@@ -111,7 +122,11 @@ def from_snapshots(
     - `positions`: the members at each snapshot, shape (J+1, n, d) with J ≥ 1 and n ≥ 2; member i is
       the same network in every snapshot. NumPy or JAX arrays, or anything that `numpy.asarray`
       accepts (a PyTorch tensor on the CPU, detached). Integers and half precision become the
-      default floating type.
+      default floating type. Where wider numbers (float64, longdouble, int64) lie so far from 0 that
+      rounding them would change their distances, a common place is taken off first, in their own
+      type: the trajectory then holds it as `origin`, its `positions` are relative to that, and
+      `trajectory.placed.positions` and `final` are the places themselves, for a potential. Reports
+      are of the members where they lie. Values that `jit` hides are rounded as they are.
     - `times`: when they were taken, shape (J+1,), increasing, in any unit and from any origin: they
       are rescaled to [0, 1]. Evenly spaced by default.
     - `observed`: whether `positions` holds features of the members, such as their outputs, instead
@@ -122,7 +137,8 @@ def from_snapshots(
 
     **Returns:** `Trajectory`, whose `energies`, `rates` and `temperatures` are None.
     **Raises:** `InputError` for wrong shapes, values that are not finite numbers, times that do not
-    increase, and keys whose shapes do not hold d numbers together.
+    increase, keys whose shapes do not hold d numbers together, masked entries, and members that
+    move by less than rounding does.
     **Differentiation:** in `positions` and `times`.
 
     **Example:**
@@ -134,7 +150,7 @@ def from_snapshots(
         Trajectory: 8 members of 2 coordinates, recorded, 5 snapshots
     """
     name = "features" if observed else "positions"
-    positions = _as_numbers(name, positions)
+    positions, origin = narrowed(name, positions)
     if positions.ndim != 3 or positions.shape[2] < 1:
         raise refuse(
             name,
@@ -164,7 +180,8 @@ def from_snapshots(
         energies=None,
         rates=None,
         temperatures=None,
-        final=positions[-1],
+        final=positions[-1] if origin is None else positions[-1] + origin,
+        origin=origin,
         observed=observed,
         keys=None if keys is None else checked_keys("keys", keys, positions.shape[2]),
     )
@@ -211,6 +228,8 @@ def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
     if len({one.keys for one in trajectories}) > 1:
         # What holds for some runs only is not known of all.
         trajectories = [dataclasses.replace(one, keys=None) for one in trajectories]
+    if len({one.origin is None for one in trajectories}) > 1:
+        trajectories = [_with_origin(one) for one in trajectories]
     shapes = {one.positions.shape for one in trajectories}
     if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
         raise refuse(
@@ -221,6 +240,12 @@ def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
     mesh = next((one.mesh for one in trajectories if one.mesh is not None), None)
     together = [on_devices(one, mesh if isinstance(mesh, Mesh) else None) for one in trajectories]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *together)
+
+
+def _with_origin(trajectory: Trajectory) -> Trajectory:
+    if trajectory.origin is not None:
+        return trajectory
+    return dataclasses.replace(trajectory, origin=jnp.zeros_like(trajectory.positions[0, 0]))
 
 
 def on_devices(trajectory: Trajectory, mesh: AnyMesh | None = None) -> Trajectory:
@@ -245,7 +270,7 @@ def laid(trajectory: Trajectory, mesh: AnyMesh | None) -> Trajectory:
 
     whole = {
         name: replicate(getattr(trajectory, name), mesh)
-        for name in ("times", "rates", "temperatures", "injected")
+        for name in ("times", "rates", "temperatures", "injected", "origin")
     }
     energies, work = trajectory.energies, trajectory.work_of_links
     return dataclasses.replace(
@@ -297,21 +322,6 @@ def check_runs(trajectory: Trajectory, jackknife: int) -> None:
 def _kind(trajectory: Trajectory) -> tuple:
     arrays = dataclasses.replace(trajectory, mesh=None)
     return jax.tree.structure(arrays), tuple(x.shape for x in jax.tree.leaves(arrays))
-
-
-def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:
-    """Numbers of any kind as a floating array of at least single precision."""
-    try:
-        array = x if isinstance(x, jax.Array) else np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = f"cannot be made one: {first_sentence(error)}"
-        raise refuse(name, "be an array", reason) from error
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
-    keep = floating and array.dtype.itemsize in (4, 8)
-    with np.errstate(over="ignore"):  # too large a number becomes infinite, and is rejected as such
-        return jnp.asarray(array, None if keep else jnp.result_type(float))
 
 
 def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshots"]:

@@ -44,6 +44,9 @@ class GaussianTransport(AbstractTransport):
     in_turn: ClassVar[bool] = True
     moments_only: ClassVar[bool] = True
 
+    def in_units(self, size: Scalar) -> "GaussianTransport":
+        return self
+
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         x, y = recentred(x, y)
         mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
