@@ -88,9 +88,9 @@ class Evidence(eqx.Module):
     """K, the number of steps. None for a recorded run."""
     moments_only: bool = eqx.field(static=True, default=False)
     """Whether the transport compares means and covariances only."""
-    one_step: Scalar | None = None
-    """What Σ would be if each number that changes in a link changed to the one next to it, shape
-    (), in units of θ². A Σ of that size is made of rounding."""
+    spacings: Scalar | None = None
+    """The mean squared change of the numbers that change in a link, shape (), in squared distances
+    to the number next to them; 0 if none changes. Where it is about 1, all change is rounding."""
     unresolved: Scalar | None = None
     """How large an error rounding leaves in a squared distance of the transport, shape (), in units
     of θ². None for a transport whose error is relative."""
@@ -133,12 +133,14 @@ def evidence_of(
     # In units of their own size, squares of very large or very small numbers stay numbers.
     center, scale = _center_and_scale(positions)
     scaled = (positions - center) / scale
-    moves = (positions[1:] - positions[:-1]) / scale
+    moves = scaled[1:] - scaled[:-1]
     elapsed = jnp.diff(times)
     apart = scaled - jnp.mean(scaled, axis=1, keepdims=True)
     squares = jnp.sum(jnp.mean(moves**2, axis=1) / elapsed[:, None], axis=0)
     quanta = _spacing(stored) / size
-    changed = jnp.where(moves != 0, (quanta[1:] ** 2 + quanta[:-1] ** 2) / 2, 0)
+    changes = positions[1:] - positions[:-1]
+    # Of the larger of the two numbers: beside a power of two the other side is twice as dense.
+    spacings = safe_divide(changes, jnp.maximum(quanta[1:], quanta[:-1])) ** 2
     rounding = jnp.sum(jnp.mean(quanta[1:] ** 2 + quanta[:-1] ** 2, axis=1) / 12, axis=1)
     rates, links = trajectory.rates, len(elapsed)
     return Evidence(
@@ -161,7 +163,7 @@ def evidence_of(
         steps=None if rates is None else rates.shape[0],
         moments_only=transport.moments_only,
         unresolved=transport.rounding(positions[0], positions[-1]),
-        one_step=jnp.sum(jnp.sum(jnp.mean(changed, axis=1), axis=1) / elapsed),
+        spacings=safe_divide(jnp.sum(spacings), jnp.sum(changes != 0, dtype=spacings.dtype)),
         by_coordinate=None
         if parts is None
         else (jnp.sum(parts[:-1] / elapsed[:, None], axis=0), parts[-1]),

@@ -155,11 +155,7 @@ def _coarse(report: Any) -> Iterator[Finding]:
 def _one_step(report: Any) -> Iterator[Finding]:
     """Motion of which each change is one to the next number."""
     evidence = report.evidence
-    if evidence.one_step is None:
-        return
-    moves = np.asarray(evidence.displacements, float)
-    action = float(np.sum(np.mean(moves**2, axis=1) / durations(report)))
-    if 0 < action <= at.ONE_STEP * float(evidence.one_step):
+    if evidence.spacings is not None and 0 < float(evidence.spacings) <= at.ONE_STEP:
         kind = np.asarray(evidence.distances).dtype
         yield Finding(
             "rounded positions without motion",

@@ -88,7 +88,6 @@ def put_back(report: SpeedLimit, size: Scalar) -> SpeedLimit:
             displacements=evidence.displacements * size,
             quantum=evidence.quantum * size,
             rounding=squared(evidence.rounding),
-            one_step=squared(evidence.one_step),
             unresolved=squared(evidence.unresolved),
             doubled_epsilon=squared(evidence.doubled_epsilon),
             corrected=jax.tree.map(squared, evidence.corrected),
