@@ -161,7 +161,7 @@ class Reflecting(esl.transport.AbstractWrappedTransport):
     ids=["wrapped", "mapped"],
 )
 def test_transports_that_know_where_0_is_see_the_members_in_place(transport):
-    positions = 1e4 + recording() * 1e-2
+    positions = 1e2 + recording() * 1e-2
     path = esl.from_snapshots(positions)
     assert path.origin is not None
     report = esl.speed_limit(path, transport=transport, jackknife=0)
