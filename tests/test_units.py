@@ -224,7 +224,7 @@ def test_several_recorded_runs_at_several_places():
     ("positions", "sentence"),
     [
         (recording()[:1] + 1e-9 * recording(), "move by more than float32 resolves: compute in"),
-        (np.ma.masked_greater(recording(), 2.5), "have no masked entries, but has"),
+        (np.ma.masked_greater(recording(), 2.5), "without masked entries"),
         (recording() + 1e40, "be finite in float32"),
     ],
     ids=["motion below rounding", "masked", "too large"],

@@ -10,11 +10,10 @@ spread as far as they lie from 0, and moving them would save less than a bit.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import first_sentence, known, refuse
+from esljax._checks import as_array, as_real, known, refuse
 from esljax._types import Array, Float
 
 # Rounding that adds this share to the squared displacements changes Σ by up to its root, 1e-5.
@@ -31,40 +30,14 @@ def narrowed(name: str, x: Any) -> tuple[Float[Array, "..."], Float[Array, " d"]
     **Raises:** `InputError` for what is no array of real numbers, for masked entries, and for
     members that move by less than the type can hold.
     """
-    array = _array(name, x)
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    keep = floating and array.dtype.itemsize in (4, 8)
-    target = jnp.dtype(
-        jax.dtypes.canonicalize_dtype(array.dtype) if keep else jnp.result_type(float)
-    )
-    if (
-        not known(array)
-        or array.ndim != 3
-        or not array.size
-        or not _holds_more(array.dtype, target)
-    ):
-        with np.errstate(over="ignore"):  # too large a number is rejected by its finiteness
-            return jnp.asarray(array, target), None
-    return _about_origin(name, np.asarray(array), target)
-
-
-def _array(name: str, x: Any) -> Any:
-    if isinstance(x, np.ma.MaskedArray):
-        masked = int(np.ma.count_masked(x))
-        if masked:
-            raise refuse(name, "have no masked entries", f"has {masked}")
-    try:
-        array = x if isinstance(x, jax.Array) else np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = f"cannot be made one: {first_sentence(error)}"
-        raise refuse(name, "be an array", reason) from error
-    if not jnp.issubdtype(array.dtype, jnp.floating) and not jnp.issubdtype(
-        array.dtype, jnp.integer
-    ):
-        raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
-    if isinstance(array, np.ndarray) and not array.dtype.isnative:
-        return array.astype(array.dtype.newbyteorder("="))
-    return array
+    array: Any = as_array(name, x, "be an array")
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.dtype.itemsize > 8:
+        array = np.asarray(x)  # extended precision, which jax lacks
+    plain = as_real(name, array, "be an array")
+    readable = known(array) and array.ndim == 3 and array.size
+    if not readable or not _holds_more(array.dtype, plain.dtype):
+        return plain, None
+    return _about_origin(name, np.asarray(array), plain)
 
 
 def _holds_more(given: Any, target: Any) -> bool:
@@ -76,19 +49,20 @@ def _holds_more(given: Any, target: Any) -> bool:
 
 
 def _about_origin(
-    name: str, wide: np.ndarray, target: Any
+    name: str, wide: np.ndarray, rounded: Float[Array, "snapshots n d"]
 ) -> tuple[Float[Array, "snapshots n d"], Float[Array, " d"] | None]:
+    plain = np.asarray(rounded)
+    target = plain.dtype
     with np.errstate(over="ignore", invalid="ignore"):
-        plain = wide.astype(target)
         low, high = wide.min(axis=(0, 1)), wide.max(axis=(0, 1))
         ends = np.stack([low, high]).astype(target)
         if not np.isfinite(ends).all():
-            return jnp.asarray(plain), None
+            return rounded, None
         near, far = np.minimum(*np.abs(ends)), np.maximum(*np.abs(ends))
         close = (np.sign(ends[0]) == np.sign(ends[1])) & (far <= 2 * near)
         moved, lost, left = _moved_and_lost(wide, plain, low, high, close, target)
     if not lost > NEGLIGIBLE * moved:
-        return jnp.asarray(plain), None
+        return rounded, None
     if left > moved > 0:
         wider = "" if target == np.float64 else f": {_WIDER}"
         raise refuse(
@@ -97,7 +71,7 @@ def _about_origin(
             f"moves them by {np.sqrt(moved):.3g} in a link, and rounding by {np.sqrt(left):.3g}",
         )
     if not close.any() or not moved > 0:
-        return jnp.asarray(plain), None
+        return rounded, None
     origin = np.where(close, low, np.zeros((), low.dtype))
     shifted = np.empty(wide.shape, target)
     for j, snapshot in enumerate(wide):

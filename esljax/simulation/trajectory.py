@@ -15,8 +15,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from esljax._checks import (
     InputError,
+    as_array,
     check_finite,
     check_positive_int,
+    door,
     known,
     refuse,
 )
@@ -105,6 +107,7 @@ class Trajectory(eqx.Module):
         return f"Trajectory: {shape}, {steps}, {snapshots} snapshots{where}"
 
 
+@door
 def from_snapshots(
     positions: Shaped[ArrayLike, "snapshots n d"],
     times: Any = None,
@@ -356,10 +359,7 @@ def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshot
 
 
 def _double(name: str, x: Any) -> np.ndarray:
-    try:
-        array = np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise refuse(name, "be an array", "cannot be made one") from error
-    if array.dtype.kind not in "iuf":
+    array = as_array(name, x, "be an array")
+    if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
-    return array.astype(np.float64)
+    return np.asarray(array).astype(np.float64)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import refuse
+from esljax._checks import door, refuse
 from esljax._types import Array, Float, Int, Scalar
 from esljax.sharding import keep
 from esljax.transport._ott import ott
@@ -45,9 +45,11 @@ class ExactTransport(AbstractTransport):
     def in_units(self, size: Scalar) -> "ExactTransport":
         return self
 
+    @door
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         return self.paired(x, y)[0]
 
+    @door
     def paired(
         self, x: Float[Array, "n d"], y: Float[Array, "m d"]
     ) -> tuple[Solution, Int[Array, " n"] | None]:
@@ -67,6 +69,7 @@ class ExactTransport(AbstractTransport):
         squared = jnp.mean(jnp.sum((x[i] - y[j]) ** 2, axis=-1))
         return solution(squared, solvable), _places(i, j)
 
+    @door
     def map(self, x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n d"]:
         """Return the partner in y of each member of x, shape (n, d).
 
