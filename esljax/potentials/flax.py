@@ -136,6 +136,10 @@ class FlaxLoss(AbstractPotential):
                 ", ".join(self.dropped),
             )
 
+    @property
+    def parameter_keys(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return self.network.layout.keys()
+
     @door
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         inputs, labels = self.inputs, self.labels
