@@ -1,7 +1,7 @@
 """Everything that touches a disk: results, checkpoints, recordings, and descriptions of runs."""
 
 from esljax.files import recordings, storage, writing
-from esljax.files.checkpoints import Checkpoints, alone, remove_ours, session
+from esljax.files.checkpoints import Checkpoints, alone, is_ours, remove_ours, session
 from esljax.files.recordings import read, read_matrix
 from esljax.files.signals import TERMINATED, Terminated, ended, uninterrupted
 
@@ -11,6 +11,7 @@ __all__ = [
     "Terminated",
     "alone",
     "ended",
+    "is_ours",
     "read",
     "read_matrix",
     "recordings",
