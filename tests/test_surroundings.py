@@ -226,7 +226,6 @@ def test_devices_that_are_not_there_are_one_sentence(recording, tmp_path, enviro
         (b"rate = nan", "`rate` must be greater than 0, but is nan"),
         (b"rate = 1979-05-27", "`rate` must be a number in"),
         (b"rate = true", "`rate` must be a number in"),
-        (b"out = 'a\\u0000b'", "`config` must be|`out` must be"),
         (b'out = "a\\u0000b"', "`out` must be a folder"),
         (b"[rate]\nx = 1", "`rate` must be a number in"),
         (b"\x00", "`config` must be valid TOML"),

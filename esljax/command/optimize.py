@@ -78,7 +78,7 @@ def optimize_command(config: OptimizeConfig) -> int:
             _write(config, comparison, wall, results)
         _show(config, comparison, wall, console, results)
         results.say()
-        if comparison.optimum.interrupted:
+        if comparison.interrupted:
             return INTERRUPTED
         if results.failed:
             return NOT_WRITTEN
@@ -357,7 +357,7 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
         "efficiency": float(report.efficiency),
         "dissipation": _known(report.dissipation),
         "final_loss": float(judgment.final_loss),
-        "test_accuracy": float(judgment.test_accuracy),
+        **{name: float(value) for name, value in judgment.metrics.items()},
         "learning_time": _known(report.learning_time),
         "noise_floor": _known(report.noise_floor),
         "identity_fraction": _known(report.identity_fraction),
@@ -367,7 +367,7 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
             **{name: float(getattr(errors, name)) for name in WITH_ERROR},
             "dissipation": _known(errors.dissipation),
             "final_loss": float(judgment.standard_error.final_loss),
-            "test_accuracy": float(judgment.standard_error.test_accuracy),
+            **{name: float(judgment.standard_error.get(name)) for name in judgment.metrics},
             # The rates are given, not estimated.
             "learning_time": 0.0,
         },
@@ -416,7 +416,8 @@ def _show(
 
 
 def _table(comparison: Comparison) -> rich.table.Table:
-    runs = next(iter(comparison.judgments.values())).entropy_productions.size
+    some = next(iter(comparison.judgments.values()))
+    runs = some.entropy_productions.size
     title = (
         f"Matched final loss, {runs} held-out runs; digits in parentheses: standard error of the "
         "last digits"
@@ -435,7 +436,7 @@ def _table(comparison: Comparison) -> rich.table.Table:
         "W2²/Σ",
         "U",
         "final loss",
-        "accuracy",
+        *(_HEADINGS.get(name, in_words(name)) for name in some.metrics),
     ):
         table.add_column(legible(heading), justify="right", no_wrap=True)
     for name, judgment in comparison.judgments.items():
@@ -449,11 +450,12 @@ def _table(comparison: Comparison) -> rich.table.Table:
             f"{float(report.efficiency):.3f}",
             "unknown" if report.learning_time is None else f"{float(report.learning_time):.4g}",
             concise(judgment.final_loss, errors.final_loss),
-            concise(judgment.test_accuracy, errors.test_accuracy),
+            *(concise(value, errors.get(name)) for name, value in judgment.metrics.items()),
         )
     return table
 
 
+_HEADINGS = {"test_accuracy": "accuracy"}
 _UNITS_OF_THE_TABLE = (
     "Units: squared parameters (Σ, L², W2² and the parts), the same per nat (U), nats (loss)."
 )
@@ -546,9 +548,10 @@ def _on_the_path(comparison: Comparison) -> Iterator[str]:
 def _doubts(comparison: Comparison) -> Iterator[str]:
     """The reasons not to believe the table."""
     optimum, optimized = comparison.optimum, comparison.optimized
-    if optimum.interrupted or optimum.message != "Ran all iterations.":
-        yield optimum.message
-    yield from optimum.doubts
+    if optimum is not None:
+        if optimum.interrupted or optimum.message != "Ran all iterations.":
+            yield optimum.message
+        yield from optimum.doubts
     if comparison.left_out:
         yield comparison.left_out
     if optimized is not None and comparison.misses_target:

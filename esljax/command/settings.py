@@ -26,6 +26,7 @@ from esljax.experiment import (
     plain,
     read_toml,
 )
+from esljax.files import Selection, patterns
 from esljax.transport import AbstractTransport
 from esljax.velocity import AbstractVelocity
 
@@ -111,7 +112,8 @@ class MeasureConfig:
 
     The recording is an .npz file or a .zarr group of `positions` (snapshots, members, numbers) or
     of `features` of such a shape, and optionally `times`; or a folder of checkpoints, each .npz,
-    or .safetensors, or Orbax, laid out as member_000/step_000100.npz. No pickled data is loaded.
+    or .safetensors, or Orbax, laid out as member_000/step_000100.npz. Of checkpoints the parameters
+    are measured; what lies beside them and is left out is printed. No pickled data is loaded.
 
     Exit codes: 0 done; 1 the numbers are written but not to be trusted (a transport problem did
     not converge, or Σ is below W2²); 2 bad input; 3 the numbers are printed, but not all files
@@ -122,6 +124,12 @@ class MeasureConfig:
     """The run: a file of snapshots, or a folder of checkpoints."""
     out: Path = Path("esljax-measure")
     """Folder for report.json, config.toml and speed_limit.png; made if it does not exist."""
+    only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Measure only arrays whose key matches, as in --only 'params/*'; may be given again."""
+    skip: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Leave out arrays whose key matches, as in --skip 'opt_state/*'; may be given again."""
+    name: str | None = None
+    """Names of the checkpoints that count, {} for their number: 'step_{}', 'member_{}/step_{}'."""
     project: str = "none"
     """Coordinates: 'none' (all), 'pca' or 'random', or an .npz with `matrix` (numbers, kept)."""
     coordinates: Annotated[int, AtLeast(1)] = 10
@@ -158,6 +166,8 @@ class MeasureConfig:
                 "recording", "be a file of snapshots or a folder of checkpoints", "is not given"
             )
         check_fields(self)
+        Selection(self.only, self.skip)
+        patterns(self.name)
         self.make_velocity(self.make_transport(jax.random.key(0)))
         _check_out(self.out)
         return self

@@ -166,10 +166,12 @@ def convert(key: str, value: Any, field: dataclasses.Field, place: str) -> Any:
     if kind is Path and isinstance(value, str):
         # In the encoding of names here, whatever that is: the file is UTF-8.
         return Path(os.fsdecode(value.encode()))
-    if kind is tuple and isinstance(value, list) and all(type(item) is int for item in value):
+    item = None if anatomy.item is None else anatomy.item.kind
+    if item is not None and isinstance(value, list) and all(type(one) is item for one in value):
         return tuple(value)
     if type(value) is not kind:
-        raise refuse(key, f"be {_IN_TOML[kind]} in {place}", f"is {_shown(value)}")
+        must = _IN_TOML[kind] if item is None else f"a list of {_ITEMS[item]}"
+        raise refuse(key, f"be {must} in {place}", f"is {_shown(value)}")
     return value
 
 
@@ -188,8 +190,8 @@ _IN_TOML = {
     float: "a number",
     str: "a string",
     Path: "a string",
-    tuple: "a list of integers",
 }
+_ITEMS = {int: "integers", str: "strings"}
 
 
 @functools.cache
@@ -221,7 +223,7 @@ def _check(name: str, value: Any, anatomy: _Anatomy) -> None:
         raise refuse(name, "be a number", f"is {value!r}")
     if anatomy.item is not None:
         if not isinstance(value, tuple):
-            raise refuse(name, "be a tuple of integers", f"is {value!r}")
+            raise refuse(name, f"be a tuple of {_ITEMS[anatomy.item.kind]}", f"is {value!r}")
         for item in value:
             _check(name, item, anatomy.item)
     for rule in anatomy.rules:

@@ -96,6 +96,12 @@ SCHEDULES: dict[str, Callable[[], AbstractSchedule]] = {
     "exponential_rise": lambda: Exponential(math.exp(-1.6), 1.0),
 }
 
+
+def usual_shapes() -> dict[str, AbstractSchedule]:
+    """The learning-rate schedules in common use, and two that rise, with peak 1, by name."""
+    return {name: make() for name, make in SCHEDULES.items()}
+
+
 # Not in common use: a search that ends at a rising rate is held against what a rise gains alone.
 RISING = ("linear_rise", "exponential_rise")
 
