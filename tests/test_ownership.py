@@ -138,14 +138,15 @@ def test_a_refused_run_leaves_no_folder(tmp_path, capsys, recording):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("kind", ["file", "pipe", "below a file", "device"])
+@pytest.mark.parametrize("kind", ["file", "pipe", "below a file", "device", "long"])
 def test_an_out_that_will_not_do_is_found_before_the_work(tmp_path, capsys, recording, kind):
     out = tmp_path / "out"
     if kind in ("file", "below a file"):
         plant(out)
     elif kind == "pipe":
         os.mkfifo(out)
-    place = {"below a file": out / "inside", "device": "/dev/null"}.get(kind, out)
+    others = {"below a file": out / "inside", "device": "/dev/null", "long": out / ("a" * 300)}
+    place = others.get(kind, out)
     before = seen(tmp_path)
     for command in (["measure", recording], ["optimize"]):
         assert "`out` must be a folder" in refused(capsys, *command, "--out", place)
@@ -169,6 +170,19 @@ def test_no_file_under_our_name_is_followed_or_cut_short(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             writing.write_toml(settings, {"seed": 2})
     assert seen(tmp_path) == before, "the old file, and nothing half-written"
+
+
+def test_a_saved_schedule_replaces_a_saved_schedule_alone(tmp_path, refused):
+    path = tmp_path / "schedule.json"
+    for schedule in (esl.Constant(0.25), esl.Linear(1, 0.5), esl.Knots([0.1, 0.2])):
+        schedule.save(path)
+        schedule.save(path)
+    for name, stranger in STRANGERS.items():
+        place = tmp_path / name
+        stranger(place)
+        before = seen(tmp_path)
+        refused(lambda place=place: esl.Constant(0.25).save(place), "`path` must be where nothing")
+        assert seen(tmp_path) == before
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------

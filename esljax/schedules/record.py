@@ -130,11 +130,13 @@ def write(path: Any, content: dict[str, Any]) -> None:
 
 
 def _is_schedule(content: bytes) -> bool:
+    """Whether `write` wrote this: the kind of a schedule, laid out as it lays files out."""
     try:
         record = json.loads(content)
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and isinstance(record.get("kind"), str) and "dtype" in record
+    known = isinstance(record, dict) and isinstance(record.get("kind"), str)
+    return known and writing.as_json(record) == content
 
 
 def read(path: Any) -> Any:
