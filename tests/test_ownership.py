@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import stat
 
 import numpy as np
@@ -134,7 +133,7 @@ def test_a_figure_of_a_study_replaces_one_of_that_study_alone(study, tmp_path, c
 
 def test_a_refused_run_leaves_no_folder(tmp_path, capsys, recording):
     refused(capsys, "measure", tmp_path / "nowhere.npz", "--out", tmp_path / "a" / "b")
-    refused(capsys, "optimize", "--out", tmp_path / "a" / "b", "--devices", "99")
+    refused(capsys, "optimize", "--out", tmp_path / "a" / "b", "--resume", "--steps", "7")
     assert not (tmp_path / "a").exists()
 
 
@@ -219,8 +218,7 @@ def test_checkpoints_leave_what_is_theirs(tmp_path):
     (tmp_path / "3").rename(tmp_path.parent / "three")
     with pytest.warns(RuntimeWarning, match="4 .* cannot be written: .* is in the way"):
         counted(tmp_path)
-    assert {path.name for path in tmp_path.iterdir() if path.name.isdecimal()} == {"3", "6"}
-    shutil.rmtree(tmp_path / "3")
+    assert {path.name for path in tmp_path.iterdir() if path.name.isdecimal()} == {"5", "6"}
     (tmp_path.parent / "nine").rename(tmp_path / "9")
     (tmp_path.parent / "three").rename(tmp_path / "3")
     # A checkpoint of another program is skipped, and neither counted nor removed.
