@@ -222,8 +222,11 @@ def _foreign(argument: str, path: Path) -> InputError:
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they come back from a file, without those that change no number."""
     known = json.loads(json.dumps(_plain(settings)))
+    # What holds nothing says nothing: an earlier version may not have had that setting.
     return {
-        name: value for name, value in known.items() if value is not None and name not in _MANNERS
+        name: value
+        for name, value in known.items()
+        if value not in (None, []) and name not in _MANNERS
     }
 
 
@@ -241,7 +244,7 @@ def _digest(content: bytes) -> str:
 
 def _remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             folder.rmdir()
 
 
