@@ -5,7 +5,7 @@ from esljax.files.checkpoints import Checkpoints, alone, is_ours, remove_ours, s
 from esljax.files.companions import Selection, described
 from esljax.files.names import patterns
 from esljax.files.recordings import read, read_matrix
-from esljax.files.signals import TERMINATED, Terminated, ended, uninterrupted
+from esljax.files.signals import TERMINATED, Terminated, deaf, ended, uninterrupted
 
 __all__ = [
     "TERMINATED",
@@ -13,6 +13,7 @@ __all__ = [
     "Selection",
     "Terminated",
     "alone",
+    "deaf",
     "described",
     "ended",
     "is_ours",

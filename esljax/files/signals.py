@@ -72,6 +72,16 @@ def ended() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Drop Ctrl-C, SIGTERM and SIGHUP: what they ask for is being done."""
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, *endings()):
+            if callable(signal.getsignal(number)):
+                stack.enter_context(handling(number, lambda *_: None))
+        yield
+
+
+@contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Delay Ctrl-C, SIGTERM and SIGHUP until what is being written is complete."""
     arrived: list[int] = []
