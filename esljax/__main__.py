@@ -15,31 +15,35 @@ def main() -> None:
     """Run the command line and exit with its code."""
     _open_streams()
     # Importing takes seconds, in which there is nothing to save and nothing to say but this.
-    handlers = _on_signals(
-        lambda number: _quit(_code(number), "ended before it began; nothing was written.")
-    )
+    _on_signals(lambda number: _quit(_code(number), "ended before it began; nothing was written."))
     try:
         from esljax.command import main as run
     except (ImportError, ValueError, RuntimeError, OSError) as error:
         # A library does not start with a setting of the environment, or is not installed whole.
         reason = " ".join(str(error).split())
         _quit(_BAD_INPUT, f"a library does not start ({type(error).__name__}: {reason}).")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    code = run()
-    # All is written and said: a second Ctrl-C only hurries the end.
-    _on_signals(lambda number: os._exit(code))
+    # The command has handlers of its own. Before and after it, another signal hurries the end.
+    _on_signals(lambda number: os._exit(_code(number)))
+    try:
+        code = run()
+    except KeyboardInterrupt:  # a second one, in the moment in which the first was answered
+        code = _CODES["SIGINT"]
+    if hasattr(signal, "pthread_sigmask"):
+        # All is written and said. At its very end, Python has no handlers, and a signal would
+        # change the exit code.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _signals())
     sys.exit(code)
 
 
-def _on_signals(act: Any) -> dict[Any, Any]:
-    """Handle the signals that end a command, and return the handlers of before.
-
-    Those that the caller ignores, as `nohup` does, stay ignored.
-    """
+def _signals() -> list[signal.Signals]:
+    """The signals that end a command. Those that the caller ignores (`nohup`) stay ignored."""
     known = [getattr(signal, name) for name in _CODES if hasattr(signal, name)]
-    ours = [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, lambda number, _: act(number)) for number in ours}
+    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _on_signals(act: Any) -> None:
+    for number in _signals():
+        signal.signal(number, lambda number, _: act(number))
 
 
 def _code(number: int) -> int:
