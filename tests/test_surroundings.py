@@ -291,3 +291,56 @@ def test_every_signal_is_one_line_and_its_code(tmp_path, environment, number, co
     assert process.returncode == code
     assert error.startswith("esljax: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_while_libraries_load_is_one_line_and_its_code(tmp_path, number, code):
+    (tmp_path / "jax.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(1000)")
+    root = os.path.dirname(os.path.dirname(esl.__file__))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "esljax", "check"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(number)
+        _, error = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == code
+    assert error == "esljax: ended before it began; nothing was written.\n"
+
+
+def test_a_library_that_does_not_start_is_one_sentence(tmp_path):
+    (tmp_path / "jax.py").write_text("raise ValueError('no setting\\nof mine')")
+    root = os.path.dirname(os.path.dirname(esl.__file__))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    codes = {"-m": 2, "-c": 1}
+    for how, code in codes.items():
+        done = subprocess.run(
+            [sys.executable, how, "esljax" if how == "-m" else "import esljax", "check"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert done.returncode == code
+        assert ("Traceback" in done.stderr) == (how == "-c"), "a program of a user is its own"
+    assert (
+        "esljax: a library does not start (ValueError: no setting of mine)"
+        in subprocess.run(
+            [sys.executable, "-m", "esljax"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        ).stderr
+    )
