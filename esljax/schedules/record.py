@@ -110,11 +110,11 @@ def name_of(kind: type) -> str:
     return name if module.startswith(__name__.rpartition(".")[0]) else f"{module}.{name}"
 
 
-_SIGNED: dict[str, Any] = {"config": {}}
-
-
 def write(path: Any, content: dict[str, Any]) -> None:
-    """Write `content` to a file at once. **Raises:** `InputError` if that fails."""
+    """Write `content` to a file at once, in the place of none or of another schedule.
+
+    **Raises:** `InputError` if that fails, or if something else is there.
+    """
     if not isinstance(path, str | Path):
         raise refuse("path", "be the path of a file", f"is {in_words(path)}")
     path = Path(path)
@@ -122,12 +122,21 @@ def write(path: Any, content: dict[str, Any]) -> None:
         raise refuse("schedule", "be finite to be saved", "has numbers that are not")
     storage.make_folder(path.parent, "path")
     try:
-        # What says that the file is of this package, which replaces no others.
-        writing.write_json(path, {**content, **_SIGNED, "versions": storage.versions()}, "path")
+        writing.replace(path, writing.as_json(content), argument="path", ours=_is_schedule)
     except OSError as error:
         raise refuse(
             "path", "be a file that can be written", f"{path} gives: {error.strerror}"
         ) from error
+
+
+def _is_schedule(content: bytes) -> bool:
+    """Whether `write` wrote this: the kind of a schedule, laid out as it lays files out."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    known = isinstance(record, dict) and isinstance(record.get("kind"), str)
+    return known and writing.as_json(record) == content
 
 
 def read(path: Any) -> Any:
@@ -141,12 +150,9 @@ def read(path: Any) -> Any:
     except ValueError as error:
         raise wrong_file(path)(f"is no text ({first_sentence(error)})") from error
     try:
-        content = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise wrong_file(path)(f"is no valid JSON ({first_sentence(error)})") from error
-    if isinstance(content, dict) and "versions" in content and content.items() >= _SIGNED.items():
-        content = {k: x for k, x in content.items() if k not in (*_SIGNED, "versions")}
-    return content
 
 
 def wrong_file(path: Any) -> Problem:
