@@ -58,7 +58,7 @@ FENCES = {
     "flax": {"potentials"},
     "sklearn": {"potentials"},
     "ott": {"transport"},
-    "optax": {"optimization", "density", "velocity"},
+    "optax": {"optimization", "density", "velocity", "gaussian"},
     "flowjax": {"density"},
     "scipy": {"experiment", "measures"},
     "tomli_w": {"files"},
