@@ -26,7 +26,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_finite, check_nonnegative, check_positive_int, known, refuse
+from esljax._checks import check_finite, check_nonnegative, check_positive_int, door, known, refuse
 from esljax._numerics import product, safe_divide, safe_root, sqrtm
 from esljax._types import Array, Float, Scalar
 from esljax.gaussian.drift import HasSchedules, HasStiffness, drift_of, schedules_of
@@ -61,6 +61,7 @@ class Descent(eqx.Module):
         return f"final loss {float(self.final_loss):.6g}\n{self.report}"
 
 
+@door
 def descent(
     law: AnyLaw,
     potential: HasStiffness,

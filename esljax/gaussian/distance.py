@@ -2,12 +2,13 @@
 
 import jax.numpy as jnp
 
-from esljax._checks import as_float, check_positive, refuse
+from esljax._checks import as_float, check_positive, door, refuse
 from esljax._numerics import product, sqrtm
 from esljax._types import Scalar, ScalarLike
 from esljax.gaussian.law import AnyLaw
 
 
+@door
 def w2_squared(start: AnyLaw, end: AnyLaw) -> Scalar:
     r"""The squared Wasserstein distance between two Gaussian laws, in closed form.
 
@@ -31,6 +32,7 @@ def w2_squared(start: AnyLaw, end: AnyLaw) -> Scalar:
     return distance(start, end)
 
 
+@door
 def entropic_transport(start: AnyLaw, end: AnyLaw, *, epsilon: ScalarLike) -> Scalar:
     r"""The entropic transport cost between two Gaussian laws, in closed form.
 
@@ -56,6 +58,7 @@ def entropic_transport(start: AnyLaw, end: AnyLaw, *, epsilon: ScalarLike) -> Sc
     return _entropic(start, end, epsilon)
 
 
+@door
 def sinkhorn_divergence(start: AnyLaw, end: AnyLaw, *, epsilon: ScalarLike) -> Scalar:
     r"""The debiased entropic transport cost between two Gaussian laws, in closed form.
 

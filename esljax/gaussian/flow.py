@@ -32,7 +32,7 @@ from esljax._numerics import exponential, lyapunov
 from esljax._types import Array, Float, Scalar
 from esljax.gaussian.drift import HasSchedules, HasStiffness, drift_of, schedules_of
 from esljax.gaussian.law import AnyLaw, Law
-from esljax.schedules import Knots, WarmupStableDecay
+from esljax.schedules import AbstractSchedule
 
 # The largest x = ‖K‖Δu of a panel: twelve nodes follow e^{2Ku} to 2 I₁₂(x) eˣ, which is 4e-8 at
 # x = 2 and .001 already at x = 4.
@@ -194,20 +194,12 @@ def _edges(panels: int, schedules: tuple[Any, ...]) -> Float[Array, " edges"]:
     the first panel.
     """
     fixed = [np.linspace(0, 1, panels + 1), 0.5 ** np.arange(1, 17) / panels]
-    fixed += [
-        np.linspace(0, 1, schedule.parameters.size)
-        for schedule in schedules
-        if isinstance(schedule, Knots)
+    corners = [
+        schedule.corners() for schedule in schedules if isinstance(schedule, AbstractSchedule)
     ]
-    moving = [
-        x
-        for schedule in schedules
-        if isinstance(schedule, WarmupStableDecay)
-        for x in (schedule.warmup, 1 - schedule.decay)
-    ]
-    return jnp.sort(
-        jnp.concatenate([np.unique(np.concatenate(fixed).round(12)), jnp.asarray(moving)])
-    )
+    fixed += [times for times in corners if isinstance(times, np.ndarray)]
+    moving = [times for times in corners if not isinstance(times, np.ndarray)]
+    return jnp.sort(jnp.concatenate([np.unique(np.concatenate(fixed).round(12)), *moving]))
 
 
 def _check_spread(law: AnyLaw, temperature: Scalar) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from esljax._checks import as_float, check_positive, check_positive_int, known, refuse
+from esljax._checks import as_float, check_positive, check_positive_int, door, known, refuse
 from esljax._types import Array, Float, Int, ScalarLike
 from esljax.gaussian.descent import AbstractMotion, controls_of, motion_of, path_of
 from esljax.gaussian.drift import HasStiffness, Schedules
@@ -70,6 +70,7 @@ class Front(eqx.Module):
         return table(rows, align="rrrrl")
 
 
+@door
 def front(
     law: AnyLaw,
     potential: HasStiffness,

@@ -102,7 +102,7 @@ class Independent(eqx.Module):
     @property
     def covariance(self) -> Float[Array, "*steps d d"]:
         """C as a matrix, shape (d, d), in units of θ²; of the laws of several steps (J, d, d)."""
-        return self.variance[..., None] * jnp.eye(self.mean.shape[-1], dtype=self.variance.dtype)
+        return jnp.vectorize(jnp.diag, signature="(d)->(d,d)")(self.variance)
 
 
 AnyLaw = Law | Independent

@@ -11,6 +11,7 @@ from esljax._checks import (
     check_nonnegative,
     check_positive,
     check_positive_int,
+    door,
     known,
     refuse,
 )
@@ -34,6 +35,7 @@ from esljax.measures import SpeedLimit
 from esljax.schedules import Constant, Knots
 
 
+@door
 def speed_limit(
     law: AnyLaw, potential: HasStiffness, rule: HasSchedules, *, steps: int, panels: int = 64
 ) -> SpeedLimit:
@@ -44,8 +46,8 @@ def speed_limit(
     - `potential`: has `stiffness` (a number, (d,), or (d, d), not necessarily symmetric) and
       `center` (a number or (d,)), such as `Quadratic`.
     - `rule`: has `learning_rate` (per step) and `temperature` (units of the potential), schedules
-      on s ∈ [0, 1], such as `Langevin`. They must be smooth, apart from the corners of `Knots` and
-      `WarmupStableDecay`, at which panels end.
+      on s ∈ [0, 1], such as `Langevin`. They must be smooth, apart from their `corners`, at which
+      panels end; a function has none.
     - `steps`: K; the mobility is K · learning_rate(s).
     - `panels`: the least number of panels of equal length. The stiffness (an upper bound of its
       norm) times the learning time of a panel must not exceed 2: by default, at a constant rate,
@@ -75,6 +77,7 @@ def speed_limit(
     return report
 
 
+@door
 def laws(
     law: AnyLaw,
     potential: HasStiffness,
@@ -111,6 +114,7 @@ def laws(
     return path
 
 
+@door
 def optimal_learning_rate(
     law: AnyLaw,
     potential: HasStiffness,
