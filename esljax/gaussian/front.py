@@ -20,13 +20,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from esljax._checks import as_float, check_positive, check_positive_int, door, known, refuse
+from esljax._checks import (
+    as_float,
+    check_finite,
+    check_nonnegative,
+    check_positive,
+    check_positive_int,
+    door,
+    known,
+    refuse,
+)
 from esljax._types import Array, Float, Int, ScalarLike
-from esljax.gaussian.descent import AbstractMotion, controls_of, motion_of, path_of
-from esljax.gaussian.drift import HasStiffness, Schedules
+from esljax.gaussian.descent import AbstractMotion, motion_of, path_of
+from esljax.gaussian.drift import HasStiffness
 from esljax.gaussian.law import AnyLaw
 from esljax.results import table
-from esljax.schedules import Constant, Knots
+from esljax.schedules import Knots, as_schedule
 
 
 class Front(eqx.Module):
@@ -111,7 +120,8 @@ def front(
         >>> start = esl.gaussian.Independent(jnp.ones(10), 0.0)
         >>> noisy = esl.Quadratic(spectrum, gradient_noise=spectrum)
         >>> front = esl.gaussian.front(start, noisy, steps=50, weights=[0.3], knots=5)
-        >>> print(front.rates.round(2))
+        >>> [round(float(rate), 2) for rate in front.rates[0]]
+        [0.08, 0.23, 0.23, 0.11, 0.06]
     """
     check_positive_int("steps", steps)
     check_positive_int("knots", knots, minimum=2)
@@ -130,7 +140,11 @@ def front(
     if cap.ndim:
         raise refuse("largest_rate", "be a number", f"has shape {cap.shape}")
     check_positive("largest_rate", cap)
-    _, heats = controls_of(Schedules(Constant(0.0), temperature), steps)
+    heats = as_schedule(temperature, "temperature").rates(steps)
+    if heats.shape != (steps,):
+        raise refuse("temperature", "be one number at each time", f"has shape {heats.shape[1:]}")
+    check_finite("temperature", heats)
+    check_nonnegative("temperature", heats)
     search = _Search(motion, cap.astype(motion.mean.dtype), heats, knots, iterations)
     return _front(search, wanted.astype(motion.mean.dtype), targets is not None)
 
