@@ -202,29 +202,29 @@ def test_a_batch_is_one_draw(noise, x64):
 def test_all_ways_to_differentiate_a_noisy_run_agree(x64):
     start = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)))
 
+    @eqx.filter_jit
     def value(leaves, gradient):
-        rule, noise, stiffness, start = leaves
-        noisy = esl.Quadratic(stiffness, CENTER, gradient_noise=noise)
+        rate, noise, stiffness, start = leaves
+        noisy, rule = (
+            esl.Quadratic(stiffness, CENTER, gradient_noise=noise),
+            esl.Langevin(rate, 0.2),
+        )
         path = esl.simulate(
-            noisy, rule, start, steps=8, snapshots=2, key=jax.random.key(1), gradient=gradient
+            noisy, rule, start, steps=4, snapshots=2, key=jax.random.key(1), gradient=gradient
         )
         return jnp.sum(jnp.sin(path.final)) + jnp.sum(path.energies[1])
 
-    leaves = esl.Langevin(esl.Knots([0.1, 0.3]), 0.2), jnp.asarray(NOISE), SPECTRUM, start
-    leaves = jax.tree.map(jnp.asarray, leaves)
-    plain = jax.grad(value)(leaves, esl.Autodiff())
-    for gradient in (esl.HessianAdjoint(), esl.HessianAdjoint(recompute=True)):
-        for found, truth in zip(
-            *map(jax.tree.leaves, (jax.grad(value)(leaves, gradient), plain)), strict=True
-        ):
-            np.testing.assert_allclose(found, truth, rtol=1e-9, atol=1e-12)
-    direction = jnp.asarray(np.ones((3, 3)))
+    leaves = tuple(map(jnp.asarray, (0.2, [0.5, 0.1, 0.3], SPECTRUM, start)))
+    slope = eqx.filter_jit(jax.grad(value))
+    plain, adjoint = (slope(leaves, x) for x in (esl.Autodiff(), esl.HessianAdjoint(True)))
+    for found, truth in zip(adjoint, plain, strict=True):
+        np.testing.assert_allclose(found, truth, rtol=1e-9, atol=1e-12)
 
     def along(t):
-        return value((leaves[0], leaves[1] + t * direction, *leaves[2:]), esl.Autodiff())
+        return value((leaves[0], leaves[1] + t, *leaves[2:]), esl.Autodiff())
 
     difference = (along(1e-5) - along(-1e-5)) / 2e-5
-    np.testing.assert_allclose(jnp.sum(plain[1] * direction), difference, rtol=1e-6)
+    np.testing.assert_allclose(jnp.sum(plain[1]), difference, rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_with_noise_the_best_rate_warms_up_holds_and_cools_down(power):
         assert 0 < top < 7
         assert (np.diff(rates)[:top] > 0).all()
         assert (np.diff(rates)[top:] < 0).all()
-        assert max(rates[0], rates[-1]) < rates[top] / 3
+        assert max(rates[0], rates[-1]) < rates[top] / 2
     # More Σ buys less loss, at the slope that the weights say.
     loss, sigma = np.log(found.final_loss), np.log(found.entropy_production)
     assert (np.diff(loss) > 0).all()
@@ -299,7 +299,7 @@ def test_a_point_is_stationary_and_below_the_usual_shapes(x64):
     start, noisy = power_law(12, 1.0)
     found = front(start, noisy, steps=60, weights=[0.3], knots=8)
     again = front(start, noisy, steps=60, targets=found.final_loss, knots=8)
-    np.testing.assert_allclose(again.entropy_production, found.entropy_production, rtol=1e-5)
+    np.testing.assert_allclose(again.entropy_production, found.entropy_production, rtol=1e-6)
     np.testing.assert_allclose(again.weights, 0.3, rtol=1e-3)
 
     @eqx.filter_jit

@@ -149,9 +149,10 @@ def front(
     return _front(search, wanted.astype(motion.mean.dtype), targets is not None)
 
 
-# Rounds of the multiplier of one target, and the weight of its squared residual. With log Σ of
-# curvature of order one a round divides the residual by about the weight.
-_ROUNDS, _PENALTY = 8, 10.0
+# Rounds of the multiplier of one target, and the weight p of its squared residual. With the
+# curvature κ of log Σ along the front a round divides the residual by 1 + p/κ; κ is of order ten
+# near the floor that noise sets to the loss.
+_ROUNDS, _PENALTY = 8, 100.0
 
 
 class _Goal(NamedTuple):
