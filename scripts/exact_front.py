@@ -53,11 +53,11 @@ def of_shapes(start: Any, potential: esl.Quadratic, steps: int, weights: Any) ->
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    parser = timing.parser(__doc__.splitlines()[0])
+    parser = timing.parser("The front of loss and Σ of noisy quadratics, exactly.")
     parser.add_argument("--figure", type=Path, help="where to draw the schedules of the fronts")
     arguments = parser.parse_args(argv)
     smoke = arguments.smoke
-    modes, steps, weights = (6, 20, [0.2, 0.4]) if smoke else (100, 400, np.linspace(0.1, 0.6, 6))
+    modes, steps, weights = (6, 20, [0.2, 0.4]) if smoke else (100, 400, [0.1, 0.15, 0.2, 0.3, 0.4])
     rows = []
     for power, noise in [(1.0, 1.0)] if smoke else [(1.0, 0.1), (1.0, 1.0), (1.5, 1.0), (0.8, 1.0)]:
         spectrum = jnp.arange(1.0, modes + 1) ** -power
@@ -92,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 "w2_squared": front.w2_squared.tolist(),
                 "converged": front.converged.tolist(),
                 "rates": front.rates.tolist(),
-                "above": {name: values.tolist() for name, values in above.items()},
+                "above": {
+                    name: [value if np.isfinite(value) else None for value in values.tolist()]
+                    for name, values in above.items()
+                },
             }
         )
     if arguments.figure is not None:
@@ -114,13 +117,15 @@ def draw(rows: list[dict[str, Any]]) -> matplotlib.figure.Figure:
     figure = matplotlib.figure.Figure(figsize=(3.2 * len(rows), 2.6))
     for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
         for i, rates in enumerate(row["rates"]):
+            if not row["converged"][i]:
+                continue
             shade = f"{0.8 * i / len(row['rates']):.2f}"
             loss = row["final_loss"][i]
             axes.plot(np.linspace(0, 1, len(rates)), rates, color=shade, label=f"loss {loss:.3g}")
         axes.set_title(f"k = i^-{row['power']:g}, C = {row['noise']:g} diag(k)", fontsize=9)
         axes.set_xlabel("training time s")
         axes.set_ylabel("learning rate")
-        axes.set_yscale("log")
+        axes.set_ylim(bottom=0)
         axes.legend(fontsize=6, frameon=False)
     figure.tight_layout()
     return figure

@@ -318,6 +318,14 @@ def test_a_point_is_stationary_and_below_the_usual_shapes(x64):
         assert peaks[inside] > float(value), "the local minimum, not the run that does not move"
 
 
+def test_a_weight_without_a_minimum_is_said_and_harms_no_other():
+    found = front(*power_law(12, 1.0), steps=60, weights=[0.3, 3.0, 0.2], knots=8)
+    assert found.converged.tolist() == [True, False, True]
+    alone = front(*power_law(12, 1.0), steps=60, weights=[0.3, 0.3, 0.2], knots=8)
+    np.testing.assert_allclose(found.final_loss[2], alone.final_loss[2], rtol=1e-4)
+    assert [("no minimum found" in line) for line in str(found).splitlines()[1:]] == [0, 1, 0]
+
+
 # --- Bad input ------------------------------------------------------------------------------------
 
 

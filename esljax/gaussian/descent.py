@@ -74,7 +74,7 @@ def descent(
 
     **Args:**
     - `law`: the law at s = 0. With `Independent`, and no matrices in the potential, a step costs d
-      operations: 1000 coordinates and 1000 steps take some 10 ms.
+      operations: 1000 coordinates and 1000 steps take about a tenth of a second.
     - `potential`: has `stiffness`, `center` and, if its gradient is noisy, `gradient_noise`, such
       as `Quadratic`.
     - `rule`: has `learning_rate` (per step) and `temperature` (units of the potential), such as

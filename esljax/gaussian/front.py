@@ -55,8 +55,9 @@ class Front(eqx.Module):
     rates: Float[Array, "P m"]
     """The learning rates at the knots of each point, evenly spaced over training time."""
     converged: Array
-    """Whether each search ended at a stationary point, and at its target if it has one: booleans,
-    shape (P,)."""
+    """Whether each search ended at a stationary point below the loss of the start, and at its
+    target if it has one: booleans, shape (P,). Where the front is nowhere as steep as a weight,
+    there is no such point; the next search starts from the last one that there was."""
     iterations: Int[Array, " P"]
     """The steps of L-BFGS of each point."""
 
@@ -74,7 +75,7 @@ class Front(eqx.Module):
             zip(*columns, strict=True), self.rates, self.converged, strict=True
         ):
             knots = " ".join(f"{float(rate):.3g}" for rate in rates)
-            note = "" if good else "  (not converged)"
+            note = "" if good else "  (no minimum found)"
             rows.append((*(f"{float(x):.4g}" for x in numbers), knots + note))
         return table(rows, align="rrrrl")
 
@@ -255,8 +256,12 @@ def _front(search: _Search, wanted: Float[Array, " P"], by_target: bool) -> Fron
     find = search.of_target if by_target else search.of_weight
 
     def point(z, one):
-        z, *found = find(z, one)
-        return z, (z, *found)
+        there, weight, met, count = find(z, one)
+        # Where there is no minimum the search runs off, to no motion or to rates that blow up.
+        met &= search.numbers(there)[0] < search.motion.loss(
+            search.motion.mean, search.motion.spread
+        )
+        return jnp.where(met, there, z), (there, weight, met, count)
 
     _, (z, weights, converged, iterations) = jax.lax.scan(
         point, search.start(wanted, by_target), wanted
