@@ -68,8 +68,9 @@ def output(command: str, folder, capsys, *more: str) -> tuple[int, str, str]:
 
 def test_a_store_of_other_versions_is_not_resumed(folder, refused):
     """Its numbers may differ from those of the installed versions."""
-    attributes = zarr.open_group(folder / "study.zarr").attrs
-    attributes["versions"] = json.dumps({**json.loads(attributes["versions"]), "flax": "0.1"})
+    store = study_store.StudyStore(folder / "study.zarr", zarr.open_group(folder / "study.zarr"))
+    versions = json.loads(store.attributes["versions"])
+    store.record(versions=json.dumps({**versions, "flax": "0.1"}))
     study = esl.study.Study.from_toml(folder / "study.toml")
     refused(
         lambda: esl.study.run_study(study, folder / "study.zarr", executor=Idle()),
@@ -244,7 +245,7 @@ def test_a_store_of_another_layout_is_rejected(tmp_path, refused):
     store_of_0_1(tmp_path / "study.zarr", version=0)
     refused(
         lambda: esl.study.open_study(tmp_path / "study.zarr"),
-        "`path` must be a store with layout 1, but .*study.zarr has layout 0: read it with",
+        "`path` must be a store with layout 1 or 2, but .*study.zarr has layout 0: read it with",
     )
 
 
