@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from esljax._checks import (
     as_float,
     check_choice,
+    check_fits,
     check_positive,
     check_positive_int,
     in_words,
@@ -66,6 +67,8 @@ class AbstractSchedule(eqx.Module):
         **Differentiation:** forward and reverse, in every floating leaf.
         """
         check_positive_int("steps", steps)
+        kept = 4 * steps * jnp.result_type(float).itemsize
+        check_fits("steps", kept, f"the rates of {steps:,} steps", "take fewer steps")
         times = jnp.arange(steps, dtype=jnp.result_type(float)) / steps
         return jax.vmap(self.over(steps))(times)
 

@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-import zarr
 from damages import copied, damage
-from studies import Idle
 
 import esljax as esl
 from esljax.command import cli
@@ -60,9 +58,10 @@ def answer(call, path):
     try:
         return call()
     except esl.InputError as error:
-        assert "\n" not in str(error)
-        assert str(path) in str(error), error
-        return None
+        sentence = str(error)
+    assert "\n" not in sentence
+    assert str(path) in sentence
+    return None
 
 
 def commanded(command, path, capfd) -> tuple[int, str] | None:

@@ -17,7 +17,7 @@ import rich.progress
 import rich.table
 from jax.sharding import Mesh
 
-from esljax._checks import InputError, first_sentence, refuse
+from esljax._checks import InputError, first_sentence, memory_of_a_device, refuse
 from esljax.command.settings import (
     DONE,
     FAILED,
@@ -36,7 +36,6 @@ from esljax.experiment import (
     compare,
     enable,
     make_problem,
-    memory_of_a_device,
     ratio,
     usual_shapes,
 )

@@ -24,13 +24,7 @@ from esljax.experiment.comparison import (
     ratio,
     usual_shapes,
 )
-from esljax.experiment.memory import (
-    Plan,
-    memory_of_a_device,
-    memory_of_the_machine,
-    plan_memory,
-    size,
-)
+from esljax.experiment.memory import Plan, plan_memory
 from esljax.experiment.runs import (
     NUMBERS,
     QUANTITIES,
@@ -109,9 +103,7 @@ __all__ = [
     "make_problem",
     "make_transport",
     "match_endpoint",
-    "memory_of_a_device",
     "memory_of_a_run",
-    "memory_of_the_machine",
     "number_names",
     "plain",
     "plan_memory",
@@ -119,7 +111,6 @@ __all__ = [
     "read_toml",
     "run",
     "shape_of",
-    "size",
     "usual_shapes",
     "work",
 ]

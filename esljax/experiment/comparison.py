@@ -19,7 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from esljax._checks import InputError, check_key, check_positive, check_positive_int, refuse
+from esljax._checks import (
+    InputError,
+    check_fits,
+    check_key,
+    check_positive,
+    check_positive_int,
+    refuse,
+)
 from esljax._types import Array, Float, Key, Keys, Scalar
 from esljax.experiment.memory import Plan, plan_memory
 from esljax.experiment.settings import RISING, SCHEDULES
@@ -336,6 +343,9 @@ def compare(
     shapes = usual_shapes() if shapes is None else dict(shapes)
     watcher = _Unwatched() if watcher is None else watcher
     _check_settings(rate, key, target, shapes, counts)
+    for name, count in counts.items():
+        # Of a knot value, slope and two moments of the search; of a run a key and its numbers.
+        check_fits(name, 64.0 * count, f"{count:,} {name}", f"take fewer {name}")
     about = {name: getattr(problem, name) for name in _PARTS}
     about |= {**counts, "rate": rate, "key": key, "target": target, "shapes": shapes}
     # The first key is the caller's, as documented.

@@ -25,7 +25,7 @@ from esljax.measures.velocities import MemberRates, from_velocities, member_rate
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, replicate
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
-from esljax.transport import AbstractTransport, check_transport
+from esljax.transport import AbstractTransport, check_room, check_transport
 from esljax.velocity import AbstractVelocity
 
 
@@ -210,6 +210,7 @@ def _check_pair(
 ) -> None:
     n, d = trajectory.positions.shape[-2:]
     check_transport("transport", transport, n, d, trajectory.positions.dtype)
+    check_room(transport, n, d, trajectory.positions.dtype)
     if velocity is None:
         if potential is not None:
             raise refuse(

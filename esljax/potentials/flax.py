@@ -17,6 +17,7 @@ from esljax._checks import (
     as_float,
     check_choice,
     check_finite,
+    check_fits,
     check_nonnegative,
     check_positive_int,
     first_sentence,
@@ -160,6 +161,13 @@ class FlaxLoss(AbstractPotential):
         **Returns:** shape (n, d).
         """
         check_positive_int("members", members)
+        member: Any = jax.eval_shape(self.network.initialize, key)
+        check_fits(
+            "members",
+            2 * members * member.size * member.dtype.itemsize,
+            f"{members:,} members of {member.size:,} numbers",
+            "take fewer members or a smaller network",
+        )
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(members))
         return jax.vmap(self.network.initialize)(keys)
 

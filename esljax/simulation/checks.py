@@ -1,5 +1,6 @@
 """Reject what cannot run, in one sentence and before anything is computed."""
 
+import math
 from typing import Any
 
 import jax
@@ -48,7 +49,8 @@ def check_links(steps: int, snapshots: int) -> None:
     check_positive_int("steps", steps)
     check_positive_int("snapshots", snapshots)
     if steps % snapshots:
-        divisors = [j for j in range(1, steps + 1) if steps % j == 0]
+        low = [j for j in range(1, math.isqrt(steps) + 1) if steps % j == 0]
+        divisors = [*low, *(steps // j for j in reversed(low))]
         near = [
             *[j for j in divisors if j < snapshots][-1:],
             *[j for j in divisors if j > snapshots][:1],

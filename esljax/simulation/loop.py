@@ -7,6 +7,7 @@ on snapshots, recomputation, the way of differentiating, or the devices that the
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from esljax._checks import (
     check_finite,
+    check_fits,
     check_key,
     check_kind,
     check_nonnegative,
@@ -280,6 +282,7 @@ def simulate(
     run = Run(potential, rule, key, observe, gradient, steps)
     check_links(steps, snapshots)
     mesh = choose_mesh(mesh, start)
+    _check_room(run, start, snapshots, 1 if mesh is None else mesh.size)
     run, spread = bring(run, mesh), shard_members(start, mesh)
     if checkpoints is None:
         path = _at_once(run, spread, snapshots)
@@ -299,6 +302,22 @@ def simulate(
             about["work"] = "counted"
         path = _link_by_link(run, spread, snapshots, checkpoints, about)
     return laid(path, mesh)
+
+
+def _check_room(run: Run, start: Array, snapshots: int, devices: int) -> None:
+    """Reject a history, or rates, that this machine cannot hold, before anything is computed."""
+    n, d = start.shape
+    member = jax.ShapeDtypeStruct((d,), start.dtype)
+    p = d if run.observe is None else math.prod(jax.eval_shape(run.observe, member).shape)
+    check_fits(
+        "snapshots",
+        2 * (snapshots + 1) * n * p * start.dtype.itemsize,
+        f"{snapshots + 1:,} snapshots of {n:,} members of {p:,} numbers",
+        "keep fewer snapshots or members, or a few numbers of each member by `observe`",
+        devices,
+    )
+    kept = 8 * run.steps * start.dtype.itemsize
+    check_fits("steps", kept, f"the rates and times of {run.steps:,} steps", "take fewer steps")
 
 
 @eqx.filter_jit

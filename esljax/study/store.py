@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esljax._checks import InputError, first_sentence, refuse
+from esljax._checks import InputError, first_sentence, memory_of_the_machine, refuse, size
 from esljax.experiment import (
     QUANTITIES,
     WITH_ERROR,
@@ -29,9 +29,7 @@ from esljax.experiment import (
     Rows,
     RunConfig,
     memory_of_a_run,
-    memory_of_the_machine,
     number_names,
-    size,
 )
 from esljax.files import storage
 from esljax.study.description import Slice, Study

@@ -1,6 +1,12 @@
 """W2²: the squared Wasserstein distance between two ensembles."""
 
-from esljax.transport.base import AbstractTransport, Solution, check_transport, solution_of
+from esljax.transport.base import (
+    AbstractTransport,
+    Solution,
+    check_room,
+    check_transport,
+    solution_of,
+)
 from esljax.transport.coordinates import (
     AbstractWrappedTransport,
     MappedTransport,
@@ -23,6 +29,7 @@ __all__ = [
     "SinkhornTransport",
     "SlicedTransport",
     "Solution",
+    "check_room",
     "check_transport",
     "principal_directions",
     "random_directions",

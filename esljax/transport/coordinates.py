@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import as_float, check_key, check_positive_int, refuse
+from esljax._checks import as_float, check_fits, check_key, check_positive_int, refuse
 from esljax._numerics import product
 from esljax._types import Array, ArrayLike, Float, Key
 from esljax.transport.base import AbstractTransport, Solution, check_is_transport
@@ -243,6 +243,8 @@ def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]
     check_positive_int("d", d)
     check_key("key", key)
     _check_coordinates(coordinates, d, d)
+    words = f"{coordinates:,} directions of {d:,} numbers"
+    check_fits("coordinates", 12.0 * d * coordinates, words, "take fewer coordinates")
     normal = jax.random.normal(key, (d, coordinates), jnp.float32).astype(jnp.result_type(float))
     upper: Any
     directions, upper = jnp.linalg.qr(normal)

@@ -10,7 +10,7 @@ from esljax._checks import refuse
 from esljax._types import Array, Float
 from esljax.sharding import keep
 from esljax.transport._ott import ott
-from esljax.transport.base import AbstractTransport, Solution, solution
+from esljax.transport.base import AbstractTransport, Solution, check_room, solution
 
 
 class ExactTransport(AbstractTransport):
@@ -64,6 +64,7 @@ class ExactTransport(AbstractTransport):
         """
         if len(x) != len(y):
             raise refuse("y", f"hold {len(x)} members, as `x` does", f"holds {len(y)}")
+        check_room(self, x.shape[0], x.shape[1], x.dtype)
         i, j = (
             (jnp.argsort(x[:, 0]), jnp.argsort(y[:, 0]))
             if x.shape[1] == 1
