@@ -32,6 +32,7 @@ from esljax._checks import (
     check_finite,
     check_nonnegative,
     check_positive,
+    check_fits,
     check_positive_int,
     in_words,
     known,
@@ -337,6 +338,7 @@ def optimal_learning_rate(
     check_positive("learning_time", learning_time)
     check_positive_int("steps", steps)
     check_positive_int("knots", knots, minimum=2)
+    check_fits("knots", 16.0 * knots, f"{knots:,} knots", "take fewer knots")
     run = _run(law, potential, _Rule(Constant(learning_time), Constant(temperature)), 1, panels)
     rates, exponent = _constant_speed(run, knots)
     _check_resolved(exponent, panels)
@@ -575,6 +577,11 @@ def _collocation(nodes: int = 12) -> tuple[np.ndarray, np.ndarray]:
 def _run(law: Law, potential: HasStiffness, rule: HasSchedules, steps: int, panels: int) -> _Run:
     check_positive_int("steps", steps)
     check_positive_int("panels", panels)
+    d = law.mean.size
+    # Positions and products of matrices at twelve nodes of each panel.
+    kept = 8.0 * panels * 12 * (2 * d**2 + d)
+    words = f"{panels:,} panels of a law in {d:,} dimensions"
+    check_fits("panels", kept, words, "take fewer panels")
     if not isinstance(potential, HasStiffness):
         must = "have a stiffness and a center, as Quadratic(1.0) has"
         raise refuse("potential", must, f"is {in_words(potential)}")

@@ -40,7 +40,7 @@ from esljax.experiment import (
     usual_shapes,
 )
 from esljax.figures import plot_schedules, plot_speed_limit
-from esljax.files import Checkpoints, Terminated, alone, storage
+from esljax.files import Checkpoints, Terminated, alone, storage, watch_processes
 from esljax.optimization import Iteration
 from esljax.results import concise
 from esljax.sharding import member_mesh
@@ -133,6 +133,7 @@ def _join(config: OptimizeConfig) -> None:
             "find the other processes from the environment or the flags",
             f"fails: {first_sentence(error)}",
         ) from error
+    watch_processes()
 
 
 def _mesh(config: OptimizeConfig) -> Mesh | None:

@@ -2,9 +2,11 @@
 
 from esljax.files import recordings, storage
 from esljax.files.checkpoints import TERMINATED, Checkpoints, Terminated, alone, session
+from esljax.files.processes import LOST_PROCESS, watch_processes
 from esljax.files.recordings import read, read_matrix
 
 __all__ = [
+    "LOST_PROCESS",
     "TERMINATED",
     "Checkpoints",
     "Terminated",
@@ -14,4 +16,5 @@ __all__ = [
     "recordings",
     "session",
     "storage",
+    "watch_processes",
 ]

@@ -32,6 +32,7 @@ from jax.core import Tracer
 
 from esljax._checks import InputError, check_nonnegative, first_sentence, is_key, refuse
 from esljax.files.description import describe
+from esljax.files.processes import watch_processes
 from esljax.files.storage import locked, make_folder, versions
 
 TERMINATED = 143
@@ -135,6 +136,7 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator["S
         >>> float(total)
         10.0
     """
+    watch_processes()
     if checkpoints is None:
         yield Session(None, None, {})
         return
@@ -157,7 +159,7 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator["S
     with alone(folder, "checkpoints"), _quiet(), manage() as manager:
         _drop_halves(folder)
         opened = Session(manager, checkpoints, about)
-        with _handling(signal.SIGTERM, opened.request_end):
+        with _handling(signal.SIGTERM, opened.request_end), _watched(opened):
             yield opened
         # SIGTERM came after the last offer, or the run was already finished and made no offer.
         if opened.end_requested():
@@ -248,6 +250,17 @@ class Session:
             saved = f"not saved, because {self._folder} could not be written"
         return Terminated(f"Terminated{when}; the run is {saved}.")
 
+    def last_saved(self) -> str:
+        """How much of a run that is cut off is saved and where, in words."""
+        # Orbax renames a folder when it is complete, and may be cut off just after that.
+        rounds = [int(path.name) for path in Path(self._folder).glob("*") if path.name.isdecimal()]
+        if not rounds:
+            return f"not saved yet in {self._folder}: start all processes again"
+        return (
+            f"saved in {self._folder} up to round {max(rounds)}: start all processes again with "
+            "resume=True, or --resume"
+        )
+
     def _read(self, done: int, item: str, how: Any) -> Any:
         """One item of a checkpoint, or None, with a warning, if it cannot be read."""
         try:
@@ -307,6 +320,26 @@ class Session:
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+
+@contextlib.contextmanager
+def _watched(opened: Session) -> Iterator[None]:
+    """Name the checkpoint of this loop if another process of it is gone."""
+    watch = watch_processes()
+    if watch is None:
+        yield
+        return
+    watch.saved.append(opened.last_saved)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception:
+        # Where another process is gone, communication fails in many words before it is missed.
+        watch.wait()
+        raise
+    finally:
+        watch.saved.remove(opened.last_saved)
 
 
 @contextlib.contextmanager

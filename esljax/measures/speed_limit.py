@@ -16,6 +16,7 @@ import numpy as np
 
 from esljax._checks import check_kind, refuse
 from esljax._types import Array, Int
+from esljax.files import watch_processes
 from esljax.measures.chain import Distances, chain, distances
 from esljax.measures.debiasing import corrected, plain
 from esljax.measures.errors import Groups, jackknife_groups
@@ -92,6 +93,7 @@ def speed_limit(
         raise refuse("debias", "be False for the moments of two members", "is True")
     trajectory, labels = canonical(trajectory, velocity)
     # Devices are settled here, once.
+    watch_processes()
     trajectory = on_devices(trajectory, mesh)
     mesh = trajectory.mesh
     transport, velocity, potential = bring((transport, velocity, potential), mesh)

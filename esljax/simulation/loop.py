@@ -27,7 +27,7 @@ from esljax._checks import (
     wrong_answer,
 )
 from esljax._types import Array, ArrayLike, Float, Int, Key
-from esljax.files import Checkpoints, session
+from esljax.files import Checkpoints, session, watch_processes
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, choose_mesh, shard_members
 from esljax.simulation.adjoint import AbstractGradient, HessianAdjoint, group_length
@@ -283,6 +283,7 @@ def simulate(
     check_links(steps, snapshots)
     mesh = choose_mesh(mesh, start)
     _check_room(run, start, snapshots, 1 if mesh is None else mesh.size)
+    watch_processes()
     run, spread = bring(run, mesh), shard_members(start, mesh)
     if checkpoints is None:
         path = _at_once(run, spread, snapshots)

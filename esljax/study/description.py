@@ -357,8 +357,9 @@ def _check_size(grid: Mapping[str, Any], points: int) -> None:
         size = max(size, points)
         raise refuse(
             "points" if points else "grid",
-            f"hold at most {_MOST:,} runs (split it into several studies)",
-            f"holds {size:,}, whose results need about {in_bytes(_BYTES * size)}",
+            f"hold at most {_MOST:,} runs",
+            f"holds {size:,}, whose results need about {in_bytes(_BYTES * size)}: split it into "
+            "several studies",
         )
 
 
