@@ -30,9 +30,9 @@ import numpy as np
 from esljax._checks import (
     as_float,
     check_finite,
+    check_fits,
     check_nonnegative,
     check_positive,
-    check_fits,
     check_positive_int,
     in_words,
     known,

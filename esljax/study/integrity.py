@@ -105,17 +105,19 @@ def check_labels(argument: str, path: Path, name: str, array: Any, wanted: np.nd
 
     **Raises:** `InputError`, about `argument`, if they differ or cannot be read.
     """
-    found = read(array)
+    found = read(path, name, array)
     if found.unreadable or found.values.tolist() != wanted.tolist():
         what = next(iter(found.unreadable.values()), "holds other labels than the study")
         raise damaged(argument, f"{path / name} {what}")
 
 
-def read(array: Any) -> Contents:
-    """Read an array chunk by chunk: what is damaged must not cost the rest."""
+def read(path: Path, name: str, array: Any) -> Contents:
+    """Read an array of a store chunk by chunk: what is damaged must not cost the rest."""
     values = np.full(array.shape, array.fill_value, object if array.dtype.kind in "TO" else None)
     unreadable = {}
     for block in np.ndindex(array.cdata_shape):
+        if not file_of(path, name, block).exists():
+            continue  # what Zarr finds as well, in a hundred times the time
         try:
             values[_places(array, block)] = array.blocks[block]
         except Exception as error:
