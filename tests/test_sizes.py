@@ -7,7 +7,6 @@ import pytest
 
 import esljax as esl
 from esljax import _checks
-from esljax.experiment import RunConfig, runs
 
 KEY = jax.random.key(0)
 CLOUD = np.zeros((400, 2), np.float32)
@@ -68,18 +67,12 @@ CALLS = {
     "features": (lambda: esl.datasets.teacher(100, features=10**10, hidden=1), "samples", "GB"),
     "moons": (lambda: esl.datasets.two_moons(10**11), "samples", "3,200.0 GB"),
     "coordinates": (lambda: esl.random_directions(10**6, 10**5, KEY), "coordinates", "1,200.0 GB"),
-    "run": (
-        lambda: esl.run(RunConfig(data="moons", hidden=(4,), members=400, steps=2, snapshots=2)),
-        "transport",
-        "400 members",
-    ),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_what_does_not_fit_is_refused_with_its_bytes(name, refused, monkeypatch):
     monkeypatch.setattr(_checks, "memory_of_the_machine", lambda: 1e6)
-    runs._problem.cache_clear()
     call, argument, words = CALLS[name]
     refused(call, f"Argument `{argument}` must fit in the 1.0 MB of memory of this .*{words}")
 
@@ -96,7 +89,7 @@ def test_members_are_refused_before_they_are_drawn(refused, monkeypatch):
 def test_snapshots_of_very_many_steps_are_counted_at_once(refused):
     """By the divisors up to the root of the steps: all numbers below took minutes."""
     refused(
-        lambda: simulated(steps=2 * (10**12 + 39), snapshots=10),
+        lambda: esl.plan_memory(TRAP, EIGHT, steps=2 * (10**12 + 39), snapshots=10),
         r"`snapshots` must divide the 2000000000078 steps \(such as 2 or 1000000000039\)",
     )
 
