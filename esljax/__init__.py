@@ -26,7 +26,16 @@ from esljax import (
     velocity,
 )
 from esljax._checks import InputError
-from esljax.experiment import Plan, RunConfig, plan_memory, run
+from esljax.experiment import (
+    Comparison,
+    Plan,
+    Problem,
+    RunConfig,
+    compare,
+    plan_memory,
+    run,
+    usual_shapes,
+)
 from esljax.files import Checkpoints, Terminated, recordings
 from esljax.measures import (
     FreeEnergy,
@@ -57,7 +66,10 @@ from esljax.schedules import (
     FromOptax,
     Knots,
     Linear,
+    Piecewise,
+    Warmup,
     WarmupStableDecay,
+    load_schedule,
 )
 from esljax.sharding import member_mesh
 from esljax.simulation import (
@@ -118,6 +130,7 @@ __all__ = [
     "AffineVelocity",
     "Autodiff",
     "Checkpoints",
+    "Comparison",
     "Constant",
     "Cosine",
     "DoubleWell",
@@ -145,8 +158,10 @@ __all__ = [
     "NetworkVelocity",
     "Optimum",
     "PathVelocity",
+    "Piecewise",
     "Plan",
     "ProbabilityFlow",
+    "Problem",
     "ProjectedTransport",
     "Quadratic",
     "RunConfig",
@@ -157,7 +172,9 @@ __all__ = [
     "Terminated",
     "Trajectory",
     "TransportVelocity",
+    "Warmup",
     "WarmupStableDecay",
+    "compare",
     "constant_speed",
     "datasets",
     "density",
@@ -165,6 +182,7 @@ __all__ = [
     "from_snapshots",
     "gaussian",
     "jarzynski",
+    "load_schedule",
     "measures",
     "member_mesh",
     "minibatch_noise",
@@ -185,6 +203,7 @@ __all__ = [
     "speed_limit",
     "study",
     "transport",
+    "usual_shapes",
     "velocity",
 ]
 

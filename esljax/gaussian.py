@@ -34,6 +34,7 @@ from esljax._checks import (
     check_nonnegative,
     check_positive,
     check_positive_int,
+    door,
     in_words,
     known,
     refuse,
@@ -41,7 +42,7 @@ from esljax._checks import (
 from esljax._numerics import exponential, lyapunov, product, safe_root, sqrtm
 from esljax._types import Array, Float, Scalar, ScalarLike
 from esljax.measures import SpeedLimit
-from esljax.schedules import AbstractSchedule, Constant, Knots, WarmupStableDecay
+from esljax.schedules import AbstractSchedule, Constant, Knots
 
 
 @runtime_checkable
@@ -125,6 +126,7 @@ class Law(eqx.Module):
         self.mean, self.covariance = mean.astype(dtype), covariance.astype(dtype)
 
 
+@door
 def w2_squared(start: Law, end: Law) -> Scalar:
     r"""The squared Wasserstein distance between two Gaussian laws, in closed form.
 
@@ -148,6 +150,7 @@ def w2_squared(start: Law, end: Law) -> Scalar:
     return _distance(start, end)
 
 
+@door
 def entropic_transport(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     r"""The entropic transport cost between two Gaussian laws, in closed form.
 
@@ -173,6 +176,7 @@ def entropic_transport(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     return _entropic(start, end, epsilon)
 
 
+@door
 def sinkhorn_divergence(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     r"""The debiased entropic transport cost between two Gaussian laws, in closed form.
 
@@ -200,6 +204,7 @@ def sinkhorn_divergence(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     )
 
 
+@door
 def speed_limit(
     law: Law, potential: HasStiffness, rule: HasSchedules, *, steps: int, panels: int = 64
 ) -> SpeedLimit:
@@ -210,8 +215,8 @@ def speed_limit(
     - `potential`: has `stiffness` (a number, (d,), or (d, d), not necessarily symmetric) and
       `center` (a number or (d,)), such as `Quadratic`.
     - `rule`: has `learning_rate` (per step) and `temperature` (units of the potential), schedules
-      on s ∈ [0, 1], such as `Langevin`. They must be smooth, apart from the corners of `Knots` and
-      `WarmupStableDecay`, at which panels end.
+      on s ∈ [0, 1], such as `Langevin`. They must be smooth, apart from their `corners`, at which
+      panels end; a function has none.
     - `steps`: K; the mobility is K · learning_rate(s).
     - `panels`: the least number of panels of equal length. The stiffness (an upper bound of its
       norm) times the learning time of a panel must not exceed 2: by default, at a constant rate,
@@ -241,6 +246,7 @@ def speed_limit(
     return report
 
 
+@door
 def laws(
     law: Law,
     potential: HasStiffness,
@@ -277,6 +283,7 @@ def laws(
     return path
 
 
+@door
 def optimal_learning_rate(
     law: Law,
     potential: HasStiffness,
@@ -633,20 +640,12 @@ def _edges(panels: int, schedules: tuple[Any, ...]) -> Float[Array, " edges"]:
     the first panel.
     """
     fixed = [np.linspace(0, 1, panels + 1), 0.5 ** np.arange(1, 17) / panels]
-    fixed += [
-        np.linspace(0, 1, schedule.parameters.size)
-        for schedule in schedules
-        if isinstance(schedule, Knots)
+    corners = [
+        schedule.corners() for schedule in schedules if isinstance(schedule, AbstractSchedule)
     ]
-    moving = [
-        x
-        for schedule in schedules
-        if isinstance(schedule, WarmupStableDecay)
-        for x in (schedule.warmup, 1 - schedule.decay)
-    ]
-    return jnp.sort(
-        jnp.concatenate([np.unique(np.concatenate(fixed).round(12)), jnp.asarray(moving)])
-    )
+    fixed += [times for times in corners if isinstance(times, np.ndarray)]
+    moving = [times for times in corners if not isinstance(times, np.ndarray)]
+    return jnp.sort(jnp.concatenate([np.unique(np.concatenate(fixed).round(12)), *moving]))
 
 
 def _check_same_size(start: Law, end: Law) -> None:

@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from esljax._checks import known
+from esljax._checks import is_key, known
 
 
 class StandardErrors(eqx.Module):
@@ -117,6 +117,37 @@ def concise(value: Any, error: Any) -> str:
         return f"{value:.4g}"
     digits = max(0, 1 - int(np.floor(np.log10(error))))
     return f"{value:.{digits}f}({error * 10**digits:.0f})"
+
+
+def in_short(value: Any, most: int = 16) -> str:
+    """A value in a few words: numbers with four digits, the ends alone of a long array.
+
+    **Args:** `value`: anything; arrays need not be known. `most`: numbers of an array to show.
+
+    **Example:**
+
+        >>> import jax.numpy as jnp
+        >>> import esljax as esl
+        >>> esl.results.in_short(jnp.array([0.5, 0.25])), esl.results.in_short(jnp.zeros((2, 3)))
+        ('0.5 0.25', 'an array of shape (2, 3) from 0 to 0')
+    """
+    if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float | complex):
+        return str(value)
+    if is_key(value):
+        return "a key"
+    if not known(value):
+        return "unknown" if np.ndim(value) == 0 else f"an unknown array of shape {np.shape(value)}"
+    array = np.asarray(value)
+    if array.ndim == 0:
+        number = array.item()
+        return f"{number:.4g}" if isinstance(number, float | complex) else str(number)
+    if array.ndim > 1:
+        ends = f" from {in_short(array.min())} to {in_short(array.max())}" if array.size else ""
+        return f"an array of shape {array.shape}{ends}"
+    if array.size > most:
+        half = most // 2
+        return f"{in_short(array[:half])} … {in_short(array[-half:])}"
+    return " ".join(in_short(number) for number in array)
 
 
 def table(rows: Sequence[Sequence[str]], align: str = "") -> str:

@@ -11,7 +11,7 @@ import pytest
 import esljax as esl
 from esljax.optimization.doubts import judged_multipliers
 from esljax.optimization.lagrangian import Dual
-from esljax.optimization.probes import no_probes
+from esljax.optimization.probes import compared, no_probes
 from esljax.optimization.search import Candidate, State
 
 KEY = jax.random.key(3)
@@ -164,6 +164,13 @@ def test_the_agreement_of_two_known_gradients():
     near = {float(x) for x in optimum.agreement.round(5)}
     assert near == {0.6, 1.0}
     assert optimum.doubts == ()
+
+
+def test_gradients_of_one_direction_and_other_lengths_do_not_agree_in_full():
+    """Their cosine is 1: g₁ = (1, 0), g₂ = (3, 0) agree to 3/5 with noise √2."""
+    for scale in (1.0, 1e200):
+        found = compared(np.array([scale, 0.0]), np.array([3 * scale, 0.0]))
+        np.testing.assert_allclose(found, (0.6, np.sqrt(3) * scale, np.sqrt(2) * scale))
 
 
 def test_noise_that_exceeds_all_signal_is_named_but_an_optimum_is_not():

@@ -33,12 +33,16 @@ from esljax.measures.errors import (
 )
 def test_groups_are_disjoint_and_cover_all_members_where_they_can(members, most, unit, least):
     groups = jackknife_groups(members, most, unit=unit, least=least)
-    smallest = unit * int(np.ceil(members / (most * unit))) if most else members
+    halves = list(range(unit, members // 2 + 1, unit))
+    if most < 2 or not halves:
+        assert groups is None
+        return
+    smallest = min(unit * int(np.ceil(members / (most * unit))), halves[-1])
     # None is left over if groups of up to half again the least size can do without.
     sizes = [size for size in range(smallest, smallest * 3 // 2 + 1, unit) if members % size == 0]
     size = sizes[0] if sizes else smallest
     if groups is None:
-        assert most < 2 or members < 2 * size or members // size * size - size < least
+        assert min(members // size, most) * size - size < least
         return
     left = [sorted(set(range(groups.covered)) - set(kept)) for kept in groups.kept.tolist()]
     assert all(len(one) == groups.size for one in left)
@@ -47,7 +51,7 @@ def test_groups_are_disjoint_and_cover_all_members_where_they_can(members, most,
     assert groups.size % unit == 0
     assert groups.kept.shape[1] == groups.covered - groups.size >= least
     assert groups.size == size
-    assert members - groups.covered == members % groups.size
+    assert members - groups.covered == members - min(members // size, most) * size
 
 
 @pytest.mark.parametrize(
@@ -57,6 +61,7 @@ def test_groups_are_disjoint_and_cover_all_members_where_they_can(members, most,
         (31, 31, "31 groups of 1 of 31"),
         (50, 16, "10 groups of 5 of 50"),  # not 12 groups of 4
         (64, 32, "32 groups of 2 of 64"),
+        (9, 2, "2 groups of 4 of 9"),  # not none
     ],
 )
 def test_a_report_says_who_left(members, most, words):

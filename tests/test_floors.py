@@ -36,7 +36,8 @@ FOLDERS = sorted({name.split(".")[0] for name in SOURCES if "." in name})
 FLOORS = (
     ("_types",),
     ("_checks",),
-    ("_numerics", "results", "schedules", "sharding", "files", "figures"),
+    ("_numerics", "results", "sharding", "files", "figures"),
+    ("schedules",),
     ("density", "potentials", "transport"),
     ("velocity",),
     ("simulation",),

@@ -1,5 +1,6 @@
 """The optimizer against schedules and multipliers that are known, and in trouble."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -477,6 +478,24 @@ def test_without_constraints():
     assert optimum.errors == "none"
     assert str(optimum).startswith("Optimum: value ")
     assert "±" not in str(optimum)
+    assert str(optimum).splitlines()[1] == f"Controls: {float(optimum.controls):.4g}"
+
+
+def test_the_controls_are_printed():
+    start = {"rate": esl.Knots([0.5, 0.25]), "drive": (esl.Constant(1.0), np.zeros(40))}
+    optimum = esl.optimize(
+        lambda x, key: jnp.sum(x["rate"].values),
+        start,
+        key=KEY,
+        iterations=1,
+        optimizer=optax.sgd(0.0),
+    )
+    lines = str(optimum).splitlines()
+    assert lines[1] == "Controls['drive'][0]: Constant: 1"
+    assert lines[2] == f"Controls['drive'][1]: {'0 ' * 8}… {'0 ' * 8}".rstrip()
+    assert lines[3] == "Controls['rate']: Knots: 2 log-linear knots from 0.5 to 0.25: 0.5 0.25"
+    many = dataclasses.replace(optimum, controls=list(range(40)))
+    assert str(many).splitlines()[13] == "... and 28 more controls"
 
 
 @pytest.mark.parametrize(

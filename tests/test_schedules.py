@@ -1,6 +1,5 @@
 """Schedules: one contract table for every class, and NumPy formulas for each."""
 
-import doctest
 import inspect
 
 import chex
@@ -34,6 +33,22 @@ SCHEDULES = {
     "wsd": (
         lambda: esl.WarmupStableDecay(0.7, 0.13, 0.29, 0.05, 0.02),
         lambda s: np.interp(s, [0, 0.13, 0.71, 1], [0.05, 0.7, 0.7, 0.02]),
+    ),
+    "wsd with a root": (
+        lambda: esl.WarmupStableDecay(0.7, 0.13, 0.29, 0.05, 0.02, "1-sqrt"),
+        lambda s: np.where(
+            s < 0.71,
+            np.interp(s, [0, 0.13], [0.05, 0.7]),
+            0.02 + 0.68 * (1 - np.sqrt(np.clip((s - 0.71) / 0.29, 0, 1))),
+        ),
+    ),
+    "piecewise": (
+        lambda: esl.Piecewise([0.3, 0.7, 0.1], [0.13, 0.71]),
+        lambda s: np.select([s < 0.13, s < 0.71], [0.3, 0.7], 0.1),
+    ),
+    "warmup": (
+        lambda: esl.Warmup(esl.Linear(0.7, 0.1), 0.2, 0.05),
+        lambda s: np.interp(s, [0, 0.2, 1], [0.05, 0.7, 0.1]),
     ),
     "log-linear knots": (
         lambda: esl.Knots(TABLE),
@@ -136,6 +151,8 @@ def test_gradient_is_the_central_difference(name, x64):
         "cosine": 2,
         "exponential": 2,
         "wsd": 5,
+        "wsd with a root": 5,
+        "warmup": 4,
         "optax": 0,
     }.get(name, 1)
     times, weights = (
@@ -217,7 +234,7 @@ def test_from_optax_takes_the_steps_of_the_run(refused):
 def test_the_table_of_a_problem_counts_the_steps_of_its_run():
     data = esl.datasets.two_moons(samples=20)
     problem = Problem(
-        potential=esl.FlaxLoss(esl.models.mlp(2, 2), data.train),
+        esl.FlaxLoss(esl.models.mlp(2, 2), data.train),
         test=data.test,
         temperature=0.0,
         transport=esl.ExactTransport(),
@@ -236,6 +253,55 @@ def test_a_table_of_knots_is_exact_at_every_step(steps):
     np.testing.assert_array_equal(esl.Knots(table, "linear").rates(steps), table[:-1])
     np.testing.assert_allclose(esl.Knots(table).rates(steps), table[:-1], rtol=1e-6)
     np.testing.assert_allclose(esl.Knots(table).values, table, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_knots_from_rates_read_them_back(dtype, x64):
+    """K values are those of the steps; taken for K knots on [0, 1] they would be off."""
+    compiled = jax.jit(lambda knots, steps: knots.rates(steps), static_argnums=1)
+    for steps in (1, 2, 49, 200):
+        rates = np.random.default_rng(steps).uniform(0.1, 5.0, steps).astype(dtype)
+        rates[steps // 3] = 0
+        knots = esl.Knots.from_rates(rates)
+        assert knots.values.dtype == dtype
+        np.testing.assert_array_equal(knots.rates(steps), rates)
+        np.testing.assert_array_equal(compiled(knots, steps), rates)
+        assert knots(1.0) == rates[-1]
+    np.testing.assert_array_equal(esl.Knots.from_rates([1, 0]).rates(2), [1, 0])
+    slope = jax.grad(lambda rates: esl.Knots.from_rates(rates).rates(3)[1])(jnp.ones(3))
+    np.testing.assert_array_equal(slope, [0, 1, 0])
+
+
+def test_a_piece_begins_at_its_own_step():
+    """However a compiler rounds k/K."""
+    for steps in (3, 49, 100):
+        stairs = esl.Piecewise(np.arange(steps), np.arange(1, steps) / steps)
+        np.testing.assert_array_equal(stairs.rates(steps), np.arange(steps))
+        np.testing.assert_array_equal(jax.jit(lambda x, k=steps: x.rates(k))(stairs), range(steps))
+
+
+def test_a_warmup_leaves_the_counts_that_are_left_to_its_shape():
+    warm = esl.Warmup(esl.FromOptax(OPTAX), 0.2)
+    counts = [OPTAX(count) for count in range(40)]
+    np.testing.assert_allclose(warm.rates(50)[10:], counts, rtol=1e-5)
+    np.testing.assert_allclose(warm.rates(50)[:10], OPTAX(0) * np.arange(10) / 10, rtol=1e-6)
+    assert float(warm.over(50).shape.steps) == 40
+    assert esl.Warmup(0.3, 0.5).rates(4).tolist() == pytest.approx([0, 0.15, 0.3, 0.3])
+
+
+@pytest.mark.parametrize("name", ["wsd with a root", "piecewise", "warmup", "linear knots"])
+def test_the_exact_law_splits_its_panels_at_corners(name, x64):
+    """Learning time is K ∫η ds, in closed form for each of them."""
+    integral = {
+        "wsd with a root": (0.05 + 0.7) / 2 * 0.13 + 0.7 * 0.58 + (0.02 + 0.68 / 3) * 0.29,
+        "piecewise": 0.3 * 0.13 + 0.7 * 0.58 + 0.1 * 0.29,
+        "warmup": (0.05 + 0.7) / 2 * 0.2 + (0.7 + 0.1) / 2 * 0.8,
+        "linear knots": (0.3 / 2 + 0.7 + 0.1 + 0.2 / 2) / 3,
+    }[name]
+    rule = esl.Langevin(SCHEDULES[name][0]())
+    law = esl.gaussian.Law([2.0], [[1.0]])
+    report = esl.gaussian.speed_limit(law, esl.Quadratic(1.0), rule, steps=2)
+    np.testing.assert_allclose(report.learning_time, 2 * integral, rtol=1e-9)
 
 
 @settings(max_examples=50, deadline=None, database=None)
@@ -313,6 +379,34 @@ def test_as_schedule():
             r"Argument `interpolation` must be one of 'log-linear', 'linear', but is 'cubic'\.",
         ),
         (
+            lambda: esl.WarmupStableDecay(1.0, decay_shape="cosine"),
+            r"Argument `decay_shape` must be one of 'linear', '1-sqrt', but is 'cosine'\.",
+        ),
+        (lambda: esl.Warmup(1.0, 0.0), r"Argument `fraction` must be greater than 0, but is 0\."),
+        (lambda: esl.Warmup(1.0, 1.0), r"Argument `fraction` must be less than 1, but is 1\."),
+        (lambda: esl.Warmup(abs), r"Argument `shape` must be a number or a schedule, .*abs\."),
+        (
+            lambda: esl.Piecewise([1.0, 2.0], [0.5, 0.6]),
+            r"Argument `boundaries` must be 1, one less than the values, but is 2\.",
+        ),
+        (
+            lambda: esl.Piecewise([1.0, 2.0, 3.0], [0.5, 0.5]),
+            r"Argument `boundaries` must increase within \(0, 1\), but is \(0\.5, 0\.5\)\.",
+        ),
+        (lambda: esl.Piecewise([1.0, 2.0], [np.nan]), r"must increase within \(0, 1\)"),
+        (lambda: esl.Piecewise([1.0, 2.0], 0.5), r"`boundaries` must be a list of times"),
+        (lambda: esl.Piecewise(1.0, []), r"`values` must have shape \(m,\) with m of at least 1"),
+        (
+            lambda: jax.jit(lambda time: esl.Piecewise([1.0, 2.0], [time]).values)(0.5),
+            r"Argument `boundaries` must be known numbers, outside of jit and grad, but is traced",
+        ),
+        (
+            lambda: esl.Knots.from_rates([]),
+            r"Argument `rates` must have shape \(K,\) with K of at least 1, but has shape \(0,\)",
+        ),
+        (lambda: esl.Knots.from_rates(0.1), r"`rates` must have shape \(K,\).*has shape \(\)"),
+        (lambda: esl.Knots.from_rates([1.0, np.inf]), r"`rates` must be finite"),
+        (
             lambda: esl.FromOptax(OPTAX, 0),
             r"Argument `steps` must be an integer of at least 1, but is 0\.",
         ),
@@ -328,7 +422,3 @@ def test_bad_input_is_one_sentence(call, sentence, refused):
 
 def test_knots_may_touch_zero_when_linear():
     np.testing.assert_allclose(esl.Knots([1.0, 0.0], "linear").rates(4), [1.0, 0.75, 0.5, 0.25])
-
-
-def test_examples():
-    assert doctest.testmod(schedules_module).failed == 0

@@ -27,7 +27,7 @@ LONG = {
     "benchmark_device",
     "benchmark_gradient",
     "benchmark_simulation",
-    "coverage",
+    "count_coverage",
     "free_energy_balance",
     "large_model",
     "measure_digits",

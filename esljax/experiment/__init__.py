@@ -11,20 +11,11 @@ from esljax.experiment.bounds import (
     convert,
     converted,
 )
-from esljax.experiment.comparison import (
-    Agreement,
-    Comparison,
-    Judgment,
-    Problem,
-    Watcher,
-    agreement,
-    compare,
-    judge,
-    match_endpoint,
-    ratio,
-    usual_shapes,
-)
+from esljax.experiment.comparison import Comparison, Watcher, compare
+from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
+from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import Plan, plan_memory
+from esljax.experiment.problem import Metric, Outcome, Problem
 from esljax.experiment.runs import (
     NUMBERS,
     QUANTITIES,
@@ -58,6 +49,7 @@ from esljax.experiment.settings import (
     make_transport,
     plain,
     read_toml,
+    usual_shapes,
 )
 
 __all__ = [
@@ -78,8 +70,10 @@ __all__ = [
     "Comparison",
     "Judgment",
     "Manner",
+    "Metric",
     "Nonnegative",
     "OneOf",
+    "Outcome",
     "Plan",
     "Positive",
     "Problem",
@@ -111,6 +105,7 @@ __all__ = [
     "read_toml",
     "run",
     "shape_of",
+    "stable_rate",
     "usual_shapes",
     "work",
 ]

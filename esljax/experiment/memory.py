@@ -15,7 +15,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from esljax._checks import check_positive_int, refuse, size
+from esljax._checks import check_positive_int, door, refuse, size
 from esljax._types import Array
 from esljax.measures import compared
 from esljax.potentials import AbstractPotential, check_potential
@@ -107,6 +107,7 @@ _REMEDIES = {
 }
 
 
+@door
 def plan_memory(
     potential: AbstractPotential,
     positions: Any,

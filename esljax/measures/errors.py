@@ -67,11 +67,12 @@ def jackknife_groups(members: int, most: int, *, unit: int = 1, least: int = 2) 
     """
     if most < 2:
         return None
-    least_size = -(-members // (most * unit)) * unit
+    # The least that makes at most so many groups of all members, or two groups in any case.
+    least_size = min(-(-members // (most * unit)), max(members // (2 * unit), 1)) * unit
     # Groups a little larger that hold every member, if there are any.
     sizes = range(least_size, least_size + least_size // 2 + 1, unit)
     size = next((size for size in sizes if members % size == 0), least_size)
-    count = members // size
+    count = min(members // size, most)
     covered = count * size
     if count < 2 or covered - size < least:
         return None

@@ -4,10 +4,12 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import numpy as np
 
 from esljax._types import Array, Float, Scalar
-from esljax.results import StandardErrors, measured, renamed_error
+from esljax.results import StandardErrors, in_short, measured, renamed_error
+from esljax.schedules import AbstractSchedule
 
 
 class Equality(NamedTuple):
@@ -110,4 +112,22 @@ class Optimum(eqx.Module):
             f"Optimum: value {value}, {constraints}{worst}, {len(self.history.value)} iterations. "
             f"{self.message}"
         )
-        return "\n".join([summary, *(f"Doubt: {doubt}" for doubt in self.doubts)])
+        doubts = (f"Doubt: {doubt}" for doubt in self.doubts)
+        return "\n".join([summary, *_controls_in_lines(self.controls), *doubts])
+
+
+# More controls than anyone reads; a network's have tens.
+_MOST_LINES = 12
+
+
+def _controls_in_lines(controls: Any) -> list[str]:
+    """A line for each schedule and each array of the controls, by its place among them."""
+    named, _ = jax.tree_util.tree_flatten_with_path(
+        controls, is_leaf=lambda node: isinstance(node, AbstractSchedule)
+    )
+    lines = []
+    for path, leaf in named:
+        value = str(leaf) if isinstance(leaf, AbstractSchedule) else in_short(leaf)
+        lines.append(f"Controls{jax.tree_util.keystr(path)}: {value}")
+    more = len(lines) - _MOST_LINES
+    return lines if more <= 1 else [*lines[:_MOST_LINES], f"... and {more} more controls"]

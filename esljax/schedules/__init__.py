@@ -1,0 +1,31 @@
+"""Schedules: numbers that change over training time, such as a learning rate or a temperature."""
+
+from esljax.schedules.base import AbstractSchedule
+from esljax.schedules.saved import from_dict, load_schedule
+from esljax.schedules.shapes import (
+    Constant,
+    Cosine,
+    Exponential,
+    Linear,
+    Piecewise,
+    WarmupStableDecay,
+    as_schedule,
+)
+from esljax.schedules.tables import FromOptax, Knots
+from esljax.schedules.warmup import Warmup
+
+__all__ = [
+    "AbstractSchedule",
+    "Constant",
+    "Cosine",
+    "Exponential",
+    "FromOptax",
+    "Knots",
+    "Linear",
+    "Piecewise",
+    "Warmup",
+    "WarmupStableDecay",
+    "as_schedule",
+    "from_dict",
+    "load_schedule",
+]
