@@ -7,6 +7,7 @@ import pytest
 
 import esljax as esl
 from esljax import _checks
+from esljax._numerics import divisors
 
 KEY = jax.random.key(0)
 CLOUD = np.zeros((400, 2), np.float32)
@@ -92,6 +93,11 @@ def test_snapshots_of_very_many_steps_are_counted_at_once(refused):
         lambda: esl.plan_memory(TRAP, EIGHT, steps=2 * (10**12 + 39), snapshots=10),
         r"`snapshots` must divide the 2000000000078 steps \(such as 2 or 1000000000039\)",
     )
+
+
+@pytest.mark.parametrize("number", [1, 2, 12, 36, 97])
+def test_divisors(number):
+    assert divisors(number) == [i for i in range(1, number + 1) if number % i == 0]
 
 
 def test_a_container_grants_less_than_the_machine_has(tmp_path, monkeypatch):

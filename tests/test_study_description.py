@@ -286,7 +286,7 @@ def test_a_long_range_is_the_same_study_as_its_list():
 def test_long_spacings_have_the_digits_of_short_ones(monkeypatch):
     for given in (
         {"start": 0.1, "stop": 3.7, "num": 999, "scale": "log"},
-        {"start": -1, "stop": 1, "num": 999},
+        {"start": -1, "stop": 1, "num": 1000},
     ):
         short = description._spaced("x", given)
         with monkeypatch.context() as patched:

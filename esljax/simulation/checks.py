@@ -1,6 +1,5 @@
 """Reject what cannot run, in one sentence and before anything is computed."""
 
-import math
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from esljax._checks import (
     refuse,
     wrong_answer,
 )
+from esljax._numerics import divisors
 from esljax._types import Array, Float, Key
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.simulation.diffusion import Diffusion
@@ -53,11 +53,9 @@ def check_links(steps: int, snapshots: int) -> None:
     check_positive_int("steps", steps)
     check_positive_int("snapshots", snapshots)
     if steps % snapshots:
-        low = [j for j in range(1, math.isqrt(steps) + 1) if steps % j == 0]
-        divisors = [*low, *(steps // j for j in reversed(low))]
         near = [
-            *[j for j in divisors if j < snapshots][-1:],
-            *[j for j in divisors if j > snapshots][:1],
+            *[j for j in divisors(steps) if j < snapshots][-1:],
+            *[j for j in divisors(steps) if j > snapshots][:1],
         ]
         raise refuse(
             "snapshots",
