@@ -16,7 +16,8 @@ def damage(folder: Path, random: np.random.Generator, kind: str | None = None) -
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     kind = kind or str(random.choice(KINDS))
     if kind == "json":
-        files = [path for path in files if path.name.endswith("json")]
+        described = [path for path in files if _holds_json(path)]
+        files, kind = (described, kind) if described else (files, "flip")
     path = files[random.integers(len(files))]
     words = f"{kind} {path.relative_to(folder)}"
     content = bytearray(path.read_bytes())
@@ -43,6 +44,14 @@ def damage(folder: Path, random: np.random.Generator, kind: str | None = None) -
     elif kind == "json":
         words += f": {_replace_value(path, random)}"
     return words
+
+
+def _holds_json(path: Path) -> bool:
+    """Whether a file is a JSON object, whatever its name: Orbax has names of its own."""
+    try:
+        return bool(json.loads(path.read_bytes())) and path.read_bytes()[:1] == b"{"
+    except ValueError:
+        return False
 
 
 def copied(source: Path, target: Path) -> Path:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from processes import PATIENCE
 
 from esljax.files import LOST_PROCESS
@@ -51,6 +52,7 @@ def test_the_survivor_names_the_process_that_is_gone(tmp_path, environment):
             process.communicate()
 
 
+@pytest.mark.slow
 def test_two_processes_that_end_well_are_not_missed(tmp_path, environment):
     """Nor is what they saved lost: the same command ends at once."""
     for _ in range(2):

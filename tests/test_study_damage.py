@@ -7,7 +7,7 @@ from damages import copied, damage
 import esljax as esl
 from esljax.command import cli
 from esljax.experiment import Rows, number_names
-from esljax.files import storage
+from esljax.files import writing
 from esljax.study import run as study_run
 from esljax.study import store as study_store
 
@@ -36,7 +36,7 @@ def folder(tmp_path, quick):
     """A study of six runs in two tasks: four done, one failed, one to do."""
     folder = tmp_path / "whole"
     folder.mkdir()
-    storage.write_toml(folder / "study.toml", {"base": BASE, "grid": GRID})
+    writing.write_toml(folder / "study.toml", {"base": BASE, "grid": GRID})
     study = esl.study.Study.from_toml(folder / "study.toml")
     store = study_store.make_store(folder / "study.zarr", study, 3)
     store.write(np.arange(1, 6), worked([study.point(i) for i in range(1, 6)]))

@@ -13,7 +13,7 @@ from studies import Idle
 import esljax as esl
 from esljax.command import cli
 from esljax.experiment import runs
-from esljax.files import storage
+from esljax.files import storage, writing
 from esljax.study import run as study_run
 from esljax.study import store as study_store
 
@@ -38,7 +38,7 @@ def rows(count: int, reasons=None, converged=True) -> runs.Rows:
 
 def describe(folder, seeds=(3, 1, 2)):
     """The file that describes a study of two rates."""
-    storage.write_toml(
+    writing.write_toml(
         folder / "study.toml", {"base": SETTINGS, "grid": {"rate": [0.1, 0.4], "seed": list(seeds)}}
     )
 
