@@ -12,6 +12,8 @@ from esljax.experiment.bounds import (
     converted,
 )
 from esljax.experiment.comparison import Comparison, Watcher, compare
+from esljax.experiment.families import Family, bounded, unbounded, usual_families
+from esljax.experiment.front import Front, front
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import Plan, plan_memory
@@ -68,6 +70,8 @@ __all__ = [
     "Agreement",
     "AtLeast",
     "Comparison",
+    "Family",
+    "Front",
     "Judgment",
     "Manner",
     "Metric",
@@ -85,6 +89,7 @@ __all__ = [
     "TransportNumbers",
     "Watcher",
     "agreement",
+    "bounded",
     "check_fields",
     "choices",
     "compare",
@@ -93,6 +98,7 @@ __all__ = [
     "enable",
     "failed",
     "fitting_width",
+    "front",
     "judge",
     "make_problem",
     "make_transport",
@@ -106,6 +112,8 @@ __all__ = [
     "run",
     "shape_of",
     "stable_rate",
+    "unbounded",
+    "usual_families",
     "usual_shapes",
     "work",
 ]

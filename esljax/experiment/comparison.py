@@ -126,7 +126,7 @@ class Watcher(Protocol):
         ...
 
 
-class _Unwatched:
+class Unwatched:
     """A watcher that does nothing."""
 
     def stage(self, name: str) -> None: ...
@@ -213,7 +213,7 @@ def compare(
         "judge_runs": judge_runs,
     }
     shapes = usual_shapes() if shapes is None else dict(shapes)
-    watcher = _Unwatched() if watcher is None else watcher
+    watcher = Unwatched() if watcher is None else watcher
     _check_settings(problem, rate, key, target, shapes, counts)
     for name, count in counts.items():
         # Of a knot value, slope and two moments of the search; of a run a key and its numbers.
