@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import InputError, first_sentence, in_words, known, refuse
-from esljax.files import storage
+from esljax.files import storage, writing
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The types of numbers that a file may name."""
@@ -119,7 +119,7 @@ def write(path: Any, content: dict[str, Any]) -> None:
         raise refuse("schedule", "be finite to be saved", "has numbers that are not")
     storage.make_folder(path.parent, "path")
     try:
-        storage.write_json(path, content)
+        writing.write_json(path, content)
     except OSError as error:
         raise refuse(
             "path", "be a file that can be written", f"{path} gives: {error.strerror}"
