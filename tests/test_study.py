@@ -442,7 +442,7 @@ def test_stores_that_cannot_be_reused_are_rejected(grid_store, tmp_path, refused
     shutil.copytree(path, tmp_path / "old.zarr")
     store = study_store.StudyStore(tmp_path / "old.zarr", zarr.open_group(tmp_path / "old.zarr"))
     versions = json.loads(store.attributes["versions"])
-    store.record(versions=json.dumps({**versions, "jax": "0.1"}))
+    store.record({"versions": json.dumps({**versions, "jax": "0.1"})})
     refused(
         lambda: esl.study.run_study(
             study, tmp_path / "s.zarr", reuse=[tmp_path / "old.zarr"], executor=Idle()

@@ -87,11 +87,12 @@ def survived(folder, tmp_path, capfd, seeds) -> dict[str, int]:
     for seed in seeds:
         copied(folder / "study.zarr", path)
         words = f"{seed}: {damage(path, np.random.default_rng(seed))}"
-        assert answer(lambda: esl.study.read_study(path), path) in (None, study), words
+        if seed % 4 == 0:
+            assert answer(lambda: esl.study.read_study(path), path) in (None, study), words
         found = answer(lambda: everything(path), path)
         assert found in (None, content), words
-        command = ("status", "show")[seed % 2]
-        assert commanded(command, path, capfd) in (None, shown[command]), words
+        for command in {1: ("status",), 2: ("show",)}.get(seed % 4, ()):
+            assert commanded(command, path, capfd) in (None, shown[command]), words
         finished = commanded("run", path, capfd)
         if finished is not None:
             assert everything(path) == complete, words

@@ -70,7 +70,7 @@ def test_a_store_of_other_versions_is_not_resumed(folder, refused):
     """Its numbers may differ from those of the installed versions."""
     store = study_store.StudyStore(folder / "study.zarr", zarr.open_group(folder / "study.zarr"))
     versions = json.loads(store.attributes["versions"])
-    store.record(versions=json.dumps({**versions, "flax": "0.1"}))
+    store.record({"versions": json.dumps({**versions, "flax": "0.1"})})
     study = esl.study.Study.from_toml(folder / "study.toml")
     refused(
         lambda: esl.study.run_study(study, folder / "study.zarr", executor=Idle()),

@@ -146,7 +146,7 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator["S
     manage = functools.partial(
         _orbax().CheckpointManager, folder, options=options, item_names=("state", "about")
     )
-    with alone(folder, "checkpoints") as record, _quiet(), manage() as manager:
+    with alone(folder, "checkpoints") as record, _quiet(), _opened(manage, folder) as manager:
         _drop_halves(folder, record)
         opened = Session(manager, checkpoints, about, record)
         with contextlib.ExitStack() as stack:
@@ -393,6 +393,19 @@ def _content(path: Path) -> bytes:
         return path.read_bytes() if path.is_file() else b""
     except OSError:
         return b""
+
+
+def _opened(manage: Callable[[], Any], folder: Path) -> Any:
+    """Open Orbax's manager, which reads the metadata of all checkpoints in its folder."""
+    try:
+        return manage()
+    except Exception as error:
+        raise refuse(
+            "checkpoints",
+            "hold checkpoints that can be read",
+            f"{folder} holds a damaged one ({first_sentence(error)}): delete its round to resume "
+            "from the one before, or all to start again",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import re
 import shutil
 import time
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -118,7 +119,7 @@ class StudyStore:
         state = read(self.path, "done", self._arrays["done"]).values
         return np.where(np.isin(state, (DONE, FAILED)), state, TO_DO)
 
-    def record(self, **attributes: Any) -> None:
+    def record(self, attributes: Mapping[str, Any]) -> None:
         """Change attributes of the store, and the digest of them all, at once."""
         new = {**self.attributes.asdict(), **attributes}
         if CHECKSUMS in new:
@@ -267,7 +268,7 @@ class StudyStore:
             reused[str(other.path)] = {
                 name: other.attributes[name] for name in ("created", "commit")
             }
-            self.record(reused=json.dumps(reused))
+            self.record({"reused": json.dumps(reused)})
             ours, theirs = np.array(pairs).T
             self.write(ours, other.read(theirs, self._names))
         return len(pairs)
@@ -310,7 +311,7 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
     _check_versions("out", store)
     commits, now = store.attributes["commit"].split(", "), storage.commit() or ""
     if now not in commits:
-        store.record(commit=", ".join([*commits, now]))
+        store.record({"commit": ", ".join([*commits, now])})
     return store
 
 
