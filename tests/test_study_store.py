@@ -241,6 +241,24 @@ def test_a_store_of_0_1_is_read_and_resumed(tmp_path):
     assert results["seed"].values.tolist() == [3, 1, 2]
 
 
+def test_a_run_of_0_1_without_numbers_is_run_again(tmp_path, refused, monkeypatch):
+    """Stores without checksums: a finished run has numbers."""
+    describe(tmp_path)
+    path = tmp_path / "study.zarr"
+    store_of_0_1(path)
+    zarr.open_group(path)["gap"][0, 1] = np.nan
+    refused(
+        lambda: esl.study.open_study(path),
+        "`path` must be an undamaged store, but .*study.zarr does not hold what was written of the "
+        "run at rate 0.1, seed 1: 1 of 6 finished runs are lost, which `esljax study run",
+    )
+    monkeypatch.setattr(study_run, "work", lambda task: rows(len(task.points)))
+    study = esl.study.Study.from_toml(tmp_path / "study.toml")
+    with pytest.warns(RuntimeWarning, match="seed 1: 1 finished runs are damaged and run again"):
+        results = esl.study.run_study(study, path)
+    assert float(results["gap"][0, 1]) == rows(1).numbers["gap"][0]
+
+
 def test_a_store_of_another_layout_is_rejected(tmp_path, refused):
     store_of_0_1(tmp_path / "study.zarr", version=0)
     refused(

@@ -206,7 +206,11 @@ class StudyStore:
         first = int(np.flatnonzero(wrong)[0])
         # Zarr leaves out a chunk of NaN alone, as these numbers may be, and those of failed runs.
         finished = found["done"].values[first] == DONE
-        numbers = [name for name in self._names if finished and _is_finite(name)]
+        numbers = [
+            name
+            for name in self._names
+            if finished and _is_finite(name) and not np.isfinite(found[name].values[first])
+        ]
         for name in ("done", *numbers, *({CHECKSUM} & set(self._arrays))):
             file = chunk_of(self.path, name, self._arrays[name], first)
             if not file.is_file():
