@@ -13,7 +13,7 @@ from esljax.experiment.bounds import (
 )
 from esljax.experiment.comparison import Comparison, Watcher, compare
 from esljax.experiment.families import Family, bounded, unbounded, usual_families
-from esljax.experiment.front import Front, front
+from esljax.experiment.fronts import Front, front
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import Plan, plan_memory

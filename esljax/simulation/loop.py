@@ -282,8 +282,8 @@ def simulate(
     """
     start = as_ensemble("positions", positions)
     gradient = HessianAdjoint() if gradient is None else gradient
-    run = Run(potential, rule, key, observe, gradient, steps)
     check_links(steps, snapshots)
+    run = Run(potential, rule, key, observe, gradient, steps)
     mesh = choose_mesh(mesh, start)
     _check_room(run, start, snapshots, 1 if mesh is None else mesh.size)
     watch_processes()

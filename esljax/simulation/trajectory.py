@@ -17,6 +17,7 @@ from esljax._checks import (
     as_real,
     check_finite,
     check_positive_int,
+    check_real,
     door,
     known,
     refuse,
@@ -283,6 +284,5 @@ def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshot
 
 def _double(name: str, x: Any) -> np.ndarray:
     array = as_array(name, x, "be an array")
-    if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
+    check_real(name, array)
     return np.asarray(array).astype(np.float64)
