@@ -12,6 +12,8 @@ argument before the singular operation: a `where` around the result alone gives 
 Reference: Higham, Functions of Matrices (2008), section 3.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
@@ -191,3 +193,10 @@ def whitening(x: Float[Array, "n d"]) -> tuple[Float[Array, " d"], Float[Array, 
     relative = jnp.where(wide, covariance / size, identity)
     root = jnp.linalg.cholesky(relative + 4 * d * jnp.finfo(x.dtype).eps * identity)
     return average(x), solve_triangular(root, identity, lower=True) / jnp.sqrt(size)
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive integer, in their order, by trial up to its root."""
+    low = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
+    high = [number // i for i in reversed(low) if i * i != number]
+    return low + high

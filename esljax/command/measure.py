@@ -24,7 +24,7 @@ from esljax.files import described, read, read_matrix
 from esljax.measures import SpeedLimit, compared, jackknife_groups, speed_limit
 from esljax.sharding import map_pairs
 from esljax.simulation import Trajectory, from_snapshots
-from esljax.transport import AbstractTransport, ProjectedTransport
+from esljax.transport import AbstractTransport, ProjectedTransport, check_room, solution_of
 from esljax.velocity import AbstractVelocity
 
 # Fewer snapshots than this for each member are no sign that members come first.
@@ -180,6 +180,8 @@ class Measurement:
         projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
         inner = config.make_transport(sliced_key)
         matrix = _projection(config, path, projection_key)
+        coordinates = path.positions.shape[2] if matrix is None else matrix.shape[1]
+        check_room(inner, path.positions.shape[1], coordinates, path.positions.dtype)
         return cls(
             config=config,
             path=path,
@@ -271,7 +273,7 @@ def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int
     snapshots = jnp.concatenate([x, y])
 
     def squared(transport, x, y):
-        return transport.solve(x, y).squared
+        return solution_of(transport, x, y).squared
 
     @eqx.filter_jit
     def solve(transport, snapshots):

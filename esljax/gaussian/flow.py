@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import as_float, check_positive_int, known, refuse
+from esljax._checks import as_float, check_fits, check_positive_int, known, refuse
 from esljax._numerics import exponential, lyapunov
 from esljax._types import Array, Float, Scalar
 from esljax.gaussian.drift import HasSchedules, HasStiffness, drift_of, schedules_of
@@ -162,6 +162,11 @@ def run_of(
     """
     check_positive_int("steps", steps)
     check_positive_int("panels", panels)
+    d = law.mean.size
+    # Positions and products of matrices at twelve nodes of each panel.
+    kept = 8.0 * panels * 12 * (2 * d**2 + d)
+    words = f"{panels:,} panels of a law in {d:,} dimensions"
+    check_fits("panels", kept, words, "take fewer panels")
     drift = drift_of(law, potential)
     if drift.noise is not None:
         raise refuse(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from esljax._checks import (
     as_float,
+    check_fits,
     check_nonnegative,
     check_positive,
     check_positive_int,
@@ -176,6 +177,7 @@ def optimal_learning_rate(
     check_positive("learning_time", learning_time)
     check_positive_int("steps", steps)
     check_positive_int("knots", knots, minimum=2)
+    check_fits("knots", 16.0 * knots, f"{knots:,} knots", "take fewer knots")
     run = run_of(
         law, potential, Schedules(Constant(learning_time), Constant(temperature)), 1, panels
     )

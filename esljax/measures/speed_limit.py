@@ -17,6 +17,7 @@ import numpy as np
 
 from esljax._checks import check_kind, door, refuse
 from esljax._types import Array, Int
+from esljax.files import watch_processes
 from esljax.measures.chain import Distances, chain, distances
 from esljax.measures.debiasing import corrected, plain
 from esljax.measures.errors import Groups, jackknife_groups
@@ -27,7 +28,7 @@ from esljax.measures.velocities import MemberRates, from_velocities, member_rate
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, replicate
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
-from esljax.transport import AbstractTransport, check_transport
+from esljax.transport import AbstractTransport, check_room, check_transport
 from esljax.velocity import AbstractVelocity
 
 
@@ -95,6 +96,7 @@ def speed_limit(
         raise refuse("debias", "be False for the moments of two members", "is True")
     trajectory, labels = canonical(trajectory, velocity)
     # Devices are settled here, once.
+    watch_processes()
     trajectory = on_devices(trajectory, mesh)
     mesh = trajectory.mesh
     transport, velocity, potential = bring((transport, velocity, potential), mesh)
@@ -211,6 +213,7 @@ def _check_pair(
 ) -> None:
     n, d = trajectory.positions.shape[-2:]
     check_transport("transport", transport, n, d, trajectory.positions.dtype)
+    check_room(transport, n, d, trajectory.positions.dtype)
     if velocity is None:
         if potential is not None:
             raise refuse(

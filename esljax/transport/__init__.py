@@ -3,6 +3,7 @@
 from esljax.transport.base import (
     AbstractTransport,
     Solution,
+    check_room,
     check_transport,
     pairing_of,
     solution_of,
@@ -29,6 +30,7 @@ __all__ = [
     "SinkhornTransport",
     "SlicedTransport",
     "Solution",
+    "check_room",
     "check_transport",
     "pairing_of",
     "principal_directions",

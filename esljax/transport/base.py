@@ -21,7 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import as_cloud, check_kind, door, refuse
+from esljax._checks import as_cloud, check_fits, check_kind, door, refuse
 from esljax._numerics import product
 from esljax._types import Array, ArrayLike, Float, Int, Scalar
 
@@ -215,8 +215,10 @@ def solution_of(
 ) -> Solution:
     """Return `transport.solve(x, y)`, and check its type and shapes at no cost.
 
-    **Raises:** `InputError` if `solve` returns no `Solution` of one number and one boolean.
+    **Raises:** `InputError` if `solve` returns no `Solution` of one number and one boolean, and for
+    a problem that does not fit in memory.
     """
+    check_room(transport, max(len(x), len(y)), x.shape[1], x.dtype)
     return _checked(transport, transport.solve(x, y))
 
 
@@ -287,6 +289,22 @@ def check_transport(argument: str, value: Any, n: int, d: int, dtype: Any) -> No
             f"have a `projection` of shape ({d}, {shape[2]}), the matrix of its `coordinates` "
             "(or set `linear` to False)",
             f"that of {value.name} {'is None' if matrix is None else f'has shape {matrix}'}",
+        )
+
+
+def check_room(transport: AbstractTransport, n: int, d: int, dtype: Any) -> None:
+    """Reject a problem between ensembles (n, d) that this machine cannot hold. Computes nothing.
+
+    **Raises:** `InputError`, with the bytes that a problem takes.
+    """
+    held = transport.numbers_held(n, d, False)
+    if isinstance(held, int | float):
+        check_fits(
+            "transport",
+            held * jnp.dtype(dtype).itemsize,
+            f"{n:,} members of {d:,} numbers in {transport.name}",
+            "take fewer members, SinkhornTransport(epsilon, chunk=...), which holds no n × n "
+            "matrix, or GaussianTransport(), which looks at moments",
         )
 
 

@@ -12,6 +12,7 @@ from esljax._checks import (
     as_array,
     as_float,
     check_finite,
+    check_fits,
     check_key,
     check_positive_int,
     check_real,
@@ -281,6 +282,8 @@ def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]
     check_positive_int("d", d)
     check_key("key", key)
     _check_coordinates(coordinates, d, d)
+    words = f"{coordinates:,} directions of {d:,} numbers"
+    check_fits("coordinates", 12.0 * d * coordinates, words, "take fewer coordinates")
     normal = jax.random.normal(key, (d, coordinates), jnp.float32).astype(jnp.result_type(float))
     upper: Any
     directions, upper = jnp.linalg.qr(normal)

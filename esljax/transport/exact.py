@@ -10,7 +10,7 @@ from esljax._checks import door, refuse
 from esljax._types import Array, Float, Int, Scalar
 from esljax.sharding import keep
 from esljax.transport._ott import ott
-from esljax.transport.base import AbstractTransport, Solution, solution
+from esljax.transport.base import AbstractTransport, Solution, check_room, solution
 
 
 class ExactTransport(AbstractTransport):
@@ -77,6 +77,7 @@ class ExactTransport(AbstractTransport):
         """
         if len(x) != len(y):
             raise refuse("y", f"hold {len(x)} members, as `x` does", f"holds {len(y)}")
+        check_room(self, x.shape[0], x.shape[1], x.dtype)
         i, j = _sorted(x, y) if x.shape[1] == 1 else _assignment(x, y)[0]
         return jnp.zeros_like(x).at[i].set(y[j])
 

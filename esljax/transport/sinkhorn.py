@@ -21,7 +21,7 @@ from esljax._checks import (
 from esljax._numerics import product
 from esljax._types import Array, Float, Scalar
 from esljax.sharding import keep
-from esljax.transport.base import AbstractTransport, Solution, recentred, solution
+from esljax.transport.base import AbstractTransport, Solution, check_room, recentred, solution
 
 # Iterations between two looks at the error, which is a sum over all members: devices that share
 # them would have to wait for it.
@@ -130,6 +130,7 @@ class SinkhornTransport(AbstractTransport):
         **Differentiation:** forward and reverse, implicitly through the potential; one dense (m, m)
         linear system. Rejected with a `chunk`.
         """
+        check_room(self, max(len(x), len(y)), x.shape[1], x.dtype)
         center = jnp.mean(x, axis=0)
         near_x, near_y = x - center, y - center
         epsilon = self.epsilon.astype(x.dtype)
