@@ -11,6 +11,8 @@ import sys
 import warnings
 from typing import Any
 
+# First: it answers signals while the others are imported.
+from esljax import _starting as _starting
 from esljax import (
     density,
     gaussian,
@@ -28,12 +30,15 @@ from esljax import (
 from esljax._checks import InputError
 from esljax.experiment import (
     Comparison,
+    Front,
     Plan,
     Problem,
     RunConfig,
     compare,
+    front,
     plan_memory,
     run,
+    usual_families,
     usual_shapes,
 )
 from esljax.files import Checkpoints, Terminated, recordings
@@ -144,6 +149,7 @@ __all__ = [
     "FreeEnergy",
     "FromFunction",
     "FromOptax",
+    "Front",
     "GaussianTransport",
     "HessianAdjoint",
     "HistogramVelocity",
@@ -180,6 +186,7 @@ __all__ = [
     "density",
     "free_energy",
     "from_snapshots",
+    "front",
     "gaussian",
     "jarzynski",
     "load_schedule",
@@ -203,6 +210,7 @@ __all__ = [
     "speed_limit",
     "study",
     "transport",
+    "usual_families",
     "usual_shapes",
     "velocity",
 ]

@@ -218,5 +218,12 @@ def in_words(name: str) -> str:
 
 
 def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
+    try:
+        is_file = out.exists() and not out.is_dir()
+    except OSError as error:
+        # A name that is too long, or a folder that must not be read.
+        raise refuse(
+            "out", "be a folder that can be written", f"{out} gives: {error.strerror}"
+        ) from error
+    if is_file:
         raise refuse("out", "be a folder", f"is the file {out}")

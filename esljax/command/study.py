@@ -150,7 +150,7 @@ def _run(config: RunStudyConfig) -> int:
                 )
         except (KeyboardInterrupt, Terminated) as stop:
             terminated = isinstance(stop, Terminated)
-            how = str(stop).rstrip(".").lower() if terminated else "interrupted"
+            how = str(stop).rstrip(".").replace("E", "e", 1) if terminated else "interrupted"
             print(
                 f"esljax: {how}; {bar.words()} in {out}, and the same command resumes it.",
                 file=sys.stderr,

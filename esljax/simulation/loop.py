@@ -280,8 +280,8 @@ def simulate(
     """
     start = as_ensemble("positions", positions)
     gradient = HessianAdjoint() if gradient is None else gradient
-    run = Run(potential, rule, key, observe, gradient, steps)
     check_links(steps, snapshots)
+    run = Run(potential, rule, key, observe, gradient, steps)
     mesh = choose_mesh(mesh, start)
     run, spread = bring(run, mesh), shard_members(start, mesh)
     if checkpoints is None:

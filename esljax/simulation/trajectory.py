@@ -18,6 +18,7 @@ from esljax._checks import (
     as_array,
     check_finite,
     check_positive_int,
+    check_real,
     door,
     known,
     refuse,
@@ -360,6 +361,5 @@ def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshot
 
 def _double(name: str, x: Any) -> np.ndarray:
     array = as_array(name, x, "be an array")
-    if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
+    check_real(name, array)
     return np.asarray(array).astype(np.float64)

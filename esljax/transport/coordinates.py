@@ -14,6 +14,7 @@ from esljax._checks import (
     check_finite,
     check_key,
     check_positive_int,
+    check_real,
     door,
     refuse,
 )
@@ -250,6 +251,7 @@ def principal_directions(
         (2, 1)
     """
     positions = as_array("positions", positions)
+    check_real("positions", positions)
     check_finite("positions", positions)
     pooled = np.asarray(positions, np.float64).reshape(-1, np.shape(positions)[-1])
     _check_coordinates(coordinates, pooled.shape[1], len(pooled))
