@@ -12,10 +12,13 @@ code it carries. Any error of a decoder on a broken file becomes an `InputError`
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import math
 import os
+import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -122,15 +125,16 @@ def decoding(argument: str, path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except OSError as error:
-        raise refuse(
-            argument, "be readable", f"{path} gives: {error.strerror or first_sentence(error)}"
-        ) from error
     except Exception as error:
-        # On arbitrary bytes each decoder fails in its own way (struct, zlib, syntax, memory, ...).
-        raise refuse(
-            argument, "be a whole, readable file", f"{path} is not: {first_sentence(error)}"
-        ) from error
+        raise _undecoded(argument, path, error) from error
+
+
+def _undecoded(argument: str, path: Path, error: Exception) -> InputError:
+    # On arbitrary bytes each decoder fails in its own way (struct, zlib, syntax, memory, ...).
+    if isinstance(error, OSError):
+        was = f"{path} gives: {error.strerror or first_sentence(error)}"
+        return refuse(argument, "be readable", was)
+    return refuse(argument, "be a whole, readable file", f"{path} is not: {first_sentence(error)}")
 
 
 def refuse_pickle(argument: str, path: Path) -> None:
@@ -272,7 +276,7 @@ def _safetensors(argument: str, path: Path) -> Archive:
         length = int.from_bytes(file.read(8), "little")
         content = json.loads(file.read(length))
     content.pop("__metadata__", None)
-    headers, places = {}, {}
+    headers, places, types = {}, {}, {}
     for key, stated in content.items():
         known = _SAFETENSORS.get(stated["dtype"])
         dtype = None if known is None else np.dtype(known)
@@ -280,6 +284,7 @@ def _safetensors(argument: str, path: Path) -> Archive:
         places[key] = 8 + length + stated["data_offsets"][0]
         stored = stated["data_offsets"][1] - stated["data_offsets"][0]
         if dtype is not None:
+            types[key] = dtype.newbyteorder("<")  # by definition of the format
             _check_size(argument, f"`{key}` of {path}", headers[key], stored)
 
     def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
@@ -287,14 +292,11 @@ def _safetensors(argument: str, path: Path) -> Archive:
         with path.open("rb") as file:
             for key in keys:
                 header = headers[key]
-                assert header.dtype is not None
                 file.seek(places[key])
                 data = bytearray(header.nbytes)
                 if file.readinto(data) != header.nbytes:
                     raise refuse(argument, "be whole arrays", f"`{key}` of {path} is cut short")
-                # Little-endian by definition of the format.
-                order = header.dtype.newbyteorder("<")
-                arrays[key] = np.frombuffer(data, order).reshape(header.shape)
+                arrays[key] = np.frombuffer(data, types[key]).reshape(header.shape)
         return arrays
 
     return Archive(path, headers, load)
@@ -395,8 +397,7 @@ def open_orbax(argument: str, path: Path) -> Archive:
 
     path = path.resolve()
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    with decoding(argument, path), _silence("absl"):
-        stored = checkpointer.metadata(path).item_metadata
+    stored = _quietly(argument, path, lambda: checkpointer.metadata(path).item_metadata)
     if stored is None:
         raise refuse(
             argument,
@@ -419,10 +420,8 @@ def open_orbax(argument: str, path: Path) -> Archive:
         item = jax.tree.map(lambda leaf: leaf if next(names) in wanted else ocp.PLACEHOLDER, tree)
         # As NumPy arrays: the devices that it was saved from need not exist here.
         plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        with _silence("absl"):
-            whole = checkpointer.restore(
-                path, args=ocp.args.PyTreeRestore(item=item, restore_args=plain)
-            )
+        wanted_only = ocp.args.PyTreeRestore(item=item, restore_args=plain)
+        whole = _quietly(argument, path, lambda: checkpointer.restore(path, args=wanted_only))
         return {key: np.asarray(leaf) for key, leaf in named(whole) if key in wanted}
 
     return Archive(path, headers, load)
@@ -437,15 +436,36 @@ def _orbax_header(leaf: Any) -> Header:
     return Header(tuple(getattr(leaf, "shape", None) or ()), dtype, kind)
 
 
-@contextlib.contextmanager
-def _silence(name: str) -> Iterator[None]:
-    """Silence a logger that repeats the error which is raised anyway."""
-    logger = logging.getLogger(name)
-    before, logger.disabled = logger.disabled, True
+def _quietly(argument: str, path: Path, call: Callable[[], Any]) -> Any:
+    """Call Orbax, and turn an error of it into one sentence.
+
+    On damaged files Orbax logs the error that it raises, and drops tasks whose errors are printed
+    when they are collected, or when they find that their loop has ended.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.disabled for logger in loggers], sys.excepthook, sys.unraisablehook
     try:
-        yield
+        for logger in loggers:
+            logger.disabled = True
+        sys.excepthook = sys.unraisablehook = lambda *_: None
+        try:
+            return call()
+        except InputError:
+            raise
+        except Exception as error:
+            # Without the error itself, whose frames hold the tasks.
+            refusal = _undecoded(argument, path, error)
+        gc.collect()
+        time.sleep(_REST)
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before[0], strict=True):
+            logger.disabled = disabled
+        sys.excepthook, sys.unraisablehook = before[1:]
+    raise refusal
+
+
+# Seconds in which the dropped tasks end; they only read a few kilobytes.
+_REST = 0.05
 
 
 # Several as one
