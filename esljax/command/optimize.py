@@ -16,7 +16,7 @@ import rich.progress
 import rich.table
 from jax.sharding import Mesh
 
-from esljax._checks import InputError, first_sentence, refuse
+from esljax._checks import InputError, first_sentence, memory_of_a_device, refuse
 from esljax.command.results import SETTINGS, Results
 from esljax.command.settings import (
     DONE,
@@ -38,11 +38,18 @@ from esljax.experiment import (
     compare,
     enable,
     make_problem,
-    memory_of_a_device,
     ratio,
     usual_shapes,
 )
-from esljax.files import Checkpoints, Terminated, alone, is_ours, remove_ours, writing
+from esljax.files import (
+    Checkpoints,
+    Terminated,
+    alone,
+    is_ours,
+    remove_ours,
+    watch_processes,
+    writing,
+)
 from esljax.optimization import Iteration
 from esljax.results import concise
 from esljax.sharding import member_mesh
@@ -147,6 +154,7 @@ def _join(config: OptimizeConfig) -> None:
             "find the other processes from the environment or the flags",
             f"fails: {first_sentence(error)}",
         ) from error
+    watch_processes()
 
 
 def _mesh(config: OptimizeConfig) -> Mesh | None:

@@ -42,8 +42,8 @@ class OptimizeConfig(TrainingConfig):
 
     Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input; 3 the numbers
     are printed, but not all files could be written; 130 interrupted (once the search has begun, the
-    best schedule so far is judged and written first); or 143 ended by SIGTERM or SIGHUP, after
-    saving. In the last three cases --resume finishes the run.
+    best schedule so far is judged and written first); 143 ended by SIGTERM or SIGHUP, after saving;
+    or 75 another process of the run is gone. In the last four cases --resume finishes the run.
     """
 
     out: Path = Path("esljax-optimize")

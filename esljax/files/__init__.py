@@ -4,10 +4,12 @@ from esljax.files import recordings, storage, writing
 from esljax.files.checkpoints import Checkpoints, alone, is_ours, remove_ours, session
 from esljax.files.companions import Selection, described
 from esljax.files.names import patterns
+from esljax.files.processes import LOST_PROCESS, watch_processes
 from esljax.files.recordings import read, read_matrix
 from esljax.files.signals import TERMINATED, Terminated, deaf, ended, uninterrupted
 
 __all__ = [
+    "LOST_PROCESS",
     "TERMINATED",
     "Checkpoints",
     "Selection",
@@ -25,5 +27,6 @@ __all__ = [
     "session",
     "storage",
     "uninterrupted",
+    "watch_processes",
     "writing",
 ]

@@ -25,13 +25,14 @@ from esljax.files.storage import described, toml, versions
 _MANNERS = ("out", "quiet", "checkpoint_every")
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], argument: str = "out") -> None:
     """Write a report as strict JSON. Numbers that are not finite become null.
 
     **Args:** `content`: with the keys `config` and `versions`, by which it is recognized.
+    `argument`: the one that a refusal names.
     **Raises:** `InputError` if something else is there, and `OSError` if the disk fails.
     """
-    replace(path, as_json(content))
+    replace(path, as_json(content), argument=argument)
 
 
 def as_json(content: Mapping[str, Any]) -> bytes:
