@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import rich.console
+import rich.table
 
 # Spellings in ASCII of the signs that reports use.
 _SPELLED = {
@@ -63,6 +64,12 @@ def wide(console: rich.console.Console, width: int) -> rich.console.Console:
     """A console at least that wide, whatever the terminal is: it breaks lines, and no numbers."""
     console.width = max(console.width, width)
     return console
+
+
+def print_whole(console: rich.console.Console, table: rich.table.Table) -> None:
+    """Print a table whose lines a narrow terminal breaks, rather than its numbers."""
+    options = console.options.update(max_width=10_000)
+    wide(console, console.measure(table, options=options).maximum).print(table)
 
 
 @contextlib.contextmanager

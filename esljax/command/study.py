@@ -18,7 +18,7 @@ import tyro
 
 from esljax._checks import refuse
 from esljax.command.settings import DONE, FAILED, INTERRUPTED, NOT_WRITTEN, in_words
-from esljax.command.streams import legible, wide
+from esljax.command.streams import legible, print_whole
 from esljax.experiment import AtLeast, check_fields
 from esljax.files import TERMINATED, Terminated, storage, uninterrupted, writing
 from esljax.results import concise
@@ -261,10 +261,7 @@ def _show(config: ShowStudyConfig) -> int:
             runs + "*" * bool(group.unconverged),
             *shown,
         )
-    console = rich.console.Console()
-    # A narrow terminal should break the lines rather than the numbers.
-    options = console.options.update(max_width=10_000)
-    wide(console, console.measure(table, options=options).maximum).print(table)
+    print_whole(rich.console.Console(), table)
     if any(group.unconverged for group in groups[: config.rows]):
         print("* Some transport problems were not solved: do not trust these numbers.")
     if len(groups) > config.rows:
