@@ -140,9 +140,7 @@ def as_real(argument: str, x: Any, must: str = "be an array of numbers") -> Arra
     **Raises:** `InputError` for complex numbers, bools, and what `as_array` refuses.
     """
     array = as_array(argument, x, must)
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise refuse(argument, "hold real numbers", f"has dtype {array.dtype}")
+    check_real(argument, array)
     return _at_least_single(array)
 
 
@@ -164,13 +162,10 @@ def as_float(x: Any, argument: str = "value") -> Array:
 
 
 def plain_int(x: Any) -> Any:
-    """Return an integer of NumPy or jax as one of Python, which a static field needs; anything else
+    """Return a number of NumPy or jax as one of Python, which a static field needs; anything else
     as it is, for a sentence of its own."""
-    if isinstance(x, np.integer | np.ndarray | jax.Array) and known(x):
-        try:
-            return operator.index(x)
-        except TypeError:
-            pass
+    if isinstance(x, np.generic | np.ndarray | jax.Array) and known(x) and np.shape(x) == ():
+        return x if is_key(x) else x.item()
     return x
 
 
@@ -207,22 +202,19 @@ def door(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     """
     parameters = list(inspect.signature(function).parameters.values())
     counts = {each.name for each in parameters if each.annotation in (int, int | None)}
-    places = [i for i, each in enumerate(parameters) if each.name in counts]
+    call: Any = function
+    places = {i for i, each in enumerate(parameters) if each.name in counts}
 
     @functools.wraps(function)
     def opened(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
-        given: Any = list(args)
-        for i in places[: len(given)]:
-            if i < len(given):
-                given[i] = plain_int(given[i])
+        given: Any = [plain_int(x) if i in places else x for i, x in enumerate(args)]
         named: Any = {k: plain_int(x) if k in counts else x for k, x in kwargs.items()}
-        if (
-            jax.config.jax_numpy_rank_promotion == "allow"
-            and jax.config.jax_numpy_dtype_promotion == "standard"
-        ):
-            return function(*given, **named)
+        config: Any = jax.config
+        settings = config.jax_numpy_rank_promotion, config.jax_numpy_dtype_promotion
+        if settings == ("allow", "standard"):
+            return call(*given, **named)
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return function(*given, **named)
+            return call(*given, **named)
 
     return opened
 
@@ -230,6 +222,12 @@ def door(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 def check_positive_int(argument: str, value: int, minimum: int = 1) -> None:
     """Reject what `as_count` rejects."""
     as_count(argument, value, minimum)
+
+
+def check_real(argument: str, array: Any) -> None:
+    """Reject arrays of complex numbers and of bools."""
+    if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise refuse(argument, "hold real numbers", f"has dtype {array.dtype}")
 
 
 def check_positive(argument: str, value: Any) -> None:

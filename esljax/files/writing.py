@@ -25,14 +25,15 @@ from esljax.files.storage import described, toml, versions
 _MANNERS = ("out", "quiet", "checkpoint_every")
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], argument: str = "out") -> None:
     """Write a report as strict JSON. Numbers that are not finite become null.
 
     **Args:** `content`: with the keys `config` and `versions`, by which it is recognized.
+    `argument`: the one that a refusal names.
     **Raises:** `InputError` if something else is there, and `OSError` if the disk fails.
     """
     text = json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False)
-    replace(path, (text + "\n").encode(errors="backslashreplace"))
+    replace(path, (text + "\n").encode(errors="backslashreplace"), argument)
 
 
 def write_toml(path: Path, content: Mapping[str, Any]) -> None:
@@ -45,7 +46,7 @@ def write_toml(path: Path, content: Mapping[str, Any]) -> None:
     replace(path, _HEAD + _digest(body).encode() + b"\n" + body)
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes, argument: str = "out") -> None:
     """Write a file whole or not at all, in the place of none or of one that this program wrote.
 
     A reader or a kill meets the old file or the new one. The mode is that of the umask.
@@ -53,7 +54,7 @@ def replace(path: Path, content: bytes) -> None:
     **Raises:** `InputError` if something else is there, and `OSError` if the disk fails.
     """
     if _is_foreign(path):
-        raise _foreign("out", path)
+        raise _foreign(argument, path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:

@@ -1,5 +1,6 @@
 """Potentials with a formula, and any function of the parameters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -58,10 +59,15 @@ class Quadratic(AbstractPotential):
         1.0
     """
 
-    stiffness: Float[Array, "..."] = eqx.field(converter=as_float)
-    center: Float[Array, "..."] = eqx.field(converter=as_float, default=0.0)
+    stiffness: Float[Array, "..."] = eqx.field(
+        converter=functools.partial(as_float, argument="stiffness")
+    )
+    center: Float[Array, "..."] = eqx.field(
+        converter=functools.partial(as_float, argument="center"), default=0.0
+    )
     gradient_noise: Float[Array, "..."] | None = eqx.field(
-        converter=lambda x: None if x is None else as_float(x), default=None
+        converter=lambda x: None if x is None else as_float(x, argument="gradient_noise"),
+        default=None,
     )
 
     def __check_init__(self):
@@ -139,9 +145,13 @@ class DoubleWell(AbstractPotential):
         [2. 0.]
     """
 
-    barrier: Scalar = eqx.field(converter=as_float, default=1.0)
-    width: Scalar = eqx.field(converter=as_float, default=1.0)
-    stiffness: Scalar = eqx.field(converter=as_float, default=1.0)
+    barrier: Scalar = eqx.field(
+        converter=functools.partial(as_float, argument="barrier"), default=1.0
+    )
+    width: Scalar = eqx.field(converter=functools.partial(as_float, argument="width"), default=1.0)
+    stiffness: Scalar = eqx.field(
+        converter=functools.partial(as_float, argument="stiffness"), default=1.0
+    )
     conservative: ClassVar[bool] = True
 
     def __check_init__(self):
@@ -179,9 +189,13 @@ class Mixture(AbstractPotential):
         3.0
     """
 
-    means: Float[Array, "c d"] = eqx.field(converter=as_float)
-    variances: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
-    weights: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
+    means: Float[Array, "c d"] = eqx.field(converter=functools.partial(as_float, argument="means"))
+    variances: Float[Array, "..."] = eqx.field(
+        converter=functools.partial(as_float, argument="variances"), default=1.0
+    )
+    weights: Float[Array, "..."] = eqx.field(
+        converter=functools.partial(as_float, argument="weights"), default=1.0
+    )
     conservative: ClassVar[bool] = True
 
     def __check_init__(self):
@@ -202,7 +216,7 @@ class Mixture(AbstractPotential):
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         components, dimension = self.means.shape
         weights = jnp.broadcast_to(self.weights, (components,))
-        distances = jnp.sum((position - self.means) ** 2, axis=1)
+        distances = jnp.sum((position[None] - self.means) ** 2, axis=1)
         exponents = -distances / (2 * self.variances) - dimension / 2 * jnp.log(
             2 * jnp.pi * self.variances
         )
@@ -247,12 +261,14 @@ class FromFunction(AbstractPotential):
         )
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
-        return self.fn(position)
+        energy = self.fn(position)
+        half = hasattr(energy, "dtype") and energy.dtype.itemsize < 4
+        return energy.astype(position.dtype) if half else energy
 
     def energy_and_gradient(
         self, position: Float[Array, " d"], batch: Any = None
     ) -> tuple[Scalar, Float[Array, " d"]]:
-        return jax.value_and_grad(self.fn)(position)
+        return jax.value_and_grad(self.energy)(position)
 
     def draw(self, key: Key, members: int) -> None:
         return None

@@ -201,11 +201,12 @@ class AbstractSchedule(eqx.Module):
     def save(self, path: str | Path) -> None:
         """Write the schedule to a JSON file that `load_schedule` reads back bit for bit.
 
-        A file that exists is replaced at once, so that no reader meets half of one.
+        A file of this package that exists is replaced at once, so that no reader meets half of one.
+        Any other file is left as it is.
 
         **Args:** `path`: of the file; missing folders are made.
-        **Raises:** `InputError` as `as_dict` does, for numbers that are not finite, and if the file
-        cannot be written.
+        **Raises:** `InputError` as `as_dict` does, for numbers that are not finite, if the file
+        cannot be written, and if there is one of someone else.
 
         **Example:**
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import InputError, first_sentence, in_words, known, refuse
-from esljax.files import storage
+from esljax.files import storage, writing
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The types of numbers that a file may name."""
@@ -110,6 +110,9 @@ def name_of(kind: type) -> str:
     return name if module.startswith(__name__.rpartition(".")[0]) else f"{module}.{name}"
 
 
+_SIGNED: dict[str, Any] = {"config": {}}
+
+
 def write(path: Any, content: dict[str, Any]) -> None:
     """Write `content` to a file at once. **Raises:** `InputError` if that fails."""
     if not isinstance(path, str | Path):
@@ -119,7 +122,8 @@ def write(path: Any, content: dict[str, Any]) -> None:
         raise refuse("schedule", "be finite to be saved", "has numbers that are not")
     storage.make_folder(path.parent, "path")
     try:
-        storage.write_json(path, content)
+        # What says that the file is of this package, which replaces no others.
+        writing.write_json(path, {**content, **_SIGNED, "versions": storage.versions()}, "path")
     except OSError as error:
         raise refuse(
             "path", "be a file that can be written", f"{path} gives: {error.strerror}"
@@ -137,9 +141,12 @@ def read(path: Any) -> Any:
     except ValueError as error:
         raise wrong_file(path)(f"is no text ({first_sentence(error)})") from error
     try:
-        return json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        content = json.loads(text, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise wrong_file(path)(f"is no valid JSON ({first_sentence(error)})") from error
+    if isinstance(content, dict) and "versions" in content and content.items() >= _SIGNED.items():
+        content = {k: x for k, x in content.items() if k not in (*_SIGNED, "versions")}
+    return content
 
 
 def wrong_file(path: Any) -> Problem:

@@ -220,7 +220,11 @@ def _renamed(gradient: str, recompute: bool, checkpoint: bool | None) -> bool:
 def _kick(
     potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, batches: Any
 ) -> tuple[Array, Array]:
-    energies, gradients = jax.vmap(potential.energy_and_gradient)(positions, batches)
+    # A potential that computes in 16 bits, or in 64, moves members of their own precision.
+    energies, gradients = jax.tree.map(
+        lambda x: x.astype(positions.dtype),
+        jax.vmap(potential.energy_and_gradient)(positions, batches),
+    )
     return energies, scale * gradients
 
 

@@ -39,7 +39,7 @@ from esljax.simulation.checks import (
     check_links,
 )
 from esljax.simulation.rules import AbstractRule, Controls
-from esljax.simulation.trajectory import Trajectory, laid
+from esljax.simulation.trajectory import Keys, Trajectory, checked_keys, laid
 from esljax.simulation.work import work_of_change
 
 # The two uses of the key of a step.
@@ -280,8 +280,8 @@ def simulate(
     """
     start = as_ensemble("positions", positions)
     gradient = HessianAdjoint() if gradient is None else gradient
-    run = Run(potential, rule, key, observe, gradient, steps)
     check_links(steps, snapshots)
+    run = Run(potential, rule, key, observe, gradient, steps)
     mesh = choose_mesh(mesh, start)
     run, spread = bring(run, mesh), shard_members(start, mesh)
     if checkpoints is None:
@@ -401,4 +401,13 @@ def _trajectory(
         injected=None if law is None else law.injected,
         lawful=law is not None,
         work_of_links=work,
+        keys=_keys(run, final),
     )
+
+
+def _keys(run: Run, final: Array) -> Keys | None:
+    """The names of the parameters, if the potential knows them and snapshots hold them."""
+    keys = run.potential.parameter_keys
+    if keys is None or run.observe is not None:
+        return None
+    return checked_keys("potential.parameter_keys", keys, final.shape[-1])

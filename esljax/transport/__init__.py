@@ -1,6 +1,12 @@
 """W2²: the squared Wasserstein distance between two ensembles."""
 
-from esljax.transport.base import AbstractTransport, Solution, check_transport, solution_of
+from esljax.transport.base import (
+    AbstractTransport,
+    Solution,
+    check_transport,
+    pairing_of,
+    solution_of,
+)
 from esljax.transport.coordinates import (
     AbstractWrappedTransport,
     MappedTransport,
@@ -24,6 +30,7 @@ __all__ = [
     "SlicedTransport",
     "Solution",
     "check_transport",
+    "pairing_of",
     "principal_directions",
     "random_directions",
     "solution_of",
