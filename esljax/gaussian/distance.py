@@ -53,7 +53,7 @@ def entropic_transport(start: AnyLaw, end: AnyLaw, *, epsilon: ScalarLike) -> Sc
         2.2348
     """
     _check_same_size(start, end)
-    epsilon = as_float(epsilon)
+    epsilon = as_float(epsilon, "epsilon")
     check_positive("epsilon", epsilon)
     return _entropic(start, end, epsilon)
 
@@ -78,7 +78,7 @@ def sinkhorn_divergence(start: AnyLaw, end: AnyLaw, *, epsilon: ScalarLike) -> S
         1.9999
     """
     _check_same_size(start, end)
-    epsilon = as_float(epsilon)
+    epsilon = as_float(epsilon, "epsilon")
     check_positive("epsilon", epsilon)
     return (
         _entropic(start, end, epsilon)

@@ -65,9 +65,10 @@ def drift_of(law: AnyLaw, potential: Any) -> Drift:
         must = "have a stiffness and a center, as Quadratic(1.0) has"
         raise refuse("potential", must, f"is {in_words(potential)}")
     d = law.mean.size
-    stiffness, center = as_float(potential.stiffness), as_float(potential.center)
+    stiffness = as_float(potential.stiffness, "potential.stiffness")
+    center = as_float(potential.center, "potential.center")
     noise = getattr(potential, "gradient_noise", None)
-    noise = None if noise is None else as_float(noise)
+    noise = None if noise is None else as_float(noise, "potential.gradient_noise")
     _check_fits("potential.stiffness", stiffness, d)
     if center.shape not in ((), (d,)):
         raise refuse(

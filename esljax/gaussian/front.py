@@ -130,14 +130,14 @@ def front(
     if weights is not None and targets is not None:
         raise refuse("targets", "be given in place of weights", "is given beside them")
     name, wanted = ("weights", weights) if targets is None else ("targets", targets)
-    wanted = as_float(np.linspace(0.1, 0.7, 7) if wanted is None else wanted)
+    wanted = as_float(np.linspace(0.1, 0.7, 7) if wanted is None else wanted, name)
     if wanted.ndim != 1 or not wanted.size:
         raise refuse(name, "have shape (P,)", f"has shape {wanted.shape}")
     check_positive(name, wanted)
     motion = motion_of(law, potential)
     if largest_rate is None:
         largest_rate = 2 / motion.stiffest()
-    cap = as_float(largest_rate)
+    cap = as_float(largest_rate, "largest_rate")
     if cap.ndim:
         raise refuse("largest_rate", "be a number", f"has shape {cap.shape}")
     check_positive("largest_rate", cap)

@@ -31,7 +31,7 @@ class Law(eqx.Module):
     """C, shape (d, d), in units of θ²; of several laws (J, d, d)."""
 
     def __init__(self, mean: Any, covariance: Any):
-        mean, covariance = as_float(mean), as_float(covariance)
+        mean, covariance = as_float(mean, "mean"), as_float(covariance, "covariance")
         if mean.ndim != 1 or mean.size < 1:
             raise refuse("mean", "have shape (d,)", f"has shape {mean.shape}")
         if covariance.shape != 2 * mean.shape:
@@ -86,7 +86,7 @@ class Independent(eqx.Module):
     """The diagonal of C, shape (d,), in units of θ²; of the laws of several steps (J, d)."""
 
     def __init__(self, mean: Any, variance: Any):
-        mean, variance = as_float(mean), as_float(variance)
+        mean, variance = as_float(mean, "mean"), as_float(variance, "variance")
         if mean.ndim != 1 or mean.size < 1:
             raise refuse("mean", "have shape (d,)", f"has shape {mean.shape}")
         if variance.shape not in ((), mean.shape):

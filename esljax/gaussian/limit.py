@@ -105,7 +105,7 @@ def laws(
         >>> [round(float(m), 4) for m in path.mean[:, 0]]
         [2.0, 0.7358]
     """
-    run, times = run_of(law, potential, rule, steps, panels), as_float(times)
+    run, times = run_of(law, potential, rule, steps, panels), as_float(times, "times")
     if times.ndim != 1:
         raise refuse("times", "have shape (J,)", f"has shape {times.shape}")
     check_nonnegative("times", times)
@@ -173,7 +173,7 @@ def optimal_learning_rate(
         >>> round(float(rate(0.0)), 2), round(float(rate(1.0)), 2)
         (2.89, 0.44)
     """
-    learning_time = as_float(learning_time)
+    learning_time = as_float(learning_time, "learning_time")
     check_positive("learning_time", learning_time)
     check_positive_int("steps", steps)
     check_positive_int("knots", knots, minimum=2)
