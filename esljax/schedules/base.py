@@ -81,7 +81,7 @@ class AbstractSchedule(eqx.Module):
         times = jnp.arange(steps, dtype=jnp.result_type(float)) / steps
         return jax.vmap(self.over(steps))(times)
 
-    def to_optax(self, steps: int) -> Callable[[Any], Scalar]:
+    def to_optax(self, steps: int) -> Callable[[Any], Array]:
         """The optax schedule of a run of `steps` steps: the inverse of `FromOptax`.
 
         At count k = 0, ..., K-1 it is bit for bit the k-th of `rates(K)`, under `jit` as well; from
@@ -110,7 +110,7 @@ class AbstractSchedule(eqx.Module):
             table = self._table(steps)
         still = jax.tree.map(jax.lax.stop_gradient, schedule)
 
-        def read(count: Any) -> Scalar:
+        def read(count: Any) -> Array:
             count = jnp.clip(jnp.asarray(count), 0, steps)
             if not jnp.issubdtype(count.dtype, jnp.floating):
                 return table[count.astype(int)]
@@ -221,7 +221,7 @@ class AbstractSchedule(eqx.Module):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return ", ".join(f"{name} {in_short(value)}" for name, value in fields.items())
 
-    def _table(self, steps: int) -> Float[Array, " K+1"]:
+    def _table(self, steps: int) -> Float[Array, " values"]:
         """The values of a run and that at its end."""
         rates = self.rates(steps)
         record.check_one_number(rates.shape[1:])

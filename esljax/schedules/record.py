@@ -29,7 +29,7 @@ def check_known(schedule: Any) -> None:
     if not known(schedule):
         raise refuse(
             "schedule",
-            "have known numbers to leave jax, outside of jit, grad and vmap",
+            "have known numbers to leave, outside of jit, grad and vmap",
             "is traced",
         )
 
