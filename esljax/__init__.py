@@ -26,7 +26,16 @@ from esljax import (
     velocity,
 )
 from esljax._checks import InputError
-from esljax.experiment import Plan, RunConfig, plan_memory, run
+from esljax.experiment import (
+    Comparison,
+    Plan,
+    Problem,
+    RunConfig,
+    compare,
+    plan_memory,
+    run,
+    usual_shapes,
+)
 from esljax.files import Checkpoints, Terminated, recordings
 from esljax.measures import (
     FreeEnergy,
@@ -121,6 +130,7 @@ __all__ = [
     "AffineVelocity",
     "Autodiff",
     "Checkpoints",
+    "Comparison",
     "Constant",
     "Cosine",
     "DoubleWell",
@@ -151,6 +161,7 @@ __all__ = [
     "Piecewise",
     "Plan",
     "ProbabilityFlow",
+    "Problem",
     "ProjectedTransport",
     "Quadratic",
     "RunConfig",
@@ -163,6 +174,7 @@ __all__ = [
     "TransportVelocity",
     "Warmup",
     "WarmupStableDecay",
+    "compare",
     "constant_speed",
     "datasets",
     "density",
@@ -191,6 +203,7 @@ __all__ = [
     "speed_limit",
     "study",
     "transport",
+    "usual_shapes",
     "velocity",
 ]
 

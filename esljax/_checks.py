@@ -5,15 +5,25 @@ known, that is, outside `jit`; inside a transformation the same call runs unchec
 come out as NaN.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+import inspect
+import operator
+import os
+import sysconfig
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from esljax._types import Array
+from esljax._types import Array, Float
+
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
 
 
 class InputError(ValueError):
@@ -43,7 +53,7 @@ def wrong_answer(argument: str, owner: Any, method: str, expected: str, answer: 
 
     **Example:**
 
-        >>> from esljax._checks import wrong_answer
+        >>> from esljax._checks import plain_int, wrong_answer
         >>> print(wrong_answer("law", "no law", "fit", "a density", (0.5, None)))
         Argument `law` must return a density from `fit`, but str.fit returns (float, NoneType).
     """
@@ -57,21 +67,125 @@ def first_sentence(error: BaseException) -> str:
     return lines[0].split(". ")[0].rstrip(".:") if lines else type(error).__name__
 
 
-def as_float(x: Any) -> Array:
-    """Return `x` as an array of the default float type; a floating array keeps its own type.
+def failure(error: BaseException) -> str:
+    """Return what went wrong in code of the user, and the line of it, to end a sentence of ours.
+
+    The line is the last one outside of this package and the libraries, so the user's own.
+    """
+    reason = first_sentence(error)
+    if not isinstance(error, TypeError | ValueError) and reason != type(error).__name__:
+        reason = f"{type(error).__name__}: {reason}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not _of_a_library(frame)]
+    if not own:
+        return reason
+    line = (own[-1].line or "").strip().replace(". ", ".")
+    code = f": {line}" if line else ""
+    return f"{reason} ({Path(own[-1].filename).name}, line {own[-1].lineno}{code})"
+
+
+def as_array(argument: str, x: Any, must: str = "be an array of numbers") -> Any:
+    """Return `x` as an array of numbers or bools that jax takes as it is; the one door for arrays
+    from outside.
+
+    A jax array, traced or not, stays as it is. Anything else becomes a NumPy array of a type that
+    jax has, in the byte order of this machine.
+
+    **Raises:** `InputError` for keys, text, objects, dates, ragged lists, and masked entries.
+    """
+    if isinstance(x, jax.Array):
+        if is_key(x):
+            raise refuse(argument, must, "holds random keys")
+        return x
+    masked = _masked(x)
+    if masked:
+        remedy = f"{must} without masked entries, as x.filled(value) or x.compressed() makes"
+        raise refuse(argument, remedy, f"has {masked} that are masked")
+    try:
+        array = np.asarray(x)
+    except Exception as error:  # whatever an object from outside raises when it is converted
+        raise refuse(argument, must, f"is {in_words(x)}: {first_sentence(error)}") from error
+    if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != bool:
+        scalar = array.ndim == 0
+        raise refuse(argument, must, f"is {in_words(x)}" if scalar else f"has dtype {array.dtype}")
+    if array.dtype.kind in "fc":  # extended precision, which jax lacks
+        widest = np.float64 if array.dtype.kind == "f" else np.complex128
+        array = array if array.dtype.itemsize <= widest().itemsize else array.astype(widest)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def as_jax(argument: str, x: Any) -> Array:
+    """Return `x` as a jax array of its own kind: integers and bools stay what they are.
+
+    **Raises:** `InputError` for what `as_array` refuses, and for integers that the integers of jax
+    do not hold.
+    """
+    array = as_array(argument, x)
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if jnp.issubdtype(dtype, jnp.integer) and dtype != array.dtype and array.size:
+        least, most = int(array.min()), int(array.max())
+        if least < jnp.iinfo(dtype).min or most > jnp.iinfo(dtype).max:
+            must = f"hold integers that {dtype} holds (or set jax_enable_x64)"
+            raise refuse(argument, must, f"has integers from {least} to {most}")
+    with np.errstate(over="ignore"):
+        return jnp.asarray(array, dtype)
+
+
+def as_real(argument: str, x: Any, must: str = "be an array of numbers") -> Array:
+    """Return real numbers of any kind as a floating jax array of at least single precision.
+
+    float32 and float64 keep their type, as far as `jax_enable_x64` allows; halves and integers take
+    the default one.
+
+    **Raises:** `InputError` for complex numbers, bools, and what `as_array` refuses.
+    """
+    array = as_array(argument, x, must)
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
+        raise refuse(argument, "hold real numbers", f"has dtype {array.dtype}")
+    return _at_least_single(array)
+
+
+def as_float(x: Any, argument: str = "value") -> Array:
+    """Return `x` as an array of the default float type; a floating array of at least single
+    precision keeps its own type.
 
     Python floats become arrays so that `jit` traces them: a float in a static field recompiles for
     every value.
 
-    **Raises:** `InputError` if `x` holds no numbers.
+    **Raises:** `InputError` if `x` holds no real numbers.
     """
-    inexact = isinstance(x, jax.Array | np.ndarray) and jnp.issubdtype(x.dtype, jnp.inexact)
+    must = "be a number or an array of numbers"
+    own = isinstance(x, jax.Array | np.ndarray)
+    array = as_array(argument, x, must)
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise refuse(argument, "hold real numbers", f"has dtype {array.dtype}")
+    return _at_least_single(array) if own else jnp.asarray(array, jnp.result_type(float))
+
+
+def plain_int(x: Any) -> Any:
+    """Return an integer of NumPy or jax as one of Python, which a static field needs; anything else
+    as it is, for a sentence of its own."""
+    if isinstance(x, np.integer | np.ndarray | jax.Array) and known(x):
+        try:
+            return operator.index(x)
+        except TypeError:
+            pass
+    return x
+
+
+def as_count(argument: str, value: Any, minimum: int = 1) -> int:
+    """Return an integer of at least `minimum` as a Python one, also from NumPy or a 0-d array.
+
+    **Raises:** `InputError` for anything else; a bool is no integer here.
+    """
     try:
-        # The explicit type also strips jax's weak type. Otherwise an optimizer step strips it
-        # later, at the price of a recompilation.
-        return jnp.asarray(x, jnp.asarray(x).dtype if inexact else jnp.result_type(float))
-    except (TypeError, ValueError) as error:
-        raise refuse("value", "be a number or an array of numbers", f"is {x!r}") from error
+        count = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # what is no integer, and integers that a transformation traces
+        count = None
+    if count is None or count < minimum:
+        raise refuse(argument, f"be an integer of at least {minimum}", f"is {value!r}")
+    return count
 
 
 def known(*arrays: Any) -> bool:
@@ -84,10 +198,38 @@ def is_key(x: Any) -> bool:
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+def door(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
+    """Make a public function independent of the global settings of jax and of the type of counts.
+
+    Its formulas are written for the usual promotion of shapes and types, so it runs under that, and
+    so do the functions of the user that it calls. Parameters annotated as integers also take those
+    of NumPy and arrays of shape (), as Python ones.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    counts = {each.name for each in parameters if each.annotation in (int, int | None)}
+    places = [i for i, each in enumerate(parameters) if each.name in counts]
+
+    @functools.wraps(function)
+    def opened(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        given: Any = list(args)
+        for i in places[: len(given)]:
+            if i < len(given):
+                given[i] = plain_int(given[i])
+        named: Any = {k: plain_int(x) if k in counts else x for k, x in kwargs.items()}
+        if (
+            jax.config.jax_numpy_rank_promotion == "allow"
+            and jax.config.jax_numpy_dtype_promotion == "standard"
+        ):
+            return function(*given, **named)
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*given, **named)
+
+    return opened
+
+
 def check_positive_int(argument: str, value: int, minimum: int = 1) -> None:
-    """Reject anything but an integer of at least `minimum`; a bool is no integer here."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
-        raise refuse(argument, f"be an integer of at least {minimum}", f"is {value!r}")
+    """Reject what `as_count` rejects."""
+    as_count(argument, value, minimum)
 
 
 def check_positive(argument: str, value: Any) -> None:
@@ -117,6 +259,17 @@ def check_finite(argument: str, value: Any) -> None:
                 "be finite",
                 f"has {int(bad.sum())} entries that are not, the first at index {where}",
             )
+
+
+def as_cloud(argument: str, x: Any, minimum_members: int = 1) -> Float[Array, "n d"]:
+    """Return members (n, d) as a jax array of at least single precision.
+
+    **Raises:** `InputError` for integers, other shapes, too few members, and numbers that are known
+    and not finite.
+    """
+    array = as_array(argument, x)
+    check_ensemble(argument, array, minimum_members)
+    return _at_least_single(array)
 
 
 def check_ensemble(argument: str, x: Any, minimum_members: int = 1) -> None:
@@ -162,6 +315,40 @@ def in_words(value: Any) -> str:
         return f"the function {name}"
     kind = type(value).__name__
     return f"{'an' if kind[0] in 'AEIOUaeiou' else 'a'} {kind}"
+
+
+# Where the standard library, this package and whatever is installed lie.
+_LIBRARIES = tuple(
+    str(Path(place).resolve()) + os.sep
+    for place in (
+        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        Path(__file__).parent,
+    )
+)
+
+
+def _of_a_library(frame: traceback.FrameSummary) -> bool:
+    generated = frame.filename.startswith("<frozen") or (frame.filename, frame.name) == (
+        "<string>",
+        "__init__",
+    )
+    return generated or str(Path(frame.filename).resolve()).startswith(_LIBRARIES)
+
+
+def _at_least_single(array: Any) -> Array:
+    wide = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize >= 4
+    # The explicit type also strips jax's weak type. Otherwise an optimizer step strips it later, at
+    # the price of a recompilation.
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype) if wide else jnp.result_type(float)
+    with np.errstate(over="ignore"):  # too large a number becomes infinite, and is seen as such
+        return jnp.asarray(array, dtype)
+
+
+def _masked(x: Any) -> int:
+    """How many entries are masked, of an array or of arrays in lists."""
+    if isinstance(x, np.ma.MaskedArray):
+        return int(np.ma.count_masked(x))
+    return sum(map(_masked, x)) if isinstance(x, list | tuple) else 0
 
 
 def _here(leaf: Any) -> bool:

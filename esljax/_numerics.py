@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
+from esljax._checks import door
 from esljax._types import Array, ArrayLike, Float
 
 # --- Scalars and products -------------------------------------------------------------------------
@@ -64,6 +65,7 @@ def sqrtm(a: Float[Array, "d d"]) -> Float[Array, "d d"]:
 
 
 @sqrtm.defjvp
+@door
 def _(primals, tangents):
     root = sqrtm(*primals)
     return root, lyapunov(root, *tangents)

@@ -33,6 +33,7 @@ from esljax._checks import (
     check_nonnegative,
     check_positive,
     check_positive_int,
+    door,
     in_words,
     known,
     refuse,
@@ -124,6 +125,7 @@ class Law(eqx.Module):
         self.mean, self.covariance = mean.astype(dtype), covariance.astype(dtype)
 
 
+@door
 def w2_squared(start: Law, end: Law) -> Scalar:
     r"""The squared Wasserstein distance between two Gaussian laws, in closed form.
 
@@ -147,6 +149,7 @@ def w2_squared(start: Law, end: Law) -> Scalar:
     return _distance(start, end)
 
 
+@door
 def entropic_transport(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     r"""The entropic transport cost between two Gaussian laws, in closed form.
 
@@ -172,6 +175,7 @@ def entropic_transport(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     return _entropic(start, end, epsilon)
 
 
+@door
 def sinkhorn_divergence(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     r"""The debiased entropic transport cost between two Gaussian laws, in closed form.
 
@@ -199,6 +203,7 @@ def sinkhorn_divergence(start: Law, end: Law, *, epsilon: ScalarLike) -> Scalar:
     )
 
 
+@door
 def speed_limit(
     law: Law, potential: HasStiffness, rule: HasSchedules, *, steps: int, panels: int = 64
 ) -> SpeedLimit:
@@ -240,6 +245,7 @@ def speed_limit(
     return report
 
 
+@door
 def laws(
     law: Law,
     potential: HasStiffness,
@@ -276,6 +282,7 @@ def laws(
     return path
 
 
+@door
 def optimal_learning_rate(
     law: Law,
     potential: HasStiffness,

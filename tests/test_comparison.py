@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import esljax as esl
-from esljax.experiment import comparison, settings
+from esljax.experiment import comparison, judging, matching, settings
 from esljax.files.storage import write_json, write_toml
 
 
@@ -17,13 +17,13 @@ from esljax.files.storage import write_json, write_toml
 def problem():
     data = esl.datasets.two_moons(300)
     potential = esl.FlaxLoss(esl.models.mlp(2, 8, 2), data.train, batch_size=32, l2=1e-4)
-    return comparison.Problem(
-        potential, data.test, 1e-6, esl.ExactTransport(), members=8, steps=20, snapshots=5
+    return esl.Problem(
+        potential, members=8, steps=20, snapshots=5, temperature=1e-6, test=data.test
     )
 
 
 def test_table_reads_the_same_rates(problem):
-    for shape in comparison.usual_shapes().values():
+    for shape in esl.usual_shapes().values():
         np.testing.assert_allclose(
             problem.table(shape).rates(20), shape.rates(20), rtol=1e-6, atol=1e-7
         )
@@ -50,10 +50,10 @@ def test_run_is_the_simulation_that_it_says(problem):
 
 def test_match_endpoint_meets_the_target_on_its_keys(problem):
     keys = jax.random.split(jax.random.key(0), 2)
-    target = comparison.final_loss(problem, esl.Constant(0.2), keys)
+    target = judging.final_loss(problem, esl.Constant(0.2), keys)
     trials = []
-    for name, shape in comparison.usual_shapes().items():
-        matched = comparison.match_endpoint(
+    for name, shape in esl.usual_shapes().items():
+        matched = matching.match_endpoint(
             problem,
             shape,
             target=target,
@@ -67,7 +67,7 @@ def test_match_endpoint_meets_the_target_on_its_keys(problem):
         # The shape is kept: only its scale moved.
         ratio = np.asarray(matched.values[1:-1]) / np.asarray(problem.table(shape).values[1:-1])
         np.testing.assert_allclose(ratio, ratio[0], rtol=1e-5)
-    assert len(trials) <= 4 * len(comparison.usual_shapes())
+    assert len(trials) <= 4 * len(esl.usual_shapes())
 
 
 def test_unreachable_target_lists_what_was_tried(problem):
@@ -76,18 +76,18 @@ def test_unreachable_target_lists_what_was_tried(problem):
         esl.InputError,
         match="`target` must be a loss that cosine can reach, but is 1e-06: scaling the rates gave",
     ):
-        comparison.match_endpoint(
+        matching.match_endpoint(
             problem, esl.Cosine(1.0), target=1e-6, learning_time=4.0, keys=keys, name="cosine"
         )
     with pytest.raises(esl.InputError, match="positive sum"):
-        comparison.match_endpoint(
+        matching.match_endpoint(
             problem, esl.Constant(0.0), target=0.5, learning_time=4.0, keys=keys
         )
 
 
 def test_judge_averages_single_runs(problem):
     keys = jax.random.split(jax.random.key(5), 4)
-    judgment = comparison.judge(problem, esl.Constant(0.2), keys)
+    judgment = judging.judge(problem, esl.Constant(0.2), keys)
     outcomes = [problem.run(esl.Constant(0.2), key) for key in keys]
     gaps = np.array([outcome.report.gap for outcome in outcomes])
     losses = np.array([outcome.final_loss for outcome in outcomes])
@@ -102,14 +102,14 @@ def test_judge_averages_single_runs(problem):
     with pytest.warns(DeprecationWarning, match=r"Judgment\.standard_error\.test_accuracy"):
         assert judgment.test_accuracy_error == judgment.standard_error.test_accuracy
     with pytest.raises(esl.InputError, match="at least 2"):
-        comparison.judge(problem, esl.Constant(0.2), keys[:1])
+        judging.judge(problem, esl.Constant(0.2), keys[:1])
 
 
 def test_ratio_is_paired(problem):
     """Common keys cancel: the error of the ratio is far below that of two independent judgments."""
     keys = jax.random.split(jax.random.key(6), 6)
-    fast, slow = (comparison.judge(problem, esl.Constant(rate), keys) for rate in (0.22, 0.2))
-    mean, error = comparison.ratio(fast, slow)
+    fast, slow = (judging.judge(problem, esl.Constant(rate), keys) for rate in (0.22, 0.2))
+    mean, error = judging.ratio(fast, slow)
     ratios = np.asarray(fast.entropy_productions) / np.asarray(slow.entropy_productions)
     np.testing.assert_allclose(mean, ratios.mean(), rtol=1e-6)
     np.testing.assert_allclose(error, ratios.std(ddof=1) / np.sqrt(6), rtol=1e-6)
@@ -179,11 +179,11 @@ def test_a_comparison_is_its_stages(problem, whole):
     result, watcher = whole
     _, match_key, _, judge_key = jax.random.split(jax.random.key(4), 4)
     keys = jax.random.split(match_key, 1)
-    assert result.target == comparison.final_loss(problem, esl.Constant(0.2), keys)
-    cosine = comparison.match_endpoint(
+    assert result.target == judging.final_loss(problem, esl.Constant(0.2), keys)
+    cosine = matching.match_endpoint(
         problem, esl.Cosine(1.0), target=result.target, learning_time=4.0, keys=keys
     )
-    by_hand = comparison.judge(problem, cosine, jax.random.split(judge_key, 2))
+    by_hand = judging.judge(problem, cosine, jax.random.split(judge_key, 2))
     np.testing.assert_array_equal(
         result.judgments["cosine"].entropy_productions, by_hand.entropy_productions
     )
@@ -266,25 +266,25 @@ def test_agreement_is_the_chi_squared_of_equal_lengths(whole):
     lengths = np.array([float(report.length_squared) for report in reports])
     errors = np.array([float(report.standard_error.length_squared) for report in reports])
     fitted = np.polynomial.polynomial.polyfit(np.arange(4), lengths, 0, w=1 / errors)
-    same = comparison.agreement(judgments)
+    same = judging.agreement(judgments)
     np.testing.assert_allclose(same.chi_squared, np.sum(((lengths - fitted) / errors) ** 2))
     np.testing.assert_allclose(same.spread, (lengths.max() - lengths.min()) / fitted[0])
     assert same.freedom == 3
 
 
 def test_two_registered_shapes_rise_and_are_not_in_common_use(problem):
-    shapes = comparison.usual_shapes()
+    shapes = esl.usual_shapes()
     for name in settings.RISING:
         rates = np.asarray(shapes[name].rates(50))
         assert np.all(np.diff(rates) > 0)
         np.testing.assert_allclose(shapes[name](1.0), 1.0)
     np.testing.assert_allclose(float(shapes["linear_rise"](0.0)), 0.2)
     np.testing.assert_allclose(float(shapes["exponential_rise"](0.0)), math.exp(-1.6), rtol=1e-6)
-    rise = comparison.judge(
+    rise = judging.judge(
         problem, shapes["exponential_rise"], jax.random.split(jax.random.key(0), 2)
     )
     search = esl.optimize(lambda x, key: x**2, 1.0, key=jax.random.key(0), iterations=1)
-    one = comparison.Comparison(1.0, {"exponential_rise": rise, "cosine": rise}, search)
+    one = comparison.Comparison(0.1, 1.0, {"exponential_rise": rise, "cosine": rise}, search)
     assert (one.best_usual, one.best_rising) == ("cosine", "exponential_rise")
 
 

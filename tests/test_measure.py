@@ -231,7 +231,7 @@ def test_a_folder_and_features(tmp_path):
     np.savez(tmp_path / "features.npz", features=positions)
     np.savez(tmp_path / "run.npz", positions=positions, times=times)
     from_folder, from_file = (
-        measured(tmp_path / name, out=tmp_path / name[:3]) for name in ("run", "run.npz")
+        measured(tmp_path / name, out=tmp_path / f"of {name}") for name in ("run", "run.npz")
     )
     features = measured(tmp_path / "features.npz", out=tmp_path / "features")
     assert all(from_folder[name] == from_file[name] for name in NUMBERS)

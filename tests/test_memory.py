@@ -33,9 +33,9 @@ def problem(transport=None, hidden=32, batch=256, recompute=False, gradient=None
     transport = esl.ExactTransport() if transport is None else transport
     return Problem(
         potential,
-        data.test,
-        esl.Constant(1e-7),
-        transport,
+        test=data.test,
+        temperature=1e-7,
+        transport=transport,
         gradient=gradient or esl.HessianAdjoint(recompute=recompute),
         **sizes,
     )

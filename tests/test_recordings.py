@@ -444,7 +444,7 @@ def test_numbers_order_members_and_times(tmp_path):
     np.testing.assert_array_equal(recording.positions, expected)
     np.testing.assert_array_equal(recording.times, [0, 20, 100])
     for file in tmp_path.rglob("*_100.npz"):
-        file.rename(file.with_name("epoch_2.5.npz"))
+        file.rename(file.with_name("lr0.1_step_2.5.npz"))
     np.testing.assert_array_equal(esl.recordings.read(tmp_path).times, [0, 2.5, 20])
 
 
@@ -486,14 +486,14 @@ def break_folder(kind, folder):
     if kind == "missing time":
         file.unlink()
     elif kind == "extra time":
-        shutil.copy(file, member / "step_30.npz")
+        shutil.copy(file, member / "lr0.1_step_30.npz")
     elif kind == "empty member":
         shutil.rmtree(member)
         member.mkdir()
     elif kind == "same time twice":
-        shutil.copy(file, member / "other_20.npz")
+        shutil.copy(file, member / "lr0.1_step_020.npz")
     elif kind == "same member twice":
-        shutil.copytree(member, folder / "copy_of_1")
+        shutil.copytree(member, folder / "run7_member_01")
     elif kind == "shape":
         np.savez(file, **{**flat(parameters(1, 20)), "head": np.zeros((3, 5), np.float32)})
     elif kind == "transposed":
@@ -505,7 +505,7 @@ def break_folder(kind, folder):
     elif kind == "extra":
         np.savez(file, **flat(parameters(1, 20)), extra=np.zeros(2, np.float32))
     elif kind == "counter":
-        np.savez(file, **flat(parameters(1, 20)), step=np.array(3))
+        np.savez(file, **flat(parameters(1, 20)), labels=np.array(3))
     elif kind == "objects":
         np.savez(file, **{**flat(parameters(1, 20)), "head": np.array([{}], object)})
     elif kind == "empty":
@@ -539,9 +539,9 @@ def break_folder(kind, folder):
         ),
         (
             "same time twice",
-            "name each member and time once, but .* has both lr0.1_step_20.npz and other_20.npz",
+            "each member and time once, but .* has both lr0.1_step_020.npz and lr0.1_step_20.npz",
         ),
-        ("same member twice", "has both copy_of_1 and run7_member_1"),
+        ("same member twice", "has both run7_member_01 and run7_member_1"),
         (
             "shape",
             r"parameters of one shape in every checkpoint, but `head` has \(3, 2\) in .*_0.npz "
@@ -553,7 +553,7 @@ def break_folder(kind, folder):
             r"the same keys in every checkpoint, but \S+member_1/lr0.1_step_20.npz lacks `head`",
         ),
         ("extra", r"lr0.1_step_0.npz lacks `extra`, which \S+member_1/lr0.1_step_20.npz has"),
-        ("counter", r"hold floating-point parameters alone, but `step` of .* has dtype int64"),
+        ("counter", r"hold floating-point parameters alone .*, but `labels` of .* has dtype int64"),
         ("objects", "because a pickle runs whatever code it carries, but `head` of .* is pickled"),
         ("empty", "hold parameters, but .* holds none"),
         ("text", "be a whole .npz archive, but .* is cut short or something else"),

@@ -234,7 +234,7 @@ def test_from_optax_takes_the_steps_of_the_run(refused):
 def test_the_table_of_a_problem_counts_the_steps_of_its_run():
     data = esl.datasets.two_moons(samples=20)
     problem = Problem(
-        potential=esl.FlaxLoss(esl.models.mlp(2, 2), data.train),
+        esl.FlaxLoss(esl.models.mlp(2, 2), data.train),
         test=data.test,
         temperature=0.0,
         transport=esl.ExactTransport(),

@@ -119,6 +119,27 @@ def test_the_gradient_goes_through_an_optax_schedule(name, x64):
         np.testing.assert_allclose(slope, difference / 10, rtol=1e-6)
 
 
+@every
+def test_schedules_leave_under_strict_settings(name, tmp_path):
+    """A training loop may have set jax to promote nothing; counts may be NumPy's."""
+    schedule = SCHEDULES[name][0]()
+    rates = np.asarray(schedule.rates(4))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        np.testing.assert_array_equal(schedule.rates(np.int64(4)), rates)
+        fn = schedule.to_optax(np.int32(4))
+        for count in (2, np.int64(2), jnp.asarray(2), jnp.asarray(2, jnp.uint8), 2.0):
+            assert fn(count) == rates[2]
+        assert schedule.to_optax(400)(jnp.asarray(200, jnp.uint8)) == rates[2]
+        fn(jnp.asarray(2.5))
+        assert str(esl.Warmup(schedule, 0.5)).startswith("Warmup: from 0 over 0.5")
+        assert "rates = " in schedule.to_code(steps=np.int64(4))
+        schedule.save(tmp_path / "schedule.json")
+        back = esl.load_schedule(tmp_path / "schedule.json")
+        if name != "optax":
+            np.testing.assert_array_equal(back.rates(4), rates)
+        np.testing.assert_array_equal(esl.Knots.from_rates(rates).rates(4), rates)
+
+
 # --- Code -----------------------------------------------------------------------------------------
 
 
@@ -351,7 +372,16 @@ def test_files_that_cannot_be_read_or_written(tmp_path, refused):
     refused(lambda: esl.load_schedule(tmp_path / "none.json"), readable + "No such file")
     refused(lambda: esl.load_schedule(tmp_path), readable + "Is a directory")
     refused(lambda: esl.load_schedule(3), "`path` must be the path of a file, but is an int")
-    refused(lambda: cosine.save(tmp_path), "`path` must be a file that can be written")
+    replaced = "`path` must be where nothing but a saved schedule is replaced, but .* is there, a "
+    refused(lambda: cosine.save(tmp_path), replaced + "folder that is none")
+    (tmp_path / "other.json").write_text('{"rate": 0.1}')
+    refused(lambda: cosine.save(tmp_path / "other.json"), replaced + "file that is none")
+    (tmp_path / "link").symlink_to("other.json")
+    refused(lambda: cosine.save(tmp_path / "link"), replaced + "link that is none")
+    refused(lambda: cosine.save("a\0b"), "`path` must be a")
+    refused(lambda: esl.load_schedule("a\0b"), "`path` must ")
+    assert (tmp_path / "other.json").read_text() == '{"rate": 0.1}'
+    cosine.save(tmp_path / "file")  # empty, as `tempfile` leaves one
     refused(lambda: cosine.save(tmp_path / "file" / "x.json"), "`path` must be a folder that can")
     refused(lambda: cosine.save(3), "`path` must be the path of a file, but is an int")
 

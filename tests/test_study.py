@@ -16,7 +16,7 @@ import zarr
 from studies import BASE, GRID, Idle
 
 import esljax as esl
-from esljax.experiment import choices, comparison, runs
+from esljax.experiment import choices, runs
 from esljax.figures import plot_study
 from esljax.study import store as study_store
 
@@ -217,7 +217,7 @@ def test_double_precision_stays_within_its_runs(tmp_path):
 
 def test_schedules_are_those_that_are_compared():
     field = next(field for field in dataclasses.fields(esl.RunConfig) if field.name == "schedule")
-    assert choices(field.type) == tuple(comparison.usual_shapes())
+    assert choices(field.type) == tuple(esl.usual_shapes())
 
 
 @pytest.mark.slow
@@ -453,9 +453,9 @@ def test_stores_that_cannot_be_reused_are_rejected(grid_store, tmp_path, refused
 
 def test_memory_is_predicted_once_for_each_shape(tmp_path, monkeypatch):
     """A study of very many runs starts at once."""
-    plans, plain = [], comparison.Problem.plan_memory
+    plans, plain = [], esl.Problem.plan_memory
     monkeypatch.setattr(
-        comparison.Problem,
+        esl.Problem,
         "plan_memory",
         lambda self, **more: plans.append(self.members) or plain(self, **more),
     )

@@ -23,6 +23,7 @@ import rich.table
 
 from esljax import gaussian
 from esljax._types import Array, Float, Scalar, ScalarLike
+from esljax.command.streams import legible, wide
 from esljax.experiment import enable
 from esljax.measures import SpeedLimit, speed_limit
 from esljax.potentials import Quadratic
@@ -73,6 +74,8 @@ def run_checks(*, quiet: bool = False) -> bool:
     )
     for heading, justify in _COLUMNS.items():
         table.add_column(heading, justify=justify, no_wrap=True)
+    # A narrow terminal breaks lines, and cuts off no number.
+    wide(console, _WIDTH)
     failures, troubles = 0, []
     before = jax.config.read("jax_enable_x64")
     enable("float64")
@@ -84,6 +87,7 @@ def run_checks(*, quiet: bool = False) -> bool:
             failures += not agrees
             troubles += trouble
             if not (quiet and agrees):
+                cells = map(legible, cells)
                 table.add_row(*cells, style=None if agrees else "bold red")
     finally:
         enable("float64" if before else "float32")
@@ -97,7 +101,8 @@ def run_checks(*, quiet: bool = False) -> bool:
     return failures == 0
 
 
-# Narrow enough for 80 columns; errors are relative.
+_WIDTH = 80
+# Narrow enough for that; errors are relative.
 _COLUMNS: dict[str, Literal["left", "right"]] = {
     "label": "left",
     "what": "left",

@@ -1,6 +1,7 @@
 """The commands: the library with files, a progress bar and exit codes around it."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -22,40 +23,66 @@ from esljax.command.settings import (
     PlanConfig,
     from_toml,
 )
+from esljax.command.streams import patient
 from esljax.command.study import StudyConfig, study
 from esljax.experiment import choices
-from esljax.files import TERMINATED, Terminated, storage
+from esljax.files import TERMINATED, Terminated, ended, storage
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code; bad input is one sentence on standard error."""
+    """Run one command and return its exit code; bad input is one sentence on standard error.
+
+    Nothing that is printed can end the command, and SIGTERM and SIGHUP end it as Ctrl-C does: what
+    is saved stays, and one line says so.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
+    with patient(), ended():
+        try:
+            return _run(arguments)
+        except InputError as error:
+            print(f"esljax: {error}", file=sys.stderr)
+            return BAD_INPUT
+        except KeyboardInterrupt:
+            print(
+                "esljax: interrupted before there was anything to judge; no report was written.",
+                file=sys.stderr,
+            )
+            return INTERRUPTED
+        except Terminated as stop:
+            print(f"esljax: {stop}", file=sys.stderr)
+            return TERMINATED
+        except SystemExit as stop:  # tyro has printed its error, or the help
+            return stop.code if isinstance(stop.code, int) else BAD_INPUT
+        except RuntimeError as error:
+            refusal = _of_the_machine(error)
+            if refusal is None:
+                raise
+            print(f"esljax: {refusal}", file=sys.stderr)
+            return BAD_INPUT
+
+
+def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
         print(f"esljax {storage.versions()['esljax']}")
         return DONE
-    try:
-        config = _parse(arguments)
-        if isinstance(config, PlanConfig):
-            return plan_command(config)
-        if isinstance(config, OptimizeConfig):
-            return optimize_command(config)
-        if isinstance(config, StudyConfig):
-            return study(config)
-        return measure_command(config) if isinstance(config, MeasureConfig) else _check(config)
-    except InputError as error:
-        print(f"esljax: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print(
-            "esljax: interrupted before there was anything to judge; no report was written.",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
-    except Terminated as stop:
-        print(f"esljax: {stop}", file=sys.stderr)
-        return TERMINATED
-    except SystemExit as stop:  # tyro has printed its error, or the help
-        return stop.code if isinstance(stop.code, int) else BAD_INPUT
+    config = _parse(arguments)
+    if isinstance(config, PlanConfig):
+        return plan_command(config)
+    if isinstance(config, OptimizeConfig):
+        return optimize_command(config)
+    if isinstance(config, StudyConfig):
+        return study(config)
+    return measure_command(config) if isinstance(config, MeasureConfig) else _check(config)
+
+
+def _of_the_machine(error: RuntimeError) -> str | None:
+    """A sentence for what jax says of devices that are not there; None for any other error."""
+    if "nable to initialize backend" not in str(error):
+        return None
+    named = os.environ.get("JAX_PLATFORMS")
+    reason = " ".join(str(error).split()).split(" (set JAX_PLATFORMS", 1)[0].rstrip(".")
+    asked = "the devices of this machine" if named is None else f"JAX_PLATFORMS={named}"
+    return f"jax cannot use {asked}: {reason}."
 
 
 def _parse(

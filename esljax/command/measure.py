@@ -5,6 +5,7 @@ A `Measurement` reads and computes; `measure_command` prints and writes its numb
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -16,15 +17,18 @@ import rich.markup
 
 from esljax._checks import refuse
 from esljax._types import Array
-from esljax.command.settings import DONE, FAILED, MeasureConfig
+from esljax.command.results import Results
+from esljax.command.settings import DONE, FAILED, NOT_WRITTEN, MeasureConfig
 from esljax.experiment import PROJECTIONS, enable
-from esljax.figures import plot_speed_limit
-from esljax.files import read, read_matrix, storage
+from esljax.files import described, read, read_matrix
 from esljax.measures import SpeedLimit, compared, jackknife_groups, speed_limit
 from esljax.sharding import map_pairs
 from esljax.simulation import Trajectory, from_snapshots
 from esljax.transport import AbstractTransport, ProjectedTransport
 from esljax.velocity import AbstractVelocity
+
+# Fewer snapshots than this for each member are no sign that members come first.
+_FAR_LARGER = 4
 
 # The command
 
@@ -35,38 +39,36 @@ def measure_command(config: MeasureConfig) -> int:
     config.check()
     enable(config.dtype)
     console = rich.console.Console(quiet=config.quiet)
-    with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
-        measurement = Measurement.of(config)
-        if not config.quiet:
-            _announce(measurement, console)
-        report = measurement.report()
-        figure = plot_speed_limit({"this run": report})
-    content = {**_numbers(report), **measurement.settings()}
-    wall = time.perf_counter() - started
-    storage.make_folder(config.out, "out")
-    try:
-        storage.write_toml(config.out / "config.toml", config.as_dict())
-        storage.write_json(
-            config.out / "report.json",
-            {
-                **content,
-                "config": config.as_dict(),
-                "versions": storage.versions(),
-                "wall_seconds": wall,
-            },
-        )
-        figure.savefig(config.out / "speed_limit.png", dpi=150)
-    except OSError as error:
-        raise refuse(
-            "out", "be a folder that can be written", f"{config.out} gives: {error.strerror}"
-        ) from error
-    _print(console, _summary(content))
-    _print(console, str(report))
-    for finding in report.diagnose():
-        _print(console, f"- {finding}")
-    files = f"report.json, config.toml and speed_limit.png are in {config.out}/"
-    _print(console, f"{wall:.0f} s; {files}")
+    results = Results(config.out, config.as_dict(), (_FIGURE,), force=config.force)
+    with results.claimed():
+        with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
+            measurement = Measurement.of(config)
+            if not config.quiet:
+                _announce(measurement, console)
+            report = measurement.report()
+            content = {**_numbers(report), **measurement.settings()}
+        wall = time.perf_counter() - started
+
+        def figure() -> Any:
+            from esljax.figures import plot_speed_limit
+
+            return plot_speed_limit({"this run": report})
+
+        results.write({**content, "wall_seconds": wall}, {_FIGURE: figure})
+        _print(console, _summary(content))
+        for note in _notes(content):
+            _print(console, note)
+        _print(console, str(report))
+        for finding in report.diagnose():
+            _print(console, f"- {finding}")
+        _print(console, f"{wall:.0f} s; {results.places()}")
+        results.say()
+    if results.failed:
+        return NOT_WRITTEN
     return DONE if _is_trusted(report) else FAILED
+
+
+_FIGURE = "speed_limit.png"
 
 
 def _print(console: rich.console.Console, line: str) -> None:
@@ -104,6 +106,20 @@ def _summary(content: dict[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
+def _notes(content: dict[str, Any]) -> list[str]:
+    """Return the sentences on how the recording was read, where another reading was possible."""
+    notes = []
+    if content["left_out"]:
+        notes.append(f"Left out of the recording: {described(content['left_out'])}.")
+    snapshots, members = content["snapshots"], content["members"]
+    if content["times"] is None and snapshots >= _FAR_LARGER * members:
+        notes.append(
+            f"No times are stored, so the first axis ({snapshots}) was read as snapshots and the "
+            f"second ({members}) as members; if members come first, store them second."
+        )
+    return notes
+
+
 def _is_trusted(report: SpeedLimit) -> bool:
     # A gap below 0 by less than its errors is no violation; one below 0 without errors is.
     doubtful = not report.holds and report.standard_error is None
@@ -123,6 +139,8 @@ class Measurement:
     """The run, its times rescaled to [0, 1]."""
     times: tuple[float, float] | None
     """The first and the last time as recorded, if any were."""
+    left_out: Mapping[str, str]
+    """Arrays of the recording that are not measured, and why."""
     transport: AbstractTransport
     """The transport in the coordinates of the projection."""
     matrix: Array | None
@@ -138,10 +156,14 @@ class Measurement:
         or is not finite.
         """
         config.check()
-        recording = read(config.recording or "")
+        recording = read(
+            config.recording or "", only=config.only, skip=config.skip, name=config.name
+        )
         positions, times = recording.positions, recording.times
         if jnp.issubdtype(positions.dtype, np.floating):
-            positions = positions.astype(jnp.result_type(float))
+            # Never down: what all positions have in common is subtracted in their own type.
+            wide = np.promote_types(positions.dtype, jnp.result_type(float))
+            positions = positions.astype(wide, copy=False)
         path = from_snapshots(positions, times, observed=recording.observed)
         projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
         inner = config.make_transport(sliced_key)
@@ -150,6 +172,7 @@ class Measurement:
             config=config,
             path=path,
             times=None if times is None else (float(times[0]), float(times[-1])),
+            left_out=recording.left_out,
             transport=inner if matrix is None else ProjectedTransport(inner, matrix),
             matrix=matrix,
             velocity=config.make_velocity(inner),
@@ -207,6 +230,7 @@ class Measurement:
             "coordinates": d,
             "measured": "features" if self.path.observed else "positions",
             "times": first_and_last,
+            "left_out": dict(self.left_out),
             "transport": _transport_settings(self.config),
             "projection": _projection_settings(self.config, self.path, self.matrix),
             "velocity": self.config.velocity,

@@ -1,9 +1,8 @@
 """`esljax optimize` and `esljax plan`: a comparison with files, a progress bar and exit codes."""
 
 import contextlib
-import shutil
-import signal
-import threading
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +17,17 @@ import rich.table
 from jax.sharding import Mesh
 
 from esljax._checks import InputError, first_sentence, refuse
+from esljax.command.results import SETTINGS, Results
 from esljax.command.settings import (
     DONE,
     FAILED,
     INTERRUPTED,
+    NOT_WRITTEN,
     OptimizeConfig,
     PlanConfig,
     in_words,
 )
+from esljax.command.streams import legible, wide
 from esljax.experiment import (
     QUANTITIES,
     WITH_ERROR,
@@ -40,8 +42,7 @@ from esljax.experiment import (
     ratio,
     usual_shapes,
 )
-from esljax.figures import plot_schedules, plot_speed_limit
-from esljax.files import Checkpoints, Terminated, alone, storage
+from esljax.files import Checkpoints, Terminated, alone, remove_ours, writing
 from esljax.optimization import Iteration
 from esljax.results import concise
 from esljax.sharding import member_mesh
@@ -53,24 +54,36 @@ def optimize_command(config: OptimizeConfig) -> int:
     config.check()
     _join(config)
     enable(config.dtype)
-    storage.make_folder(config.out, "out")
     # Every process computes everything; the first one prints and writes.
     first = jax.process_index() == 0
-    console = rich.console.Console(quiet=config.quiet or not first)
-    # The table has eleven columns: a narrow terminal should break its lines and not its numbers.
-    console.width = max(console.width, 136)
-    with alone(config.out, "out"):
-        kept = config.out / "checkpoints"
-        with _unfinished_run(config, kept, first):
-            comparison = _compare(config, kept, console)
+    # The table has eleven columns.
+    console = wide(rich.console.Console(quiet=config.quiet or not first), 136)
+    results = Results(config.out, config.as_dict(), _FIGURES, force=config.force)
+    with results.claimed(), alone(config.out, "out"):
+        # Again, now that nobody else writes there.
+        results.check()
+        kept = _Kept(config.out / "checkpoints")
+        try:
+            with _unfinished_run(config, kept, results, first):
+                comparison = _compare(config, kept.folder, console)
+        except KeyboardInterrupt:
+            print(f"esljax: interrupted; {kept.words()}", file=sys.stderr)
+            return INTERRUPTED
+        except Terminated as stop:
+            # A stage that saves has said so itself.
+            known = " saved" in stop.message
+            raise stop if known else Terminated(f"{stop.message[:-1]}; {kept.words()}") from None
         wall = time.perf_counter() - started
         if first:
-            _write(config, comparison, wall)
-        _show(config, comparison, wall, console)
-        if comparison.optimum.interrupted:
+            _write(config, comparison, wall, results)
+        _show(config, comparison, wall, console, results)
+        results.say()
+        if comparison.interrupted:
             return INTERRUPTED
+        if results.failed:
+            return NOT_WRITTEN
         if first:
-            shutil.rmtree(kept, ignore_errors=True)
+            kept.remove()
         return FAILED if comparison.misses_target else DONE
 
 
@@ -92,7 +105,7 @@ def _problem(config: OptimizeConfig, key: Any, mesh: Mesh | None = None) -> Prob
 
 def _compare(config: OptimizeConfig, kept: Path, console: rich.console.Console) -> Comparison:
     """Make the problem of the settings and compare schedules on it."""
-    with _Progress(config, console) as progress, _ending():
+    with _Progress(config, console) as progress:
         key = jax.random.key(config.seed)
         mesh = _mesh(config)
         problem = _problem(config, jax.random.split(key, 4)[0], mesh)
@@ -150,46 +163,73 @@ def _mesh(config: OptimizeConfig) -> Mesh | None:
     return mesh
 
 
+class _Kept:
+    """The checkpoints of the stages of a comparison, in a folder that may hold other files too."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.stages = [folder / name for name in ("matching", "search")]
+        # An empty folder that was there before stays.
+        self._was_there = [path for path in (folder, *self.stages) if os.path.lexists(path)]
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is a checkpoint. Half of one has more than a number in its name."""
+        return any(path.name.isdecimal() for stage in self.stages for path in stage.glob("*"))
+
+    def words(self) -> str:
+        """What becomes of the work so far."""
+        if self.unfinished:
+            return f"what is saved in {self.folder} is finished by --resume."
+        return "nothing was saved yet, and no report was written."
+
+    def remove(self, *, of_this_run: bool = False) -> None:
+        """Remove the checkpoints, and the folders that are then empty.
+
+        **Args:** `of_this_run`: leave the folders that were there before this process began.
+        """
+        for stage in self.stages:
+            remove_ours(stage)
+        with contextlib.suppress(OSError):
+            if self.folder not in self._was_there or not of_this_run:
+                self.folder.rmdir()
+
+
 @contextlib.contextmanager
-def _unfinished_run(config: OptimizeConfig, kept: Path, first: bool) -> Iterator[None]:
+def _unfinished_run(
+    config: OptimizeConfig, kept: _Kept, results: Results, first: bool
+) -> Iterator[None]:
     """Protect an unfinished run in `kept`; record a new one, and drop it again if it is rejected.
 
-    **Raises:** `InputError` if there is an unfinished run and no --resume.
+    **Raises:** `InputError` if there is an unfinished run, no --resume and no --force.
     """
-    # Half a checkpoint has more than a number in its name; a folder that is only locked has none.
-    unfinished = any(path.name.isdecimal() for path in kept.glob("*/*"))
-    if unfinished and not config.resume:
+    if kept.unfinished and config.force and not config.resume and first:
+        kept.remove()
+    if kept.unfinished and not config.resume:
         raise refuse(
             "out",
             "be a folder without an unfinished run, or be given with --resume to finish it",
             f"{config.out} holds one",
         )
-    ours = first and not unfinished
+    ours = first and not kept.unfinished
+    settings = config.out / SETTINGS
+    before = settings.read_bytes() if ours and settings.exists() else None
     if ours:
-        storage.write_toml(config.out / "config.toml", config.as_dict())
+        try:
+            writing.write_toml(settings, results.settings)
+        except OSError as error:
+            raise refuse(
+                "out", "be a folder that can be written", f"{settings} gives: {error.strerror}"
+            ) from error
     try:
         yield
     except InputError:
-        # A run that is rejected need not be finished; checkpoints of an earlier run stay.
+        # A run that is rejected need not be finished; what an earlier run has left stays.
         if ours:
-            shutil.rmtree(kept, ignore_errors=True)
+            kept.remove(of_this_run=True)
+            if before is not None:
+                writing.replace(settings, before)
         raise
-
-
-@contextlib.contextmanager
-def _ending() -> Iterator[None]:
-    """On SIGTERM outside of the stages that save, end at once: all there is to save is saved."""
-
-    def end(*_: Any) -> None:
-        raise Terminated("Ended by SIGTERM; the saved part is resumed by --resume.")
-
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, end) if main else None
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
 
 
 class _Progress:
@@ -260,7 +300,10 @@ UNITS = {quantity.name: quantity.units for quantity in QUANTITIES} | {
 # --- The report -----------------------------------------------------------------------------------
 
 
-def _write(config: OptimizeConfig, comparison: Comparison, wall: float) -> None:
+_FIGURES = ("schedules.png", "speed_limit.png")
+
+
+def _write(config: OptimizeConfig, comparison: Comparison, wall: float, results: Results) -> None:
     judgments = comparison.judgments
     content = {
         "target_loss": comparison.target,
@@ -268,16 +311,21 @@ def _write(config: OptimizeConfig, comparison: Comparison, wall: float) -> None:
         "optimized": _examined(comparison),
         "paths": agreement(judgments)._asdict() if len(judgments) > 1 else None,
         "units": UNITS,
-        "config": config.as_dict(),
-        "versions": storage.versions(),
         "wall_seconds": wall,
     }
-    storage.write_json(config.out / "report.json", content)
-    plot_schedules(judgments).savefig(config.out / "schedules.png", dpi=150)
-    reports = {name: judgment.report for name, judgment in judgments.items()}
-    plot_speed_limit(reports, limit=_limit_in_figures(config, comparison)).savefig(
-        config.out / "speed_limit.png", dpi=150
-    )
+
+    def schedules() -> Any:
+        from esljax.figures import plot_schedules
+
+        return plot_schedules(judgments)
+
+    def speed_limit() -> Any:
+        from esljax.figures import plot_speed_limit
+
+        reports = {name: judgment.report for name, judgment in judgments.items()}
+        return plot_speed_limit(reports, limit=_limit_in_figures(config, comparison))
+
+    results.write(content, dict(zip(_FIGURES, (schedules, speed_limit), strict=True)))
 
 
 def _schedule(judgment: Judgment) -> dict[str, Any]:
@@ -289,7 +337,7 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
         "efficiency": float(report.efficiency),
         "dissipation": _known(report.dissipation),
         "final_loss": float(judgment.final_loss),
-        "test_accuracy": float(judgment.test_accuracy),
+        **{name: float(value) for name, value in judgment.metrics.items()},
         "learning_time": _known(report.learning_time),
         "noise_floor": _known(report.noise_floor),
         "identity_fraction": _known(report.identity_fraction),
@@ -299,7 +347,7 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
             **{name: float(getattr(errors, name)) for name in WITH_ERROR},
             "dissipation": _known(errors.dissipation),
             "final_loss": float(judgment.standard_error.final_loss),
-            "test_accuracy": float(judgment.standard_error.test_accuracy),
+            **{name: float(judgment.standard_error.get(name)) for name in judgment.metrics},
             # The rates are given, not estimated.
             "learning_time": 0.0,
         },
@@ -328,7 +376,11 @@ def _known(value: Any) -> float | None:
 
 
 def _show(
-    config: OptimizeConfig, comparison: Comparison, wall: float, console: rich.console.Console
+    config: OptimizeConfig,
+    comparison: Comparison,
+    wall: float,
+    console: rich.console.Console,
+    results: Results,
 ) -> None:
     console.print(_table(comparison))
     lines = [
@@ -337,15 +389,15 @@ def _show(
         *_on_the_limit(config, comparison),
         *_on_the_path(comparison),
         *_doubts(comparison),
-        f"{wall:.0f} s; report.json, config.toml, schedules.png and speed_limit.png are in "
-        f"{config.out}/",
+        f"{wall:.0f} s; {results.places()}",
     ]
     for line in lines:
         console.print(rich.markup.escape(line), highlight=False)
 
 
 def _table(comparison: Comparison) -> rich.table.Table:
-    runs = next(iter(comparison.judgments.values())).entropy_productions.size
+    some = next(iter(comparison.judgments.values()))
+    runs = some.entropy_productions.size
     title = (
         f"Matched final loss, {runs} held-out runs; digits in parentheses: standard error of the "
         "last digits"
@@ -364,9 +416,9 @@ def _table(comparison: Comparison) -> rich.table.Table:
         "W2²/Σ",
         "U",
         "final loss",
-        "accuracy",
+        *(_HEADINGS.get(name, in_words(name)) for name in some.metrics),
     ):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(legible(heading), justify="right", no_wrap=True)
     for name, judgment in comparison.judgments.items():
         report, errors = judgment.report, judgment.standard_error
         table.add_row(
@@ -378,11 +430,12 @@ def _table(comparison: Comparison) -> rich.table.Table:
             f"{float(report.efficiency):.3f}",
             "unknown" if report.learning_time is None else f"{float(report.learning_time):.4g}",
             concise(judgment.final_loss, errors.final_loss),
-            concise(judgment.test_accuracy, errors.test_accuracy),
+            *(concise(value, errors.get(name)) for name, value in judgment.metrics.items()),
         )
     return table
 
 
+_HEADINGS = {"test_accuracy": "accuracy"}
 _UNITS_OF_THE_TABLE = (
     "Units: squared parameters (Σ, L², W2² and the parts), the same per nat (U), nats (loss)."
 )
@@ -475,9 +528,10 @@ def _on_the_path(comparison: Comparison) -> Iterator[str]:
 def _doubts(comparison: Comparison) -> Iterator[str]:
     """The reasons not to believe the table."""
     optimum, optimized = comparison.optimum, comparison.optimized
-    if optimum.interrupted or optimum.message != "Ran all iterations.":
-        yield optimum.message
-    yield from optimum.doubts
+    if optimum is not None:
+        if optimum.interrupted or optimum.message != "Ran all iterations.":
+            yield optimum.message
+        yield from optimum.doubts
     if comparison.left_out:
         yield comparison.left_out
     if optimized is not None and comparison.misses_target:

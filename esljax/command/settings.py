@@ -26,11 +26,12 @@ from esljax.experiment import (
     plain,
     read_toml,
 )
+from esljax.files import Selection, patterns
 from esljax.transport import AbstractTransport
 from esljax.velocity import AbstractVelocity
 
-# The exit codes of the commands.
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+# The exit codes of the commands; that of SIGTERM and SIGHUP is `files.TERMINATED`.
+DONE, FAILED, BAD_INPUT, NOT_WRITTEN, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +40,10 @@ class OptimizeConfig(TrainingConfig):
 
     All are scaled to the same final loss and held against the epistemic speed limit.
 
-    Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input; 130
-    interrupted (once the search has begun, the best schedule so far is judged and written first);
-    or 143 ended by SIGTERM, after saving. In every case --resume finishes the run.
+    Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input; 3 the numbers
+    are printed, but not all files could be written; 130 interrupted (once the search has begun, the
+    best schedule so far is judged and written first); or 143 ended by SIGTERM or SIGHUP, after
+    saving. In the last three cases --resume finishes the run.
     """
 
     out: Path = Path("esljax-optimize")
@@ -60,6 +62,8 @@ class OptimizeConfig(TrainingConfig):
     """Runs whose mean final loss is matched to the target."""
     resume: Annotated[bool, Manner()] = False
     """Finish the interrupted run in `out`, with the results of a run never interrupted."""
+    force: Annotated[bool, Manner()] = False
+    """Replace what esljax wrote into `out` for another configuration, or of an unfinished run."""
     checkpoint_every: Annotated[float, Nonnegative(infinite=True)] = 60.0
     """Least time in seconds between two checkpoints, kept in `out` until the run is done."""
     devices: Annotated[int, AtLeast(1), Manner()] | None = None
@@ -108,16 +112,24 @@ class MeasureConfig:
 
     The recording is an .npz file or a .zarr group of `positions` (snapshots, members, numbers) or
     of `features` of such a shape, and optionally `times`; or a folder of checkpoints, each .npz,
-    or .safetensors, or Orbax, laid out as member_000/step_000100.npz. No pickled data is loaded.
+    or .safetensors, or Orbax, laid out as member_000/step_000100.npz. Of checkpoints the parameters
+    are measured; what lies beside them and is left out is printed. No pickled data is loaded.
 
     Exit codes: 0 done; 1 the numbers are written but not to be trusted (a transport problem did
-    not converge, or Σ is below W2²); 2 bad input; 130 interrupted, with nothing written.
+    not converge, or Σ is below W2²); 2 bad input; 3 the numbers are printed, but not all files
+    could be written; 130 interrupted or 143 ended by SIGTERM or SIGHUP, with nothing written.
     """
 
     recording: Annotated[Path | None, tyro.conf.Positional] = None
     """The run: a file of snapshots, or a folder of checkpoints."""
     out: Path = Path("esljax-measure")
     """Folder for report.json, config.toml and speed_limit.png; made if it does not exist."""
+    only: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Measure only arrays whose key matches, as in --only 'params/*'; may be given again."""
+    skip: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Leave out arrays whose key matches, as in --skip 'opt_state/*'; may be given again."""
+    name: str | None = None
+    """Names of the checkpoints that count, {} for their number: 'step_{}', 'member_{}/step_{}'."""
     project: str = "none"
     """Coordinates: 'none' (all), 'pca' or 'random', or an .npz with `matrix` (numbers, kept)."""
     coordinates: Annotated[int, AtLeast(1)] = 10
@@ -140,6 +152,8 @@ class MeasureConfig:
     """Seed of the random projection and of the directions of the sliced transport."""
     dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """Floating-point type."""
+    force: Annotated[bool, Manner()] = False
+    """Replace what esljax wrote into `out` for another configuration."""
     config: Annotated[Path, Manner()] | None = None
     """TOML file with any of these settings; flags override it."""
     quiet: bool = False
@@ -152,6 +166,8 @@ class MeasureConfig:
                 "recording", "be a file of snapshots or a folder of checkpoints", "is not given"
             )
         check_fields(self)
+        Selection(self.only, self.skip)
+        patterns(self.name)
         self.make_velocity(self.make_transport(jax.random.key(0)))
         _check_out(self.out)
         return self
@@ -175,7 +191,8 @@ class CheckConfig:
 
     Prints each reference, the computed value, the error, and pass or fail.
 
-    Exit codes: 0 all pass; 1 a failure; 2 bad input.
+    Exit codes: 0 all pass; 1 a failure; 2 bad input; 130 interrupted; 143 ended by SIGTERM or
+    SIGHUP.
     """
 
     quiet: bool = False

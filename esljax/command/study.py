@@ -15,10 +15,10 @@ import rich.text
 import tyro
 
 from esljax._checks import refuse
-from esljax.command.settings import DONE, FAILED, INTERRUPTED, in_words
+from esljax.command.settings import DONE, FAILED, INTERRUPTED, NOT_WRITTEN, in_words
+from esljax.command.streams import legible, wide
 from esljax.experiment import AtLeast, check_fields
-from esljax.figures import plot_study
-from esljax.files import storage
+from esljax.files import TERMINATED, Terminated, storage, uninterrupted, writing
 from esljax.results import concise
 from esljax.study import (
     LostWorkersError,
@@ -42,7 +42,7 @@ class RunStudyConfig:
     It may be interrupted or killed at any time; the same command resumes it.
 
     Exit codes: 0 done; 1 some runs failed or have unsolved transport problems, or the workers or
-    the disk failed; 2 bad input; 130 interrupted.
+    the disk failed; 2 bad input; 130 interrupted; 143 ended by SIGTERM or SIGHUP.
     """
 
     study: _Where
@@ -90,12 +90,17 @@ class PlotStudyConfig:
     """Plot Σ, W2² and the gap of a study against each of its numeric settings.
 
     Points are means over the seeds, with their standard errors.
+
+    Exit codes: 0 done; 2 bad input; 3 the figure could not be written; 130 interrupted; 143 ended
+    by SIGTERM or SIGHUP.
     """
 
     study: _Where
     """The store, or the TOML file beside it."""
     out: Path | None = None
     """The figure; by default the store with the ending .png."""
+    force: bool = False
+    """Replace a figure that esljax drew of another study."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +148,14 @@ def _run(config: RunStudyConfig) -> int:
                     reuse=config.reuse,
                     watch=bar.watch,
                 )
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated) as stop:
+            terminated = isinstance(stop, Terminated)
+            how = str(stop).rstrip(".").lower() if terminated else "interrupted"
             print(
-                f"esljax: interrupted; {bar.words()} in {out}, and the same command resumes it.",
+                f"esljax: {how}; {bar.words()} in {out}, and the same command resumes it.",
                 file=sys.stderr,
             )
-            return INTERRUPTED
+            return TERMINATED if terminated else INTERRUPTED
         except LostWorkersError as error:
             print(f"esljax: {error}", file=sys.stderr)
             return FAILED
@@ -223,9 +230,9 @@ def _show(config: ShowStudyConfig) -> int:
         title=rich.text.Text(title), title_justify="left", title_style="", box=None, pad_edge=False
     )
     for name in fields:
-        table.add_column(in_words(name), justify="left", no_wrap=True)
+        table.add_column(legible(in_words(name)), justify="left", no_wrap=True)
     for heading in ("runs", *_NUMBERS.values()):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(legible(heading), justify="right", no_wrap=True)
     for group in groups[: config.rows]:
         floor = {"noise_floor": f"{group.means['noise_floor']:.2g}"}
         cells = (
@@ -240,11 +247,8 @@ def _show(config: ShowStudyConfig) -> int:
         )
     console = rich.console.Console()
     # A narrow terminal should break the lines rather than the numbers.
-    console.width = max(
-        console.width,
-        console.measure(table, options=console.options.update(max_width=10_000)).maximum,
-    )
-    console.print(table)
+    options = console.options.update(max_width=10_000)
+    wide(console, console.measure(table, options=options).maximum).print(table)
     if any(group.unconverged for group in groups[: config.rows]):
         print("* Some transport problems were not solved: do not trust these numbers.")
     if len(groups) > config.rows:
@@ -274,14 +278,39 @@ def _plot(config: PlotStudyConfig) -> int:
     path = _existing(config.study)
     dataset = open_study(path)
     out = config.out or path.with_suffix(".png")
-    figure = plot_study(summarize(dataset))
     out = out if out.suffix else out.with_suffix(".png")
+    settings = {"study": read_study(path).as_dict()}
+    if not out.parent.is_dir():
+        reason = f"{out} gives: there is no folder {out.parent}"
+        raise refuse("out", "be a figure that can be written", reason)
+    with writing.prepared(out.parent, "out"):
+        writing.claim([out], settings, force=config.force)
+    groups = summarize(dataset)
+
+    def draw() -> Any:
+        # Imported here, because loading matplotlib takes its time and may fail.
+        from esljax.figures import plot_study
+
+        return plot_study(groups)
+
+    content, remark = _rendered(draw, out, settings)
     try:
-        figure.savefig(out, dpi=150)
-    except (OSError, ValueError) as error:
-        raise refuse("out", "be a figure that can be written", f"{out} gives: {error}") from error
+        with uninterrupted():
+            writing.replace(out, content)
+    except OSError as error:
+        print(f"esljax: {out} could not be written: {error.strerror}", file=sys.stderr)
+        return NOT_WRITTEN
     print(f"{out} shows {int((dataset['done'] == 1).sum())} runs of {path}")
+    if remark:
+        print(f"esljax: it is {remark}.", file=sys.stderr)
     return DONE
+
+
+def _rendered(draw: Any, out: Path, settings: dict[str, Any]) -> tuple[bytes, str]:
+    from esljax.figures import rendered
+
+    kind = out.suffix.removeprefix(".").lower()
+    return rendered(draw, kind, writing.signature(settings))
 
 
 def _store(toml: Path) -> Path:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from esljax._checks import check_ensemble, known, refuse, wrong_answer
+from esljax._checks import as_cloud, door, known, refuse, wrong_answer
 from esljax._numerics import shrunk_covariance
 from esljax._types import Array, ArrayLike, Float, Scalar
 
@@ -140,6 +140,7 @@ class AbstractDensity(eqx.Module):
             raise wrong_answer("density", self, "estimate", expected, answer)
         return answer
 
+    @door
     def fit(self, positions: Float[ArrayLike, "n d"]) -> AbstractLogDensity:
         """Fit the density of the law of these members, compiled once per shape.
 
@@ -161,8 +162,7 @@ class AbstractDensity(eqx.Module):
             >>> abs(float(density.log_density(jnp.zeros(1))) + 0.919) < 0.1  # -½ log(2π)
             True
         """
-        positions = jnp.asarray(positions)
-        check_ensemble("positions", positions, minimum_members=4)
+        positions = as_cloud("positions", positions, minimum_members=4)
         density = _compiled_fit(self, positions)
         fitted = jax.tree.leaves(eqx.filter(density, eqx.is_inexact_array))
         if known(fitted) and not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in fitted):

@@ -18,11 +18,13 @@ from jax.scipy.linalg import solve_triangular
 from jax.scipy.special import digamma
 
 from esljax._checks import (
-    check_ensemble,
+    as_cloud,
     check_key,
     check_kind,
     check_positive_int,
+    door,
     known,
+    plain_int,
     refuse,
     wrong_answer,
 )
@@ -116,6 +118,7 @@ class AbstractEntropy(eqx.Module):
             raise wrong_answer("entropy", self, "estimate", expected, answer.contributions)
         return answer
 
+    @door
     def __call__(self, positions: Float[ArrayLike, "n d"]) -> Entropy:
         """Estimate the entropy of the law of these members, compiled once per shape.
 
@@ -135,8 +138,7 @@ class AbstractEntropy(eqx.Module):
             >>> bool(abs(entropy.value - 1.4189) < 5 * entropy.standard_error.value)  # ½ log(2πe)
             True
         """
-        positions = jnp.asarray(positions)
-        check_ensemble("positions", positions, minimum_members=4)
+        positions = as_cloud("positions", positions, minimum_members=4)
         answer = _compiled_estimate(self, positions)
         if known(positions, answer) and not bool(jnp.all(jnp.isfinite(answer.contributions))):
             lost = int(jnp.sum(~jnp.isfinite(answer.contributions)))
@@ -225,7 +227,7 @@ class NearestNeighborEntropy(AbstractEntropy):
         True
     """
 
-    neighbors: int = eqx.field(static=True, default=3)
+    neighbors: int = eqx.field(static=True, converter=plain_int, default=3)
 
     def __check_init__(self):
         check_positive_int("neighbors", self.neighbors)
@@ -340,7 +342,7 @@ class FlowEntropy(AbstractEntropy):
     """
 
     key: Key
-    steps: int = eqx.field(static=True, default=1000)
+    steps: int = eqx.field(static=True, converter=plain_int, default=1000)
 
     def __check_init__(self):
         check_key("key", self.key)

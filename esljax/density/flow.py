@@ -12,7 +12,7 @@ import optax
 from flowjax.distributions import AbstractDistribution, StandardNormal
 from flowjax.flows import block_neural_autoregressive_flow
 
-from esljax._checks import check_key, check_positive, check_positive_int
+from esljax._checks import check_key, check_positive, check_positive_int, plain_int
 from esljax._types import Array, Float, Key, Scalar
 from esljax.density.base import AbstractDensity, AbstractLogDensity, Frame
 from esljax.density.training import train
@@ -48,9 +48,9 @@ class FlowDensity(AbstractDensity):
 
     spares_a_fifth: ClassVar[bool] = True
     key: Key
-    layers: int = eqx.field(static=True, default=2)
-    width: int = eqx.field(static=True, default=8)
-    steps: int = eqx.field(static=True, default=1000)
+    layers: int = eqx.field(static=True, converter=plain_int, default=2)
+    width: int = eqx.field(static=True, converter=plain_int, default=8)
+    steps: int = eqx.field(static=True, converter=plain_int, default=1000)
     learning_rate: float = eqx.field(static=True, default=2e-2)
 
     def __check_init__(self):

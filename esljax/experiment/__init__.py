@@ -11,19 +11,9 @@ from esljax.experiment.bounds import (
     convert,
     converted,
 )
-from esljax.experiment.comparison import (
-    Agreement,
-    Comparison,
-    Judgment,
-    Problem,
-    Watcher,
-    agreement,
-    compare,
-    judge,
-    match_endpoint,
-    ratio,
-    usual_shapes,
-)
+from esljax.experiment.comparison import Comparison, Watcher, compare
+from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
+from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import (
     Plan,
     memory_of_a_device,
@@ -31,6 +21,7 @@ from esljax.experiment.memory import (
     plan_memory,
     size,
 )
+from esljax.experiment.problem import Metric, Outcome, Problem
 from esljax.experiment.runs import (
     NUMBERS,
     QUANTITIES,
@@ -64,6 +55,7 @@ from esljax.experiment.settings import (
     make_transport,
     plain,
     read_toml,
+    usual_shapes,
 )
 
 __all__ = [
@@ -84,8 +76,10 @@ __all__ = [
     "Comparison",
     "Judgment",
     "Manner",
+    "Metric",
     "Nonnegative",
     "OneOf",
+    "Outcome",
     "Plan",
     "Positive",
     "Problem",
@@ -120,6 +114,7 @@ __all__ = [
     "run",
     "shape_of",
     "size",
+    "stable_rate",
     "usual_shapes",
     "work",
 ]

@@ -9,6 +9,7 @@ The same annotations check a configuration (`check_fields`), convert a value fro
 
 import dataclasses
 import functools
+import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,9 @@ from esljax._checks import (
     refuse,
 )
 
+# What no array holds.
+_NO_INTEGER = 1 << 63
+
 
 @dataclasses.dataclass(frozen=True)
 class AtLeast:
@@ -34,6 +38,9 @@ class AtLeast:
 
     def check(self, argument: str, value: Any) -> None:
         """**Raises:** `InputError` for a smaller value or none that is an integer."""
+        if isinstance(value, int) and value >= _NO_INTEGER:
+            # Written out, such a number may have more digits than Python agrees to print.
+            raise refuse(argument, "be an integer below 2**63", "is larger")
         check_positive_int(argument, value, self.least)
 
 
@@ -152,14 +159,29 @@ def convert(key: str, value: Any, field: dataclasses.Field, place: str) -> Any:
         if isinstance(rule, OneOf):
             rule.check(key, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise refuse(key, f"be {_IN_TOML[kind]} in {place}", "is too large for one") from None
     if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is tuple and isinstance(value, list) and all(type(item) is int for item in value):
+        # In the encoding of names here, whatever that is: the file is UTF-8.
+        return Path(os.fsdecode(value.encode()))
+    item = None if anatomy.item is None else anatomy.item.kind
+    if item is not None and isinstance(value, list) and all(type(one) is item for one in value):
         return tuple(value)
     if type(value) is not kind:
-        raise refuse(key, f"be {_IN_TOML[kind]} in {place}", f"is {value!r}")
+        must = _IN_TOML[kind] if item is None else f"a list of {_ITEMS[item]}"
+        raise refuse(key, f"be {must} in {place}", f"is {_shown(value)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value from a file in at most a line, however long or deep it is."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        return "too long to show"
+    return text if len(text) <= 80 else f"{text[:60]} and so on"
 
 
 _IN_TOML = {
@@ -168,8 +190,8 @@ _IN_TOML = {
     float: "a number",
     str: "a string",
     Path: "a string",
-    tuple: "a list of integers",
 }
+_ITEMS = {int: "integers", str: "strings"}
 
 
 @functools.cache
@@ -201,7 +223,7 @@ def _check(name: str, value: Any, anatomy: _Anatomy) -> None:
         raise refuse(name, "be a number", f"is {value!r}")
     if anatomy.item is not None:
         if not isinstance(value, tuple):
-            raise refuse(name, "be a tuple of integers", f"is {value!r}")
+            raise refuse(name, f"be a tuple of {_ITEMS[anatomy.item.kind]}", f"is {value!r}")
         for item in value:
             _check(name, item, anatomy.item)
     for rule in anatomy.rules:

@@ -8,195 +8,66 @@ until the mean final training loss is one common target. Then all are judged on 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from esljax._checks import InputError, check_key, check_positive, check_positive_int, refuse
-from esljax._types import Array, Float, Key, Keys, Scalar
-from esljax.experiment.memory import Plan, plan_memory
-from esljax.experiment.settings import RISING, SCHEDULES
+from esljax._checks import (
+    InputError,
+    check_key,
+    check_kind,
+    check_positive,
+    check_positive_int,
+    door,
+    refuse,
+)
+from esljax._types import Key, Keys, Scalar
+from esljax.experiment.judging import Judgment, final_loss, judge, outcome_of
+from esljax.experiment.matching import Match, stable_rate
+from esljax.experiment.problem import Problem
+from esljax.experiment.settings import RISING, usual_shapes
 from esljax.files import Checkpoints, session
 from esljax.measures import (
     MinibatchNoise,
-    SpeedLimit,
     average,
     constant_speed,
     minibatch_noise,
     speed_limit,
 )
-from esljax.optimization import Iteration, Optimum, optimize
-from esljax.potentials import Examples, FlaxLoss
-from esljax.results import StandardErrors, renamed_error
-from esljax.schedules import AbstractSchedule, Constant, Knots, as_schedule
+from esljax.optimization import Iteration, Optimum
+from esljax.optimization import optimize as _search
+from esljax.schedules import AbstractSchedule, Constant, Knots
 from esljax.sharding import replicate
-from esljax.simulation import AbstractGradient, HessianAdjoint, Langevin, Trajectory, simulate
-from esljax.transport import AbstractTransport
-
-
-class Outcome(eqx.Module):
-    """One run of a `Problem`."""
-
-    report: SpeedLimit
-    """Σ, L², W2² and the gap, in squared parameters."""
-    final_loss: Scalar
-    """E Φ(q₁): the mean of the members' training loss over all examples, shape ()."""
-    test_accuracy: Scalar
-    """The mean of the members' share of test examples classified correctly, shape ()."""
-
-
-class Problem(eqx.Module):
-    """A learning problem whose runs differ only in the learning-rate schedule and the key.
-
-    **Differentiation:** `run` differentiates in the schedule, by `gradient`.
-
-    **Example:**
-
-        >>> import esljax as esl
-        >>> import jax
-        >>> from esljax.experiment import Problem
-        >>> data = esl.datasets.two_moons(100)
-        >>> potential = esl.FlaxLoss(esl.models.mlp(2, 4, 2), data.train)
-        >>> problem = Problem(
-        ...     potential, data.test, 1e-6, esl.ExactTransport(), members=4, steps=10, snapshots=5
-        ... )
-        >>> outcome = problem.run(esl.Constant(0.1), jax.random.key(0))
-        >>> bool(outcome.report.gap >= 0)
-        True
-    """
-
-    potential: FlaxLoss
-    """Φ, the training loss."""
-    test: Examples
-    """Held-out examples: inputs (m, ...) and labels (m,)."""
-    temperature: AbstractSchedule = eqx.field(converter=as_schedule)
-    """T, in units of the loss: a schedule or a number."""
-    transport: AbstractTransport
-    """The transport that defines Σ and W2²."""
-    members: int = eqx.field(static=True)
-    """n, members of the ensemble."""
-    steps: int = eqx.field(static=True)
-    """K, training steps of a run."""
-    snapshots: int = eqx.field(static=True)
-    """J, links between the J+1 snapshots of a run; divides K."""
-    jackknife: int = eqx.field(static=True, default=0)
-    """Most groups of members left out for the standard errors of one run; 0 for no errors."""
-    mesh: Mesh | None = eqx.field(static=True, default=None)
-    """The devices that share the members; None for the default device."""
-    gradient: AbstractGradient = HessianAdjoint()
-    """How a run is differentiated."""
-
-    def run(self, learning_rate: AbstractSchedule, key: Key) -> Outcome:
-        """Train an ensemble from fresh initializations and measure it."""
-        path = self.path(learning_rate, key)
-        outcome = Outcome(
-            report=speed_limit(path, transport=self.transport, jackknife=self.jackknife),
-            final_loss=jnp.mean(self.potential(path.final)),
-            test_accuracy=jnp.mean(self.potential.accuracy(path.final, self.test)),
-        )
-        return replicate(outcome, self.mesh)
-
-    def path(self, learning_rate: AbstractSchedule, key: Key) -> Trajectory:
-        """The training run that `run` measures."""
-        start_key, path_key = jax.random.split(key)
-        start = self.potential.init(members=self.members, key=start_key).astype(
-            self.potential.inputs.dtype
-        )
-        rule = Langevin(learning_rate, self.temperature)
-        return simulate(
-            self.potential,
-            rule,
-            start,
-            steps=self.steps,
-            snapshots=self.snapshots,
-            key=path_key,
-            gradient=self.gradient,
-            mesh=self.mesh,
-        )
-
-    def plan_memory(self, *, devices: int = 1, differentiated: bool = True) -> Plan:
-        """The memory of one run on each device, with its gradient if `differentiated`."""
-        start = jax.eval_shape(
-            lambda key: self.potential.init(members=self.members, key=key), jax.random.key(0)
-        )
-        return plan_memory(
-            self.potential,
-            jax.ShapeDtypeStruct(start.shape, self.potential.inputs.dtype),
-            steps=self.steps,
-            snapshots=self.snapshots,
-            transport=self.transport,
-            gradient=self.gradient,
-            devices=devices,
-            differentiated=differentiated,
-        )
-
-    def table(self, schedule: AbstractSchedule) -> Knots:
-        """The rates of `schedule` at every step, in the one form that all compiled runs share."""
-        schedule = schedule.over(self.steps)
-        ends = schedule(jnp.ones((), jnp.result_type(float)))
-        return Knots(jnp.append(schedule.rates(self.steps), ends), "linear")
-
-
-class Judgment(eqx.Module):
-    """A schedule judged on R held-out keys: means over the keys, with standard errors."""
-
-    schedule: Knots
-    """The schedule that was judged, with a rate for each step."""
-    report: SpeedLimit
-    """Means of Σ, L², W2² and the gap, in squared parameters, with standard errors of its own."""
-    final_loss: Scalar
-    """Mean final training loss, shape ()."""
-    test_accuracy: Scalar
-    """Mean test accuracy, shape ()."""
-    standard_error: StandardErrors
-    """Of `final_loss` and `test_accuracy`, over the keys."""
-    errors: str = eqx.field(static=True)
-    """The source of the standard errors, in words."""
-    entropy_productions: Float[Array, " R"]
-    """Σ of each key, in squared parameters, for paired comparisons."""
-
-    final_loss_error = renamed_error("final_loss")
-    test_accuracy_error = renamed_error("test_accuracy")
-
-
-class Agreement(NamedTuple):
-    """How far the paths of several schedules agree: a change of clock leaves L² as it is."""
-
-    spread: float
-    """The largest L² less the least, as a share of their mean."""
-    chi_squared: float
-    """Σ (L² - mean)²/error² over the schedules, with the mean weighted by the errors."""
-    freedom: int
-    """The degrees of freedom of `chi_squared`, and its mean if the paths are one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Usual schedules and one found by gradient, judged at the same final loss."""
 
+    rate: float
+    """The constant learning rate from which every scaling and search started."""
     target: float
     """The mean final training loss that every schedule was scaled to."""
     judgments: Mapping[str, Judgment]
     """Each schedule's judgment, least Σ first. The searched one is named "optimized"; the one named
     "retimed" is the first shape passed at constant speed, in closed form. After an interruption
     only the schedules judged by then are here."""
-    optimum: Optimum
-    """The search by gradient and its history."""
+    optimum: Optimum | None
+    """The search by gradient and its history; None without a search."""
     left_out: str = ""
     """Why the re-timed schedule was not judged, a sentence; "" if it was."""
     debiased_w2_squared: tuple[float, float] | None = None
-    """W2² of the optimized schedule without its sampling bias, in squared parameters, and its
-    standard error over the held-out runs. None below 8 members, and after an interruption."""
+    """W2² of the optimized schedule (without a search: of the one with the least Σ) without its
+    sampling bias, in squared parameters, and its standard error over the held-out runs. None below
+    8 members, and after an interruption."""
     batches: MinibatchNoise | None = None
-    """The noise of the batches along one held-out run of the optimized schedule. None without
-    batches, and after an interruption."""
+    """The noise of the batches along one held-out run of the same schedule. None without batches,
+    for a driven potential, and after an interruption."""
 
     @property
     def optimized(self) -> Judgment | None:
@@ -216,9 +87,16 @@ class Comparison:
         return next((name for name in self.judgments if name in RISING), None)
 
     @property
+    def interrupted(self) -> bool:
+        """Whether the search or the judging was ended early."""
+        return self.optimum is not None and self.optimum.interrupted
+
+    @property
     def misses_target(self) -> bool:
         """Whether the optimized schedule is more than 1 % off the target on the held-out keys."""
         optimized = self.optimized
+        if self.optimum is None:
+            return False
         return optimized is None or abs(float(optimized.final_loss) / self.target - 1) > 0.01
 
 
@@ -230,7 +108,7 @@ class Watcher(Protocol):
     """
 
     def stage(self, name: str) -> None:
-        """A stage begins: "target", "matching NAME", "optimizing", "judging NAME" or
+        """A stage begins: "rate", "target", "matching NAME", "optimizing", "judging NAME" or
         "examining optimized"."""
         ...
 
@@ -268,13 +146,15 @@ _PARTS = [field.name for field in dataclasses.fields(Problem) if field.name != "
 _LEAST = {"knots": 2, "iterations": 1, "match_runs": 1, "judge_runs": 2}
 
 
+@door
 def compare(
     problem: Problem,
     *,
-    rate: float,
     key: Key,
-    target: float | None = None,
     shapes: Mapping[str, AbstractSchedule] | None = None,
+    target: float | None = None,
+    rate: float | None = None,
+    optimize: bool = True,
     knots: int = 12,
     iterations: int = 40,
     match_runs: int = 2,
@@ -287,17 +167,18 @@ def compare(
     Every usual shape is scaled until its mean final training loss is the target. The first of them
     is re-timed to constant speed in closed form (`constant_speed`), which needs no search: a search
     is worth what it gains beyond that. A search by gradient starts at the mean rate of the first
-    shape and looks for the schedule of least Σ at that loss. Both results are scaled likewise. All
-    are then judged on common keys that no earlier stage has seen.
+    shape and looks for the schedule of least Σ at that loss. Both results are scaled likewise, on
+    the same keys as all others. All are then judged on common keys that no earlier stage has seen.
 
     **Args:**
-    - `problem`: the learning problem.
-    - `rate`: the constant learning rate per step. It sets the default target and the scale from
-      which every search starts.
+    - `problem`: the learning problem, whose final losses are above 0.
     - `key`: the source of all keys. `jax.random.split(key, 4)[0]` is left to the caller, for
       instance for the random directions of the problem's transport.
-    - `target`: the mean final training loss; by default that of a constant schedule at `rate`.
     - `shapes`: schedules by name, whose scale does not matter; by default `usual_shapes()`.
+    - `target`: the mean final training loss; by default that of a constant schedule at `rate`.
+    - `rate`: the constant learning rate per step. It sets the default target and the scale from
+      which every search starts; by default `stable_rate(...)`, a rate clear of the stability limit.
+    - `optimize`: whether to search at all.
     - `knots`: of the searched log learning rate. - `iterations`: gradient steps of the search.
     - `match_runs`: runs whose mean loss is matched. - `judge_runs`: held-out runs, at least 2.
     - `watcher`: called at each stage and after each piece of work.
@@ -314,14 +195,11 @@ def compare(
 
         >>> import esljax as esl
         >>> import jax
-        >>> from esljax.experiment import Problem, compare
         >>> data = esl.datasets.two_moons(100)
         >>> potential = esl.FlaxLoss(esl.models.mlp(2, 4, 2), data.train)
-        >>> problem = Problem(
-        ...     potential, data.test, 1e-6, esl.ExactTransport(), members=4, steps=10, snapshots=5
-        ... )
+        >>> problem = esl.Problem(potential, members=4, steps=10, snapshots=5, test=data.test)
         >>> shapes = {"constant": esl.Constant(1.0), "cosine": esl.Cosine(1.0)}
-        >>> result = compare(
+        >>> result = esl.compare(
         ...     problem, rate=0.2, key=jax.random.key(0), shapes=shapes, iterations=4, judge_runs=2
         ... )
         >>> sorted(result.judgments)
@@ -335,186 +213,77 @@ def compare(
     }
     shapes = usual_shapes() if shapes is None else dict(shapes)
     watcher = _Unwatched() if watcher is None else watcher
-    _check_settings(rate, key, target, shapes, counts)
+    _check_settings(problem, rate, key, target, shapes, counts)
     about = {name: getattr(problem, name) for name in _PARTS}
     about |= {**counts, "rate": rate, "key": key, "target": target, "shapes": shapes}
     # The first key is the caller's, as documented.
     _, match_key, search_key, judge_key = jax.random.split(key, 4)
-    match = _Match(problem, rate * problem.steps, jax.random.split(match_key, match_runs), watcher)
+    match_keys = jax.random.split(match_key, match_runs)
 
     with session(_within(checkpoints, "matching"), about) as saved:
-        target, matched = _match_usual(match, shapes, target, rate, saved)
+        rate, target, matched = _match_usual(
+            problem, match_keys, shapes, rate, target, saved, watcher
+        )
+    match = Match(problem, rate * problem.steps, match_keys, watcher.trial)
     first = next(iter(matched.values()))
     start = Knots(jnp.full(knots, jnp.mean(first.values)))
-    left_out = ""
+    left_out, optimum = "", None
     try:
+        watcher.stage(f"matching {_RETIMED}")
         matched[_RETIMED] = match(_retimed(problem, first, match.keys), _RETIMED, target)
     except InputError as error:
         left_out = f"The re-timed schedule is left out: {error}"
-    watcher.stage("optimizing")
-    optimum = optimize(
-        _objective(problem, target),
-        start,
-        key=search_key,
-        iterations=iterations,
-        callback=watcher.iteration,
-        checkpoints=_within(checkpoints, "search"),
-    )
+    if optimize:
+        watcher.stage("optimizing")
+        optimum = _search(
+            _objective(problem, target),
+            start,
+            key=search_key,
+            iterations=iterations,
+            callback=watcher.iteration,
+            checkpoints=_within(checkpoints, "search"),
+        )
     judgments, debiased, batches = {}, None, None
     try:
-        searched = optimum.controls
-        # A schedule that is not finite cannot be scaled to the target; it is judged as it is.
-        finite = bool(np.all(np.isfinite(searched.values)))
-        matched[_OPTIMIZED] = match(searched, _OPTIMIZED, target) if finite else searched
+        if optimum is not None:
+            searched = optimum.controls
+            watcher.stage(f"matching {_OPTIMIZED}")
+            # A schedule that is not finite cannot be scaled to the target; it is judged as it is.
+            finite = bool(np.all(np.isfinite(searched.values)))
+            found = match(searched, _OPTIMIZED, target) if finite else searched
+            matched = {_OPTIMIZED: found, **matched}
         judge_keys = jax.random.split(judge_key, judge_runs)
-        for name in (_OPTIMIZED, *(name for name in matched if name != _OPTIMIZED)):
+        for name, schedule in matched.items():
             watcher.stage(f"judging {name}")
-            judgments[name] = judge(problem, matched[name], judge_keys)
+            judgments[name] = judge(problem, schedule, judge_keys)
             watcher.judged(judgments[name])
-        watcher.stage(f"examining {_OPTIMIZED}")
-        debiased = _debiased_w2_squared(problem, matched[_OPTIMIZED], judge_keys)
-        batches = _batches(problem, matched[_OPTIMIZED], judge_keys[0])
+        examined = _OPTIMIZED if optimum is not None else min(judgments, key=_sigma(judgments))
+        watcher.stage(f"examining {examined}")
+        debiased = _debiased_w2_squared(problem, matched[examined], judge_keys)
+        batches = _batches(problem, matched[examined], judge_keys[0])
     except KeyboardInterrupt:
         if not judgments:
             raise
-        optimum = optimum.as_interrupted()
-    ordered = sorted(judgments.items(), key=lambda item: float(item[1].report.entropy_production))
-    return Comparison(target, dict(ordered), optimum, left_out, debiased, batches)
-
-
-def usual_shapes() -> dict[str, AbstractSchedule]:
-    """The learning-rate schedules in common use, and two that rise, with peak 1, by name."""
-    return {name: make() for name, make in SCHEDULES.items()}
-
-
-def match_endpoint(
-    problem: Problem,
-    shape: AbstractSchedule,
-    *,
-    target: float,
-    learning_time: float,
-    keys: Keys,
-    name: str = "shape",
-    tolerance: float = 1e-3,
-    watch: Callable[[float], Any] = lambda loss: None,
-) -> Knots:
-    """Scale a schedule until its mean final training loss over `keys` is `target`.
-
-    The search starts at the scale where the learning time U = Σ η_k is `learning_time`, because
-    with little noise the loss depends on U alone.
-
-    **Args:** `shape`: any schedule with U > 0. `target`: the loss. `learning_time`: U, in squared
-    parameters per unit of loss. `keys`: (R,), common to all trials. `name`: of the shape, for
-    messages. `tolerance`: relative, on the loss. `watch`: called with the loss of each trial.
-    **Returns:** the scaled schedule as a table of `Knots`.
-    **Raises:** `InputError` if no scale reaches the target before the run leaves the stable range
-    of its step.
-    """
-    # Imported here because it takes a sixth of the time of `import esljax`.
-    from scipy.optimize import root_scalar
-
-    table = problem.table(shape)
-    time = float(jnp.sum(table.rates(problem.steps)))
-    if not time > 0:
-        raise refuse(name, "have a positive sum of rates", f"has the sum {time:g}")
-    first = np.log(learning_time / time)
-    trials: list[tuple[float, float]] = []
-
-    @functools.cache
-    def excess(log_scale: float) -> float:
-        loss = final_loss(problem, Knots(table.values * np.exp(log_scale), "linear"), keys)
-        trials.append((log_scale, loss))
-        watch(loss)
-        if not np.isfinite(loss) or loss <= 0 or abs(log_scale - first) > 5:
-            raise _unreachable(name, target, trials)
-        # Zero within the tolerance ends the secant search at once.
-        return 0.0 if abs(loss / target - 1) < tolerance else np.log(loss / target)
-
-    at_start = excess(first)
-    # Late in training the loss falls about as U to the power -1/2: the second point of the secant.
-    result = (
-        root_scalar(excess, x0=first, x1=first + np.clip(2 * at_start, -1, 1) + 1e-3, maxiter=12)
-        if at_start
-        else None
-    )
-    if result is not None and not abs(trials[-1][1] / target - 1) < tolerance:
-        raise _unreachable(name, target, trials)
-    return Knots(table.values * np.exp(trials[-1][0]), "linear")
-
-
-def final_loss(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> float:
-    """The mean final training loss E Φ(q₁) of a schedule over `keys` (R,)."""
-    table = problem.table(schedule)
-    return float(np.mean([_outcome(problem, table, key).final_loss for key in keys]))
-
-
-def judge(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> Judgment:
-    """Run a schedule on each of `keys` (R ≥ 2) and average, with standard errors over the keys."""
-    count = keys.shape[0]
-    check_positive_int("number of keys", count, 2)
-    table = problem.table(schedule)
-    outcomes = jax.tree.map(
-        lambda *runs: jnp.stack(runs), *(_outcome(problem, table, key) for key in keys)
-    )
-
-    def error(x):
-        return jnp.std(x, ddof=1) / np.sqrt(x.size)
-
-    return Judgment(
-        schedule=table,
-        report=average(outcomes.report),
-        final_loss=jnp.mean(outcomes.final_loss),
-        test_accuracy=jnp.mean(outcomes.test_accuracy),
-        standard_error=StandardErrors(
-            {name: error(getattr(outcomes, name)) for name in ("final_loss", "test_accuracy")}
-        ),
-        errors=f"spread over {count} independent runs",
-        entropy_productions=outcomes.report.entropy_production,
-    )
-
-
-def ratio(first: Judgment, second: Judgment) -> tuple[float, float]:
-    """Σ of the first over Σ of the second, paired key by key.
-
-    **Args:** `first`, `second`: judgments on the same keys.
-    **Returns:** the mean of the R ratios and its standard error.
-    """
-    ratios = np.asarray(first.entropy_productions) / np.asarray(second.entropy_productions)
-    return float(np.mean(ratios)), float(np.std(ratios, ddof=1) / np.sqrt(ratios.size))
-
-
-def agreement(judgments: Mapping[str, Judgment]) -> Agreement:
-    """Compare the L² of schedules that end at the same loss.
-
-    If a schedule only re-timed one path, all would be equal but for their errors. χ² takes the
-    errors as independent; common keys make the differences smaller, so it errs below.
-
-    **Args:** `judgments`: at least two, by name, on common keys.
-    """
-    reports = [judgment.report for judgment in judgments.values()]
-    lengths = np.array([float(report.length_squared) for report in reports])
-    errors: list[Any] = [report.standard_error for report in reports]
-    weights = np.array([float(error.length_squared) for error in errors]) ** -2
-    mean = np.sum(weights * lengths) / np.sum(weights)
-    return Agreement(
-        spread=float(np.ptp(lengths) / mean),
-        chi_squared=float(np.sum(weights * (lengths - mean) ** 2)),
-        freedom=lengths.size - 1,
-    )
+        optimum = None if optimum is None else optimum.as_interrupted()
+    ordered = {name: judgments[name] for name in sorted(judgments, key=_sigma(judgments))}
+    return Comparison(rate, target, ordered, optimum, left_out, debiased, batches)
 
 
 # --- The stages -----------------------------------------------------------------------------------
 
 
 def _check_settings(
-    rate: float,
+    problem: Problem,
+    rate: float | None,
     key: Key,
     target: float | None,
     shapes: Mapping[str, AbstractSchedule],
     counts: Mapping[str, int],
 ) -> None:
-    check_positive("rate", rate)
+    check_kind("problem", problem, Problem, "be a Problem(potential, ...)")
     check_key("key", key)
+    if rate is not None:
+        check_positive("rate", rate)
     if target is not None:
         check_positive("target", target)
     for name, count in counts.items():
@@ -527,63 +296,63 @@ def _check_settings(
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Match:
-    """Scales a shape to a target on keys common to all shapes."""
-
-    problem: Problem
-    learning_time: float
-    keys: Keys
-    watcher: Watcher
-
-    def __call__(self, shape: AbstractSchedule, name: str, target: float) -> Knots:
-        self.watcher.stage(f"matching {name}")
-        return match_endpoint(
-            self.problem,
-            shape,
-            target=target,
-            learning_time=self.learning_time,
-            keys=self.keys,
-            name=name,
-            watch=self.watcher.trial,
-        )
-
-
 def _match_usual(
-    match: _Match,
+    problem: Problem,
+    keys: Keys,
     shapes: Mapping[str, AbstractSchedule],
+    rate: float | None,
     target: float | None,
-    rate: float,
     saved: Any,
-) -> tuple[float, dict[str, Knots]]:
-    """The target, and every usual shape scaled to it; saved after each shape."""
+    watcher: Watcher,
+) -> tuple[float, float, dict[str, Knots]]:
+    """The rate, the target, and every usual shape scaled to it; saved after each shape."""
     # Saved with the target, because computing it again costs as much as matching a shape.
-    like = Knots(jnp.ones(match.problem.steps + 1), "linear")
-    restored = saved.restore(lambda done: (jnp.zeros(()), [like] * done))
-    done, (saved_target, matched) = (0, (None, [])) if restored is None else restored
+    like = Knots(jnp.ones(problem.steps + 1), "linear")
+    restored = saved.restore(lambda done: (jnp.zeros(2), [like] * done))
+    done, (known, matched) = (0, (None, [])) if restored is None else restored
+    if rate is None and known is not None:
+        rate = float(known[0])
+    if rate is None:
+        watcher.stage("rate")
+        # In the precision that is saved, so that a resumed comparison has the same bits.
+        rate = float(jnp.asarray(stable_rate(problem, keys[0], watcher.trial)))
+    if known is not None:
+        target = float(known[1])
     if target is None:
-        target = _target(match, rate) if saved_target is None else float(saved_target)
+        watcher.stage("target")
+        target = _target(problem, rate, keys)
+    match = Match(problem, rate * problem.steps, keys, watcher.trial)
     for name, shape in list(shapes.items())[done:]:
+        watcher.stage(f"matching {name}")
         matched.append(match(shape, name, target))
         saved.offer(
             len(matched),
-            lambda: (jnp.asarray(target), matched),
+            lambda: (jnp.asarray([rate, target]), matched),
             last=len(matched) == len(shapes),
         )
-    return target, dict(zip(shapes, matched, strict=True))
+    return rate, target, dict(zip(shapes, matched, strict=True))
 
 
-def _target(match: _Match, rate: float) -> float:
+def _target(problem: Problem, rate: float, keys: Keys) -> float:
     """The mean final training loss of the constant schedule."""
-    match.watcher.stage("target")
-    target = final_loss(match.problem, Constant(rate), match.keys)
+    target = final_loss(problem, Constant(rate), keys)
     if not np.isfinite(target):
         raise refuse(
             "rate",
             "leave the constant schedule stable",
             f"is {rate:g}: its final loss is {target}",
         )
+    if not target > 0:
+        raise refuse(
+            "problem",
+            "have final losses above 0, (add a constant to the potential)",
+            f"ends at {target:g} with the constant schedule",
+        )
     return target
+
+
+def _sigma(judgments: Mapping[str, Judgment]) -> Callable[[str], float]:
+    return lambda name: float(judgments[name].report.entropy_production)
 
 
 def _objective(problem: Problem, target: float) -> Callable[[Knots, Key], Any]:
@@ -603,7 +372,7 @@ def _objective(problem: Problem, target: float) -> Callable[[Knots, Key], Any]:
 
 def _retimed(problem: Problem, table: Knots, keys: Keys) -> Knots:
     """The schedule of constant speed along the mean of some runs of another schedule."""
-    reports = [_outcome(problem, table, key).report for key in keys]
+    reports = [outcome_of(problem, table, key).report for key in keys]
     if len(reports) == 1:
         return constant_speed(reports[0])
     return constant_speed(average(jax.tree.map(lambda *runs: jnp.stack(runs), *reports)))
@@ -620,7 +389,8 @@ def _debiased_w2_squared(problem: Problem, table: Knots, keys: Keys) -> tuple[fl
 @eqx.filter_jit
 def _batches(problem: Problem, table: Knots, key: Key) -> MinibatchNoise | None:
     """The noise of the batches along one run, from batches that the run has not seen."""
-    if problem.potential.batch_size is None:
+    potential = problem.potential
+    if potential.moves or potential.draw(key, 1) is None:
         return None
     path = problem.path(table, key)
     batch_key = jax.random.fold_in(key, 1)
@@ -635,23 +405,8 @@ def _debiased(problem: Problem, table: Knots, key: Key) -> Scalar:
     return replicate(report.debiased_w2_squared, problem.mesh)
 
 
-@eqx.filter_jit
-def _outcome(problem: Problem, table: Knots, key: Key) -> Outcome:
-    """One compiled program for all schedules and keys; a run is long enough to loop on the host."""
-    return problem.run(table, key)
-
-
 def _within(checkpoints: Checkpoints | None, stage: str) -> Checkpoints | None:
     """The checkpoints of one stage, in a folder of its own."""
     if checkpoints is None:
         return None
     return dataclasses.replace(checkpoints, folder=Path(checkpoints.folder) / stage)
-
-
-def _unreachable(name: str, target: float, trials: list[tuple[float, float]]) -> InputError:
-    losses = ", ".join(f"{loss:.4g}" for _, loss in trials)
-    return refuse(
-        "target",
-        f"be a loss that {name} can reach",
-        f"is {target:g}: scaling the rates gave the losses {losses}",
-    )

@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from esljax._checks import check_positive_int, refuse
+from esljax._checks import check_positive_int, door, refuse
 from esljax._types import Array
 from esljax.measures import compared
 from esljax.potentials import AbstractPotential, check_potential
@@ -108,6 +108,7 @@ _REMEDIES = {
 }
 
 
+@door
 def plan_memory(
     potential: AbstractPotential,
     positions: Any,

@@ -17,14 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from esljax._checks import door
 from esljax._types import Array, Float
-from esljax.experiment.comparison import Outcome, Problem, usual_shapes
+from esljax.experiment.problem import Outcome, Problem
 from esljax.experiment.settings import (
     DTYPES,
     MODEL_DTYPES,
     RunConfig,
     TrainingConfig,
     make_transport,
+    usual_shapes,
 )
 from esljax.potentials import FlaxLoss, mlp
 from esljax.schedules import Constant, Knots
@@ -102,7 +104,7 @@ def make_problem(
     classes = int(max(data.train.labels.max(), data.test.labels.max())) + 1
     model = mlp(data.train.inputs.shape[1], *config.hidden, classes)
     return Problem(
-        potential=FlaxLoss(
+        FlaxLoss(
             model,
             data.train,
             batch_size=config.batch_size or None,
@@ -121,6 +123,7 @@ def make_problem(
     )
 
 
+@door
 def run(config: RunConfig) -> Outcome:
     """Make one run alone, in its own floating type: a `Study` stores the numbers of such runs.
 
@@ -142,6 +145,7 @@ def run(config: RunConfig) -> Outcome:
         return _alone(problem, shape, jax.tree.map(lambda x: x[0], _numbers(problem, (config,))))
 
 
+@door
 def work(task: Task) -> Rows:
     """Run the points of a task and return their numbers, in this process or in a worker.
 

@@ -9,6 +9,7 @@ commands, the check of TOML files and the construction all read it, so one line 
 
 import dataclasses
 import math
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 
-from esljax._checks import check_choice, refuse
+from esljax._checks import InputError, check_choice, first_sentence, refuse
 from esljax._types import Array, ScalarLike
 from esljax.experiment.bounds import (
     AtLeast,
@@ -94,6 +95,12 @@ SCHEDULES: dict[str, Callable[[], AbstractSchedule]] = {
     "linear_rise": lambda: Linear(0.2, 1.0),
     "exponential_rise": lambda: Exponential(math.exp(-1.6), 1.0),
 }
+
+
+def usual_shapes() -> dict[str, AbstractSchedule]:
+    """The learning-rate schedules in common use, and two that rise, with peak 1, by name."""
+    return {name: make() for name, make in SCHEDULES.items()}
+
 
 # Not in common use: a search that ends at a rising rate is held against what a rise gains alone.
 RISING = ("linear_rise", "exponential_rise")
@@ -205,21 +212,43 @@ class RunConfig(TrainingConfig):
         return plain(self)
 
 
+# A device such as /dev/zero has no end. Lists of points, one by one, take tens of bytes a point.
+_LONGEST_TOML = 1 << 28
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file. **Raises:** `InputError` if it cannot be read or parsed."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # Some editors begin a file with the mark of its encoding.
+        with path.open("rb") as file:
+            content = file.read(_LONGEST_TOML + 1)
+        if len(content) > _LONGEST_TOML:
+            raise refuse("config", "be a file of settings", f"{path} does not end within 256 MB")
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except InputError:
+        raise
     except OSError as error:
         raise refuse("config", "be a readable file", f"{path} gives: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise refuse("config", "be valid TOML", f"{path} is not: {error}") from error
+    except UnicodeDecodeError as error:
+        raise refuse(
+            "config", "be valid TOML, which is UTF-8", f"{path} is not: {error.reason}"
+        ) from error
+    except RecursionError as error:
+        raise refuse("config", "be valid TOML", f"{path} is nested too deep") from error
+    except ValueError as error:
+        # A path with a null, a syntax error, or an integer of thousands of digits.
+        reason = first_sentence(error)
+        raise refuse("config", "be valid TOML", f"{path} is not: {reason}") from error
 
 
 def plain(config: Any) -> dict[str, Any]:
     """The fields of a configuration in types that TOML and JSON hold, without its `Manner`s."""
 
     def value(x):
-        return str(x) if isinstance(x, Path) else list(x) if isinstance(x, tuple) else x
+        if isinstance(x, Path):
+            # A name that is not text in this locale is text in a file, which is UTF-8.
+            return os.fsencode(x).decode(errors="replace")
+        return list(x) if isinstance(x, tuple) else x
 
     return {
         field.name: value(getattr(config, field.name))

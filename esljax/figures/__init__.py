@@ -1,5 +1,7 @@
 """All figures, and the only use of matplotlib: reports and tables go in, figures come out."""
 
+# The engine comes first: it sees that matplotlib can be imported by the others.
+from esljax.figures.engine import rendered
 from esljax.figures.schedules import plot_schedules, plot_speed_limit
 from esljax.figures.study import plot_study
 
@@ -7,4 +9,5 @@ __all__ = [
     "plot_schedules",
     "plot_speed_limit",
     "plot_study",
+    "rendered",
 ]

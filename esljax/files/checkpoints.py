@@ -13,10 +13,9 @@ would silently produce a different run.
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 import shutil
-import signal
-import threading
 import time
 import types
 import warnings
@@ -31,30 +30,15 @@ import numpy as np
 from jax.core import Tracer
 
 from esljax._checks import InputError, check_nonnegative, first_sentence, is_key, refuse
+from esljax.files import storage
 from esljax.files.description import describe
-from esljax.files.storage import locked, make_folder, versions
-
-TERMINATED = 143
-"""Exit code of a process that saved its run after SIGTERM: 128 + 15, the convention of shells."""
+from esljax.files.signals import Terminated, endings, handling, uninterrupted
+from esljax.files.storage import make_folder, versions
 
 _FORMAT = "format of descriptions"
 # 2: functions and classes of esljax are named by their room. Before (without a format): by their
 # file, so that the digests of what refers to one may differ for the very same run.
 _FORMAT_NOW = "2"
-
-
-class Terminated(SystemExit):
-    """Raised when the process has received SIGTERM; uncaught, it ends the process with code 143.
-
-    **Args:** `message`: one sentence on what is saved and where.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(TERMINATED)
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +134,17 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator["S
     make_folder(folder, "checkpoints")
     about = {name: describe(argument) for name, argument in run.items()}
     about |= {f"version of {name}": versions()[name] for name in ("esljax", "jax", "jaxlib")}
-    options = _orbax().CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    # Orbax would also count and remove folders that are not ours: the session keeps two itself.
+    options = _orbax().CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
     manage = functools.partial(
         _orbax().CheckpointManager, folder, options=options, item_names=("state", "about")
     )
-    with alone(folder, "checkpoints"), _quiet(), manage() as manager:
-        _drop_halves(folder)
-        opened = Session(manager, checkpoints, about)
-        with _handling(signal.SIGTERM, opened.request_end):
+    with alone(folder, "checkpoints") as record, _quiet(), manage() as manager:
+        _drop_halves(folder, record)
+        opened = Session(manager, checkpoints, about, record)
+        with contextlib.ExitStack() as stack:
+            for number in endings():
+                stack.enter_context(handling(number, opened.request_end))
             yield opened
         # SIGTERM came after the last offer, or the run was already finished and made no offer.
         if opened.end_requested():
@@ -167,8 +154,15 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator["S
 class Session:
     """One loop and its checkpoints; without a folder, every method does nothing."""
 
-    def __init__(self, manager: Any, settings: Checkpoints | None, about: dict[str, str]):
+    def __init__(
+        self,
+        manager: Any,
+        settings: Checkpoints | None,
+        about: dict[str, str],
+        record: storage.Lock | None = None,
+    ):
         self._manager, self._settings, self._about = manager, settings, about
+        self._record = record
         self._folder = "" if settings is None else settings.folder
         self._last_save, self._end = time.monotonic(), False
         self._saved_round, self._offered_round = -1, 0
@@ -204,7 +198,8 @@ class Session:
             raise refuse(
                 "checkpoints",
                 "hold at least one checkpoint that can be read",
-                f"{self._folder} holds none: delete its contents to start the run again",
+                f"{self._folder} holds none: delete its contents to start the run again, or choose "
+                "another folder if they are of something else",
             )
         return None
 
@@ -292,15 +287,18 @@ class Session:
             state=_orbax().StandardSave(arrays),
             about=_orbax().JsonSave({**self._about, _FORMAT: _FORMAT_NOW}),
         )
+        folder = Path(self._folder).resolve()
         try:
-            with _uninterrupted():
-                if step in self._manager.all_steps():
-                    self._manager.delete(step)  # it could not be read
-                self._manager.save(step, args=items, force=True)
+            with uninterrupted():
+                self._make_way(folder, step)
+                self._manager.save(step, args=items, force=True, custom_metadata=_MARK)
                 self._saved_round = step
+                ours = sorted(i for i in self._manager.all_steps() if is_ours(folder / str(i)))
+                for old in ours[:-2]:
+                    self._manager.delete(old)
         except Exception as error:
             # Half a checkpoint would fill a full disk for good.
-            _drop_halves(Path(self._folder))
+            _drop_halves(folder, self._record)
             warnings.warn(
                 f"The checkpoint of round {step} in {self._folder} cannot be written: "
                 f"{first_sentence(error)}",
@@ -308,63 +306,111 @@ class Session:
                 stacklevel=3,
             )
 
+    def _make_way(self, folder: Path, step: int) -> None:
+        """Clear the places of a checkpoint about to be written, and note that it is being written.
+
+        Orbax would replace whatever it finds there.
+        """
+        halves = list(folder.glob(f"{step}.{_HALF}*"))
+        if foreign := [path for path in (folder / str(step), *halves) if _is_foreign(path)]:
+            raise OSError(f"{foreign[0]} is in the way, which esljax did not write")
+        if step in self._manager.all_steps():
+            self._manager.delete(step)  # it could not be read
+        if self._record is not None:
+            self._record({"saving": step})
+            self._record.left = {"saving": step}
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder is a checkpoint that a session of this package has written, whole or half.
+
+    Orbax gives the checkpoints of every program the same names. Those of a session say whose they
+    are in either of two files, so that one damaged file hides nothing.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return False
+    return any(
+        mark.encode() in _content(path / file)
+        for file, mark in (("_CHECKPOINT_METADATA", next(iter(_MARK))), ("about/metadata", _ABOUT))
+    )
+
+
+def remove_ours(folder: Path) -> None:
+    """Remove the checkpoints of a session from its folder, and the folder if it is then empty.
+
+    The caller holds the lock of the run. Everything else in the folder stays.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for path in list(folder.iterdir()):
+        named = path.name.isdecimal() or f".{_HALF}" in path.name
+        if named and is_ours(path):
+            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError, InputError):
+        # A lock that a killed process has left goes with its run.
+        with storage.locked(folder / ".lock", "folder", elsewhere=False) as record:
+            _drop_halves(folder, record)
+        folder.rmdir()
+
+
+_HALF = "orbax-checkpoint-tmp"
+_MARK = {"written by a session of esljax": True}
+_ABOUT = "version of esljax"
+
+
+def _is_foreign(path: Path) -> bool:
+    return os.path.lexists(path) and not is_ours(path)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except OSError:
+        return b""
+
 
 @contextlib.contextmanager
-def alone(folder: Path, argument: str) -> Iterator[None]:
+def alone(folder: Path, argument: str) -> Iterator[storage.Lock | None]:
     """Hold a folder, so that no other run writes into it meanwhile.
 
     If several processes share a run, the first of them holds the folder for all.
 
+    **Yields:** the lock, or None in processes other than the first.
     **Raises:** `InputError`, about `argument`, while another run holds it.
     """
-    refusal = None
+    refusal, lock = None, None
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             try:
                 # A run killed on one host resumes on another, where nobody can delete its lock.
-                stack.enter_context(locked(folder / ".lock", argument, elsewhere=False))
+                lock = stack.enter_context(
+                    storage.locked(folder / ".lock", argument, elsewhere=False)
+                )
             except InputError as error:
                 refusal = error
         if any(_any_process(refusal is not None)):
             raise refusal or refuse(
                 argument, "have no other writer", f"the first process found one in {folder}"
             )
-        yield
+        yield lock
 
 
-@contextlib.contextmanager
-def _handling(number: signal.Signals, handler: Callable[..., Any]) -> Iterator[None]:
-    """Handle a signal in the main thread; elsewhere signals do not arrive, and nothing is done.
+def _drop_halves(folder: Path, record: storage.Lock | None) -> None:
+    """Remove the half-written folders of writers that failed; only the first process does.
 
-    A handler that was not set from Python cannot be put back, so it is left alone.
+    A half is ours if it says so, if the lock says that it was being written, or if it holds no
+    file.
     """
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(number) is None:
-        yield
+    if record is None:
         return
-    before = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C until the file being written is complete."""
-    interrupts: list[bool] = []
-    try:
-        with _handling(signal.SIGINT, lambda *_: interrupts.append(True)):
-            yield
-    finally:
-        if interrupts:
-            signal.raise_signal(signal.SIGINT)
-
-
-def _drop_halves(folder: Path) -> None:
-    """Remove the half-written folders of writers that failed; only the first process does."""
-    for half in folder.glob("*.orbax-checkpoint-tmp*") if jax.process_index() == 0 else ():
-        shutil.rmtree(half, ignore_errors=True)
+    for half in folder.glob(f"*.{_HALF}*"):
+        begun = half.name.partition(".")[0] == str(record.left.get("saving"))
+        if half.is_symlink() or not half.is_dir():
+            continue
+        if begun or is_ours(half) or not any(path.is_file() for path in half.rglob("*")):
+            shutil.rmtree(half, ignore_errors=True)
+    record.left = {}
+    record({})
 
 
 def _is_digest(description: str) -> bool:

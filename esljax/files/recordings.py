@@ -2,40 +2,42 @@ r"""Training runs made elsewhere, read from disk: a file of snapshots or a folde
 
     snapshots.npz    `positions` (J+1, n, d) or `features` (J+1, n, p), optionally `times` (J+1,)
     snapshots.zarr   a Zarr v3 group of the same arrays; needs the extra `zarr`
+    snapshots.npy    positions alone
     folder/          member_000/step_000100.npz, member_000/step_000200.npz, ..., member_001/...
 
-**Checkpoints.** The last number in a folder's name is the member, and the last number in a
-checkpoint's name is its time (digits, with or without decimals: `epoch_2.5.npz` is 2.5). Names
-without a number are ignored. A checkpoint is a plain `.npz`, a `.safetensors` or a folder written
-by Orbax. All its arrays, raveled in the sorted order of their keys, are one member, so it should
-hold parameters alone, without the state of an optimizer. Integers are rejected in checkpoints,
-where they are counters; a file of snapshots may hold them. bfloat16 is read everywhere.
+**Checkpoints.** The number in which the names of folders differ is the member, and the number in
+which the names of checkpoints differ is their time (see `names`). A checkpoint is an `.npz`, an
+`.npy`, a `.safetensors` or a folder of such or of Orbax (see `layouts`). Its parameters, raveled in
+the sorted order of their keys, are one member. What lies beside the parameters is left out where
+its name tells it apart, and refused where it does not (see `companions`). Integers are rejected in
+checkpoints; a file of snapshots may hold them. bfloat16 and types of eight bits are read from
+safetensors and Orbax.
 
-**Pickles** (`.pt`, `.pth`, `.pkl`, object arrays) are never loaded, because a pickle runs whatever
-code it carries. Any error of a decoder on a broken file becomes an `InputError`.
+**Pickles** (`.pt`, `.pth`, `.pkl`, object arrays) are never loaded (see `archives`).
 """
 
-import contextlib
-import logging
-import re
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
-from esljax._checks import InputError, first_sentence, refuse
-from esljax.files.storage import installation
-
-_LAYOUT = (
-    "hold one folder for each member, each with its checkpoints, as in member_000/step_000100.npz"
+from esljax._checks import refuse
+from esljax.files.archives import (
+    Archive,
+    Header,
+    check_room,
+    decoding,
+    open_file,
+    open_zarr,
+    refuse_pickle,
 )
-# Suffixes of files that are usually pickles; only opening one would show whether it is.
-_PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".bin")
-_FILES = (".npz", ".safetensors")
+from esljax.files.companions import Choice, Selection, several
+from esljax.files.layouts import by_member_and_time, open_checkpoint
+from esljax.files.names import patterns
 
 
 class Recording(NamedTuple):
@@ -50,15 +52,33 @@ class Recording(NamedTuple):
     """When the snapshots were taken, shape (J+1,), in the stored unit; None if not stored."""
     observed: bool
     """Whether `positions` holds features (J+1, n, p) rather than positions."""
+    keys: Mapping[str, tuple[int, ...]] | None = None
+    """The shape of each parameter, in the order in which they are raveled; None without names."""
+    left_out: Mapping[str, str] = MappingProxyType({})
+    """Keys that are not among the positions, and why."""
 
 
-def read(path: str | Path) -> Recording:
+def read(
+    path: str | Path,
+    *,
+    only: Iterable[str] | str = (),
+    skip: Iterable[str] | str = (),
+    name: str | None = None,
+) -> Recording:
     """Read a training run from `.npz`, `.zarr` or a folder of checkpoints.
 
-    **Args:** `path`: the file or folder, laid out as this module describes.
+    **Args:**
+    - `path`: the file or folder, laid out as this module describes.
+    - `only`, `skip`: patterns of the keys to measure and to leave out, such as `params/*`, matched
+      against whole keys with case; `/` and `.` are the same. A pattern of `only` also settles what
+      names leave open.
+    - `name`: the pattern of the checkpoints that count, with `{}` for their time and `*` for what
+      may vary beside it, such as `step_{}`; or with that of the members, `member_{}/step_{}`.
+
     **Returns:** `Recording`. `esl.from_snapshots` checks its shapes and values.
-    **Raises:** `InputError` if anything is missing, broken or pickled, or if checkpoints differ in
-    their keys or shapes, or members in their times.
+    **Raises:** `InputError` if anything is missing, broken or pickled; if checkpoints differ in
+    their keys or shapes, or members in their times; if names of one level differ in more than a
+    number; if a key may be a parameter or not; or if a pattern matches nothing.
 
     **Example:**
 
@@ -71,25 +91,33 @@ def read(path: str | Path) -> Recording:
         >>> recording.positions.shape, recording.times.tolist()
         ((3, 8, 2), [0, 10, 50])
     """
-    path = Path(path)
-    _refuse_pickle("recording", path)
-    with _decoding("recording", path):
-        if not path.exists():
-            raise refuse("recording", "be a file or folder", f"{path} does not exist")
-        if path.suffix == ".zarr" or (path / "zarr.json").exists():
-            return _snapshots(path, _zarr_group(path))
-        if path.is_dir():
-            return _checkpoints(path)
-        if path.suffix == ".npz":
-            return _snapshots(path, _npz("recording", path, ("positions", "features", "times")))
-    raise refuse("recording", "be .npz, .zarr or a folder of checkpoints", f"is {path}")
+    path, selection = Path(path), Selection(only, skip)
+    refuse_pickle("recording", path)
+    with decoding("recording", path):
+        exists, is_folder = path.exists(), path.is_dir()
+    if not exists:
+        raise refuse("recording", "be a file or folder", f"{path} does not exist")
+    if is_folder and not (path.suffix == ".zarr" or (path / "zarr.json").exists()):
+        return _checkpoints(path, selection, name)
+    if name is not None:
+        patterns(name)
+        raise refuse("name", "choose checkpoints in a folder", f"{path} is a file of snapshots")
+    if is_folder:
+        return _snapshots(open_zarr("recording", path), selection)
+    if path.suffix.lower() in (".npz", ".npy"):
+        return _snapshots(open_file("recording", path), selection)
+    must = "be .npz, .zarr or a folder of checkpoints"
+    if path.suffix.lower() == ".safetensors":
+        raise refuse("recording", f"{must} (member_000/step_000100.safetensors)", f"is {path}")
+    raise refuse("recording", must, f"is {path}")
 
 
 def read_matrix(path: str | Path) -> np.ndarray:
     """Read the projection stored as `matrix` (d, p) in an `.npz` file.
 
     **Returns:** the array, of any real type.
-    **Raises:** `InputError` if the file is missing or broken, or holds no such finite array.
+    **Raises:** `InputError` if the file is missing or broken, or holds no such finite array, or
+    others.
 
     **Example:**
 
@@ -102,16 +130,17 @@ def read_matrix(path: str | Path) -> np.ndarray:
         (3, 2)
     """
     path = Path(path)
-    _refuse_pickle("project", path)
-    with _decoding("project", path):
-        if not path.is_file():
-            raise refuse(
-                "project", "be 'pca', 'random', 'none' or an .npz file", f"{path} does not exist"
-            )
-        arrays = _npz("project", path, ("matrix",))
-    if "matrix" not in arrays:
+    refuse_pickle("project", path)
+    with decoding("project", path):
+        exists = path.is_file()
+    if not exists or path.suffix.lower() != ".npz":
+        was = f"is {path}" if exists else f"{path} does not exist"
+        raise refuse("project", "be 'pca', 'random', 'none' or an .npz file", was)
+    archive = open_file("project", path)
+    if "matrix" not in archive.headers:
         raise refuse("project", "hold an array `matrix` (d, p)", f"{path} holds none")
-    matrix = arrays["matrix"]
+    _refuse_unknown("project", path, archive.headers, ("matrix",))
+    matrix = archive.load("project", ["matrix"])["matrix"]
     if matrix.ndim != 2 or not matrix.size or not _is_real(matrix.dtype):
         raise refuse(
             "project",
@@ -123,242 +152,144 @@ def read_matrix(path: str | Path) -> np.ndarray:
     return matrix
 
 
-def _snapshots(path: Path, arrays: Mapping[str, np.ndarray]) -> Recording:
-    named = [name for name in ("positions", "features") if name in arrays]
+# A file of snapshots
+
+_SNAPSHOTS = ("positions", "features", "times")
+
+
+def _snapshots(archive: Archive, selection: Selection) -> Recording:
+    path = archive.path
+    choice = selection.plain(archive.headers)
+    selection.check_used(str(path))
+    if path.suffix.lower() == ".npy":
+        return Recording(archive.load("recording", ["array"])["array"], None, observed=False)
+    named = [name for name in ("positions", "features") if name in choice.kept]
     if len(named) != 1:
+        unknown = [key for key in choice.kept if key not in _SNAPSHOTS]
+        instead = f", but {several(unknown)}" if unknown and not named else ""
         raise refuse(
             "recording",
             "hold either `positions` or `features`",
-            f"{path} holds {'both' if named else 'neither'}",
+            f"{path} holds {'both' if named else 'neither'}{instead}",
         )
-    return Recording(arrays[named[0]], arrays.get("times"), observed=named == ["features"])
+    _refuse_unknown("recording", path, choice.kept, _SNAPSHOTS)
+    arrays = archive.load("recording", choice.kept)
+    return Recording(
+        arrays[named[0]],
+        arrays.get("times"),
+        observed=named == ["features"],
+        left_out=MappingProxyType(choice.left_out),
+    )
 
 
-@contextlib.contextmanager
-def _decoding(argument: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except OSError as error:
-        raise refuse(
-            argument, "be readable", f"{path} gives: {error.strerror or first_sentence(error)}"
-        ) from error
-    except Exception as error:
-        # On arbitrary bytes each decoder fails in its own way (struct, zlib, syntax, memory, ...).
-        raise refuse(
-            argument, "be a whole, readable file", f"{path} is not: {first_sentence(error)}"
-        ) from error
-
-
-def _refuse_pickle(argument: str, path: Path) -> None:
-    if path.suffix.lower() in _PICKLES:
+def _refuse_unknown(argument: str, path: Path, names: Iterable[str], known: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lower(), known, n=1, cutoff=0.5)
+        meant = f" (did you mean `{near[0]}`?)" if near else ""
+        listed = ", ".join(f"`{name}`" for name in known)
+        advice = "" if argument == "project" else f", or skip={unknown[0]!r}"
         raise refuse(
             argument,
-            "be plain arrays (save .npz or .safetensors), because a pickle runs whatever code it "
-            "carries and is never loaded",
-            f"{path} may be a pickle",
+            f"hold no other arrays than {listed}{advice}",
+            f"{path} holds {several(unknown)}{meant}",
         )
 
 
-def _npz(argument: str, path: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of an archive, or those of the given names that it has."""
-    if not zipfile.is_zipfile(path):
-        raise refuse(argument, "be a whole .npz archive", f"{path} is cut short or something else")
-    # Opened here, because NumPy leaves the file open when the archive's directory is damaged.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        wanted = (
-            archive.files if names is None else [name for name in names if name in archive.files]
-        )
-        return {
-            name: _stored(argument, f"`{name}` of {path}", lambda name=name: archive[name])
-            for name in wanted
-        }
+def _is_real(dtype: np.dtype) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer))
 
 
-def _stored(argument: str, where: str, load: Any) -> np.ndarray:
-    try:
-        array = load()
-    except ValueError as error:
-        if "allow_pickle" in str(error):
-            raise refuse(
-                argument,
-                "be plain arrays, because a pickle runs whatever code it carries",
-                f"{where} is pickled",
-            ) from error
-        raise
-    if not isinstance(array, np.ndarray):
-        raise refuse(argument, "be plain arrays", f"{where} is none")
-    # np.save does not know bfloat16 and writes it as two raw bytes, as it does no other number.
-    return array.view(jnp.bfloat16) if array.dtype == np.dtype("V2") else array
+# A folder of checkpoints
 
 
-def _zarr_group(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import zarr
-    except ImportError as error:
-        raise refuse(
-            "recording",
-            f"be .npz unless zarr is installed ({installation('zarr')})",
-            f"is {path}",
-        ) from error
-    group = zarr.open_group(str(path), mode="r", zarr_format=3)
-    arrays = {}
-    for name in ("positions", "features", "times"):
-        if name in group:
-            array = group[name]
-            if not isinstance(array, zarr.Array):
-                raise refuse("recording", "hold arrays", f"`{name}` of {path} is a group")
-            arrays[name] = np.asarray(array[...])
-    return arrays
-
-
-def _checkpoints(folder: Path) -> Recording:
+def _checkpoints(folder: Path, selection: Selection, name: str | None) -> Recording:
     """All members of a folder at all times; the first checkpoint is the model of the others."""
-    table = _files_by_member_and_time(folder)
+    table = by_member_and_time(folder, name)
     members, first = sorted(table), next(iter(table))
     times = sorted(table[first])
-    origin = table[first][times[0]]
-    model = _parameters(origin)
-    dtype = np.result_type(np.float32, *(array.dtype for array in model.values()))
-    size = sum(array.size for array in model.values())
-    positions = np.empty((len(times), len(members), size), dtype)
-    for j, time in enumerate(times):
-        for i, member in enumerate(members):
-            path = table[member][time]
-            parameters = _parameters(path)
-            _compare(path, parameters, origin, model)
-            positions[j, i] = np.concatenate(
-                [parameters[key].ravel().astype(dtype) for key in sorted(parameters)]
-            )
-    return Recording(positions, np.array(times), observed=False)
-
-
-def _files_by_member_and_time(folder: Path) -> dict[float, dict[float, Path]]:
-    """The checkpoint of each member at each time; every member has the same times."""
-    members = _numbered(folder, [entry for entry in _entries(folder) if entry.is_dir()])
-    if not members:
-        raise refuse("recording", _LAYOUT, f"{folder} has no folder with a number in its name")
-    table = {member: _numbered(inside, _candidates(inside)) for member, inside in members.items()}
-    first = next(iter(table))
-    for member, files in table.items():
-        if not files:
-            raise refuse(
-                "recording",
-                _LAYOUT,
-                f"{members[member]} has no .npz, .safetensors or Orbax folder with a number in its "
-                "name",
-            )
-        odd = sorted(set(files) ^ set(table[first]))
-        if odd:
-            lacking = member if odd[0] in table[first] else first
-            raise refuse(
-                "recording",
-                "hold every member at every time",
-                f"{members[lacking]} has no checkpoint at {odd[0]:.12g}",
-            )
-    return table
-
-
-def _entries(folder: Path) -> list[Path]:
-    # The leftovers of an interrupted Orbax end in a number as well.
-    return sorted(
-        entry
-        for entry in folder.iterdir()
-        if not entry.name.startswith(".") and ".orbax-checkpoint-tmp" not in entry.name
-    )
-
-
-def _candidates(folder: Path) -> list[Path]:
-    candidates = []
-    for entry in _entries(folder):
-        if _number(entry) is not None:
-            _refuse_pickle("recording", entry)
-            if entry.is_dir() or entry.suffix in _FILES:
-                candidates.append(entry)
-    return candidates
-
-
-def _number(path: Path) -> float | None:
-    numbers = re.findall(
-        r"\d+(?:\.\d+)?", path.stem if path.suffix in (*_FILES, *_PICKLES) else path.name
-    )
-    return float(numbers[-1]) if numbers else None
-
-
-def _numbered(folder: Path, entries: Iterable[Path]) -> dict[float, Path]:
-    numbered: dict[float, Path] = {}
-    for entry in entries:
-        number = _number(entry)
-        if number in numbered:
-            raise refuse(
-                "recording",
-                "name each member and time once",
-                f"{folder} has both {numbered[number].name} and {entry.name}",
-            )
-        if number is not None:
-            numbered[number] = entry
-    return numbered
-
-
-def _parameters(path: Path) -> dict[str, np.ndarray]:
-    with _decoding("recording", path):
-        if path.is_dir():
-            parameters = _orbax(path)
-        elif path.suffix == ".npz":
-            parameters = _npz("recording", path)
-        else:
-            parameters = safetensors.numpy.load_file(path)
-    for key, array in parameters.items():
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise refuse(
-                "recording",
-                "hold floating-point parameters alone",
-                f"`{key}` of {path} has dtype {array.dtype}",
-            )
-    if not sum(array.size for array in parameters.values()):
-        raise refuse("recording", "hold parameters", f"{path} holds none")
-    return parameters
-
-
-def _orbax(path: Path) -> dict[str, np.ndarray]:
-    import jax
-    import orbax.checkpoint as ocp
-
-    # A CheckpointManager keeps the only item of a checkpoint one folder down.
-    path = (path / "default" if (path / "default").is_dir() else path).resolve()
-    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    with _silence("absl"):
-        stored = checkpointer.metadata(path).item_metadata
-        if stored is None:
-            raise refuse(
-                "recording",
-                "hold Orbax checkpoints in the folders of a member",
-                f"{path} is none or is incomplete",
-            )
-        # As NumPy arrays: the devices that it was saved from need not exist here.
-        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored.tree)
-        tree = checkpointer.restore(path, restore_args=plain)
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf)
-        for keys, leaf in leaves
+    opened = {
+        (j, i): open_checkpoint(table[member][time])
+        for j, time in enumerate(times)
+        for i, member in enumerate(members)
     }
+    choices = {place: selection.parameters(one.headers) for place, one in opened.items()}
+    selection.check_used(f"the checkpoints of {folder}")
+    left_out = {key: why for choice in choices.values() for key, why in choice.left_out.items()}
+    for archive in opened.values():
+        left_out |= archive.left_out
+    for place, archive in opened.items():
+        _check(archive, choices[place], selection)
+    origin = opened[0, members.index(first)]
+    kept = sorted(choices[0, members.index(first)].kept)
+    model = {key: origin.headers[key] for key in kept}
+    for place, archive in opened.items():
+        headers = {key: archive.headers[key] for key in choices[place].kept}
+        _compare(archive.path, headers, origin.path, model)
+    types = {
+        header.dtype
+        for place, archive in opened.items()
+        for key in kept
+        if (header := archive.headers[key]).dtype is not None
+    }
+    dtype = np.result_type(np.float32, *types)
+    size = sum(header.size for header in model.values())
+    shape = (len(times), len(members), size)
+    check_room("recording", str(folder), dtype.itemsize * np.prod(shape, dtype=float))
+    positions = np.empty(shape, dtype)
+    for (j, i), archive in opened.items():
+        parameters = archive.load("recording", kept)
+        positions[j, i] = np.concatenate([parameters[key].ravel().astype(dtype) for key in kept])
+    keys = {key: header.shape for key, header in model.items()}
+    return Recording(
+        positions,
+        np.array(times),
+        observed=False,
+        keys=MappingProxyType(keys),
+        left_out=MappingProxyType(left_out),
+    )
 
 
-@contextlib.contextmanager
-def _silence(name: str) -> Iterator[None]:
-    """Silence a logger that repeats the error which is raised anyway."""
-    logger = logging.getLogger(name)
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+def _check(archive: Archive, choice: Choice, selection: Selection) -> None:
+    """Reject a checkpoint whose parameters are not floating, not there or not told apart."""
+    path = archive.path
+    if choice.doubtful:
+        (key, reason) = next(iter(choice.doubtful.items()))
+        raise refuse(
+            "recording",
+            "hold parameters that names tell apart from what lies beside them (choose by only or "
+            f"skip, as in skip={key!r})",
+            f"{several(list(choice.doubtful))} of {path} may be {reason}",
+        )
+    for key in choice.kept:
+        header = archive.headers[key]
+        archive.check("recording", [key])
+        if header.dtype is not None and not jnp.issubdtype(header.dtype, jnp.floating):
+            raise refuse(
+                "recording",
+                f"hold floating-point parameters alone (leave others out by skip={key!r})",
+                f"`{key}` of {path} has dtype {header.dtype}",
+            )
+    if not sum(archive.headers[key].size for key in choice.kept):
+        why = ""
+        if choice.left_out:
+            why = f" besides what is left out: {several(list(choice.left_out))}"
+        raise refuse("recording", "hold parameters", f"{path} holds none{why}")
+    parts = [part for part in archive.parts if _has(part, choice.kept)]
+    if len(parts) > 1 and not selection:
+        raise refuse(
+            "recording",
+            f"hold the parameters once (choose by only='{parts[0]}/*', or take all by only='*')",
+            f"{path} holds them in {several(parts)}",
+        )
+
+
+def _has(part: str, keys: Iterable[str]) -> bool:
+    return any(key.startswith(f"{part}/") for key in keys)
 
 
 def _compare(
-    path: Path, parameters: Mapping[str, np.ndarray], origin: Path, model: Mapping[str, np.ndarray]
+    path: Path, parameters: Mapping[str, Header], origin: Path, model: Mapping[str, Header]
 ) -> None:
     odd = sorted(set(parameters) ^ set(model))
     if odd:
@@ -368,14 +299,10 @@ def _compare(
             "hold the same keys in every checkpoint",
             f"{lacks} lacks `{odd[0]}`, which {has} has",
         )
-    for key, array in parameters.items():
-        if array.shape != model[key].shape:
+    for key, header in parameters.items():
+        if header.shape != model[key].shape:
             raise refuse(
                 "recording",
                 "hold parameters of one shape in every checkpoint",
-                f"`{key}` has {model[key].shape} in {origin} and {array.shape} in {path}",
+                f"`{key}` has {model[key].shape} in {origin} and {header.shape} in {path}",
             )
-
-
-def _is_real(dtype: np.dtype) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer))

@@ -1,4 +1,4 @@
-"""Results on disk: files written whole or not at all, the versions behind them, and their locks."""
+"""What is behind the results on disk: versions, and the locks of their writers."""
 
 import contextlib
 import importlib.metadata
@@ -6,10 +6,10 @@ import json
 import os
 import platform
 import re
+import stat
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,106 +99,206 @@ def make_folder(folder: Path, argument: str) -> None:
         ) from error
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write strict JSON. Numbers that are not finite become null."""
-    _write(path, json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-def write_toml(path: Path, content: dict[str, Any]) -> None:
-    """Write TOML without the keys whose value is None."""
-    _write(path, toml({key: value for key, value in content.items() if value is not None}))
-
-
 def toml(content: dict[str, Any]) -> str:
     """The content as TOML."""
     return tomli_w.dumps(content)
 
 
+class Lock:
+    """A lock file that this process holds; called, it records more about the writer in the file."""
+
+    def __init__(self, handle: int, left: dict[str, Any] | None):
+        self._handle = handle
+        self.left: dict[str, Any] = left or {}
+        """The content that a holder who was killed has left; empty if there was none."""
+
+    def __call__(self, more: Mapping[str, Any]) -> None:
+        """Record the writer and `more` in the file."""
+        writer = {"pid": os.getpid(), "host": platform.node(), "program": _PROGRAM}
+        text = json.dumps({**writer, **more}).encode()
+        # Never empty and never cut short, not even between two calls: an empty file would be no
+        # lock of this program for whoever comes after a kill.
+        os.pwrite(self._handle, text.ljust(os.fstat(self._handle).st_size), 0)
+
+
 def holder(lock: Path) -> dict[str, Any] | None:
     """The content of a lock file that a process holds; None if no process does.
+
+    A link and a file that is no lock of this program are nobody's.
 
     **Returns:** the holder's `pid` and `host`, and whatever else it has recorded.
     """
     import fcntl
 
     try:
-        with lock.open(encoding="utf-8") as file:
-            content = json.load(file)
-            if content["host"] != platform.node():
-                return content
-            # Ask the kernel: the process may be dead, and its number another's.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # A link is not followed, and a pipe without a writer is not waited for.
+        handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        content = _lock_content(handle)
+        if content is None or content["host"] != platform.node():
+            return content
+        # Ask the kernel: the process may be dead, and its number another's.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return content
-    except (OSError, ValueError):
+    except OSError:
         return None
+    finally:
+        os.close(handle)
     return None
 
 
 @contextlib.contextmanager
-def locked(
-    lock: Path, argument: str, *, elsewhere: bool = True
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+def locked(lock: Path, argument: str, *, elsewhere: bool = True) -> Iterator[Lock]:
     """Hold a lock file that names the process and the host of the writer.
 
-    A process of this host that dies loses the lock at once.
+    A process of this host that dies loses the lock at once. A link, and a file that is no lock of
+    this program, are neither followed nor written nor removed.
 
     **Args:** `lock`: the file, in a folder that exists. `argument`: the argument that messages
     name. `elsewhere`: whether to believe a file that names another host. If False, only the
     kernel's lock counts; most shared file systems, though not all, pass it on between hosts.
-    **Yields:** a function that records more about the writer in the file.
-    **Raises:** `InputError`, about `argument`, while another process holds the lock, and if the
-    folder cannot be written.
+    **Yields:** the `Lock`, which records more about the writer in the file.
+    **Raises:** `InputError`, about `argument`, while another process holds the lock, if something
+    else is there, and if the folder cannot be written.
     """
     handle = _acquired(lock, argument)
     try:
-        content = holder(lock)
+        content = _lock_content(handle)
         if elsewhere and content is not None and content["host"] != platform.node():
             raise _other_writer(argument, content, f" (if it is dead, delete {lock})")
-        writer = {"pid": os.getpid(), "host": platform.node()}
-
-        def record(more: dict[str, Any]) -> None:
-            text = json.dumps({**writer, **more}).encode()
-            os.truncate(handle, 0)
-            os.pwrite(handle, text, 0)
-
-        record({})
+        record = Lock(handle, content)
+        # Half a checkpoint that a killed holder has left is its own until it is removed.
+        record({key: record.left[key] for key in record.left.keys() & {"saving"}})
         try:
             yield record
         finally:
-            lock.unlink(missing_ok=True)
+            if _same(handle, lock):
+                lock.unlink(missing_ok=True)
     finally:
         os.close(handle)
+
+
+_PROGRAM = "esljax"
+_WRITER = {"pid", "host", "program"}
+# The keys of a lock, those of every writer together. A file with others is another program's.
+_RECORDED = _WRITER | {"started", "before", "saving"}
+# Far longer than any lock; what is longer is none.
+_LONGEST_LOCK = 65536
 
 
 def _acquired(lock: Path, argument: str) -> int:
     """The open file of a lock that this process now holds."""
     import fcntl  # exists on Unix alone, and the rest of the package runs without it
 
+    empty = 0
     while True:
-        try:
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise refuse(
-                argument,
-                "be in a folder that can be written",
-                f"{lock.parent} gives: {error.strerror}",
-            ) from error
+        handle = _opened(lock, argument)
         try:
             # The kernel drops this lock with the process, however it ends. The content of the file
             # is for people and other hosts.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _same(handle, lock):
+            if not _same(handle, lock):
+                # The last holder has removed the file between our two calls.
+                os.close(handle)
+                continue
+            if _lock_content(handle) is not None:
                 return handle
+            # Another process has made the file and not yet recorded its name. That takes it
+            # microseconds, so what stays empty for a second is no lock of this program.
+            empty += 1
+            if os.fstat(handle).st_size or empty > _PATIENCE:
+                os.close(handle)
+                raise _no_lock(argument, lock)
         except BlockingIOError:
             os.close(handle)
             if (content := holder(lock)) is not None:
                 raise _other_writer(argument, content) from None
-            # Another process was only asking, or has not recorded its name yet.
-            time.sleep(0.01)
+        except OSError as error:
+            os.close(handle)
+            raise _not_writable(argument, lock, error) from error
+        else:
+            os.close(handle)
+        # Another process was only asking, or has not recorded its name yet.
+        time.sleep(0.01)
+
+
+# How many hundredths of a second an empty file may wait for the name of its writer.
+_PATIENCE = 100
+
+
+def _opened(lock: Path, argument: str) -> int:
+    """An open lock file that exists, or a new one with this process recorded in it."""
+    import fcntl
+
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    while True:
+        try:
+            # Looked at before it is opened: a device may act on being opened.
+            if not stat.S_ISREG(lock.lstat().st_mode):
+                raise _no_lock(argument, lock)
+            return os.open(lock, flags)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _not_writable(argument, lock, error) from error
+        try:
+            handle = os.open(lock, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
             continue
-        # The last holder has removed the file between our two calls.
-        os.close(handle)
+        except OSError as error:
+            raise _not_writable(argument, lock, error) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            Lock(handle, None)({})
+        except OSError as error:
+            os.close(handle)
+            lock.unlink(missing_ok=True)
+            raise _not_writable(argument, lock, error) from error
+        return handle
+
+
+def _lock_content(handle: int) -> dict[str, Any] | None:
+    """What a lock of this program says; None for any other file."""
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return None
+        content = json.loads(os.pread(handle, _LONGEST_LOCK, 0))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or not content.keys() <= _RECORDED:
+        return None
+    known = isinstance(content.get("pid"), int) and isinstance(content.get("host"), str)
+    return content if known and content.get("program", _PROGRAM) == _PROGRAM else None
+
+
+def _no_lock(argument: str, lock: Path) -> InputError:
+    return refuse(
+        argument,
+        f"be where {lock} can be locked",
+        f"{described(lock)} of that name is there, which esljax did not write and does not touch",
+    )
+
+
+def _not_writable(argument: str, lock: Path, error: OSError) -> InputError:
+    return refuse(
+        argument, "be in a folder that can be written", f"{lock.parent} gives: {error.strerror}"
+    )
+
+
+def described(path: Path) -> str:
+    """What is at a path, links not followed: "a link", "a folder", "a file", "a pipe" or so."""
+    mode = path.lstat().st_mode
+    kinds = {
+        stat.S_ISLNK: "a link",
+        stat.S_ISDIR: "a folder",
+        stat.S_ISREG: "a file",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+    }
+    return next((words for test, words in kinds.items() if test(mode)), "a device")
 
 
 def _other_writer(argument: str, content: dict[str, Any], advice: str = "") -> InputError:
@@ -208,28 +308,6 @@ def _other_writer(argument: str, content: dict[str, Any], advice: str = "") -> I
 
 def _same(handle: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
         return False
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file at once: a reader or an interruption meets the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _plain(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {str(key): _plain(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_plain(value) for value in content]
-    if isinstance(content, float) and content - content != 0:
-        return None
-    return content

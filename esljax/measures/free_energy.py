@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_kind, refuse
+from esljax._checks import check_kind, door, refuse
 from esljax._numerics import average, safe_divide
 from esljax._types import Array, Float, Int
 from esljax.density import AbstractEntropy, TransportedEntropy
@@ -40,6 +40,7 @@ from esljax.transport import AbstractTransport, GaussianTransport, check_transpo
 from esljax.velocity import AbstractVelocity
 
 
+@door
 def free_energy(
     trajectory: Trajectory | Sequence[Trajectory],
     potential: AbstractPotential,

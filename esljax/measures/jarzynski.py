@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import known, refuse
+from esljax._checks import door, known, refuse
 from esljax._types import Array, Float, Scalar
 from esljax.results import StandardErrors, is_number, measured, table
 from esljax.sharding import replicate
@@ -93,6 +93,7 @@ class Jarzynski(eqx.Module):
         return "\n".join([heading, table(cells), self.verdict()])
 
 
+@door
 def jarzynski(trajectory: Trajectory | Sequence[Trajectory]) -> Jarzynski:
     """Estimate the difference of equilibrium free energies from the work of a run.
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_key, check_kind, check_positive_int, known, refuse
+from esljax._checks import check_key, check_kind, check_positive_int, door, known, refuse
 from esljax._types import Array, Float, Key, Scalar
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.results import StandardErrors, measured, renamed_error, table
@@ -84,6 +84,7 @@ class MinibatchNoise(eqx.Module):
         return f"Batches contribute up to {floor} to the Σ of a chain of members' paths."
 
 
+@door
 def minibatch_noise(
     trajectory: Trajectory, potential: AbstractPotential, *, key: Key, pairs: int = 4
 ) -> MinibatchNoise:

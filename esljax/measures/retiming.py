@@ -15,13 +15,14 @@ Okanohara, arXiv 2601.17607; constant speed as in Benamou and Brenier, Numer. Ma
 
 import jax.numpy as jnp
 
-from esljax._checks import as_float, check_kind, check_positive_int, known, refuse
+from esljax._checks import as_float, check_kind, check_positive_int, door, known, refuse
 from esljax._numerics import safe_divide
 from esljax._types import Array, Float, ScalarLike
 from esljax.measures.report import SpeedLimit
 from esljax.schedules import Knots
 
 
+@door
 def constant_speed(
     report: SpeedLimit, steps: int | None = None, *, limit: ScalarLike = 10.0
 ) -> Knots:

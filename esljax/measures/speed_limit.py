@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_kind, refuse
+from esljax._checks import check_kind, door, refuse
 from esljax._types import Array, Int
 from esljax.measures.chain import Distances, chain, distances
 from esljax.measures.debiasing import corrected, plain
@@ -29,6 +29,7 @@ from esljax.transport import AbstractTransport, check_transport
 from esljax.velocity import AbstractVelocity
 
 
+@door
 def speed_limit(
     trajectory: Trajectory | Sequence[Trajectory],
     *,

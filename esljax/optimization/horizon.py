@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from esljax._checks import check_key, check_positive_int, refuse
+from esljax._checks import check_key, check_positive_int, door, refuse
 from esljax._types import Float, Key
 from esljax.optimization.lagrangian import Compiled, Objective, split
 from esljax.optimization.probes import AGREE, compared
@@ -121,6 +121,7 @@ class GradientNorms(eqx.Module):
         return f"{table([heading, *rows], align='rrrrrr')}\n{self.verdict}"
 
 
+@door
 def gradient_norms(
     objective_of: Callable[[int], Objective],
     controls: object,

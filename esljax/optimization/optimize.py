@@ -24,6 +24,7 @@ from esljax._checks import (
     check_nonnegative,
     check_positive,
     check_positive_int,
+    door,
     refuse,
 )
 from esljax._types import Key
@@ -36,6 +37,7 @@ from esljax.results import StandardErrors
 from esljax.sharding import AnyMesh, find_mesh, replicate
 
 
+@door
 def optimize(
     objective: Objective,
     controls: Any,

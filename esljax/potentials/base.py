@@ -15,7 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from esljax._checks import check_kind
+from esljax._checks import check_kind, door
 from esljax._types import Array, Float, Key, Scalar, ScalarLike
 
 
@@ -92,6 +92,7 @@ class AbstractPotential(eqx.Module):
             getattr(mine, name) is not getattr(base, name) for name in ("at", "at_start", "at_end")
         )
 
+    @door
     def __call__(self, positions: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
         """Φ over all the data at positions (..., d), one number for each position."""
         return jnp.vectorize(self.energy, signature="(d)->()")(positions)

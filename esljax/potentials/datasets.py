@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_nonnegative, check_positive_int, refuse
+from esljax._checks import check_nonnegative, check_positive_int, door, refuse
 from esljax._types import Array, Float, Shaped
 
 
@@ -31,6 +31,7 @@ class Dataset(NamedTuple):
     """The examples held out."""
 
 
+@door
 def digits(test_fraction: float = 0.2, seed: int = 0) -> Dataset:
     """The 1797 handwritten digits of 8 × 8 pixels that come with scikit-learn, as 64 numbers in
     [0, 1] and a label 0-9.
@@ -55,6 +56,7 @@ def digits(test_fraction: float = 0.2, seed: int = 0) -> Dataset:
     return _split(pixels / 16, labels, test_fraction, np.random.default_rng(seed))
 
 
+@door
 def two_moons(
     samples: int = 1000, noise: float = 0.1, test_fraction: float = 0.2, seed: int = 0
 ) -> Dataset:
@@ -80,6 +82,7 @@ def two_moons(
     return _split(inputs, labels, test_fraction, np.random.default_rng(seed))
 
 
+@door
 def teacher(
     samples: int = 2000,
     features: int = 20,

@@ -1,6 +1,6 @@
 """The training loss of a Flax model as a potential of its raveled parameters."""
 
-import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -8,23 +8,26 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
-from flax.errors import InvalidRngError
-from jax.flatten_util import ravel_pytree
+from flax import nnx
 
 from esljax._checks import (
     InputError,
+    as_count,
     as_float,
+    as_jax,
+    as_real,
     check_choice,
     check_finite,
+    check_key,
     check_nonnegative,
-    check_positive_int,
-    first_sentence,
+    door,
+    failure,
     in_words,
     refuse,
 )
 from esljax._types import Array, Float, Key, Scalar, Shaped
 from esljax.potentials.base import AbstractPotential
+from esljax.potentials.network import Network, floating_as, trace
 
 
 class FlaxLoss(AbstractPotential):
@@ -32,22 +35,32 @@ class FlaxLoss(AbstractPotential):
 
     **Args:**
     - `model`: a function `rngs -> nnx.Module` (every member is then built from random numbers of
-      its own), an `nnx.Module`, or a `flax.linen.Module`. It must have no state besides its
-      parameters: BatchNorm and Dropout are rejected. For models of other libraries use
-      `FromFunction`.
-    - `data`: `(inputs (m, ...), labels (m, ...))`.
+      its own), an `nnx.Module`, or a `flax.linen.Module`. Its floating parameters are the position;
+      whatever else it holds stays as it is. Its outputs may not depend on random numbers, so that
+      Dropout must be off (`model.eval()`). BatchNorm takes the statistics of each batch
+      (`model.train()`); running ones never enter a position, and an `nnx.Module` that uses them
+      keeps those it holds. For models of other libraries use `FromFunction`.
+    - `data`: `(inputs (m, ...), labels (m, ...))`. Either may be a pytree of arrays with one
+      leading axis, such as `{"ids": ids, "mask": mask}`, that the model or the loss takes as one
+      argument. Floating arrays are cast to the type that the model computes in; token ids, masks
+      and 8-bit images stay what they are.
     - `loss`: `"cross_entropy"`, in nats, whose labels are class indices; `"squared_error"`, the sum
       of the squared differences over the outputs of one example, without the factor ½; or
-      `fn(outputs (m, ...), labels) -> (m,)`.
+      `fn(outputs (m, ...), labels) -> (m,)`, which also takes outputs and labels that are pytrees,
+      such as targets with the weights of the examples.
     - `l2`: weight decay, at least 0.
     - `batch_size`: examples per step and member, drawn with replacement, or None for all of them.
     - `dtype`: the floating type that the model computes in, such as `"bfloat16"` for the matrix
-      units of a TPU or GPU; by default that of the positions. Positions, noise, loss, weight decay,
-      work and transport keep the type of the positions in any case: the model sees rounded copies
-      of the parameters and inputs, and its outputs and gradients are widened again.
+      units of a TPU or GPU; by default that of its parameters if those have 16 bits, and that of
+      the positions otherwise. Positions, noise, loss, weight decay, work and transport are of at
+      least single precision in any case: the model sees rounded copies of the parameters and
+      inputs, and its outputs and gradients are widened again.
+    - `trainable`: the nnx filter of the variables that move, such as `nnx.LoRAParam`; the other
+      parameters are frozen. Pass an `nnx.Module` then: a function would draw them anew.
 
-    **Raises:** `InputError` for a model of another library, state, labels out of range, NaN in the
-    data, or a model that does not accept the inputs.
+    **Raises:** `InputError` for a model of another library, one that draws random numbers or
+    depends on state that no step updates, labels out of range, NaN in the data, or a model that
+    does not accept the inputs.
     **Differentiation:** in the position, to any order that the model allows, and in `l2` and
     `inputs`.
 
@@ -63,90 +76,90 @@ class FlaxLoss(AbstractPotential):
     """
 
     conservative: ClassVar[bool] = True
-    inputs: Shaped[Array, "m ..."]
-    """The inputs of all examples."""
-    labels: Shaped[Array, "m ..."]
-    """Their labels: class indices, or targets."""
+    inputs: Any
+    """The inputs of all examples: an array (m, ...), or a pytree of them."""
+    labels: Any
+    """Their labels: class indices, targets, or a pytree of arrays (m, ...)."""
     l2: Scalar
     """Weight decay, in units of Φ per θ²."""
-    network: "_Network" = eqx.field(static=True)
+    constants: tuple[Array, ...]
+    """What the model holds besides the position: frozen and integer parameters, and its state."""
+    network: Network = eqx.field(static=True)
     """The model, as a function of one flat position."""
-    loss: Callable[[Array, Array], Array] = eqx.field(static=True)
+    loss: Callable[[Any, Any], Array] = eqx.field(static=True)
     """Outputs and labels of m examples to m losses."""
     batch_size: int | None = eqx.field(static=True)
     """Examples per step and member; None for all of them."""
     dtype: Any = eqx.field(static=True)
-    """The floating type of the model; None for that of the positions."""
+    """The floating type of the model; None for that of its parameters and the positions."""
+    dropped: tuple[str, ...] = eqx.field(static=True)
+    """The kinds of state that the outputs do not depend on and no run keeps, such as the running
+    statistics of BatchNorm (`BatchStat`)."""
 
     def __init__(
         self,
         model: Any,
         data: Any,
         *,
-        loss: str | Callable[[Array, Array], Array] = "cross_entropy",
+        loss: str | Callable[[Any, Any], Array] = "cross_entropy",
         l2: float = 0.0,
         batch_size: int | None = None,
         dtype: Any = None,
+        trainable: Any = nnx.Param,
     ):
-        inputs, labels = _examples(data)
-        check_finite("data", inputs)
-        check_finite("data", labels)
-        check_nonnegative("l2", l2)
-        if batch_size is not None:
-            check_positive_int("batch_size", batch_size)
+        self.inputs, self.labels = _examples(data)
+        self.l2 = as_float(l2, "l2")
+        check_nonnegative("l2", self.l2)
+        self.batch_size = None if batch_size is None else as_count("batch_size", batch_size)
         if not callable(loss):
             check_choice("loss", loss, tuple(_LOSSES))
-        if dtype is not None and (
-            not isinstance(dtype, str | type | np.dtype) or not jnp.issubdtype(dtype, jnp.floating)
-        ):
-            raise refuse("dtype", "be a floating type such as 'bfloat16', or None", f"is {dtype!r}")
-        self.dtype = None if dtype is None else jnp.dtype(dtype)
-        self.network = _network(model, inputs[:1])
-        outputs = self.network.output_shape(inputs[:1])
+        self.dtype = _floating_type(dtype)
+        one = jax.tree.map(lambda x: x[:1], self.inputs)
+        self.network, self.constants, self.dropped, outputs = trace(model, one, trainable)
+        if not callable(loss):
+            _check_plain(loss, outputs, self.labels)
         if loss == "cross_entropy":
-            _check_labels(labels, outputs)
-        if loss == "squared_error" and labels[0].size != np.prod(outputs[1:]):
+            _check_labels(self.labels, outputs.shape)
+        if loss == "squared_error" and self.labels[0].size != np.prod(outputs.shape[1:]):
             raise refuse(
                 "data",
-                f"have labels of {np.prod(outputs[1:])} numbers, one per output of the model",
-                f"has labels of shape {labels.shape}",
+                f"have labels of {np.prod(outputs.shape[1:])} numbers, one per output of the model",
+                f"has labels of shape {self.labels.shape}",
             )
-        self.inputs, self.labels, self.l2 = inputs, labels, as_float(l2)
         self.loss = loss if callable(loss) else _LOSSES[loss]
-        losses = jax.eval_shape(
-            self.loss,
-            jax.ShapeDtypeStruct((len(labels), *outputs[1:]), jnp.result_type(float)),
-            labels,
-        )
-        if losses.shape != labels.shape[:1]:
-            raise refuse(
-                "loss",
-                f"return one number per example, shape {labels.shape[:1]}",
-                f"returns shape {losses.shape}",
+        _check_loss(self.loss, outputs, self.labels)
+        if self.dropped:
+            # The sentence is no warning: those that make errors of warnings asked for batches.
+            _LOGGER.warning(
+                "FlaxLoss drops the state %s of its model: the outputs use that of each batch, and "
+                "no run updates it.",
+                ", ".join(self.dropped),
             )
-        self.batch_size = batch_size
 
+    @door
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
-        inputs, labels = (
-            (self.inputs, self.labels)
-            if batch is None
-            else (self.inputs[batch], self.labels[batch])
-        )
-        misfit = jnp.mean(self.loss(self._outputs(position, inputs), labels))
+        inputs, labels = self.inputs, self.labels
+        if batch is not None:
+            inputs, labels = jax.tree.map(lambda x: x[batch], (inputs, labels))
+        losses = self.loss(self._outputs(position, inputs), floating_as(position.dtype, labels))
+        misfit = jnp.mean(losses.astype(position.dtype))
         return misfit + self.l2.astype(position.dtype) / 2 * jnp.sum(position**2)
 
+    @door
     def energy_and_gradient(
         self, position: Float[Array, " d"], batch: Any = None
     ) -> tuple[Scalar, Float[Array, " d"]]:
         return jax.value_and_grad(self.energy)(position, batch)
 
+    @door
     def draw(self, key: Key, members: int) -> Shaped[Array, "n b"] | None:
         """Indices of the examples of one step, (members, batch_size), independent and with
         replacement; None for all."""
         if self.batch_size is None:
             return None
-        return jax.random.randint(key, (members, self.batch_size), 0, self.inputs.shape[0])
+        return jax.random.randint(key, (members, self.batch_size), 0, _count(self.inputs))
 
+    @door
     def init(self, *, members: int, key: Key) -> Float[Array, "n d"]:
         """Independent random initializations, one raveled row per member.
 
@@ -157,19 +170,31 @@ class FlaxLoss(AbstractPotential):
         law, and constant arrays stay constant.
 
         **Args:** `members`: n ≥ 1. `key`: made by `jax.random.key`.
-        **Returns:** shape (n, d).
+        **Returns:** shape (n, d), of at least single precision, also for parameters of 16 bits.
         """
-        check_positive_int("members", members)
+        members = as_count("members", members)
+        check_key("key", key)
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(members))
         return jax.vmap(self.network.initialize)(keys)
+
+    @property
+    def position_dtype(self) -> Any:
+        """The type of the positions of a run on this data: the widest of the floating inputs, of at
+        least single precision."""
+        kinds = {x.dtype for x in jax.tree.leaves(self.inputs)}
+        wide = [x for x in kinds if jnp.issubdtype(x, jnp.floating) and x.itemsize >= 4]
+        return jnp.result_type(*wide) if wide else jnp.result_type(float)
 
     def unravel(self, position: Float[Array, " d"]) -> Any:
         """The model with the parameters `position` (d,): an `nnx.Module`, or the variables of a
         linen module."""
-        return self.network.unravel_model(position)
+        return self.network.unravel_model(position, self.constants)
 
-    def predict(self, positions: Float[Array, "*batch d"], inputs: Shaped[Array, "m ..."]) -> Array:
-        """The model's outputs (..., m, classes) on `inputs` at positions (..., d)."""
+    @door
+    def predict(self, positions: Float[Array, "*batch d"], inputs: Any) -> Any:
+        """The model's outputs (..., m, classes) on `inputs` at positions (..., d); a pytree of them
+        if the model returns one."""
+        positions, inputs = as_real("positions", positions), _rows("inputs", inputs)
 
         def apply(position):
             return self._outputs(position, inputs)
@@ -178,21 +203,33 @@ class FlaxLoss(AbstractPotential):
             apply = jax.vmap(apply)
         return apply(positions)
 
-    def accuracy(self, positions: Float[Array, "*batch d"], data: Any) -> Float[Array, "*batch"]:
-        """The share of the examples in `data` whose largest output is the label, one number for
-        each position (..., d)."""
-        inputs, labels = data
-        return jnp.mean(
-            jnp.argmax(self.predict(positions, inputs), axis=-1) == labels,
-            axis=-1,
-            dtype=positions.dtype,
-        )
+    @property
+    def classifies(self) -> bool:
+        """Whether the labels are classes, so that `accuracy` means something."""
+        return self.loss is _cross_entropy
 
-    def _outputs(self, position: Float[Array, " d"], inputs: Array) -> Array:
-        inside = position.dtype if self.dtype is None else self.dtype
-        return self.network.apply(position.astype(inside), inputs.astype(inside)).astype(
-            position.dtype
-        )
+    @door
+    def accuracy(self, positions: Float[Array, "*batch d"], data: Any) -> Float[Array, "*batch"]:
+        """The share of the labels in `data` that are the largest output, one number for each
+        position (..., d).
+
+        **Raises:** `InputError` unless the labels are class indices, one for each row of outputs.
+        """
+        positions = as_real("positions", positions)
+        inputs, labels = _examples(data)
+        outputs = self.predict(positions, inputs)
+        shape = getattr(labels, "shape", ())
+        classes = hasattr(labels, "dtype") and jnp.issubdtype(labels.dtype, jnp.integer)
+        batch = positions.shape[:-1]
+        if not classes or getattr(outputs, "shape", ())[:-1] != batch + shape:
+            was = f"has {_in_shapes(labels)} for outputs {_in_shapes(outputs, len(batch))}"
+            raise refuse("data", "have class indices as labels, one for each row of outputs", was)
+        right = (jnp.argmax(outputs, axis=-1) == labels).reshape(*batch, -1)
+        return jnp.mean(right, axis=-1, dtype=positions.dtype)
+
+    def _outputs(self, position: Float[Array, " d"], inputs: Any) -> Any:
+        outputs = self.network.apply(position, self.constants, inputs, self.dtype)
+        return floating_as(position.dtype, outputs)
 
 
 def _cross_entropy(outputs: Float[Array, "m c"], labels: Shaped[Array, " m"]) -> Float[Array, " m"]:
@@ -202,158 +239,94 @@ def _cross_entropy(outputs: Float[Array, "m c"], labels: Shaped[Array, " m"]) ->
 
 def _squared_error(outputs: Array, labels: Array) -> Float[Array, " m"]:
     """The sum of the squares over the outputs, without the factor ½."""
-    difference = outputs.reshape(labels.shape[0], -1) - labels.reshape(labels.shape[0], -1)
-    return jnp.sum(difference**2, axis=1)
+    labels = labels.reshape(labels.shape[0], -1).astype(outputs.dtype)
+    return jnp.sum((outputs.reshape(labels.shape) - labels) ** 2, axis=1)
 
 
 _LOSSES = {"cross_entropy": _cross_entropy, "squared_error": _squared_error}
+_LOGGER = logging.getLogger("esljax")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Network:
-    """A Flax model as a function of one flat position. Equal models, equally initialized, compare
-    equal and share compiled code."""
-
-    merge: Callable[[Any, Any], Any]
-    definition: Any
-    unravel: Callable[[Array], Any]
-    draw: Any
-
-    def initialize(self, key: Key) -> Float[Array, " d"]:
-        return ravel_pytree(self.draw(key))[0]
-
-    def unravel_model(self, position: Array) -> Any:
-        return self.merge(self.definition, self.unravel(position))
-
-    def apply(self, position: Array, inputs: Array) -> Array:
-        model = self.unravel_model(position)
-        return (
-            model(inputs) if isinstance(model, nnx.Module) else self.definition.apply(model, inputs)
-        )
-
-    def output_shape(self, inputs: Array) -> tuple[int, ...]:
-        try:
-            position = jax.eval_shape(self.initialize, jax.random.key(0))
-            return jax.eval_shape(self.apply, position, inputs).shape
-        except InvalidRngError as error:
-            raise _stateful("a stream of random numbers") from error
-        except (TypeError, ValueError) as error:
-            raise refuse(
-                "model",
-                f"accept inputs of shape {inputs.shape}",
-                f"fails on them: {first_sentence(error)}",
-            ) from error
+# --- Data -----------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _DrawByFactory:
-    factory: Callable[[nnx.Rngs], Any]
-
-    def __call__(self, key: Key) -> Any:
-        return _parameters(self.factory(nnx.Rngs(key)))[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class _DrawByLinen:
-    module: linen.Module
-    inputs: tuple[tuple[int, ...], Any]
-
-    def __call__(self, key: Key) -> Any:
-        return self.module.init(key, jnp.zeros(*self.inputs))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _RedrawEntries:
-    """Each array anew from its own entries, drawn independently with replacement."""
-
-    parameters: Any
-
-    def __call__(self, key: Key) -> Any:
-        leaves, structure = jax.tree.flatten(self.parameters)
-        keys = jax.random.split(key, len(leaves))
-        return structure.unflatten(
-            [
-                jax.random.choice(k, leaf.reshape(-1), leaf.shape)
-                for k, leaf in zip(keys, leaves, strict=True)
-            ]
-        )
-
-
-def _network(model: Any, inputs: Array) -> _Network:
-    if isinstance(model, linen.Module):
-        draw = _DrawByLinen(model, (inputs.shape, inputs.dtype))
-        variables = jax.eval_shape(draw, jax.random.key(0))
-        if set(variables) != {"params"}:
-            raise _stateful(", ".join(sorted(set(variables) - {"params"})))
-        template = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
-        return _Network(_second, model, ravel_pytree(template)[1], draw)
-    if isinstance(model, nnx.Module):
-        definition, parameters = _parameters(model)
-        return _Network(
-            nnx.merge, definition, ravel_pytree(parameters)[1], _RedrawEntries(parameters)
-        )
-    example: Any = _built(model)
-    if not isinstance(example, nnx.Module):
-        verb = "is" if example is model else "returns"
-        raise refuse("model", _MODELS, f"{verb} {in_words(example)}")
-    definition, parameters = _parameters(example)
-    factory: Any = model
-    return _Network(nnx.merge, definition, ravel_pytree(parameters)[1], _DrawByFactory(factory))
-
-
-_MODELS = (
-    "be a Flax module or a function rngs -> nnx.Module "
-    "(for another library, FromFunction(fn) of the raveled parameters)"
-)
-
-
-def _built(model: Any) -> Any:
-    """The network that a function `rngs -> nnx.Module` makes; anything else as it is."""
-    # Callable models of other libraries would fail on the random numbers somewhere within.
-    if not callable(model) or isinstance(model, eqx.Module):
-        return model
-    try:
-        return model(nnx.Rngs(0))
-    except InputError:
-        raise
-    except Exception as error:
-        raise refuse("model", _MODELS, f"fails on rngs: {first_sentence(error)}") from error
-
-
-def _parameters(model: nnx.Module) -> tuple[Any, Any]:
-    definition, parameters, rest = nnx.split(model, nnx.Param, ...)
-    if jax.tree.leaves(rest):
-        kinds = {
-            type(leaf).__name__
-            for leaf in jax.tree.leaves(rest, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-        }
-        raise _stateful(", ".join(sorted(kinds)))
-    return definition, nnx.to_pure_dict(parameters)
-
-
-def _second(definition: Any, variables: Any) -> Any:
-    return variables
-
-
-def _stateful(kinds: str) -> Exception:
-    return refuse(
-        "model",
-        "keep no state besides its parameters (replace BatchNorm by LayerNorm, leave Dropout out)",
-        f"also holds {kinds}",
-    )
-
-
-def _examples(data: Any) -> tuple[Array, Array]:
-    """Inputs and labels as arrays with one leading axis."""
+def _examples(data: Any) -> tuple[Any, Any]:
+    """Inputs and labels, each an array or a pytree of arrays, with one leading axis."""
     must = "be two arrays (inputs (m, ...), labels (m, ...)), such as digits().train"
     try:
-        inputs, labels = (jnp.asarray(part) for part in data)
-    except (TypeError, ValueError, RuntimeError) as error:
-        parts = f" of {len(data)} parts" if isinstance(data, list | tuple) else ""
-        raise refuse("data", must, f"is {in_words(data)}{parts}") from error
-    if inputs.ndim < 1 or labels.shape[:1] != inputs.shape[:1] or inputs.shape[0] == 0:
-        raise refuse("data", must, f"has shapes {inputs.shape} and {labels.shape}")
-    return inputs, labels
+        inputs, labels = data
+    except (TypeError, ValueError) as error:
+        raise refuse("data", must, f"is {_of_parts(data)}") from error
+    parts = []
+    for part in (inputs, labels):
+        try:
+            parts.append(_rows("data", part))
+        except InputError as error:
+            if "masked" in str(error) or "from" in str(error):
+                raise
+            raise refuse("data", must, f"is {_of_parts(data)}") from error
+    lengths = {x.shape[:1] for x in jax.tree.leaves(parts)}
+    if len(lengths) != 1 or lengths & {(), (0,)}:
+        shapes = f"has shapes {' and '.join(_in_shapes(x) for x in parts)}"
+        plain = all(hasattr(x, "shape") for x in parts)
+        raise refuse("data", must, shapes if plain else f"is {_of_parts(data)} and {shapes}")
+    for leaf in jax.tree.leaves(parts):
+        check_finite("data", leaf)
+    return parts[0], parts[1]
+
+
+def _rows(argument: str, part: Any) -> Any:
+    """An array, or a dict or tuple of arrays (or another pytree), as arrays of jax.
+
+    A list is one array, as NumPy reads it, and so is a tuple that holds no arrays.
+    """
+    leaves, structure = jax.tree.flatten(part, is_leaf=lambda x: isinstance(x, list))
+    several = leaves and not jax.tree_util.treedef_is_leaf(structure)
+    if several and isinstance(part, tuple) and not any(hasattr(x, "__array__") for x in leaves):
+        several = False
+    if not several:
+        return as_jax(argument, part)
+    return structure.unflatten([as_jax(argument, leaf) for leaf in leaves])
+
+
+def _count(tree: Any) -> int:
+    return jax.tree.leaves(tree)[0].shape[0]
+
+
+def _of_parts(data: Any) -> str:
+    parts = f" of {len(data)} parts" if isinstance(data, list | tuple) else ""
+    return f"{in_words(data)}{parts}"
+
+
+def _in_shapes(tree: Any, skipped: int = 0) -> str:
+    """The shapes of a pytree of arrays, without some leading axes."""
+    return str(jax.tree.map(lambda x: tuple(x.shape[skipped:]), tree))
+
+
+# --- Checks ---------------------------------------------------------------------------------------
+
+
+def _floating_type(dtype: Any) -> Any:
+    kinds = str | type | np.dtype
+    try:
+        if dtype is None:
+            return None
+        if isinstance(dtype, kinds) and jnp.issubdtype(dtype, jnp.floating):
+            return jax.dtypes.canonicalize_dtype(dtype)
+    except TypeError:  # a word that names no type
+        pass
+    raise refuse("dtype", "be a floating type such as 'bfloat16', or None", f"is {dtype!r}")
+
+
+def _check_plain(loss: str, outputs: Any, labels: Any) -> None:
+    """Reject pytrees beside the losses that are known by name."""
+    for what, tree in (("outputs", outputs), ("labels", labels)):
+        if not hasattr(tree, "shape"):
+            must = f"be a function of your own (outputs, labels) -> (m,) for {what} in {{}}"
+            raise refuse("loss", must.format(in_words(tree)), f"is {loss!r}")
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        must = "be a function of your own (outputs, labels) -> (m,) unless outputs are floating"
+        raise refuse("loss", must, f"is {loss!r} for outputs of dtype {outputs.dtype}")
 
 
 def _check_labels(labels: Array, outputs: tuple[int, ...]) -> None:
@@ -370,3 +343,29 @@ def _check_labels(labels: Array, outputs: tuple[int, ...]) -> None:
             f"have labels from 0 to {outputs[1] - 1}, one per output of the model",
             f"has labels from {values.min()} to {values.max()}",
         )
+
+
+def _check_loss(loss: Callable[[Any, Any], Array], outputs: Any, labels: Any) -> None:
+    """Reject a loss that fails on the outputs or gives anything but one number per example."""
+    m = _count(labels)
+    single = jnp.result_type(float)
+
+    def of_all(x):
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct((m, *x.shape[1:]), single if floating else x.dtype)
+
+    try:
+        losses = jax.eval_shape(loss, jax.tree.map(of_all, outputs), floating_as(single, labels))
+    except InputError:
+        raise
+    except Exception as error:
+        shapes = f"{_in_shapes(jax.tree.map(of_all, outputs))} and labels {_in_shapes(labels)}"
+        raise refuse(
+            "loss", f"accept outputs {shapes}", f"fails on them: {failure(error)}"
+        ) from error
+    if getattr(losses, "shape", None) != (m,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+        shape = getattr(losses, "shape", None)
+        was = f"returns {in_words(losses)}" if shape is None else f"returns shape {shape}"
+        if shape == (m,):
+            was = f"returns dtype {losses.dtype}"
+        raise refuse("loss", f"return one number per example, shape ({m},)", was)

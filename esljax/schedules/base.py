@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_choice, check_positive_int, known, refuse
+from esljax._checks import check_choice, check_positive_int, door, known, refuse
 from esljax._types import Array, Float, Scalar, ScalarLike
 from esljax.results import in_short
 from esljax.schedules import code, record
@@ -69,6 +69,7 @@ class AbstractSchedule(eqx.Module):
         """
         return np.zeros(0)
 
+    @door
     def rates(self, steps: int) -> Float[Array, " K"]:
         """The values that a run of `steps` steps reads.
 
@@ -81,6 +82,7 @@ class AbstractSchedule(eqx.Module):
         times = jnp.arange(steps, dtype=jnp.result_type(float)) / steps
         return jax.vmap(self.over(steps))(times)
 
+    @door
     def to_optax(self, steps: int) -> Callable[[Any], Array]:
         """The optax schedule of a run of `steps` steps: the inverse of `FromOptax`.
 
@@ -110,10 +112,12 @@ class AbstractSchedule(eqx.Module):
             table = self._table(steps)
         still = jax.tree.map(jax.lax.stop_gradient, schedule)
 
+        @door
         def read(count: Any) -> Array:
-            count = jnp.clip(jnp.asarray(count), 0, steps)
+            count = jnp.asarray(count)
             if not jnp.issubdtype(count.dtype, jnp.floating):
-                return table[count.astype(int)]
+                return table[jnp.clip(count.astype(int), 0, steps)]
+            count = jnp.clip(count, 0, steps)
             nearest = jnp.round(count)
             slope = still(count / steps)
             at_step = table[nearest.astype(int)] + (slope - jax.lax.stop_gradient(slope))
@@ -121,6 +125,7 @@ class AbstractSchedule(eqx.Module):
 
         return read
 
+    @door
     def to_code(
         self, library: Literal["optax", "pytorch"] = "optax", steps: int | None = None
     ) -> str:
@@ -164,6 +169,7 @@ class AbstractSchedule(eqx.Module):
             raise refuse("schedule", "be finite at every step", f"is {in_short(values)}")
         return code.LIBRARIES[library](str(self), values)
 
+    @door
     def as_dict(self) -> dict[str, Any]:
         """The schedule in types that JSON holds: what `save` writes and `from_dict` reads.
 
@@ -195,6 +201,7 @@ class AbstractSchedule(eqx.Module):
                 raise TypeError(f"`{name}` is missing")
         return cls(**fields)
 
+    @door
     def save(self, path: str | Path) -> None:
         """Write the schedule to a JSON file that `load_schedule` reads back bit for bit.
 
@@ -213,6 +220,7 @@ class AbstractSchedule(eqx.Module):
         """
         record.write(path, self.as_dict())
 
+    @door
     def __str__(self) -> str:
         return f"{type(self).__name__}: {self._summary()}"
 

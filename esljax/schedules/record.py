@@ -6,6 +6,8 @@ the type of each array by its name. Numbers that are no arrays keep their type a
 """
 
 import json
+import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import InputError, first_sentence, in_words, known, refuse
-from esljax.files import storage
+from esljax.files import storage, writing
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The types of numbers that a file may name."""
@@ -111,19 +113,32 @@ def name_of(kind: type) -> str:
 
 
 def write(path: Any, content: dict[str, Any]) -> None:
-    """Write `content` to a file at once. **Raises:** `InputError` if that fails."""
+    """Write `content` to a file at once, in the place of none or of a schedule.
+
+    **Raises:** `InputError` if something else is there, or if writing fails.
+    """
     if not isinstance(path, str | Path):
         raise refuse("path", "be the path of a file", f"is {in_words(path)}")
     path = Path(path)
     if _has_a_gap(content):
         raise refuse("schedule", "be finite to be saved", "has numbers that are not")
-    storage.make_folder(path.parent, "path")
-    try:
-        storage.write_json(path, content)
-    except OSError as error:
-        raise refuse(
-            "path", "be a file that can be written", f"{path} gives: {error.strerror}"
-        ) from error
+    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    with writing.prepared(path.parent, "path"):
+        try:
+            if _is_foreign(path):
+                raise refuse(
+                    "path",
+                    "be where nothing but a saved schedule is replaced",
+                    f"{path} is there, {storage.described(path)} that is none",
+                )
+            writing.write_whole(path, text.encode(errors="backslashreplace"))
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise refuse(
+                "path", "be a file that can be written", f"{str(path)!r} gives: {reason}"
+            ) from error
 
 
 def read(path: Any) -> Any:
@@ -262,6 +277,19 @@ def _has_a_gap(content: Any) -> bool:
     if isinstance(content, list):
         return any(map(_has_a_gap, content))
     return isinstance(content, float) and not np.isfinite(content)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether anything but an empty file or a saved schedule is there."""
+    if not os.path.lexists(path):
+        return False
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return True
+    try:
+        content = json.loads(text) if (text := path.read_text(encoding="utf-8")) else {"kind": ""}
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(content, Mapping) or not isinstance(content.get("kind"), str)
 
 
 def _no_number(text: str) -> float:

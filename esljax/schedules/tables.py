@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import (
+    as_count,
     as_float,
     check_choice,
     check_finite,
     check_positive,
-    check_positive_int,
+    door,
     in_words,
     known,
     refuse,
@@ -62,6 +63,7 @@ class Knots(AbstractSchedule):
         self.interpolation = interpolation
 
     @classmethod
+    @door
     def from_rates(cls, rates: Any) -> Self:
         """The inverse of `rates(K)`: the schedule whose K steps read exactly these K values.
 
@@ -96,13 +98,14 @@ class Knots(AbstractSchedule):
         links = self.parameters.size - 1
         position = _counted(jnp.clip(as_float(s), 0, 1), links)
         left = jnp.clip(jnp.floor(position).astype(int), 0, links - 1)
-        weight = position - left
+        weight = position - left.astype(position.dtype)
         between = (1 - weight) * self.parameters[left] + weight * self.parameters[left + 1]
         return jnp.exp(between) if self.interpolation == "log-linear" else between
 
     def corners(self) -> np.ndarray:
         return np.linspace(0, 1, self.parameters.size)[1:-1]
 
+    @door
     def as_dict(self) -> dict[str, Any]:
         fields = {"interpolation": self.interpolation, "values": self.values}
         if self.interpolation == "log-linear":
@@ -160,13 +163,13 @@ class FromOptax(AbstractSchedule):
     def __init__(self, fn: Callable[[Any], Any], steps: int | None = None):
         if not callable(fn) or isinstance(fn, AbstractSchedule):
             raise refuse("fn", "be optax's function of a count of steps", f"is {fn!r}")
-        if steps is not None:
-            check_positive_int("steps", steps)
-        self.fn, self.steps = fn, steps
+        self.fn = fn
+        self.steps = None if steps is None else as_count("steps", steps)
 
     def over(self, steps: int) -> "FromOptax":
         return self if self.steps is not None else FromOptax(self.fn, steps)
 
+    @door
     def as_dict(self) -> dict[str, Any]:
         """The table of its values: a file cannot hold a function. See `Knots.as_dict`."""
         if self.steps is None:

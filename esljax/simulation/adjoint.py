@@ -23,7 +23,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
-from esljax._checks import InputError
+from esljax._checks import InputError, door, plain_int
 from esljax._numerics import product
 from esljax._types import Array, Float, Key
 from esljax.potentials import AbstractPotential
@@ -148,7 +148,7 @@ class ForwardMode(AbstractGradient):
         16
     """
 
-    most: int = eqx.field(static=True, default=256)
+    most: int = eqx.field(static=True, converter=plain_int, default=256)
     recompute: bool = eqx.field(static=True, default=False, init=False)
 
     def kick(
@@ -161,6 +161,7 @@ class ForwardMode(AbstractGradient):
         def forward(inputs):
             return run(inputs)
 
+        @door
         def jvp(primals, tangents):
             ((inputs,), (tangents,)) = primals, tangents
             leaves, structure = jax.tree.flatten(inputs)
@@ -237,6 +238,7 @@ def _adjoint_kick_forward(perturbed, arguments, key):
 
 
 @_adjoint_kick.def_bwd
+@door
 def _adjoint_kick_backward(batches, cotangents, perturbed, arguments, key):
     energy_bar, kick_bar = cotangents
 

@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esljax._checks import (
     InputError,
-    check_ensemble,
+    as_array,
+    as_cloud,
     check_finite,
     check_nonnegative,
     check_positive_int,
@@ -27,8 +29,10 @@ def as_ensemble(argument: str, x: Any) -> Float[Array, "n d"]:
     **Raises:** `InputError` for anything else; it names how to make an array of it.
     """
     try:
-        positions = jnp.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
+        array = as_array(argument, x)
+    except InputError as error:
+        if "masked" in str(error) or isinstance(x, np.ndarray | jax.Array):
+            raise
         if hasattr(x, "__array__"):
             remedy = "an array, as x.detach().cpu().numpy() makes of a PyTorch tensor"
         elif isinstance(x, list | tuple):
@@ -36,11 +40,11 @@ def as_ensemble(argument: str, x: Any) -> Float[Array, "n d"]:
         else:
             remedy = "an array (n, d), each row a member raveled by jax.flatten_util.ravel_pytree"
         raise refuse(argument, f"be {remedy}", f"is {in_words(x)}") from error
-    if jnp.issubdtype(positions.dtype, jnp.integer):
+    if jnp.issubdtype(array.dtype, jnp.integer):
         remedy = "hold floating-point numbers, as x.astype(float) makes of integers"
-        raise refuse(argument, remedy, f"has dtype {positions.dtype}")
-    check_ensemble(argument, positions, minimum_members=2)
-    return positions
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+        raise refuse(argument, remedy, f"has dtype {dtype}")
+    return as_cloud(argument, array, minimum_members=2)
 
 
 def check_links(steps: int, snapshots: int) -> None:

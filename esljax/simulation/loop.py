@@ -20,7 +20,9 @@ from esljax._checks import (
     check_kind,
     check_nonnegative,
     check_positive_int,
+    door,
     in_words,
+    plain_int,
     refuse,
     wrong_answer,
 )
@@ -82,7 +84,7 @@ class Run(eqx.Module):
     """The features (p,) of one member (d,) that snapshots hold; None for the member itself."""
     gradient: AbstractGradient
     """The way in which the run is differentiated."""
-    steps: int = eqx.field(static=True)
+    steps: int = eqx.field(static=True, converter=plain_int)
     """K."""
 
     def __check_init__(self):
@@ -223,6 +225,7 @@ class Run(eqx.Module):
         return jax.random.fold_in(jax.random.fold_in(self.key, k), use)
 
 
+@door
 def simulate(
     potential: AbstractPotential,
     rule: AbstractRule,

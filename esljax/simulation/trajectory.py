@@ -13,9 +13,11 @@ from jax.sharding import AbstractMesh, Mesh
 
 from esljax._checks import (
     InputError,
+    as_array,
+    as_real,
     check_finite,
     check_positive_int,
-    first_sentence,
+    door,
     known,
     refuse,
 )
@@ -86,6 +88,7 @@ class Trajectory(eqx.Module):
         return f"Trajectory: {shape}, {steps}, {snapshots} snapshots{where}"
 
 
+@door
 def from_snapshots(
     positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False
 ) -> Trajectory:
@@ -119,7 +122,7 @@ def from_snapshots(
         Trajectory: 8 members of 2 coordinates, recorded, 5 snapshots
     """
     name = "features" if observed else "positions"
-    positions = _as_numbers(name, positions)
+    positions = as_real(name, positions, "be an array")
     if positions.ndim != 3 or positions.shape[2] < 1:
         raise refuse(
             name,
@@ -247,21 +250,6 @@ def _kind(trajectory: Trajectory) -> tuple:
     return jax.tree.structure(arrays), tuple(x.shape for x in jax.tree.leaves(arrays))
 
 
-def _as_numbers(name: str, x: Any) -> Float[Array, "..."]:
-    """Numbers of any kind as a floating array of at least single precision."""
-    try:
-        array = x if isinstance(x, jax.Array) else np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        reason = f"cannot be made one: {first_sentence(error)}"
-        raise refuse(name, "be an array", reason) from error
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
-    keep = floating and array.dtype.itemsize in (4, 8)
-    with np.errstate(over="ignore"):  # too large a number becomes infinite, and is rejected as such
-        return jnp.asarray(array, None if keep else jnp.result_type(float))
-
-
 def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshots"]:
     if times is None:
         return jnp.arange(snapshots, dtype=dtype) / (snapshots - 1)
@@ -294,10 +282,7 @@ def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshot
 
 
 def _double(name: str, x: Any) -> np.ndarray:
-    try:
-        array = np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise refuse(name, "be an array", "cannot be made one") from error
-    if array.dtype.kind not in "iuf":
+    array = as_array(name, x, "be an array")
+    if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
-    return array.astype(np.float64)
+    return np.asarray(array).astype(np.float64)

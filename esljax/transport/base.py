@@ -21,7 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_ensemble, check_kind, refuse
+from esljax._checks import as_cloud, check_kind, door, refuse
 from esljax._numerics import product
 from esljax._types import Array, ArrayLike, Float, Scalar
 
@@ -156,6 +156,7 @@ class AbstractTransport(eqx.Module):
         """
         return (5.5 if differentiated else 2) * n * d
 
+    @door
     def squared(self, x: Float[ArrayLike, "n d"], y: Float[ArrayLike, "m d"]) -> Scalar:
         """Return the squared distance between two ensembles, compiled once per shape.
 
@@ -168,20 +169,16 @@ class AbstractTransport(eqx.Module):
         **Differentiation:** forward and reverse in `x`, `y` and every floating leaf, once; each
         class documents its second derivatives.
         """
-        check_ensemble("x", x)
-        check_ensemble("y", y)
-        if jnp.shape(x)[1] != jnp.shape(y)[1]:
-            raise refuse(
-                "y",
-                f"have {jnp.shape(x)[1]} coordinates per member, as `x` has",
-                f"has {jnp.shape(y)[1]}",
-            )
+        x, y = as_cloud("x", x), as_cloud("y", y)
+        if x.shape[1] != y.shape[1]:
+            must = f"have {x.shape[1]} coordinates per member, as `x` has"
+            raise refuse("y", must, f"has {y.shape[1]}")
         return _compiled_solve(self, x, y).squared
 
 
 @eqx.filter_jit
 def _compiled_solve(transport: AbstractTransport, x: Any, y: Any) -> Solution:
-    return solution_of(transport, jnp.asarray(x), jnp.asarray(y))
+    return solution_of(transport, x, y)
 
 
 def solution_of(

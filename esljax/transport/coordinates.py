@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import as_float, check_key, check_positive_int, refuse
+from esljax._checks import (
+    as_array,
+    as_float,
+    check_finite,
+    check_key,
+    check_positive_int,
+    door,
+    refuse,
+)
 from esljax._numerics import product
 from esljax._types import Array, ArrayLike, Float, Key
 from esljax.transport.base import AbstractTransport, Solution, check_is_transport
@@ -193,6 +201,7 @@ class ProjectedTransport(AbstractWrappedTransport):
         return product(positions, self.matrix.astype(positions.dtype))
 
 
+@door
 def principal_directions(
     positions: Float[ArrayLike, "*many d"], coordinates: int
 ) -> Float[Array, "d p"]:
@@ -216,6 +225,8 @@ def principal_directions(
         >>> esl.principal_directions(np.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 0.1]]), 1).shape
         (2, 1)
     """
+    positions = as_array("positions", positions)
+    check_finite("positions", positions)
     pooled = np.asarray(positions, np.float64).reshape(-1, np.shape(positions)[-1])
     _check_coordinates(coordinates, pooled.shape[1], len(pooled))
     _, _, rows = np.linalg.svd(pooled - pooled.mean(axis=0), full_matrices=False)
@@ -224,6 +235,7 @@ def principal_directions(
     return jnp.asarray((signs[:, None] * rows).T, jnp.result_type(float))
 
 
+@door
 def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]:
     """Return orthonormal directions that do not depend on the data, as columns.
 

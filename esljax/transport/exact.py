@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import refuse
+from esljax._checks import door, refuse
 from esljax._types import Array, Float
 from esljax.sharding import keep
 from esljax.transport._ott import ott
@@ -42,6 +42,7 @@ class ExactTransport(AbstractTransport):
     in_turn: ClassVar[bool] = True
     pairs_members: ClassVar[bool] = True
 
+    @door
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         n, d = x.shape
         if d == 1:
@@ -57,6 +58,7 @@ class ExactTransport(AbstractTransport):
         (i, j), solvable = _assignment(x, y)
         return solution(jnp.mean(jnp.sum((x[i] - y[j]) ** 2, axis=-1)), solvable)
 
+    @door
     def map(self, x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n d"]:
         """Return the partner in y of each member of x, shape (n, d).
 

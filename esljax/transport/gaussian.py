@@ -5,6 +5,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from esljax._checks import door
 from esljax._numerics import product
 from esljax._types import Array, Float, Scalar
 from esljax.sharding import keep
@@ -44,6 +45,7 @@ class GaussianTransport(AbstractTransport):
     in_turn: ClassVar[bool] = True
     moments_only: ClassVar[bool] = True
 
+    @door
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         x, y = recentred(x, y)
         mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
@@ -52,6 +54,7 @@ class GaussianTransport(AbstractTransport):
             shift + _procrustes((x - mean_x) / len(x) ** 0.5, (y - mean_y) / len(y) ** 0.5)
         )
 
+    @door
     def map(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n d"]:
         """Return the affine image of each member of x, shape (n, d), with the moments of y.
 
@@ -83,6 +86,7 @@ def _procrustes(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar:
 
 
 @_procrustes.defjvp
+@door
 def _(primals, tangents):
     # The optimal O is stationary, so it may be held fixed; a derivative of the singular vectors
     # would be NaN where singular values coincide.

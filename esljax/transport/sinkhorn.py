@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import as_float, check_positive, check_positive_int, refuse
+from esljax._checks import as_float, check_positive, check_positive_int, door, plain_int, refuse
 from esljax._numerics import product
 from esljax._types import Array, Float, Scalar
 from esljax.sharding import keep
@@ -71,8 +71,8 @@ class SinkhornTransport(AbstractTransport):
     is_metric: ClassVar[bool] = False
     epsilon: Scalar = eqx.field(converter=as_float)
     threshold: float = eqx.field(static=True, default=1e-4)
-    max_iterations: int = eqx.field(static=True, default=5000)
-    chunk: int | None = eqx.field(static=True, default=None)
+    max_iterations: int = eqx.field(static=True, converter=plain_int, default=5000)
+    chunk: int | None = eqx.field(static=True, converter=plain_int, default=None)
 
     def __check_init__(self):
         if jnp.ndim(self.epsilon) != 0:
@@ -83,6 +83,7 @@ class SinkhornTransport(AbstractTransport):
         if self.chunk is not None:
             check_positive_int("chunk", self.chunk)
 
+    @door
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         x, y = recentred(x, y)
         across, reached = _entropic(self, x, y, False)
@@ -91,6 +92,7 @@ class SinkhornTransport(AbstractTransport):
         finite = solution(across - within_x / 2 - within_y / 2)
         return Solution(finite.squared, finite.converged & (reached * reached_x * reached_y > 0))
 
+    @door
     def map(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n d"]:
         """Return the mean partner of each member of x under the plan of OT_ε, shape (n, d).
 
@@ -133,6 +135,7 @@ def _entropic(
 
 
 @_entropic.defjvp
+@door
 def _(symmetric, primals, tangents):
     # At the maximum the derivative in g is zero, so a first derivative holds g fixed. A second one
     # differentiates this rule, and g with it.
@@ -203,6 +206,7 @@ def _potential_in_blocks(
 
 
 @_potential_in_blocks.defjvp
+@door
 def _(symmetric, primals, tangents):
     # The implicit derivative would need the matrix. Silence would leave a second derivative without
     # one of its terms.

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_key, check_positive_int
+from esljax._checks import check_key, check_positive_int, door, plain_int
 from esljax._numerics import product
 from esljax._types import Array, Float, Key
 from esljax.transport.base import AbstractTransport, Solution, recentred, solution
@@ -40,13 +40,14 @@ class SlicedTransport(AbstractTransport):
     """
 
     is_metric: ClassVar[bool] = True
-    directions: int = eqx.field(static=True)
+    directions: int = eqx.field(static=True, converter=plain_int)
     key: Key
 
     def __check_init__(self):
         check_positive_int("directions", self.directions)
         check_key("key", self.key)
 
+    @door
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         x, y = recentred(x, y)
         d = x.shape[1]

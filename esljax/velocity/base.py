@@ -31,7 +31,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import check_choice, check_ensemble, known, refuse, wrong_answer
+from esljax._checks import as_cloud, as_real, check_choice, door, known, refuse, wrong_answer
 from esljax._numerics import product, safe_divide
 from esljax._types import Array, ArrayLike, Float, Scalar, ScalarLike
 from esljax.results import StandardErrors, measured
@@ -261,6 +261,7 @@ class AbstractVelocity(eqx.Module):
         _check_shape(self, "flow", "velocities", values, snapshot.positions.shape)
         return values
 
+    @door
     def __call__(
         self,
         positions: Float[ArrayLike, "n d"],
@@ -292,13 +293,8 @@ class AbstractVelocity(eqx.Module):
                 "be an estimator that works on one snapshot",
                 f"is {name}, which needs a run: speed_limit(..., velocity=...)",
             )
-        positions, drift, diffusion = (
-            jnp.asarray(positions),
-            jnp.asarray(drift),
-            jnp.asarray(diffusion),
-        )
-        check_ensemble("positions", positions, minimum_members=4)
-        check_ensemble("drift", drift)
+        positions = as_cloud("positions", positions, minimum_members=4)
+        drift, diffusion = as_cloud("drift", drift), as_real("diffusion", diffusion)
         if drift.shape != positions.shape:
             raise refuse(
                 "drift",
@@ -310,7 +306,8 @@ class AbstractVelocity(eqx.Module):
             raise refuse(
                 "diffusion", f"be a scalar, ({d},) or ({d}, {d})", f"has shape {diffusion.shape}"
             )
-        snapshot = Snapshot(positions, drift, diffusion.astype(positions.dtype))
+        rates = drift.astype(positions.dtype), diffusion.astype(positions.dtype)
+        snapshot = Snapshot(positions, *rates)
         return _compiled_estimate(self, snapshot)
 
 

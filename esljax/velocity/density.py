@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_key, check_positive_int, wrong_answer
+from esljax._checks import check_key, check_positive_int, plain_int, wrong_answer
 from esljax._numerics import product, safe_divide
 from esljax._types import Array, Float, Key, Scalar
 from esljax.density import (
@@ -212,7 +212,7 @@ class FlowVelocity(AbstractDensityVelocity):
     """
 
     key: Key
-    steps: int = eqx.field(static=True, default=1000)
+    steps: int = eqx.field(static=True, converter=plain_int, default=1000)
 
     def __check_init__(self):
         check_key("key", self.key)

@@ -18,7 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.linalg import solve_triangular
 
-from esljax._checks import as_float, check_positive, check_positive_int
+from esljax._checks import (
+    as_float,
+    check_nonnegative,
+    check_positive,
+    check_positive_int,
+    plain_int,
+)
 from esljax._numerics import product, whitening
 from esljax._types import Array, Float, Scalar
 from esljax.velocity.affine import AffineVelocity
@@ -31,10 +37,10 @@ from esljax.velocity.base import (
     rows,
 )
 
-# Standard errors that are taken off a gain, and more of them while few members judge: the best of
-# 25 noisy gains is positive by chance, and a field of few members can blow up. Of 400 ensembles of
-# 200 members of a Gaussian near rest some did with 2.5, which spread σ by .013 instead of .0037;
-# with 3 none did. Two modes of as many members keep 73 % of σ with 3, 81 % with 2.5.
+# The best of 25 noisy gains is positive by chance, and a field of few members can blow up. Of 400
+# ensembles of 200 members of a Gaussian near rest some did with 2.5 standard errors, which spread σ
+# by .013 instead of .0037; with 3 none did. Two modes of as many members keep 73 % of σ with 3,
+# 81 % with 2.5.
 _CAUTION = 3.0
 # Members that judge without which there is no u: thirds of fewer than 7.
 _FEWEST = 4
@@ -54,7 +60,9 @@ class KernelVelocity(AbstractVariationalVelocity):
     **Args:** `landmarks`: the greatest number of terms of the sum. `bandwidths`: shape (g,), the h
     to choose from, in standard deviations √d of the ensemble. `penalties`: shape (g,), the λ to
     choose from, relative to the mean square of the kernel features. `folds`: of the
-    cross-validation, at least 2.
+    cross-validation, at least 2. `caution`: standard errors that are taken off the gain of a field
+    before it is compared, at least 0. The default suits one measurement of few members; the many
+    steps of a `ProbabilityFlow` of many members lose less with 2.
     **Raises:** `InputError` for numbers out of these ranges.
     **Differentiation:** forward and reverse, at the h, λ and share chosen.
     **Reference:** Sriperumbudur, Fukumizu, Gretton, Hyvärinen and Kumar, "Density estimation in
@@ -76,18 +84,20 @@ class KernelVelocity(AbstractVariationalVelocity):
 
     moments_only: ClassVar[bool] = False
     note: ClassVar[str] = "affine and kernel fields, bandwidth and penalty by cross-validation"
-    landmarks: int = eqx.field(static=True, default=200)
+    landmarks: int = eqx.field(static=True, converter=plain_int, default=200)
     bandwidths: Float[Array, " g"] = eqx.field(
         converter=as_float, default=(0.15, 0.3, 0.6, 1.2, 2.4)
     )  # type: ignore
     penalties: Float[Array, " g"] = eqx.field(
         converter=as_float, default=(1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
     )  # type: ignore
-    folds: int = eqx.field(static=True, default=5)
+    folds: int = eqx.field(static=True, converter=plain_int, default=5)
+    caution: float = eqx.field(static=True, default=_CAUTION)
 
     def __check_init__(self):
         check_positive_int("landmarks", self.landmarks)
         check_positive_int("folds", self.folds, minimum=2)
+        check_nonnegative("caution", self.caution)
         check_positive("bandwidths", self.bandwidths)
         check_positive("penalties", self.penalties)
 
@@ -144,7 +154,8 @@ class KernelVelocity(AbstractVariationalVelocity):
                 values, spread = (
                     x[own_fold, np.arange(len(others))] for x in jax.vmap(judge)(weights)
                 )
-                return _gain(2 * jnp.sum(values * rest, axis=1) + 2 * spread, values)
+                linear = 2 * jnp.sum(values * rest, axis=1) + 2 * spread
+                return _gain(linear, values, self.caution)
 
             return jax.lax.map(at_penalty, self.penalties.astype(dtype))
 
@@ -311,11 +322,11 @@ def _without(
     return _ridge(rest[0], rest[1], penalty)
 
 
-def _gain(linear: Float[Array, " n"], values: Float[Array, "n d"]) -> Scalar:
+def _gain(linear: Float[Array, " n"], values: Float[Array, "n d"], caution: float) -> Scalar:
     """Return the least that u is believed to gain on unseen members."""
     terms = linear - jnp.sum(values**2, axis=1)
     # Few members do not know their own spread: a quantile of Student's t, about.
-    caution = _CAUTION * (1 + 4 / terms.size)
+    caution = caution * (1 + 4 / terms.size)
     return jnp.mean(terms) - caution * jnp.std(terms, ddof=1) / jnp.sqrt(terms.size)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from esljax._checks import as_float, check_key, check_positive, check_positive_int
+from esljax._checks import as_float, check_key, check_positive, check_positive_int, plain_int
 from esljax._numerics import product, safe_divide, whitening
 from esljax._types import Array, Float, Key, Scalar
 from esljax.density import train
@@ -62,11 +62,11 @@ class NetworkVelocity(AbstractVariationalVelocity):
     moments_only: ClassVar[bool] = False
     note: ClassVar[str] = "affine and network fields, stopped early by a held-out part"
     key: Key = eqx.field(kw_only=True)
-    width: int = eqx.field(static=True, default=64, kw_only=True)
-    depth: int = eqx.field(static=True, default=2, kw_only=True)
-    iterations: int = eqx.field(static=True, default=400, kw_only=True)
+    width: int = eqx.field(static=True, converter=plain_int, default=64, kw_only=True)
+    depth: int = eqx.field(static=True, converter=plain_int, default=2, kw_only=True)
+    iterations: int = eqx.field(static=True, converter=plain_int, default=400, kw_only=True)
     learning_rate: Scalar = eqx.field(converter=as_float, default=5e-3, kw_only=True)  # type: ignore
-    rounds: int = eqx.field(static=True, default=20, kw_only=True)
+    rounds: int = eqx.field(static=True, converter=plain_int, default=20, kw_only=True)
 
     def __check_init__(self):
         check_key("key", self.key)

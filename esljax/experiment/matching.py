@@ -1,0 +1,184 @@
+"""Schedules brought to one final loss, so that they can be compared: each shape is scaled."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from esljax._checks import InputError, door, refuse
+from esljax._types import Array, Float, Key, Keys, Scalar
+from esljax.experiment.judging import final_loss
+from esljax.experiment.problem import Problem
+from esljax.potentials import AbstractPotential
+from esljax.schedules import AbstractSchedule, Constant, Knots
+from esljax.sharding import replicate
+
+
+def _ignored(loss: float) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """Scales a shape to a target on keys common to all shapes."""
+
+    problem: Problem
+    learning_time: float
+    """U at which each search starts."""
+    keys: Keys
+    watch: Callable[[float], Any] = _ignored
+    """Called with the loss of each trial."""
+
+    def __call__(self, shape: AbstractSchedule, name: str, target: float) -> Knots:
+        return match_endpoint(
+            self.problem,
+            shape,
+            target=target,
+            learning_time=self.learning_time,
+            keys=self.keys,
+            name=name,
+            watch=self.watch,
+        )
+
+
+@door
+def match_endpoint(
+    problem: Problem,
+    shape: AbstractSchedule,
+    *,
+    target: float,
+    learning_time: float,
+    keys: Keys,
+    name: str = "shape",
+    tolerance: float = 1e-3,
+    watch: Callable[[float], Any] = _ignored,
+) -> Knots:
+    """Scale a schedule until its mean final training loss over `keys` is `target`.
+
+    The search starts at the scale where the learning time U = Σ η_k is `learning_time`, because
+    with little noise the loss depends on U alone.
+
+    **Args:** `shape`: any schedule with U > 0. `target`: the loss. `learning_time`: U, in squared
+    parameters per unit of loss. `keys`: (R,), common to all trials. `name`: of the shape, for
+    messages. `tolerance`: relative, on the loss. `watch`: called with the loss of each trial.
+    **Returns:** the scaled schedule as a table of `Knots`.
+    **Raises:** `InputError` if no scale reaches the target before the run leaves the stable range
+    of its step.
+    """
+    # Imported here because it takes a sixth of the time of `import esljax`.
+    from scipy.optimize import root_scalar
+
+    table = problem.table(shape)
+    time = float(jnp.sum(table.rates(problem.steps)))
+    if not time > 0:
+        raise refuse(name, "have a positive sum of rates", f"has the sum {time:g}")
+    first = np.log(learning_time / time)
+    trials: list[tuple[float, float]] = []
+
+    @functools.cache
+    def excess(log_scale: float) -> float:
+        loss = final_loss(problem, Knots(table.values * np.exp(log_scale), "linear"), keys)
+        trials.append((log_scale, loss))
+        watch(loss)
+        if not np.isfinite(loss) or loss <= 0 or abs(log_scale - first) > 5:
+            raise _unreachable(name, target, trials)
+        # Zero within the tolerance ends the secant search at once.
+        return 0.0 if abs(loss / target - 1) < tolerance else np.log(loss / target)
+
+    at_start = excess(first)
+    # Late in training the loss falls about as U to the power -1/2: the second point of the secant.
+    result = (
+        root_scalar(excess, x0=first, x1=first + np.clip(2 * at_start, -1, 1) + 1e-3, maxiter=12)
+        if at_start
+        else None
+    )
+    if result is not None and not abs(trials[-1][1] / target - 1) < tolerance:
+        raise _unreachable(name, target, trials)
+    return Knots(table.values * np.exp(trials[-1][0]), "linear")
+
+
+@door
+def stable_rate(problem: Problem, key: Key, watch: Callable[[float], Any] = _ignored) -> float:
+    """The largest of a few constant learning rates that keeps clear of the stability limit.
+
+    The rates are 2^i/λ, i = 3, ..., -8, with λ the largest curvature at the start. One is clear of
+    the limit if members stay finite and end lower than they started, and if its product with the
+    largest curvature at the end of the run is at most 1, half of what the step of a quadratic
+    bears: training sharpens, and above the limit gradients through a run are noise.
+
+    **Args:** `key`: of the one run of each trial. `watch`: called with the final loss of each.
+    **Returns:** the rate, per step.
+    **Raises:** `InputError` if none of them is clear of it.
+    """
+    curvature = float(_curvature_at_start(problem, key))
+    if not (np.isfinite(curvature) and curvature > 0):
+        raise refuse(
+            "rate",
+            "be given for a potential without curvature at the start",
+            f"is None, and the largest curvature is {curvature:g}",
+        )
+    tried = []
+    for power in range(3, -9, -1):
+        rate = 2.0**power / curvature
+        before, after, sharpness = map(float, _curvature_at_end(problem, jnp.asarray(rate), key))
+        watch(after)
+        tried.append(rate)
+        if np.isfinite(after) and after < before and rate * sharpness <= 1:
+            return rate
+    raise refuse(
+        "rate",
+        "be given where no constant rate of a few is stable",
+        f"is None, and {', '.join(f'{rate:.2g}' for rate in tried)} are not",
+    )
+
+
+@eqx.filter_jit
+def _curvature_at_start(problem: Problem, key: Key) -> Scalar:
+    start = problem.positions(jax.random.split(key)[0])
+    return _largest_curvature(problem.potential.at_start(), start)
+
+
+@eqx.filter_jit
+def _curvature_at_end(problem: Problem, rate: Scalar, key: Key) -> tuple[Scalar, Scalar, Scalar]:
+    """Mean loss at the start and the end of a run, and the largest curvature at its end."""
+    path, potential = problem.path(Constant(rate), key), problem.potential.at_end()
+    start = path.positions[0]
+    answer = (
+        jnp.mean(potential(start)),
+        jnp.mean(potential(path.final)),
+        _largest_curvature(potential, path.final),
+    )
+    return replicate(answer, problem.mesh)
+
+
+def _largest_curvature(potential: AbstractPotential, positions: Float[Array, "n d"]) -> Scalar:
+    """The largest eigenvalue of the Hessian, by size, of the first members, by power iteration."""
+
+    def force(position):
+        return potential.energy_and_gradient(position)[1]
+
+    def of_member(position):
+        def iterate(vector, _):
+            turned = jax.jvp(force, (position,), (vector,))[1]
+            size = jnp.linalg.norm(turned)
+            return turned / jnp.where(size > 0, size, 1), size
+
+        first = jax.random.normal(jax.random.key(0), position.shape, position.dtype)
+        first = first / jnp.linalg.norm(first)
+        # Twenty products find the largest of spectra as wide as those of networks to a few percent.
+        return jax.lax.scan(iterate, first, length=20)[1][-1]
+
+    return jnp.max(jax.lax.map(of_member, positions[:4]))
+
+
+def _unreachable(name: str, target: float, trials: list[tuple[float, float]]) -> InputError:
+    losses = ", ".join(f"{loss:.4g}" for _, loss in trials)
+    return refuse(
+        "target",
+        f"be a loss that {name} can reach",
+        f"is {target:g}: scaling the rates gave the losses {losses}",
+    )

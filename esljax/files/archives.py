@@ -1,0 +1,479 @@
+"""Arrays by name in the files of other writers: .npz, .npy, safetensors, Zarr and Orbax.
+
+An `Archive` knows the shapes and types of its arrays before any of them is read, so that what is
+not wanted is never loaded, and what the machine cannot hold is refused before anything is
+allocated. What is damaged is an error that names the place: checksums are verified to the end of
+each array, declared sizes are held against stored ones, and a part that is missing is never filled
+in.
+
+**Pickles** (`.pt`, `.pth`, `.pkl`, object arrays) are never loaded, because a pickle runs whatever
+code it carries. Any error of a decoder on a broken file becomes an `InputError`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from esljax._checks import InputError, first_sentence, refuse
+from esljax.files.storage import installation
+
+# Suffixes of files that are usually pickles; only opening one would show whether it is.
+PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".joblib", ".ckpt", ".bin")
+FILES = (".npz", ".safetensors", ".npy")
+"""Suffixes of the files that are read as checkpoints."""
+NO_PICKLE = "be plain arrays, because a pickle runs whatever code it carries"
+
+
+class Header(NamedTuple):
+    """What a file states of one array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype | None
+    """None if NumPy has no such type."""
+    kind: str
+    """The type in the words of the file."""
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the array in memory, as far as they are known."""
+        return self.size * (self.dtype.itemsize if self.dtype is not None else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+    """The arrays of one file or folder."""
+
+    path: Path
+    headers: Mapping[str, Header]
+    loader: Callable[[Sequence[str]], dict[str, np.ndarray]]
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Files beside the arrays that were not opened, and why."""
+    parts: tuple[str, ...] = ()
+    """Prefixes of the keys of its several files or items; empty if it is one."""
+
+    def check(self, argument: str, keys: Iterable[str]) -> None:
+        """Reject what is no plain array.
+
+        **Raises:** `InputError` for a pickle, or a type that NumPy lacks.
+        """
+        for key in keys:
+            header = self.headers[key]
+            if header.dtype is None or header.dtype.hasobject:
+                pickled = header.dtype is not None
+                raise refuse(
+                    argument,
+                    NO_PICKLE if pickled else "be plain arrays of a type that NumPy has",
+                    f"`{key}` of {self.path} is {'pickled' if pickled else header.kind}",
+                )
+
+    def load(self, argument: str, keys: Iterable[str]) -> dict[str, np.ndarray]:
+        """Return the named arrays, in the byte order of this machine.
+
+        **Raises:** `InputError` if one is no plain array, does not fit into memory, or is damaged.
+        """
+        keys = list(keys)
+        self.check(argument, keys)
+        check_room(argument, str(self.path), sum(self.headers[key].nbytes for key in keys))
+        with decoding(argument, self.path):
+            arrays = self.loader(keys)
+        return {key: _native(array) for key, array in arrays.items()}
+
+
+def check_room(argument: str, where: str, nbytes: float) -> None:
+    """Reject what the memory of this machine cannot hold.
+
+    **Raises:** `InputError` with both numbers.
+    """
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return
+    if nbytes > memory:
+        raise refuse(
+            argument,
+            f"fit into the memory of this machine, {memory / 1e9:.3g} GB",
+            f"{where} declares {nbytes / 1e9:.3g} GB",
+        )
+
+
+@contextlib.contextmanager
+def decoding(argument: str, path: Path) -> Iterator[None]:
+    """Turn any error of a decoder into an `InputError` about the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise refuse(
+            argument, "be readable", f"{path} gives: {error.strerror or first_sentence(error)}"
+        ) from error
+    except Exception as error:
+        # On arbitrary bytes each decoder fails in its own way (struct, zlib, syntax, memory, ...).
+        raise refuse(
+            argument, "be a whole, readable file", f"{path} is not: {first_sentence(error)}"
+        ) from error
+
+
+def refuse_pickle(argument: str, path: Path) -> None:
+    """Reject a file whose name is that of a pickle."""
+    if path.suffix.lower() in PICKLES:
+        raise refuse(
+            argument,
+            "be plain arrays (save .npz or .safetensors), because a pickle runs whatever code it "
+            "carries and is never loaded",
+            f"{path} may be a pickle",
+        )
+
+
+def open_file(argument: str, path: Path) -> Archive:
+    """Return the arrays of an .npz, .npy or .safetensors file."""
+    kinds = {".npz": _npz, ".npy": _npy, ".safetensors": _safetensors}
+    with decoding(argument, path):
+        return kinds[path.suffix.lower()](argument, path)
+
+
+# NumPy
+
+
+def _npz(argument: str, path: Path) -> Archive:
+    if not zipfile.is_zipfile(path):
+        raise refuse(argument, "be a whole .npz archive", f"{path} is cut short or something else")
+    headers, entries = {}, {}
+    # Opened here, because zipfile leaves the file open when the archive's directory is damaged.
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            if name in headers:
+                raise refuse(argument, "name each array once", f"{path} holds `{name}` twice")
+            entries[name] = entry.filename
+            with archive.open(entry) as stored:
+                headers[name] = _npy_header(argument, f"`{name}` of {path}", stored, entry)
+
+    def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
+        arrays = {}
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            for key in keys:
+                with archive.open(entries[key]) as stored:
+                    arrays[key] = np.lib.format.read_array(stored, allow_pickle=False)
+                    # The checksum is verified at the end of an entry alone.
+                    if stored.read(1):
+                        raise refuse(argument, "be whole arrays", f"`{key}` of {path} goes on")
+        return arrays
+
+    return Archive(path, headers, load)
+
+
+def _npy_header(argument: str, where: str, stored: Any, entry: zipfile.ZipInfo) -> Header:
+    if not entry.filename.endswith(".npy"):
+        return Header((), None, "no array")
+    header, start = _read_header(stored)
+    _check_size(argument, where, header, entry.file_size - start)
+    return header
+
+
+def _read_header(stored: Any) -> tuple[Header, int]:
+    """Return what the head of an .npy file states, and how long that head is."""
+    form = np.lib.format
+    version = form.read_magic(stored)
+    read = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
+    shape, _, dtype = read(stored)
+    shape = tuple(int(n) for n in shape)
+    if any(n < 0 for n in shape):
+        raise ValueError(f"it declares the shape {shape}")
+    return Header(shape, _with_bfloat16(dtype), str(dtype)), stored.tell()
+
+
+def _check_size(argument: str, where: str, header: Header, stored: int) -> None:
+    assert header.dtype is not None
+    if not header.dtype.hasobject and header.nbytes != stored:
+        check_room(argument, where, header.nbytes)
+        raise refuse(
+            argument,
+            "be whole arrays",
+            f"{where} declares {header.nbytes} bytes and holds {stored}",
+        )
+
+
+def _npy(argument: str, path: Path) -> Archive:
+    with path.open("rb") as file:
+        header, start = _read_header(file)
+    _check_size(argument, str(path), header, path.stat().st_size - start)
+
+    def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
+        return {key: np.load(path, allow_pickle=False) for key in keys}
+
+    return Archive(path, {"array": header}, load)
+
+
+def _with_bfloat16(dtype: np.dtype) -> np.dtype:
+    # np.save does not know bfloat16 and writes it as two raw bytes, as it does no other number.
+    # One raw byte may be any of several types of eight bits, and stays what it is.
+    return np.dtype(jnp.bfloat16) if dtype == np.dtype("V2") else dtype
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.dtype("V2"):
+        return array.view(jnp.bfloat16)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+# safetensors
+
+_SAFETENSORS = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": jnp.bfloat16,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
+    "C64": np.complex64,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def _safetensors(argument: str, path: Path) -> Archive:
+    # This verifies that the arrays fill the file without gaps. The places of the data are read
+    # here, because the library cannot give NumPy the types of eight bits.
+    with safetensors.safe_open(path, "np"), path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        content = json.loads(file.read(length))
+    content.pop("__metadata__", None)
+    headers, places = {}, {}
+    for key, stated in content.items():
+        known = _SAFETENSORS.get(stated["dtype"])
+        dtype = None if known is None else np.dtype(known)
+        headers[key] = Header(tuple(stated["shape"]), dtype, stated["dtype"])
+        places[key] = 8 + length + stated["data_offsets"][0]
+        stored = stated["data_offsets"][1] - stated["data_offsets"][0]
+        if dtype is not None:
+            _check_size(argument, f"`{key}` of {path}", headers[key], stored)
+
+    def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
+        arrays = {}
+        with path.open("rb") as file:
+            for key in keys:
+                header = headers[key]
+                assert header.dtype is not None
+                file.seek(places[key])
+                data = bytearray(header.nbytes)
+                if file.readinto(data) != header.nbytes:
+                    raise refuse(argument, "be whole arrays", f"`{key}` of {path} is cut short")
+                # Little-endian by definition of the format.
+                order = header.dtype.newbyteorder("<")
+                arrays[key] = np.frombuffer(data, order).reshape(header.shape)
+        return arrays
+
+    return Archive(path, headers, load)
+
+
+# Zarr
+
+
+def open_zarr(argument: str, path: Path) -> Archive:
+    """Return the arrays of a Zarr v3 group and of the groups in it."""
+    try:
+        import zarr
+    except ImportError as error:
+        raise refuse(
+            argument,
+            f"be .npz unless zarr is installed ({installation('zarr')})",
+            f"is {path}",
+        ) from error
+    if not (path / "zarr.json").exists():
+        found = "of version 2" if any((path / name).exists() for name in _OLD) else "none"
+        raise refuse(
+            argument,
+            "be a Zarr group of version 3 (zarr.save_group with zarr_format=3)",
+            f"{path} is {found}",
+        )
+    with decoding(argument, path):
+        if json.loads((path / "zarr.json").read_bytes()).get("node_type") == "array":
+            raise refuse(argument, "be a Zarr group of arrays", f"{path} is one array")
+        # The consolidated copy of the metadata could name arrays that are gone.
+        group = zarr.open_group(str(path), mode="r", zarr_format=3, use_consolidated=False)
+        members = dict(group.members(max_depth=None))
+    arrays = {key: node for key, node in members.items() if isinstance(node, zarr.Array)}
+    headers = {
+        key: Header((), None, "a group")
+        for key, node in members.items()
+        if not isinstance(node, zarr.Array) and not any(k.startswith(f"{key}/") for k in arrays)
+    }
+    # A folder without metadata is an array that lost it.
+    for entry in sorted(path.iterdir()):
+        if entry.is_dir() and entry.name not in members:
+            headers[entry.name] = Header((), None, "a folder without zarr.json")
+    for key, array in arrays.items():
+        headers[key] = Header(tuple(array.shape), np.dtype(array.dtype), str(array.dtype))
+
+    def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
+        return {key: _zarr_array(argument, f"`{key}` of {path}", arrays[key]) for key in keys}
+
+    return Archive(path, headers, load)
+
+
+_OLD = (".zgroup", ".zarray", ".zattrs", ".zmetadata")
+
+
+def _zarr_array(argument: str, where: str, array: Any) -> np.ndarray:
+    """Return an array of which every chunk is stored; Zarr fills in those that are not."""
+    chunk = math.prod(array.shards or array.chunks) * array.dtype.itemsize
+    check_room(argument, f"a chunk of {where}", chunk)
+    first, second = (_filled(array, value) for value in _two_values(array.dtype))
+    if first.tobytes() != second.tobytes():
+        equal = first.view(np.uint8) if first.ndim else first.reshape(1).view(np.uint8)
+        other = second.view(np.uint8) if second.ndim else second.reshape(1).view(np.uint8)
+        place = np.argwhere(np.atleast_1d(equal != other))[0]
+        place = (*place[:-1], place[-1] // array.dtype.itemsize)[: array.ndim]
+        raise refuse(
+            argument,
+            "hold every chunk of its arrays (write_empty_chunks=True stores zeros as well)",
+            f"{where} lacks the chunk at index {tuple(int(i) for i in place)}",
+        )
+    return first
+
+
+def _two_values(dtype: np.dtype) -> tuple[Any, Any]:
+    return (False, True) if dtype.kind == "b" else (dtype.type(0), dtype.type(1))
+
+
+def _filled(array: Any, value: Any) -> np.ndarray:
+    import zarr
+
+    inner = array.async_array if hasattr(array, "async_array") else array._async_array
+    metadata = dataclasses.replace(inner.metadata, fill_value=value)
+    read = zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=inner.store_path))[...]
+    return np.ascontiguousarray(read).reshape(array.shape)
+
+
+# Orbax
+
+
+def is_orbax(path: Path) -> bool:
+    """Return whether a folder holds arrays written by Orbax, whole or not."""
+    return any((path / name).exists() for name in ("_METADATA", "manifest.ocdbt", "_sharding"))
+
+
+def open_orbax(argument: str, path: Path) -> Archive:
+    """Return the arrays of one pytree written by Orbax."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    path = path.resolve()
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    with decoding(argument, path), _silence("absl"):
+        stored = checkpointer.metadata(path).item_metadata
+    if stored is None:
+        raise refuse(
+            argument,
+            "hold whole checkpoints of Orbax",
+            f"{path} is none or is incomplete",
+        )
+    tree = stored.tree
+
+    def named(leaves: Any) -> list[tuple[str, Any]]:
+        return [
+            (jax.tree_util.keystr(keys, simple=True, separator="/"), leaf)
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(leaves)
+        ]
+
+    headers = {key: _orbax_header(leaf) for key, leaf in named(tree)}
+
+    def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
+        wanted = set(keys)
+        names = iter([key for key, _ in named(tree)])
+        item = jax.tree.map(lambda leaf: leaf if next(names) in wanted else ocp.PLACEHOLDER, tree)
+        # As NumPy arrays: the devices that it was saved from need not exist here.
+        plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        with _silence("absl"):
+            whole = checkpointer.restore(
+                path, args=ocp.args.PyTreeRestore(item=item, restore_args=plain)
+            )
+        return {key: np.asarray(leaf) for key, leaf in named(whole) if key in wanted}
+
+    return Archive(path, headers, load)
+
+
+def _orbax_header(leaf: Any) -> Header:
+    kind = str(getattr(leaf, "dtype", None) or type(leaf).__name__)
+    try:
+        dtype = np.dtype(leaf.dtype)
+    except (AttributeError, TypeError):  # text, or the keys of JAX
+        dtype = None
+    return Header(tuple(getattr(leaf, "shape", None) or ()), dtype, kind)
+
+
+@contextlib.contextmanager
+def _silence(name: str) -> Iterator[None]:
+    """Silence a logger that repeats the error which is raised anyway."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+# Several as one
+
+
+def joined(path: Path, parts: Mapping[str, Archive], left_out: Mapping[str, str]) -> Archive:
+    """Return several archives as one, whose keys begin with the name of their part."""
+    place = {f"{name}/{key}": (name, key) for name, part in parts.items() for key in part.headers}
+    headers = {key: parts[name].headers[inner] for key, (name, inner) in place.items()}
+
+    def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
+        arrays = {}
+        for name, part in parts.items():
+            of_part = [place[key][1] for key in keys if place[key][0] == name]
+            if of_part:
+                loaded = part.loader(of_part)
+                arrays |= {f"{name}/{key}": array for key, array in loaded.items()}
+        return arrays
+
+    return Archive(path, headers, load, left_out, tuple(parts))
+
+
+def sharded(argument: str, path: Path, shards: Sequence[Archive]) -> Archive:
+    """Return the shards of one model as one archive, with the keys as they are."""
+    owner: dict[str, Archive] = {}
+    for shard in shards:
+        for key in shard.headers:
+            if key in owner:
+                both = f"{owner[key].path.name} and {shard.path.name} of {path}"
+                raise refuse(argument, "hold each array in one shard", f"{both} hold `{key}`")
+            owner[key] = shard
+
+    def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
+        arrays = {}
+        for shard in shards:
+            own = [key for key in keys if owner[key] is shard]
+            arrays |= shard.loader(own) if own else {}
+        return arrays
+
+    return Archive(path, {key: shard.headers[key] for key, shard in owner.items()}, load)
