@@ -28,12 +28,15 @@ from esljax import (
 from esljax._checks import InputError
 from esljax.experiment import (
     Comparison,
+    Front,
     Plan,
     Problem,
     RunConfig,
     compare,
+    front,
     plan_memory,
     run,
+    usual_families,
     usual_shapes,
 )
 from esljax.files import Checkpoints, Terminated, recordings
@@ -144,6 +147,7 @@ __all__ = [
     "FreeEnergy",
     "FromFunction",
     "FromOptax",
+    "Front",
     "GaussianTransport",
     "HessianAdjoint",
     "HistogramVelocity",
@@ -180,6 +184,7 @@ __all__ = [
     "density",
     "free_energy",
     "from_snapshots",
+    "front",
     "gaussian",
     "jarzynski",
     "load_schedule",
@@ -203,6 +208,7 @@ __all__ = [
     "speed_limit",
     "study",
     "transport",
+    "usual_families",
     "usual_shapes",
     "velocity",
 ]

@@ -59,7 +59,7 @@ FENCES = {
     "flax": {"potentials"},
     "sklearn": {"potentials"},
     "ott": {"transport"},
-    "optax": {"optimization", "density", "velocity"},
+    "optax": {"optimization", "density", "velocity", "experiment"},
     "flowjax": {"density"},
     "scipy": {"experiment", "measures"},
     "tomli_w": {"files"},

@@ -12,6 +12,8 @@ from esljax.experiment.bounds import (
     converted,
 )
 from esljax.experiment.comparison import Comparison, Watcher, compare
+from esljax.experiment.families import Family, bounded, unbounded, usual_families
+from esljax.experiment.front import Front, front
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import (
@@ -74,6 +76,8 @@ __all__ = [
     "Agreement",
     "AtLeast",
     "Comparison",
+    "Family",
+    "Front",
     "Judgment",
     "Manner",
     "Metric",
@@ -91,6 +95,7 @@ __all__ = [
     "TransportNumbers",
     "Watcher",
     "agreement",
+    "bounded",
     "check_fields",
     "choices",
     "compare",
@@ -99,6 +104,7 @@ __all__ = [
     "enable",
     "failed",
     "fitting_width",
+    "front",
     "judge",
     "make_problem",
     "make_transport",
@@ -115,6 +121,8 @@ __all__ = [
     "shape_of",
     "size",
     "stable_rate",
+    "unbounded",
+    "usual_families",
     "usual_shapes",
     "work",
 ]

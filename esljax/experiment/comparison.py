@@ -125,7 +125,7 @@ class Watcher(Protocol):
         ...
 
 
-class _Unwatched:
+class Unwatched:
     """A watcher that does nothing."""
 
     def stage(self, name: str) -> None: ...
@@ -212,7 +212,7 @@ def compare(
         "judge_runs": judge_runs,
     }
     shapes = usual_shapes() if shapes is None else dict(shapes)
-    watcher = _Unwatched() if watcher is None else watcher
+    watcher = Unwatched() if watcher is None else watcher
     _check_settings(problem, rate, key, target, shapes, counts)
     about = {name: getattr(problem, name) for name in _PARTS}
     about |= {**counts, "rate": rate, "key": key, "target": target, "shapes": shapes}

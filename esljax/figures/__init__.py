@@ -2,10 +2,12 @@
 
 # The engine comes first: it sees that matplotlib can be imported by the others.
 from esljax.figures.engine import rendered
+from esljax.figures.front import plot_front
 from esljax.figures.schedules import plot_schedules, plot_speed_limit
 from esljax.figures.study import plot_study
 
 __all__ = [
+    "plot_front",
     "plot_schedules",
     "plot_speed_limit",
     "plot_study",

@@ -1,0 +1,547 @@
+r"""The front of loss and Σ: the least entropy production at each final loss.
+
+A point of the front minimizes, over all schedules η,
+
+    log E Φ(q₁) + λ log Σ,
+
+and λ is the slope of the front there: 1 % more Σ buys λ % less loss. The points are found by
+continuation: each search starts from the schedule of the one before, at a smaller λ, and every
+gradient sees an initialization, batches and noise of its own. Families of usual schedules are tuned
+by the same gradient of the same objective, so that each is held against the front at its best.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from esljax._checks import check_key, check_kind, check_positive, check_positive_int, door, refuse
+from esljax._types import Array, Float, Key, Keys, Scalar
+from esljax.experiment.comparison import Unwatched, Watcher
+from esljax.experiment.families import Family, knots_of, usual_families
+from esljax.experiment.judging import Judgment, judge
+from esljax.experiment.matching import match_endpoint, stable_rate
+from esljax.experiment.problem import Problem
+from esljax.files import Checkpoints, session, storage, writing
+from esljax.results import StandardErrors, concise
+from esljax.results import table as text_table
+from esljax.schedules import AbstractSchedule, Knots
+
+# Rates up to this many times one that is clear of the stability limit: the limit itself is twice as
+# high, and training bears more for a while.
+_CAP = 4.0
+# Slopes of the front, from cheap to good: 1 % more Σ buys .42 % and .14 % less loss.
+_SLOPES = 0.42, 0.14
+# Gradients of the first point of a search, and of each later one.
+_FIRST, _LATER = 60, 40
+# Families have few numbers, which need fewer gradients.
+_OF_FAMILIES = 0.6
+# A gradient of more than this many times the usual size is cut to it.
+_CUT = 10.0
+# Total variation of log η beyond one rise and one fall: a ragged schedule.
+_RAGGED = 0.5
+_MADE = "front"
+
+
+@dataclasses.dataclass(frozen=True)
+class Front:
+    """The least Σ at each final loss, from little Σ to a low loss; `print` shows it.
+
+    Numbers are means over held-out runs that no search has seen, with standard errors over them.
+    """
+
+    slopes: Float[np.ndarray, " P"]
+    """λ of each point: the share of the loss that one more share of Σ buys there."""
+    judgments: tuple[Judgment, ...]
+    """Each point judged on the held-out keys."""
+    schedules: tuple[AbstractSchedule, ...]
+    """The P schedules, as the search made them."""
+    rate: float
+    """A constant learning rate that is clear of the stability limit."""
+    cap: float
+    """The largest rate that a search may try."""
+    families: Mapping[str, "Front"] = dataclasses.field(default_factory=dict)
+    """The fronts of usual families, each at its best, by name."""
+    doubts: tuple[str, ...] = ()
+    """Reasons not to believe a point, in sentences."""
+
+    @property
+    def final_loss(self) -> Float[np.ndarray, " P"]:
+        """Mean final training loss of each point."""
+        return np.array([float(each.final_loss) for each in self.judgments])
+
+    @property
+    def entropy_production(self) -> Float[np.ndarray, " P"]:
+        """Σ of each point, in squared parameters."""
+        return np.array([float(each.report.entropy_production) for each in self.judgments])
+
+    @property
+    def w2_squared(self) -> Float[np.ndarray, " P"]:
+        """W2² between start and end of each point, in squared parameters."""
+        return np.array([float(each.report.w2_squared) for each in self.judgments])
+
+    @property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """The problem's metrics of each point, by name."""
+        names = self.judgments[0].metrics
+        return {
+            name: np.array([float(each.metrics[name]) for each in self.judgments]) for name in names
+        }
+
+    @property
+    def standard_error(self) -> StandardErrors:
+        """Standard errors over the held-out runs of `final_loss`, `entropy_production`,
+        `w2_squared` and each metric."""
+        reports: list[Any] = [each.report.standard_error for each in self.judgments]
+        own = [each.standard_error for each in self.judgments]
+        return StandardErrors(
+            {
+                **{
+                    name: np.array([float(getattr(error, name)) for error in reports])
+                    for name in ("entropy_production", "w2_squared")
+                },
+                **{
+                    name: np.array([float(getattr(error, name)) for error in own])
+                    for name in ("final_loss", *self.judgments[0].metrics)
+                },
+            }
+        )
+
+    @property
+    def knee(self) -> int:
+        """The index of the point farthest below the chord from the first to the last point, in log
+        loss and log Σ: beyond it loss gets dear, before it Σ is saved at little cost."""
+        x, y = np.log(self.final_loss), np.log(self.entropy_production)
+        along = np.array([x[-1] - x[0], y[-1] - y[0]])
+        below = (x - x[0]) * along[1] - (y - y[0]) * along[0]
+        # Positive on the side of less loss and less Σ.
+        return int(np.argmax(np.sign(along[1]) * -below)) if len(x) > 2 else 0
+
+    def entropy_production_at(self, loss: Any) -> np.ndarray:
+        """Σ at a final loss, log-log linear between the points; NaN outside of their losses."""
+        order = np.argsort(self.final_loss)
+        x, y = np.log(self.final_loss[order]), np.log(self.entropy_production[order])
+        return np.exp(np.interp(np.log(loss), x, y, left=np.nan, right=np.nan))
+
+    def share(self, family: "Front") -> tuple[float, float] | None:
+        """Σ of this front over that of another one at the same losses: mean and standard error.
+
+        The mean is over the other's points whose losses this front has; the error takes those of Σ
+        and of the loss, along the slope of the front, as independent. None without such a point.
+        """
+        ours = self.entropy_production_at(family.final_loss)
+        common = np.isfinite(ours)
+        if not common.any():
+            return None
+        ratios = ours[common] / family.entropy_production[common]
+        relative = []
+        for front in (self, family):
+            errors: Any = front.standard_error
+            of_sigma = np.mean(errors.entropy_production / front.entropy_production)
+            of_loss = np.mean(errors.final_loss / front.final_loss / front.slopes)
+            relative.append(np.hypot(of_sigma, of_loss))
+        error = np.hypot(*relative) / np.sqrt(common.sum())
+        return float(np.mean(ratios)), float(np.mean(ratios) * error)
+
+    def verdict(self) -> str:
+        """The trade in a plain sentence."""
+        knee, best = self.knee, int(np.argmin(self.final_loss))
+        loss, sigma = self.final_loss, self.entropy_production
+        if knee == best:
+            knee = 0
+        return (
+            f"{100 * (loss[knee] / loss[best] - 1):.3g} % more loss ({loss[knee]:.4g} for "
+            f"{loss[best]:.4g}) saves a factor {sigma[best] / sigma[knee]:.3g} of Σ."
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([self._table(), *self._sentences()])
+
+    def _table(self) -> str:
+        errors: Any = self.standard_error
+        names = list(self.metrics)
+        rows = [("final loss", "Σ", "W2²", "temporal", "geometric", "U", *names, "learning rates")]
+        for i, (judgment, schedule) in enumerate(zip(self.judgments, self.schedules, strict=True)):
+            report = judgment.report
+            of_report: Any = report.standard_error
+            rates = np.asarray(judgment.schedule.values)
+            shown = getattr(schedule, "values", rates[:: max(1, len(rates) // 9)])
+            rows.append(
+                (
+                    concise(self.final_loss[i], errors.final_loss[i]),
+                    concise(self.entropy_production[i], errors.entropy_production[i]),
+                    concise(self.w2_squared[i], errors.w2_squared[i]),
+                    concise(report.temporal, of_report.temporal),
+                    concise(report.geometric, of_report.geometric),
+                    f"{float(rates[:-1].sum()):.4g}",
+                    *(concise(self.metrics[n][i], getattr(errors, n)[i]) for n in names),
+                    " ".join(f"{float(rate):.2g}" for rate in shown),
+                )
+            )
+        return text_table(rows, "r" * (len(rows[0]) - 1) + "l")
+
+    def _sentences(self) -> Iterator[str]:
+        yield (
+            f"Held-out means over {self.judgments[0].entropy_productions.size} runs; digits in "
+            "parentheses: standard error of the last digits. Σ and W2² in squared parameters."
+        )
+        yield self.verdict()
+        best = np.min(self.final_loss)
+        for name, family in self.families.items():
+            known, reached = self.share(family), np.min(family.final_loss)
+            words = name.replace("_", " ")
+            if known is None:
+                yield f"{words}: no loss in common; it reaches {reached:.4g}, the front {best:.4g}."
+            else:
+                yield (
+                    f"{words}, at its best: the front has {known[0]:.3f} ± {known[1]:.3f} times "
+                    f"its Σ at the same loss; it reaches {reached:.4g}, the front {best:.4g}."
+                )
+        yield from self.doubts
+
+    def plot(self) -> Any:
+        """Draw Σ against the final loss with all families, and the schedules along the front."""
+        # Imported where it is needed: matplotlib takes long to load, and fails in some surroundings.
+        from esljax.figures import plot_front
+
+        return plot_front(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All numbers, in types that JSON holds."""
+        errors: Any = self.standard_error
+        numbers = {
+            "final_loss": self.final_loss,
+            "entropy_production": self.entropy_production,
+            "w2_squared": self.w2_squared,
+            **self.metrics,
+        }
+        return {
+            "slopes": self.slopes.tolist(),
+            **{name: values.tolist() for name, values in numbers.items()},
+            "standard_error": {name: getattr(errors, name).tolist() for name in numbers},
+            "learning_rates": [
+                np.asarray(each.schedule.values).tolist() for each in self.judgments
+            ],
+            "rate": self.rate,
+            "cap": self.cap,
+            "knee": self.knee,
+            "verdict": self.verdict(),
+            "doubts": list(self.doubts),
+            "families": {name: family.as_dict() for name, family in self.families.items()},
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write front.json, front.png and one JSON file for each schedule of the front.
+
+        **Raises:** `InputError` for a folder that cannot be written, and where a file would replace
+        one that this package did not write.
+        """
+        from esljax.figures import rendered
+
+        folder = Path(folder)
+        schedules = folder / "schedules"
+        names = [schedules / f"point_{i}.json" for i in range(len(self.schedules))]
+        report, figure = folder / "front.json", folder / "front.png"
+        with writing.prepared(schedules, "folder"):
+            writing.claim([report, figure], {}, force=True)
+        content = {"config": {"rate": self.rate, "cap": self.cap}, "versions": storage.versions()}
+        writing.write_json(report, {**self.as_dict(), **content})
+        for path, schedule in zip(names, self.schedules, strict=True):
+            schedule.save(path)
+        writing.replace(figure, rendered(self.plot, "png", writing.signature({}))[0])
+
+
+@door
+def front(
+    problem: Problem,
+    *,
+    key: Key,
+    points: int = 5,
+    knots: int = 10,
+    targets: Sequence[float] | None = None,
+    families: Mapping[str, Family] | None = None,
+    judge_runs: int = 6,
+    rate: float | None = None,
+    iterations: int = _LATER,
+    watcher: Watcher | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> Front:
+    """Find the least Σ at each final loss, and hold families of usual schedules against it.
+
+    **Args:**
+    - `problem`: the learning problem, whose final losses are above 0.
+    - `key`: the source of all keys: of the searches and, apart from them, of the judging.
+    - `points`: P, with slopes λ from .42 to .14. - `knots`: of the searched learning rate.
+    - `targets`: final losses, from high to low, in place of slopes: λ then follows the target, and
+      the schedule found is scaled to end there.
+    - `families`: by name; by default `usual_families()`; an empty mapping for none.
+    - `judge_runs`: held-out runs of each point, at least 2.
+    - `rate`: a constant learning rate clear of the stability limit, found by default; searches try
+      rates of up to four times it.
+    - `iterations`: gradients of each point; half as many more at the first one, and .6 times as
+      many for families.
+    - `watcher`: called at each stage, and with the final loss of each gradient.
+    - `checkpoints`: where to save the points; see `Checkpoints`. A resumed front ends with the same
+      bits.
+
+    **Returns:** `Front`.
+    **Raises:** `InputError` for a problem whose losses are not above 0, or that has no stable rate.
+    **Differentiation:** none; this is a loop on the host around one compiled gradient.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> hills = esl.Quadratic(jnp.array([4.0, 1.0, 0.2]))
+        >>> problem = esl.Problem(
+        ...     hills,
+        ...     members=8,
+        ...     steps=20,
+        ...     snapshots=10,
+        ...     temperature=1e-3,
+        ...     transport=esl.GaussianTransport(),
+        ...     start=lambda key: 2 + jax.random.normal(key, (8, 3)),
+        ... )
+        >>> found = esl.front(
+        ...     problem, key=jax.random.key(0), points=2, knots=3, families={}, iterations=10
+        ... )
+        >>> found.final_loss.shape, len(found.schedules)
+        ((2,), 2)
+    """
+    check_kind("problem", problem, Problem, "be a Problem(potential, ...)")
+    check_key("key", key)
+    for name, value, least in (
+        ("points", points, 1),
+        ("knots", knots, 2),
+        ("judge_runs", judge_runs, 2),
+        ("iterations", iterations, 2),
+    ):
+        check_positive_int(name, value, least)
+    if rate is not None:
+        check_positive("rate", rate)
+    aims = None if targets is None else [float(target) for target in targets]
+    if aims is not None:
+        _check_targets(aims)
+    families = usual_families() if families is None else dict(families)
+    for name, family in families.items():
+        check_kind(f"families[{name!r}]", family, Family, "be a Family(start, make)")
+    watcher = Unwatched() if watcher is None else watcher
+    rate_key, search_key, match_key, judge_key = jax.random.split(key, 4)
+    if rate is None:
+        watcher.stage("rate")
+        rate = float(jnp.asarray(stable_rate(problem, rate_key, watcher.trial)))
+    slopes = np.geomspace(*_SLOPES, points if aims is None else len(aims))
+    search = _Search(
+        problem,
+        search_key,
+        match_keys=jax.random.split(match_key, 2),
+        judge_keys=jax.random.split(judge_key, judge_runs),
+        slopes=slopes,
+        targets=aims,
+        rate=rate,
+        iterations=iterations,
+        watcher=watcher,
+    )
+    all_of = {_MADE: knots_of(knots), **families}
+    about = {
+        **{
+            field.name: getattr(problem, field.name)
+            for field in dataclasses.fields(problem)
+            if field.name != "mesh"
+        },
+        "key": key,
+        "slopes": slopes,
+        "targets": aims,
+        "rate": rate,
+        "knots": knots,
+        "iterations": iterations,
+        "families": sorted(families),
+    }
+    fronts = {}
+    with session(checkpoints, about) as saved:
+        order = [(name, p) for name in all_of for p in range(len(slopes))]
+
+        def like(done: int) -> list[Any]:
+            return [_like(all_of[name].start(rate, search.cap)) for name, _ in order[:done]]
+
+        restored = saved.restore(like)
+        done, found = (0, []) if restored is None else restored
+        for name, family in all_of.items():
+            mine = []
+            for p in range(len(slopes)):
+                place = len(mine) + len(slopes) * len(fronts)
+                if place >= done:
+                    before = mine[-1] if mine else None
+                    found.append(search.point(name, family, p, before))
+                    saved.offer(len(found), lambda: found, last=len(found) == len(order))
+                mine.append(found[place])
+            fronts[name] = search.judged(name, family, mine)
+    return dataclasses.replace(fronts.pop(_MADE), families=fronts)
+
+
+class _Trace:
+    """What a search has seen: the size of its gradients."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def factor(self, norm: float) -> float:
+        """By what to multiply a gradient of that size."""
+        usual = float(np.median(self.norms)) if len(self.norms) > 4 else np.inf
+        self.norms.append(norm)
+        return min(1.0, _CUT * usual / norm) if norm > 0 else 1.0
+
+    @property
+    def spikes(self) -> int:
+        """How many gradients were cut."""
+        norms = np.array(self.norms)
+        return int(np.sum(norms > _CUT * np.median(norms)))
+
+
+@dataclasses.dataclass
+class _Search:
+    problem: Problem
+    key: Key
+    match_keys: Keys
+    judge_keys: Keys
+    slopes: np.ndarray
+    targets: list[float] | None
+    rate: float
+    iterations: int
+    watcher: Watcher
+
+    def __post_init__(self) -> None:
+        self.cap = _CAP * self.rate
+        self.doubts: dict[str, list[str]] = {}
+
+    def point(self, name: str, family: Family, p: int, before: Any) -> Any:
+        """The numbers x of one point of a family, from those of the point before."""
+        self.watcher.stage(f"{name} {p + 1}/{len(self.slopes)}")
+        x = family.start(self.rate / _CAP, self.cap) if before is None else before
+        x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float)), x)
+        count = self.iterations if before is not None else self.iterations * _FIRST // _LATER
+        count = count if name == _MADE else max(2, int(_OF_FAMILIES * count))
+        # Few iterations must move the logarithm of a rate by 1 or 2.
+        optimizer = optax.adam(optax.cosine_decay_schedule(0.15, count), b1=0.8, b2=0.95)
+        memory, trace, weight = optimizer.init(x), _Trace(), float(self.slopes[p])
+        # All searches see the same keys, so that families differ by their shapes alone.
+        key, kept = jax.random.fold_in(self.key, p), []
+        for i in range(count):
+            table, pull = jax.vjp(lambda x: self._table(family, x), x)
+            gradient, loss = _gradient(
+                self.problem, table, jnp.asarray(weight), jax.random.fold_in(key, i)
+            )
+            of_x = pull(gradient)[0]
+            norm = float(optax.tree.norm(of_x))
+            if not np.isfinite(norm):
+                self._doubt(
+                    name,
+                    f"Point {p + 1} of {name}: a gradient is not finite at iteration {i}; the "
+                    "point is the best so far.",
+                )
+                break
+            self.watcher.trial(float(loss))
+            factor = trace.factor(norm)
+            updates, memory = optimizer.update(
+                jax.tree.map(lambda leaf, factor=factor: factor * leaf, of_x), memory, x
+            )
+            x = optax.apply_updates(x, updates)
+            kept.append(x)
+            if self.targets is not None:
+                # λ falls while the loss is above its target.
+                weight *= float(np.clip((self.targets[p] / float(loss)) ** 0.5, 0.8, 1.25))
+        self._judge_search(name, p, trace, count)
+        # The mean of the last quarter has less noise than its last.
+        last = kept[-max(1, count // 4) :]
+        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *last) if last else x
+
+    def judged(self, name: str, family: Family, points: list[Any]) -> Front:
+        """The front of a family, judged on the held-out keys."""
+        schedules, judgments = [], []
+        for p, x in enumerate(points):
+            self.watcher.stage(f"judging {name} {p + 1}/{len(points)}")
+            schedule = family.make(x, self.cap)
+            if self.targets is not None:
+                schedule = match_endpoint(
+                    self.problem,
+                    schedule,
+                    target=self.targets[p],
+                    learning_time=float(jnp.sum(schedule.rates(self.problem.steps))),
+                    keys=self.match_keys,
+                    name=name,
+                    watch=self.watcher.trial,
+                )
+            schedules.append(schedule)
+            judgments.append(judge(self.problem, schedule, self.judge_keys))
+            self.watcher.judged(judgments[-1])
+            ragged = raggedness(schedule, self.problem.steps)
+            if ragged > _RAGGED:
+                self._doubt(
+                    name,
+                    f"Point {p + 1} of {name} is ragged (its log rates vary by {ragged:.2g} beyond "
+                    "one rise and one fall): noise, or rates too near the stability limit, drove "
+                    "it; take more iterations, fewer knots, or a larger slope.",
+                )
+        return Front(
+            slopes=self.slopes,
+            judgments=tuple(judgments),
+            schedules=tuple(schedules),
+            rate=self.rate,
+            cap=self.cap,
+            doubts=tuple(self.doubts.get(name, ())),
+        )
+
+    def _table(self, family: Family, x: Any) -> Array:
+        return self.problem.table(family.make(x, self.cap)).values
+
+    def _doubt(self, name: str, sentence: str) -> None:
+        self.doubts.setdefault(name, []).append(sentence)
+
+    def _judge_search(self, name: str, p: int, trace: _Trace, count: int) -> None:
+        if trace.spikes > count // 10:
+            self._doubt(
+                name,
+                f"Point {p + 1} of {name}: {trace.spikes} of {count} gradients were more than "
+                f"{_CUT:g} times the usual size and were cut; its rates are near the stability "
+                "limit.",
+            )
+
+
+def raggedness(schedule: AbstractSchedule, steps: int) -> float:
+    """The total variation of log η beyond that of one rise to the largest rate and one fall."""
+    rates = np.asarray(schedule.rates(steps), float)
+    logs = np.log(np.maximum(rates, 1e-3 * rates.max()))
+    once = 2 * logs.max() - logs[0] - logs[-1]
+    return float(np.sum(np.abs(np.diff(logs))) - once)
+
+
+@eqx.filter_jit
+def _gradient(
+    problem: Problem, table: Array, slope: Scalar, key: Key
+) -> tuple[Float[Array, " knots"], Scalar]:
+    """The gradient of log loss + λ log Σ in the table of rates, and the loss, of one run."""
+
+    def objective(values: Array) -> tuple[Scalar, Scalar]:
+        outcome = problem.run(Knots(values, "linear"), key)
+        sigma = outcome.report.entropy_production
+        return jnp.log(outcome.final_loss) + slope * jnp.log(sigma), outcome.final_loss
+
+    return jax.grad(objective, has_aux=True)(table)
+
+
+def _like(x: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float)), x)
+
+
+def _check_targets(targets: list[float]) -> None:
+    falling = all(a > b for a, b in itertools.pairwise(targets))
+    if not targets or not falling or targets[-1] <= 0:
+        raise refuse("targets", "be final losses above 0, from high to low", f"is {targets}")
