@@ -31,6 +31,7 @@ class Wave(esl.AbstractSchedule):
     periods: int = 2
     phase: float = 0.25
     label: str = "wave"
+    more: float | None = None
 
     def __call__(self, s):
         return self.mean * self.within(s) * (2 + jnp.sin(self.periods * s + self.phase))
@@ -368,9 +369,11 @@ def test_a_damaged_file_is_one_sentence(content, sentence, tmp_path, refused):
 def test_files_that_cannot_be_read_or_written(tmp_path, refused):
     cosine = esl.Cosine(0.1)
     (tmp_path / "file").write_text("")
-    readable = "`path` must be a readable file, but .* gives: "
-    refused(lambda: esl.load_schedule(tmp_path / "none.json"), readable + "No such file")
-    refused(lambda: esl.load_schedule(tmp_path), readable + "Is a directory")
+    os.mkfifo(tmp_path / "pipe")
+    readable = "`path` must be a readable file, but .* "
+    refused(lambda: esl.load_schedule(tmp_path / "none.json"), readable + "gives: No such file")
+    refused(lambda: esl.load_schedule(tmp_path), readable + "is a folder")
+    refused(lambda: esl.load_schedule(tmp_path / "pipe"), readable + "is a pipe")
     refused(lambda: esl.load_schedule(3), "`path` must be the path of a file, but is an int")
     replaced = "`path` must be where nothing but a saved schedule is replaced, but .* is there, a "
     refused(lambda: cosine.save(tmp_path), replaced + "folder that is none")

@@ -59,9 +59,7 @@ def encode(schedule: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     nested = {name: x.as_dict() for name, x in fields.items() if hasattr(x, "as_dict")}
     others = {name: _plain(name, x) for name, x in fields.items() if name not in arrays | nested}
     types = {name: fields[name].dtype.name for name in arrays}
-    one = len(set(types.values())) == 1 and not any(
-        isinstance(x, int | float | list) for x in others.values()
-    )
+    one = len(set(types.values())) == 1 and all(isinstance(x, str) for x in others.values())
     content = {name: (arrays | nested | others)[name] for name in fields}
     head: dict[str, Any] = {"kind": name_of(kind)}
     if types:
@@ -145,8 +143,11 @@ def read(path: Any) -> Any:
     """The content of a JSON file. **Raises:** `InputError` if it cannot be read."""
     if not isinstance(path, str | Path):
         raise refuse("path", "be the path of a file", f"is {in_words(path)}")
+    path = Path(path)
+    if path.exists() and not path.is_file():  # nobody may ever write to a pipe
+        raise refuse("path", "be a readable file", f"{path} is {storage.described(path)}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise refuse("path", "be a readable file", f"{path} gives: {error.strerror}") from error
     except ValueError as error:
