@@ -38,12 +38,12 @@ class Wave(esl.AbstractSchedule):
 
 
 class Own(esl.AbstractSchedule):
-    """A user's own with a constructor that does not take its fields."""
+    """A user's own with a constructor that does not take its field as it is."""
 
     rate: jax.Array
 
-    def __init__(self, half):
-        self.rate = 2 * jnp.asarray(half)
+    def __init__(self, rate):
+        self.rate = 2 * jnp.asarray(rate)
 
     def __call__(self, s):
         return self.rate * s
@@ -347,7 +347,7 @@ DAMAGED = [
     ({**KNOTS, "interpolation": "cubic"}, "`interpolation` must be one of"),
     ({**KNOTS, "log_values": [0.1, 0.2]}, "`log_values` are not those of `values`"),
     (
-        {**esl.Knots([0.1, 0.2]).as_dict(), "values": [0.1, 0.3]},
+        {**KNOTS, "interpolation": "log-linear", "log_values": [-2.3025851, -1.2]},
         "`values` are not those of `log_values`",
     ),
 ]
