@@ -143,11 +143,11 @@ class AbstractSchedule(eqx.Module):
         **Example:**
 
             >>> import esljax as esl
-            >>> print(esl.Linear(0.5, 0.1).to_code("pytorch", steps=4))
+            >>> print(esl.Linear(1.0, 0.5).to_code("pytorch", steps=4))
             import torch
             <BLANKLINE>
-            # Linear: start 0.5, end 0.1
-            rates = [0.5, 0.4, 0.3, 0.2, 0.1]
+            # Linear: start 1, end 0.5
+            rates = [1.0, 0.875, 0.75, 0.625, 0.5]
             <BLANKLINE>
             <BLANKLINE>
             def schedule(count):

@@ -33,7 +33,7 @@ class Warmup(AbstractSchedule):
         >>> [round(float(rate), 6) for rate in warm.rates(10)]
         [0.0, 0.5, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
         >>> print(warm)
-        Warmup: from 0 over 0.1 of the run, then Linear: start 1, end 0
+        Warmup: from 0 over 0.2 of the run, then Linear: start 1, end 0
     """
 
     shape: AbstractSchedule = eqx.field(converter=functools.partial(as_schedule, argument="shape"))
