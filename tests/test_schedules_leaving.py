@@ -344,7 +344,7 @@ DAMAGED = [
     ({"kind": "Warmup", "shape": {}}, "in `shape` is of the kind None"),
     ({**KNOTS, "values": [0.1]}, "is no valid Knots: Argument `values` must have shape"),
     ({**KNOTS, "values": [[0.1], [0.2, 0.3]]}, "has a `values` that is no array of numbers"),
-    ({**KNOTS, "interpolation": "cubic"}, "`interpolation` must be one of"),
+    ({**KNOTS, "interpolation": "cubic"}, "`interpolation` must be one of|: Type-check"),
     ({**KNOTS, "log_values": [0.1, 0.2]}, "`log_values` are not those of `values`"),
     (
         {**KNOTS, "interpolation": "log-linear", "log_values": [-2.3025851, -1.2]},
@@ -360,7 +360,7 @@ def test_a_damaged_file_is_one_sentence(content, sentence, tmp_path, refused):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(
         lambda: esl.load_schedule(path),
-        rf"`path` must hold a schedule .*json {sentence}|{sentence}",
+        rf"`path` must hold a schedule that `save` wrote, but .*schedule\.json .*({sentence})",
     )
     if isinstance(content, dict):
         refused(lambda: esl.schedules.from_dict(content), sentence)

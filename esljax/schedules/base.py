@@ -15,7 +15,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -187,7 +187,7 @@ class AbstractSchedule(eqx.Module):
         return record.encode(self, {name: getattr(self, name) for name in names})
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+    def from_fields(cls, fields: Mapping[str, Any]) -> "AbstractSchedule":
         """The schedule of this class whose `as_dict` has these fields, arrays as arrays again.
 
         **Raises:** `TypeError` or `ValueError` for fields that make none.
