@@ -15,7 +15,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -85,7 +85,7 @@ class AbstractSchedule(eqx.Module):
         return jax.vmap(self.over(steps))(times)
 
     @door
-    def to_optax(self, steps: int) -> Callable[[Any], Scalar]:
+    def to_optax(self, steps: int) -> Callable[[Any], Array]:
         """The optax schedule of a run of `steps` steps: the inverse of `FromOptax`.
 
         At count k = 0, ..., K-1 it is bit for bit the k-th of `rates(K)`, under `jit` as well; from
@@ -114,10 +114,12 @@ class AbstractSchedule(eqx.Module):
             table = self._table(steps)
         still = jax.tree.map(jax.lax.stop_gradient, schedule)
 
-        def read(count: Any) -> Scalar:
-            count = jnp.clip(jnp.asarray(count), 0, steps)
+        @door
+        def read(count: Any) -> Array:
+            count = jnp.asarray(count)
             if not jnp.issubdtype(count.dtype, jnp.floating):
-                return table[count.astype(int)]
+                return table[jnp.clip(count.astype(int), 0, steps)]
+            count = jnp.clip(count, 0, steps)
             nearest = jnp.round(count)
             slope = still(count / steps)
             at_step = table[nearest.astype(int)] + (slope - jax.lax.stop_gradient(slope))
@@ -143,11 +145,11 @@ class AbstractSchedule(eqx.Module):
         **Example:**
 
             >>> import esljax as esl
-            >>> print(esl.Linear(0.5, 0.1).to_code("pytorch", steps=4))
+            >>> print(esl.Linear(1.0, 0.5).to_code("pytorch", steps=4))
             import torch
             <BLANKLINE>
-            # Linear: start 0.5, end 0.1
-            rates = [0.5, 0.4, 0.3, 0.2, 0.1]
+            # Linear: start 1, end 0.5
+            rates = [1.0, 0.875, 0.75, 0.625, 0.5]
             <BLANKLINE>
             <BLANKLINE>
             def schedule(count):
@@ -169,6 +171,7 @@ class AbstractSchedule(eqx.Module):
             raise refuse("schedule", "be finite at every step", f"is {in_short(values)}")
         return code.LIBRARIES[library](str(self), values)
 
+    @door
     def as_dict(self) -> dict[str, Any]:
         """The schedule in types that JSON holds: what `save` writes and `from_dict` reads.
 
@@ -186,7 +189,7 @@ class AbstractSchedule(eqx.Module):
         return record.encode(self, {name: getattr(self, name) for name in names})
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+    def from_fields(cls, fields: Mapping[str, Any]) -> "AbstractSchedule":
         """The schedule of this class whose `as_dict` has these fields, arrays as arrays again.
 
         **Raises:** `TypeError` or `ValueError` for fields that make none.
@@ -200,6 +203,7 @@ class AbstractSchedule(eqx.Module):
                 raise TypeError(f"`{name}` is missing")
         return cls(**fields)
 
+    @door
     def save(self, path: str | Path) -> None:
         """Write the schedule to a JSON file that `load_schedule` reads back bit for bit.
 
@@ -219,6 +223,7 @@ class AbstractSchedule(eqx.Module):
         """
         record.write(path, self.as_dict())
 
+    @door
     def __str__(self) -> str:
         return f"{type(self).__name__}: {self._summary()}"
 
@@ -227,7 +232,7 @@ class AbstractSchedule(eqx.Module):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return ", ".join(f"{name} {in_short(value)}" for name, value in fields.items())
 
-    def _table(self, steps: int) -> Float[Array, " K+1"]:
+    def _table(self, steps: int) -> Float[Array, " values"]:
         """The values of a run and that at its end."""
         rates = self.rates(steps)
         record.check_one_number(rates.shape[1:])

@@ -29,7 +29,7 @@ def check_known(schedule: Any) -> None:
     if not known(schedule):
         raise refuse(
             "schedule",
-            "have known numbers to leave jax, outside of jit, grad and vmap",
+            "have known numbers to leave, outside of jit, grad and vmap",
             "is traced",
         )
 
@@ -57,9 +57,7 @@ def encode(schedule: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     nested = {name: x.as_dict() for name, x in fields.items() if hasattr(x, "as_dict")}
     others = {name: _plain(name, x) for name, x in fields.items() if name not in arrays | nested}
     types = {name: fields[name].dtype.name for name in arrays}
-    one = len(set(types.values())) == 1 and not any(
-        isinstance(x, int | float | list) for x in others.values()
-    )
+    one = len(set(types.values())) == 1 and all(isinstance(x, str) for x in others.values())
     content = {name: (arrays | nested | others)[name] for name in fields}
     head: dict[str, Any] = {"kind": name_of(kind)}
     if types:
@@ -120,17 +118,25 @@ def write(path: Any, content: dict[str, Any]) -> None:
     path = Path(path)
     if _has_a_gap(content):
         raise refuse("schedule", "be finite to be saved", "has numbers that are not")
-    storage.make_folder(path.parent, "path")
-    try:
-        writing.replace(path, writing.as_json(content), argument="path", ours=_is_schedule)
-    except OSError as error:
-        raise refuse(
-            "path", "be a file that can be written", f"{path} gives: {error.strerror}"
-        ) from error
+    with writing.prepared(path.parent, "path"):
+        try:
+            writing.replace(path, writing.as_json(content), argument="path", ours=_is_schedule)
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise refuse(
+                "path", "be a file that can be written", f"{str(path)!r} gives: {reason}"
+            ) from error
 
 
 def _is_schedule(content: bytes) -> bool:
-    """Whether `write` wrote this: the kind of a schedule, laid out as it lays files out."""
+    """Whether `write` wrote this: the kind of a schedule, laid out as it lays files out.
+
+    An empty file, as `tempfile` leaves one, holds nothing to lose.
+    """
+    if not content:
+        return True
     try:
         record = json.loads(content)
     except (ValueError, RecursionError):
@@ -143,8 +149,11 @@ def read(path: Any) -> Any:
     """The content of a JSON file. **Raises:** `InputError` if it cannot be read."""
     if not isinstance(path, str | Path):
         raise refuse("path", "be the path of a file", f"is {in_words(path)}")
+    path = Path(path)
+    if path.exists() and not path.is_file():  # nobody may ever write to a pipe
+        raise refuse("path", "be a readable file", f"{path} is {storage.described(path)}")
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise refuse("path", "be a readable file", f"{path} gives: {error.strerror}") from error
     except ValueError as error:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from esljax._checks import check_choice, in_words, refuse
+from esljax._checks import check_choice, door, in_words, refuse
 from esljax.schedules import record
 from esljax.schedules.base import AbstractSchedule
 from esljax.schedules.shapes import (
@@ -31,6 +31,7 @@ _KINDS: tuple[type[AbstractSchedule], ...] = (
 )
 
 
+@door
 def load_schedule(
     path: str | Path,
     *,
@@ -57,6 +58,7 @@ def load_schedule(
     return _decoded(record.read(path), kinds, dtype, record.wrong_file(path))
 
 
+@door
 def from_dict(
     content: Mapping[str, Any],
     *,

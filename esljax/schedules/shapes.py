@@ -211,7 +211,8 @@ class Piecewise(AbstractSchedule):
     def __call__(self, s: ScalarLike) -> Scalar:
         s = as_float(s)
         # A compiler may divide k by K as k times 1/K: step k must still be on its own side.
-        passed = s[..., None] >= np.asarray(self.boundaries) - 2 * float(jnp.finfo(s.dtype).eps)
+        times = jnp.asarray(self.boundaries, s.dtype) - 2 * jnp.finfo(s.dtype).eps
+        passed = s[..., None] >= times
         return self.values[jnp.sum(passed, axis=-1, dtype=int)]
 
     def corners(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Schedules from tables and functions: knots and what lies between them, and optax schedules."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -14,6 +14,7 @@ from esljax._checks import (
     check_choice,
     check_finite,
     check_positive,
+    door,
     in_words,
     known,
     refuse,
@@ -62,7 +63,8 @@ class Knots(AbstractSchedule):
         self.interpolation = interpolation
 
     @classmethod
-    def from_rates(cls, rates: Any) -> Self:
+    @door
+    def from_rates(cls, rates: Any) -> "Knots":
         """The inverse of `rates(K)`: the schedule whose K steps read exactly these K values.
 
         They are the values at s = k/K and so K of the K+1 linear knots at 0, 1/K, ..., 1; the last
@@ -103,6 +105,7 @@ class Knots(AbstractSchedule):
     def corners(self) -> np.ndarray:
         return np.linspace(0, 1, self.parameters.size)[1:-1]
 
+    @door
     def as_dict(self) -> dict[str, Any]:
         fields = {"interpolation": self.interpolation, "values": self.values}
         if self.interpolation == "log-linear":
@@ -111,11 +114,11 @@ class Knots(AbstractSchedule):
         return record.encode(self, fields)
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> Self:
+    def from_fields(cls, fields: Mapping[str, Any]) -> "Knots":
         fields = dict(fields)
         logs = fields.pop("log_values", None)
         if logs is None:
-            return super().from_fields(fields)
+            return cls(**fields)
         values = as_float(fields.get("values", ()))
         if fields.get("interpolation") != "log-linear" or values.shape != jnp.shape(logs):
             raise ValueError("`log_values` are not those of `values`")
@@ -124,7 +127,7 @@ class Knots(AbstractSchedule):
         # 1e-3 for half precision; a value may have underflowed.
         if not np.allclose(values, expected, rtol=1e-3, atol=1e-37, equal_nan=True):
             raise ValueError("`values` are not those of `log_values` (delete the latter)")
-        knots = super().from_fields({**fields, "values": jnp.ones_like(values)})
+        knots = cls(**{**fields, "values": jnp.ones_like(values)})
         return eqx.tree_at(lambda knots: knots.parameters, knots, as_float(logs))
 
     def _summary(self) -> str:
@@ -166,6 +169,7 @@ class FromOptax(AbstractSchedule):
     def over(self, steps: int) -> "FromOptax":
         return self if self.steps is not None else FromOptax(self.fn, steps)
 
+    @door
     def as_dict(self) -> dict[str, Any]:
         """The table of its values: a file cannot hold a function. See `Knots.as_dict`."""
         if self.steps is None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import as_float, check_positive, known, refuse
+from esljax._numerics import safe_divide
 from esljax._types import Array, Float, Scalar, ScalarLike
 from esljax.results import in_short
 from esljax.schedules.base import AbstractSchedule
@@ -32,7 +33,7 @@ class Warmup(AbstractSchedule):
         >>> [round(float(rate), 6) for rate in warm.rates(10)]
         [0.0, 0.5, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
         >>> print(warm)
-        Warmup: from 0 over 0.1 of the run, then Linear: start 1, end 0
+        Warmup: from 0 over 0.2 of the run, then Linear: start 1, end 0
     """
 
     shape: AbstractSchedule = eqx.field(converter=functools.partial(as_schedule, argument="shape"))
@@ -45,11 +46,11 @@ class Warmup(AbstractSchedule):
             raise refuse("fraction", "be less than 1", f"is {in_short(self.fraction)}")
 
     def __call__(self, s: ScalarLike) -> Scalar:
-        left = jnp.clip((s - self.fraction) / (1 - self.fraction), 0, 1)
+        left = jnp.clip(safe_divide(s - self.fraction, 1 - self.fraction), 0, 1)
         value = self.shape(left)
         # Before its start the shape stands at its first value, whatever its slope there.
         first = self.shape(jnp.zeros_like(left))
-        rise = self.start + (first - self.start) * (s / self.fraction)
+        rise = self.start + (first - self.start) * safe_divide(jnp.asarray(s), self.fraction)
         return jnp.where(s < self.fraction, rise, value)
 
     def over(self, steps: int) -> "Warmup":
