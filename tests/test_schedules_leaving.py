@@ -187,7 +187,7 @@ def same(one, other):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @every
 def test_a_saved_schedule_comes_back_to_the_bit(name, dtype, x64, tmp_path):
     scale = np.random.default_rng(0)
@@ -343,7 +343,7 @@ def test_files_that_cannot_be_read_or_written(tmp_path, refused):
     refused(lambda: esl.load_schedule(tmp_path / "none.json"), readable + "No such file")
     refused(lambda: esl.load_schedule(tmp_path), readable + "Is a directory")
     refused(lambda: esl.load_schedule(3), "`path` must be the path of a file, but is an int")
-    refused(lambda: cosine.save(tmp_path), "`path` must be a file that can be written")
+    refused(lambda: cosine.save(tmp_path), "`path` must be where nothing but results of esljax")
     refused(lambda: cosine.save(tmp_path / "file" / "x.json"), "`path` must be a folder that can")
     refused(lambda: cosine.save(3), "`path` must be the path of a file, but is an int")
 

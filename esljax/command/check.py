@@ -23,7 +23,7 @@ import rich.table
 
 from esljax import gaussian
 from esljax._types import Array, Float, Scalar, ScalarLike
-from esljax.command.streams import legible, wide
+from esljax.command.streams import legible, print_whole
 from esljax.experiment import enable
 from esljax.measures import SpeedLimit, speed_limit
 from esljax.potentials import Quadratic
@@ -74,8 +74,6 @@ def run_checks(*, quiet: bool = False) -> bool:
     )
     for heading, justify in _COLUMNS.items():
         table.add_column(heading, justify=justify, no_wrap=True)
-    # A narrow terminal breaks lines, and cuts off no number.
-    wide(console, _WIDTH)
     failures, troubles = 0, []
     before = jax.config.read("jax_enable_x64")
     enable("float64")
@@ -92,7 +90,7 @@ def run_checks(*, quiet: bool = False) -> bool:
     finally:
         enable("float64" if before else "float32")
     if table.row_count:
-        console.print(table)
+        print_whole(console, table)
     for trouble in troubles:
         console.print(trouble, markup=False, highlight=False, soft_wrap=True)
     if not quiet:
@@ -101,8 +99,7 @@ def run_checks(*, quiet: bool = False) -> bool:
     return failures == 0
 
 
-_WIDTH = 80
-# Narrow enough for that; errors are relative.
+# Narrow enough for 80 columns; errors are relative.
 _COLUMNS: dict[str, Literal["left", "right"]] = {
     "label": "left",
     "what": "left",

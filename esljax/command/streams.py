@@ -10,12 +10,14 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import rich.console
+import rich.table
 
 # Spellings in ASCII of the signs that reports use.
 _SPELLED = {
@@ -64,18 +66,45 @@ def wide(console: rich.console.Console, width: int) -> rich.console.Console:
     return console
 
 
+def print_whole(console: rich.console.Console, table: rich.table.Table) -> None:
+    """Print a table whose lines a narrow terminal breaks, rather than its numbers."""
+    options = console.options.update(max_width=10_000)
+    wide(console, console.measure(table, options=options).maximum).print(table)
+
+
 @contextlib.contextmanager
 def patient() -> Iterator[None]:
     """Let nothing that is printed in the block raise, and leave one line for each warning."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Patient(before[0]), _Patient(before[1])
     try:
-        with _quiet():
+        with _quiet(), _some_columns():
             yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+# On fewer columns than these, the help of a command has no end.
+_COLUMNS = 40
+
+
+@contextlib.contextmanager
+def _some_columns() -> Iterator[None]:
+    """Lay text out for some columns at least, however few a terminal has or claims to have."""
+    if shutil.get_terminal_size().columns >= _COLUMNS:
+        yield
+        return
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(_COLUMNS)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 class _Patient(io.TextIOBase):

@@ -12,10 +12,14 @@ code it carries. Any error of a decoder on a broken file becomes an `InputError`
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import math
 import os
+import sys
+import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,7 +82,9 @@ class Archive:
                 pickled = header.dtype is not None
                 raise refuse(
                     argument,
-                    NO_PICKLE if pickled else "be plain arrays of a type that NumPy has",
+                    NO_PICKLE
+                    if pickled
+                    else f"be arrays of a type that NumPy has (save float32, or skip={key!r})",
                     f"`{key}` of {self.path} is {'pickled' if pickled else header.kind}",
                 )
 
@@ -95,7 +101,7 @@ class Archive:
         return {key: _native(array) for key, array in arrays.items()}
 
 
-def check_room(argument: str, where: str, nbytes: float) -> None:
+def check_room(argument: str, where: str, nbytes: int) -> None:
     """Reject what the memory of this machine cannot hold.
 
     **Raises:** `InputError` with both numbers.
@@ -119,15 +125,16 @@ def decoding(argument: str, path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except OSError as error:
-        raise refuse(
-            argument, "be readable", f"{path} gives: {error.strerror or first_sentence(error)}"
-        ) from error
     except Exception as error:
-        # On arbitrary bytes each decoder fails in its own way (struct, zlib, syntax, memory, ...).
-        raise refuse(
-            argument, "be a whole, readable file", f"{path} is not: {first_sentence(error)}"
-        ) from error
+        raise _undecoded(argument, path, error) from error
+
+
+def _undecoded(argument: str, path: Path, error: Exception) -> InputError:
+    # On arbitrary bytes each decoder fails in its own way (struct, zlib, syntax, memory, ...).
+    if isinstance(error, OSError):
+        was = f"{path} gives: {error.strerror or first_sentence(error)}"
+        return refuse(argument, "be readable", was)
+    return refuse(argument, "be a whole, readable file", f"{path} is not: {first_sentence(error)}")
 
 
 def refuse_pickle(argument: str, path: Path) -> None:
@@ -182,7 +189,12 @@ def _npz(argument: str, path: Path) -> Archive:
 def _npy_header(argument: str, where: str, stored: Any, entry: zipfile.ZipInfo) -> Header:
     if not entry.filename.endswith(".npy"):
         return Header((), None, "no array")
-    header, start = _read_header(stored)
+    try:
+        header, start = _read_header(stored)
+    except ValueError as error:
+        if "descr" not in str(error):
+            raise
+        return Header((), None, "of another type, as far as NumPy can tell")
     _check_size(argument, where, header, entry.file_size - start)
     return header
 
@@ -196,12 +208,11 @@ def _read_header(stored: Any) -> tuple[Header, int]:
     shape = tuple(int(n) for n in shape)
     if any(n < 0 for n in shape):
         raise ValueError(f"it declares the shape {shape}")
-    return Header(shape, _with_bfloat16(dtype), str(dtype)), stored.tell()
+    return Header(shape, _of_raw_bytes(dtype), str(dtype)), stored.tell()
 
 
 def _check_size(argument: str, where: str, header: Header, stored: int) -> None:
-    assert header.dtype is not None
-    if not header.dtype.hasobject and header.nbytes != stored:
+    if header.dtype is not None and not header.dtype.hasobject and header.nbytes != stored:
         check_room(argument, where, header.nbytes)
         raise refuse(
             argument,
@@ -221,10 +232,11 @@ def _npy(argument: str, path: Path) -> Archive:
     return Archive(path, {"array": header}, load)
 
 
-def _with_bfloat16(dtype: np.dtype) -> np.dtype:
-    # np.save does not know bfloat16 and writes it as two raw bytes, as it does no other number.
-    # One raw byte may be any of several types of eight bits, and stays what it is.
-    return np.dtype(jnp.bfloat16) if dtype == np.dtype("V2") else dtype
+def _of_raw_bytes(dtype: np.dtype) -> np.dtype | None:
+    # np.save does not know bfloat16 and writes it as two raw bytes, as it does no other number. One
+    # raw byte may be any of several types of eight bits.
+    raw = {np.dtype("V2"): np.dtype(jnp.bfloat16), np.dtype("V1"): None}
+    return raw.get(dtype, dtype)
 
 
 def _native(array: np.ndarray) -> np.ndarray:
@@ -264,7 +276,7 @@ def _safetensors(argument: str, path: Path) -> Archive:
         length = int.from_bytes(file.read(8), "little")
         content = json.loads(file.read(length))
     content.pop("__metadata__", None)
-    headers, places = {}, {}
+    headers, places, types = {}, {}, {}
     for key, stated in content.items():
         known = _SAFETENSORS.get(stated["dtype"])
         dtype = None if known is None else np.dtype(known)
@@ -272,6 +284,7 @@ def _safetensors(argument: str, path: Path) -> Archive:
         places[key] = 8 + length + stated["data_offsets"][0]
         stored = stated["data_offsets"][1] - stated["data_offsets"][0]
         if dtype is not None:
+            types[key] = dtype.newbyteorder("<")  # by definition of the format
             _check_size(argument, f"`{key}` of {path}", headers[key], stored)
 
     def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
@@ -279,14 +292,11 @@ def _safetensors(argument: str, path: Path) -> Archive:
         with path.open("rb") as file:
             for key in keys:
                 header = headers[key]
-                assert header.dtype is not None
                 file.seek(places[key])
                 data = bytearray(header.nbytes)
                 if file.readinto(data) != header.nbytes:
                     raise refuse(argument, "be whole arrays", f"`{key}` of {path} is cut short")
-                # Little-endian by definition of the format.
-                order = header.dtype.newbyteorder("<")
-                arrays[key] = np.frombuffer(data, order).reshape(header.shape)
+                arrays[key] = np.frombuffer(data, types[key]).reshape(header.shape)
         return arrays
 
     return Archive(path, headers, load)
@@ -306,13 +316,14 @@ def open_zarr(argument: str, path: Path) -> Archive:
             f"is {path}",
         ) from error
     if not (path / "zarr.json").exists():
-        found = "of version 2" if any((path / name).exists() for name in _OLD) else "none"
+        old = any((path / name).exists() for name in _OLD)
         raise refuse(
             argument,
             "be a Zarr group of version 3 (zarr.save_group with zarr_format=3)",
-            f"{path} is {found}",
+            f"{path} is of version 2" if old else f"{path} has no zarr.json",
         )
-    with decoding(argument, path):
+    with decoding(argument, path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr warns of what is refused below
         if json.loads((path / "zarr.json").read_bytes()).get("node_type") == "array":
             raise refuse(argument, "be a Zarr group of arrays", f"{path} is one array")
         # The consolidated copy of the metadata could name arrays that are gone.
@@ -344,7 +355,10 @@ def _zarr_array(argument: str, where: str, array: Any) -> np.ndarray:
     """Return an array of which every chunk is stored; Zarr fills in those that are not."""
     chunk = math.prod(array.shards or array.chunks) * array.dtype.itemsize
     check_room(argument, f"a chunk of {where}", chunk)
-    first, second = (_filled(array, value) for value in _two_values(array.dtype))
+    first = _filled(array, np.nan if array.dtype.kind == "f" else 0)
+    if array.dtype.kind == "f" and not np.isnan(first).any():
+        return first
+    second = _filled(array, 0 if array.dtype.kind == "f" else 1)
     if first.tobytes() != second.tobytes():
         equal = first.view(np.uint8) if first.ndim else first.reshape(1).view(np.uint8)
         other = second.view(np.uint8) if second.ndim else second.reshape(1).view(np.uint8)
@@ -358,15 +372,12 @@ def _zarr_array(argument: str, where: str, array: Any) -> np.ndarray:
     return first
 
 
-def _two_values(dtype: np.dtype) -> tuple[Any, Any]:
-    return (False, True) if dtype.kind == "b" else (dtype.type(0), dtype.type(1))
-
-
 def _filled(array: Any, value: Any) -> np.ndarray:
     import zarr
 
     inner = array.async_array if hasattr(array, "async_array") else array._async_array
-    metadata = dataclasses.replace(inner.metadata, fill_value=value)
+    filling = array.dtype.type(value)
+    metadata = dataclasses.replace(inner.metadata, fill_value=filling)
     read = zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=inner.store_path))[...]
     return np.ascontiguousarray(read).reshape(array.shape)
 
@@ -386,8 +397,7 @@ def open_orbax(argument: str, path: Path) -> Archive:
 
     path = path.resolve()
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    with decoding(argument, path), _silence("absl"):
-        stored = checkpointer.metadata(path).item_metadata
+    stored = _quietly(argument, path, lambda: checkpointer.metadata(path).item_metadata)
     if stored is None:
         raise refuse(
             argument,
@@ -410,10 +420,8 @@ def open_orbax(argument: str, path: Path) -> Archive:
         item = jax.tree.map(lambda leaf: leaf if next(names) in wanted else ocp.PLACEHOLDER, tree)
         # As NumPy arrays: the devices that it was saved from need not exist here.
         plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        with _silence("absl"):
-            whole = checkpointer.restore(
-                path, args=ocp.args.PyTreeRestore(item=item, restore_args=plain)
-            )
+        wanted_only = ocp.args.PyTreeRestore(item=item, restore_args=plain)
+        whole = _quietly(argument, path, lambda: checkpointer.restore(path, args=wanted_only))
         return {key: np.asarray(leaf) for key, leaf in named(whole) if key in wanted}
 
     return Archive(path, headers, load)
@@ -428,15 +436,36 @@ def _orbax_header(leaf: Any) -> Header:
     return Header(tuple(getattr(leaf, "shape", None) or ()), dtype, kind)
 
 
-@contextlib.contextmanager
-def _silence(name: str) -> Iterator[None]:
-    """Silence a logger that repeats the error which is raised anyway."""
-    logger = logging.getLogger(name)
-    before, logger.disabled = logger.disabled, True
+def _quietly(argument: str, path: Path, call: Callable[[], Any]) -> Any:
+    """Call Orbax, and turn an error of it into one sentence.
+
+    On damaged files Orbax logs the error that it raises, and drops tasks whose errors are printed
+    when they are collected, or when they find that their loop has ended.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.disabled for logger in loggers], sys.excepthook, sys.unraisablehook
     try:
-        yield
+        for logger in loggers:
+            logger.disabled = True
+        sys.excepthook = sys.unraisablehook = lambda *_: None
+        try:
+            return call()
+        except InputError:
+            raise
+        except Exception as error:
+            # Without the error itself, whose frames hold the tasks.
+            refusal = _undecoded(argument, path, error)
+        gc.collect()
+        time.sleep(_REST)
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before[0], strict=True):
+            logger.disabled = disabled
+        sys.excepthook, sys.unraisablehook = before[1:]
+    raise refusal
+
+
+# Seconds in which the dropped tasks end; they only read a few kilobytes.
+_REST = 0.05
 
 
 # Several as one

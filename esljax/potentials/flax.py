@@ -18,6 +18,7 @@ from esljax._checks import (
     as_real,
     check_choice,
     check_finite,
+    check_fits,
     check_key,
     check_nonnegative,
     door,
@@ -136,6 +137,10 @@ class FlaxLoss(AbstractPotential):
                 ", ".join(self.dropped),
             )
 
+    @property
+    def parameter_keys(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return self.network.layout.keys()
+
     @door
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         inputs, labels = self.inputs, self.labels
@@ -174,6 +179,13 @@ class FlaxLoss(AbstractPotential):
         """
         members = as_count("members", members)
         check_key("key", key)
+        member: Any = jax.eval_shape(self.network.initialize, key)
+        check_fits(
+            "members",
+            2 * members * member.size * member.dtype.itemsize,
+            f"{members:,} members of {member.size:,} numbers",
+            "take fewer members or a smaller network",
+        )
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(members))
         return jax.vmap(self.network.initialize)(keys)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import InputError, first_sentence, in_words, known, refuse
-from esljax.files import storage
+from esljax.files import storage, writing
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 """The types of numbers that a file may name."""
@@ -111,7 +111,10 @@ def name_of(kind: type) -> str:
 
 
 def write(path: Any, content: dict[str, Any]) -> None:
-    """Write `content` to a file at once. **Raises:** `InputError` if that fails."""
+    """Write `content` to a file at once, in the place of none or of another schedule.
+
+    **Raises:** `InputError` if that fails, or if something else is there.
+    """
     if not isinstance(path, str | Path):
         raise refuse("path", "be the path of a file", f"is {in_words(path)}")
     path = Path(path)
@@ -119,11 +122,21 @@ def write(path: Any, content: dict[str, Any]) -> None:
         raise refuse("schedule", "be finite to be saved", "has numbers that are not")
     storage.make_folder(path.parent, "path")
     try:
-        storage.write_json(path, content)
+        writing.replace(path, writing.as_json(content), argument="path", ours=_is_schedule)
     except OSError as error:
         raise refuse(
             "path", "be a file that can be written", f"{path} gives: {error.strerror}"
         ) from error
+
+
+def _is_schedule(content: bytes) -> bool:
+    """Whether `write` wrote this: the kind of a schedule, laid out as it lays files out."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    known = isinstance(record, dict) and isinstance(record.get("kind"), str)
+    return known and writing.as_json(record) == content
 
 
 def read(path: Any) -> Any:

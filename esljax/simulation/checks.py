@@ -18,6 +18,7 @@ from esljax._checks import (
     refuse,
     wrong_answer,
 )
+from esljax._numerics import divisors
 from esljax._types import Array, Float, Key
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.simulation.diffusion import Diffusion
@@ -52,10 +53,9 @@ def check_links(steps: int, snapshots: int) -> None:
     check_positive_int("steps", steps)
     check_positive_int("snapshots", snapshots)
     if steps % snapshots:
-        divisors = [j for j in range(1, steps + 1) if steps % j == 0]
         near = [
-            *[j for j in divisors if j < snapshots][-1:],
-            *[j for j in divisors if j > snapshots][:1],
+            *[j for j in divisors(steps) if j < snapshots][-1:],
+            *[j for j in divisors(steps) if j > snapshots][:1],
         ]
         raise refuse(
             "snapshots",
