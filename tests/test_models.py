@@ -273,7 +273,7 @@ class Lazy(nnx.Module):
     def __call__(self, x):
         if not hasattr(self, "scale"):
             self.scale = nnx.Param(jnp.ones(x.shape[-1]))
-        return self.out(x * self.scale)
+        return self.out(x * self.scale[...])
 
 
 class Complex(nnx.Module):
@@ -281,7 +281,7 @@ class Complex(nnx.Module):
         self.scale = nnx.Param(jnp.ones(3, jnp.complex64))
 
     def __call__(self, x):
-        return x[:, :3] * jnp.abs(self.scale)
+        return x[:, :3] * jnp.abs(self.scale[...])
 
 
 class Features(nnx.Module):
@@ -372,7 +372,7 @@ REFUSED = {
     ),
     "accuracy of numbers": (
         lambda: esl.FlaxLoss(linear, (INPUTS, TARGETS), loss="squared_error").accuracy(
-            np.zeros((2, 15), np.float32), (INPUTS, TARGETS)
+            jnp.zeros((2, 15)), (INPUTS, TARGETS)
         ),
         r"`data` must have class indices as labels, one for each row of outputs, but has "
         r"\(12, 3\) for outputs \(12, 3\)",
