@@ -11,6 +11,8 @@ import sys
 import warnings
 from typing import Any
 
+# First: it answers signals while the others are imported.
+from esljax import _starting as _starting
 from esljax import (
     density,
     gaussian,

@@ -2,11 +2,12 @@
 
 Shapes and Python numbers are always checked. The values of arrays are checked only where they are
 known, that is, outside `jit`; inside a transformation the same call runs unchecked, and bad values
-come out as NaN.
+come out as NaN. Sizes that are declared are held against the memory of the machine.
 """
 
 import functools
 import inspect
+import math
 import operator
 import os
 import sysconfig
@@ -140,9 +141,7 @@ def as_real(argument: str, x: Any, must: str = "be an array of numbers") -> Arra
     **Raises:** `InputError` for complex numbers, bools, and what `as_array` refuses.
     """
     array = as_array(argument, x, must)
-    floating = jnp.issubdtype(array.dtype, jnp.floating)
-    if not floating and not jnp.issubdtype(array.dtype, jnp.integer):
-        raise refuse(argument, "hold real numbers", f"has dtype {array.dtype}")
+    check_real(argument, array)
     return _at_least_single(array)
 
 
@@ -164,13 +163,10 @@ def as_float(x: Any, argument: str = "value") -> Array:
 
 
 def plain_int(x: Any) -> Any:
-    """Return an integer of NumPy or jax as one of Python, which a static field needs; anything else
+    """Return a number of NumPy or jax as one of Python, which a static field needs; anything else
     as it is, for a sentence of its own."""
-    if isinstance(x, np.integer | np.ndarray | jax.Array) and known(x):
-        try:
-            return operator.index(x)
-        except TypeError:
-            pass
+    if isinstance(x, np.generic | np.ndarray | jax.Array) and known(x) and np.shape(x) == ():
+        return x if is_key(x) else x.item()
     return x
 
 
@@ -207,22 +203,19 @@ def door(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
     """
     parameters = list(inspect.signature(function).parameters.values())
     counts = {each.name for each in parameters if each.annotation in (int, int | None)}
-    places = [i for i, each in enumerate(parameters) if each.name in counts]
+    call: Any = function
+    places = {i for i, each in enumerate(parameters) if each.name in counts}
 
     @functools.wraps(function)
     def opened(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
-        given: Any = list(args)
-        for i in places[: len(given)]:
-            if i < len(given):
-                given[i] = plain_int(given[i])
+        given: Any = [plain_int(x) if i in places else x for i, x in enumerate(args)]
         named: Any = {k: plain_int(x) if k in counts else x for k, x in kwargs.items()}
-        if (
-            jax.config.jax_numpy_rank_promotion == "allow"
-            and jax.config.jax_numpy_dtype_promotion == "standard"
-        ):
-            return function(*given, **named)
+        config: Any = jax.config
+        settings = config.jax_numpy_rank_promotion, config.jax_numpy_dtype_promotion
+        if settings == ("allow", "standard"):
+            return call(*given, **named)
         with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            return function(*given, **named)
+            return call(*given, **named)
 
     return opened
 
@@ -230,6 +223,12 @@ def door(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 def check_positive_int(argument: str, value: int, minimum: int = 1) -> None:
     """Reject what `as_count` rejects."""
     as_count(argument, value, minimum)
+
+
+def check_real(argument: str, array: Any) -> None:
+    """Reject arrays of complex numbers and of bools."""
+    if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        raise refuse(argument, "hold real numbers", f"has dtype {array.dtype}")
 
 
 def check_positive(argument: str, value: Any) -> None:
@@ -290,6 +289,63 @@ def check_key(argument: str, key: Any) -> None:
     """Reject anything but one key made by `jax.random.key`; a legacy `PRNGKey` is none."""
     if not is_key(key) or key.shape != ():
         raise refuse(argument, "be made by `jax.random.key`", f"is {key!r}")
+
+
+def memory_of_a_device() -> float:
+    """Return the bytes that each device of this machine holds.
+
+    Devices that are cores of a CPU share its memory.
+    """
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return _memory_of(device)
+    return memory_of_the_machine() / len(jax.local_devices())
+
+
+def memory_of_the_machine() -> float:
+    """Return the bytes of main memory, or those that a container grants; infinite if unknown."""
+    try:
+        whole = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):
+        whole = math.inf
+    for place in _GRANTED:
+        try:
+            whole = min(whole, float(Path(place).read_text()))
+        except (OSError, ValueError):  # no container, or "max"
+            continue
+    return whole
+
+
+# Where Linux says what a container may use, in version 2 and 1 of its control groups.
+_GRANTED = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def _memory_of(device: Any) -> float:
+    # A device that reports no limit counts as one of the smallest accelerators.
+    return float((device.memory_stats() or {}).get("bytes_limit", 16e9))
+
+
+def check_fits(argument: str, needed: float, holds: str, advice: str, share: int = 1) -> None:
+    """Reject what cannot fit in the memory of this machine or its accelerator, before it is made.
+
+    **Args:** `needed`: bytes. `holds`: what needs them, such as "60,000 members in ExactTransport".
+    `advice`: what to do. `share`: the devices that share them.
+    """
+    device = jax.local_devices()[0]
+    of_cpu = device.platform == "cpu"
+    available = memory_of_the_machine() if of_cpu else share * _memory_of(device)
+    if needed > available:
+        place = "machine" if of_cpu else "device" if share == 1 else f"{share} devices"
+        raise refuse(
+            argument,
+            f"fit in the {size(available)} of memory of this {place} ({advice})",
+            f"{holds} need about {size(needed)}",
+        )
+
+
+def size(count: int | float) -> str:
+    """Return a number of bytes in words."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:

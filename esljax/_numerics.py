@@ -12,6 +12,8 @@ argument before the singular operation: a `where` around the result alone gives 
 Reference: Higham, Functions of Matrices (2008), section 3.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
@@ -46,6 +48,32 @@ def safe_divide(x: Float[ArrayLike, "..."], y: Float[Array, "..."]) -> Float[Arr
     """
     vanishes = y <= 0
     return jnp.where(vanishes, 0, x / jnp.where(vanishes, 1, y))
+
+
+def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return the power of two at or below |x|, which divides without rounding; 1 where x is 0."""
+    _, exponent = jnp.frexp(jnp.where(x != 0, x, 1))
+    return jnp.ldexp(jnp.ones_like(x), exponent - 1)
+
+
+def debiased_variance(
+    value: Float[Array, "*runs"], variance: Float[Array, "*runs"], bias: Float[Array, "*runs"]
+) -> Float[Array, "*runs"]:
+    """Return the variance of a square μ² without its bias, from that of the square with it.
+
+        variance · (μ² + b/2)/(μ² + b)
+
+    The variance of a square is in proportion to the square itself, `value` + `bias`, however small
+    that came out; without its bias it is in proportion to the truth and half the bias. Where there
+    is no bias nothing is taken off.
+
+    **Args:** `value`: the square without its bias, which may come out below 0. `variance`: of the
+    square with it. `bias`: what was taken off; below 0 it is noise, and counts as none.
+    """
+    bias = jnp.maximum(bias, 0)
+    # Below a tenth of the bias a square shows the noise of its own groups.
+    rate = safe_divide(variance, jnp.maximum(value + bias, bias / 10))
+    return jnp.where(bias > 0, rate * (jnp.maximum(value, 0) + bias / 2), variance)
 
 
 # --- Functions of matrices ------------------------------------------------------------------------
@@ -165,3 +193,10 @@ def whitening(x: Float[Array, "n d"]) -> tuple[Float[Array, " d"], Float[Array, 
     relative = jnp.where(wide, covariance / size, identity)
     root = jnp.linalg.cholesky(relative + 4 * d * jnp.finfo(x.dtype).eps * identity)
     return average(x), solve_triangular(root, identity, lower=True) / jnp.sqrt(size)
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive integer, in their order, by trial up to its root."""
+    low = [i for i in range(1, math.isqrt(number) + 1) if number % i == 0]
+    high = [number // i for i in reversed(low) if i * i != number]
+    return low + high

@@ -105,9 +105,12 @@ def measured(value: Any, error: Any = None, digits: int = 6) -> str:
     """A number for a table, such as `236.298 ± 1.1`; without an error, the number alone.
 
     **Args:** `value`, `error`: numbers in the same units. `digits`: significant digits of `value`;
-    the error has two.
+    the error has two, or is named if it is no finite number.
     """
-    return f"{float(value):.{digits}g}" + ("" if error is None else f" ± {float(error):.2g}")
+    if error is None:
+        return f"{float(value):.{digits}g}"
+    size = f"{float(error):.2g}" if np.isfinite(float(error)) else "not finite"
+    return f"{float(value):.{digits}g} ± {size}"
 
 
 def concise(value: Any, error: Any) -> str:

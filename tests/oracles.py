@@ -191,6 +191,24 @@ def discrete_moments(mean, variance, k, temperature, rates):
     return mean, variance
 
 
+def noisy_descent(mean, covariance, stiffness, noise, rates, temperatures):
+    """Return the means and covariances, one more than steps, of a law under
+    θ ← θ - η (Kθ + ξ) + sqrt(2Tη) ζ, with ξ ~ N(0, noise)."""
+    eye, means, covariances = np.eye(len(mean)), [np.asarray(mean)], [np.asarray(covariance)]
+    for eta, heat in zip(rates, np.broadcast_to(temperatures, np.shape(rates)), strict=True):
+        kept = eye - eta * stiffness
+        means.append(kept @ means[-1])
+        covariances.append(kept @ covariances[-1] @ kept.T + eta**2 * noise + 2 * heat * eta * eye)
+    return np.array(means), np.array(covariances)
+
+
+def noisy_mode(mean, variance, k, noise, eta, steps):
+    """Return the same of one coordinate at a constant rate, in closed form."""
+    kept, powers = 1 - eta * k, np.arange(steps + 1)
+    rest = eta**2 * noise / (1 - kept**2)
+    return kept**powers * mean, rest + kept ** (2 * powers) * (variance - rest)
+
+
 def discrete_stationary_variance(k, temperature, eta):
     """O13: of the same step."""
     return temperature / (k * (1 - k * eta / 2))

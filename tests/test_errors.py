@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 import esljax as esl
+from esljax._numerics import debiased_variance
 from esljax.measures.errors import (
-    error_of_square,
     interval_of_square,
     jackknife_bias,
     jackknife_groups,
@@ -119,7 +119,7 @@ def test_the_error_of_a_square_without_its_noise_counted_twice(ratio, too_large)
     value = square(x) - bias
     truth = (2 + 4 * ratio**2) * d / n**2
     np.testing.assert_allclose(np.var(value), truth, rtol=0.16)  # five errors
-    claimed = np.mean(np.asarray(error_of_square(value, variance, bias)))
+    claimed = np.mean(np.asarray(debiased_variance(value, variance, bias)))
     np.testing.assert_allclose(claimed / truth, too_large, rtol=0.1)
     if ratio == 0:
         assert np.mean(variance) / truth > 1.8
@@ -201,7 +201,7 @@ def test_intervals_of_a_square_cover(ratio):
     replicates = jnp.asarray([square(x[:, kept]) for kept in groups.kept])
     bias = jackknife_bias(square(x), replicates, groups)
     value = square(x) - bias
-    error = jnp.sqrt(error_of_square(value, jackknife_variance(replicates, groups, n), bias))
+    error = jnp.sqrt(debiased_variance(value, jackknife_variance(replicates, groups, n), bias))
     interval = interval_of_square(value, error, bias, quantile(0.975, groups.count - 1), 0.95)
     truth = d * ratio**2 / n
     lower, upper = np.asarray(interval.lower), np.asarray(interval.upper)

@@ -34,7 +34,7 @@ FOLDERS = sorted({name.split(".")[0] for name in SOURCES if "." in name})
 
 # From the ground up: a room, a folder or a single file, imports only from the floors below its own.
 FLOORS = (
-    ("_types",),
+    ("_starting", "_types"),
     ("_checks",),
     ("_numerics", "results", "sharding", "files", "figures"),
     ("schedules",),
@@ -59,7 +59,7 @@ FENCES = {
     "flax": {"potentials"},
     "sklearn": {"potentials"},
     "ott": {"transport"},
-    "optax": {"optimization", "density", "velocity", "experiment"},
+    "optax": {"optimization", "density", "velocity", "gaussian", "experiment"},
     "flowjax": {"density"},
     "scipy": {"experiment", "measures"},
     "tomli_w": {"files"},

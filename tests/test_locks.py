@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from trees import seen
 
 import esljax as esl
 from esljax.files import alone, storage
@@ -29,18 +30,6 @@ STRANGERS = {
     "a pipe": os.mkfifo,
     "a folder": os.mkdir,
 }
-
-
-def seen(folder):
-    """What is in a folder: kinds, targets of links, and bytes."""
-    return {
-        str(path.relative_to(folder)): (
-            path.lstat().st_mode,
-            path.lstat().st_ino,
-            os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes(),
-        )
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def run_study(folder):

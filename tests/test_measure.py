@@ -124,6 +124,55 @@ def test_writes_what_it_promises(run, tmp_path, capsys):
     assert report == again
 
 
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    moved = random.normal(size=(3, 4, 2)).astype(np.float32)
+    for member in range(4):
+        (tmp_path / "run" / f"member_{member}").mkdir(parents=True)
+        for step in range(3):
+            np.savez(
+                tmp_path / "run" / f"member_{member}" / f"step_{step}.npz",
+                weight=moved[step, member],
+                m=100 * random.normal(size=2),
+                exp_avg=100 * random.normal(size=2),
+            )
+        np.savez(tmp_path / "run" / f"member_{member}" / "best_0.93.npz", weight=np.ones(2))
+    call = ["measure", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--jackknife", "0"]
+    assert cli.main(call) == 2
+    assert "name='step_{}'" in capsys.readouterr().err
+    call += ["--name", "step_{}"]
+    assert cli.main(call) == 2
+    assert "skip='m'" in capsys.readouterr().err
+    assert cli.main([*call, "--skip", "m", "--skip", "mm"]) == 2
+    assert "`skip` must match keys" in capsys.readouterr().err
+    assert cli.main([*call, "--skip", "m"]) == 0
+    printed = capsys.readouterr().out
+    assert "Left out of the recording: chosen by skip (`m`); state of an optimizer (`exp" in printed
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["left_out"] == {"m": "chosen by skip", "exp_avg": "state of an optimizer"}
+    by_hand = esl.speed_limit(
+        esl.from_snapshots(moved), transport=esl.ExactTransport(), jackknife=0
+    )
+    assert report["entropy_production"] == pytest.approx(float(by_hand.entropy_production))
+    only = ["--only", "wei*", "--only", "m", "--out", str(tmp_path / "only"), "--quiet"]
+    assert cli.main([*call, "--skip", "m", *only]) == 0
+    config = tmp_path / "only" / "config.toml"
+    assert tomllib.loads(config.read_text())["only"] == ["wei*", "m"]
+    again = measured("--config", config, out=tmp_path / "again")
+    assert again["entropy_production"] == report["entropy_production"]
+
+
+def test_how_axes_were_read_is_said(tmp_path, capsys):
+    cloud = np.random.default_rng(0).normal(size=(16, 4, 2))
+    for times, said in ((None, True), (np.arange(16), False)):
+        more = {} if times is None else {"times": times}
+        np.savez(tmp_path / "run.npz", positions=cloud, **more)
+        call = [str(tmp_path / "run.npz"), "--out", str(tmp_path / "out"), "--jackknife", "0"]
+        assert cli.main(["measure", *call]) == 0
+        sentence = "the first axis (16) was read as snapshots and the second (4) as members"
+        assert (sentence in capsys.readouterr().out) == said
+
+
 GIVEN = np.linalg.qr(np.random.default_rng(5).normal(size=(5, 2)))[0]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import PATIENCE
+from trees import plant, seen, still_there
 
 from esljax.command import cli
 from esljax.files import TERMINATED, alone
@@ -175,11 +176,40 @@ def test_another_network_does_not_finish_what_was_matched(folder, environment, c
     assert "whose potential is" in capsys.readouterr().err
 
 
-def test_ended_by_sigterm_it_exits_with_its_own_code(folder, environment):
+def test_ended_by_sigterm_it_exits_with_its_own_code_and_leaves_what_is_theirs(folder, environment):
+    out = folder / "ended"
+    for name in THEIRS:
+        plant(out / name)
+    (out / "checkpoints" / "run").mkdir()
+    before = seen(out)
     assert ended_by(folder, "ended", environment, signal.SIGTERM, "search") == TERMINATED
-    assert not (folder / "ended" / "report.json").exists()
+    assert not (out / "report.json").exists()
+    assert still_there(before, out)
     finish(folder, "ended", environment, "--resume")
     assert report(folder, "ended") == report(folder, "undisturbed")
+    assert still_there(before, out)
+    ours = {"report.json", "config.toml", "schedules.png", "speed_limit.png"}
+    assert seen(out).keys() - before.keys() == ours
+
+
+# In every folder that the command makes, by names that it does not use, or that Orbax does.
+THEIRS = (
+    "notes.txt",
+    "checkpoints/notes.txt",
+    "checkpoints/100/params",
+    "checkpoints/search/best.npz",
+    "checkpoints/matching/3.orbax-checkpoint-tmp/theirs",
+)
+
+
+@pytest.mark.parametrize("name", ["search/7/params", "matching/3/about/metadata", "search/2"])
+def test_a_checkpoint_of_another_program_is_refused_and_stays(tmp_path, capsys, name):
+    plant(tmp_path / "out" / "checkpoints" / name)
+    before = seen(tmp_path)
+    for flags in ([], ["--resume"], ["--force"]):
+        assert cli.main(["optimize", "--out", str(tmp_path / "out"), *flags]) == 2
+        assert "which is no checkpoint of esljax" in capsys.readouterr().err
+        assert seen(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -205,9 +235,15 @@ def test_what_cannot_run_leaves_nothing_to_finish(folder, capsys):
         str(folder / "unreachable"),
         "--quiet",
     ]
+    out = folder / "unreachable"
+    for name in THEIRS:
+        plant(out / name)
+    before = seen(out)
     for _ in range(2):
         assert cli.main([*given, "--target", "1e-9"]) == 2
         assert "be a loss that" in capsys.readouterr().err
+        assert still_there(before, out)
+        assert seen(out).keys() - before.keys() == {"config.toml"}
 
 
 def test_two_commands_do_not_write_one_folder(tmp_path, capsys):

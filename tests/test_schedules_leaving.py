@@ -211,7 +211,7 @@ def same(one, other):
     )
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @every
 def test_a_saved_schedule_comes_back_to_the_bit(name, dtype, x64, tmp_path):
     scale = np.random.default_rng(0)
@@ -375,12 +375,12 @@ def test_files_that_cannot_be_read_or_written(tmp_path, refused):
     refused(lambda: esl.load_schedule(tmp_path), readable + "is a folder")
     refused(lambda: esl.load_schedule(tmp_path / "pipe"), readable + "is a pipe")
     refused(lambda: esl.load_schedule(3), "`path` must be the path of a file, but is an int")
-    replaced = "`path` must be where nothing but a saved schedule is replaced, but .* is there, a "
-    refused(lambda: cosine.save(tmp_path), replaced + "folder that is none")
+    replaced = "`path` must be where nothing but results of esljax is replaced, but .* is there, a "
+    refused(lambda: cosine.save(tmp_path), replaced + "folder")
     (tmp_path / "other.json").write_text('{"rate": 0.1}')
-    refused(lambda: cosine.save(tmp_path / "other.json"), replaced + "file that is none")
+    refused(lambda: cosine.save(tmp_path / "other.json"), replaced + "file")
     (tmp_path / "link").symlink_to("other.json")
-    refused(lambda: cosine.save(tmp_path / "link"), replaced + "link that is none")
+    refused(lambda: cosine.save(tmp_path / "link"), replaced + "link")
     refused(lambda: cosine.save("a\0b"), "`path` must be a")
     refused(lambda: esl.load_schedule("a\0b"), "`path` must ")
     assert (tmp_path / "other.json").read_text() == '{"rate": 0.1}'

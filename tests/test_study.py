@@ -323,7 +323,7 @@ def same(results, others):
         np.testing.assert_array_equal(results[name].values, others[name].values, err_msg=name)
 
 
-@pytest.mark.parametrize("written", [0, 1, 7, 11, 12])
+@pytest.mark.parametrize("written", [0, 1, 7, 11, 12, 13])
 def test_runs_that_count_as_done_are_on_disk(written, grid_store, tmp_path, monkeypatch):
     """The writer ends between any two files of a task."""
     study, calls = esl.study.Study(BASE, grid=GRID), []
@@ -440,8 +440,9 @@ def test_stores_that_cannot_be_reused_are_rejected(grid_store, tmp_path, refused
         "must be the store of a study, but there is nothing",
     )
     shutil.copytree(path, tmp_path / "old.zarr")
-    about = zarr.open_group(tmp_path / "old.zarr").attrs
-    about["versions"] = json.dumps({**json.loads(about["versions"]), "jax": "0.1"})
+    store = study_store.StudyStore(tmp_path / "old.zarr", zarr.open_group(tmp_path / "old.zarr"))
+    versions = json.loads(store.attributes["versions"])
+    store.record({"versions": json.dumps({**versions, "jax": "0.1"})})
     refused(
         lambda: esl.study.run_study(
             study, tmp_path / "s.zarr", reuse=[tmp_path / "old.zarr"], executor=Idle()

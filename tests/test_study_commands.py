@@ -217,8 +217,18 @@ def begun(store, process, least=1):
     wait_until(happened, f"a run of {store}")
 
 
-@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_ctrl_c_leaves_a_store_to_go_on_with(processes, tmp_path, environment, capsys):
+@pytest.mark.parametrize(
+    ("processes", "number", "how", "code"),
+    [
+        (0, signal.SIGINT, "interrupted", 130),
+        (0, signal.SIGTERM, "ended by SIGTERM", 143),
+        pytest.param(2, signal.SIGINT, "interrupted", 130, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, "ended by SIGTERM", 143, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_leaves_a_store_to_go_on_with(
+    processes, number, how, code, tmp_path, environment, capsys
+):
     (tmp_path / "study.toml").write_text(LONG.replace("2000", "20000"))
     arguments = command("run", "study.toml", "--task-size", "1", "--processes", processes)
     process = subprocess.Popen(
@@ -236,14 +246,14 @@ def test_ctrl_c_leaves_a_store_to_go_on_with(processes, tmp_path, environment, c
             rf"process {process.pid} of .* is running it, about \d+ (s|min) left",
             capsys.readouterr().out,
         )
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 130, error
+    assert process.returncode == code, error
     assert re.fullmatch(
-        r"esljax: interrupted; \d+ of 24 runs done in study.zarr, and the same command resumes "
+        rf"esljax: {how}; \d+ of 24 runs done in study.zarr, and the same command resumes "
         r"it\.\n",
         error,
     )

@@ -9,6 +9,7 @@ from studies import BASE, GRID
 
 import esljax as esl
 from esljax.experiment import runs
+from esljax.study import description
 
 
 def test_a_grid_is_every_combination():
@@ -239,3 +240,55 @@ def test_a_bad_base_is_rejected(field, sentence, refused):
 def test_bad_files_are_rejected(content, sentence, tmp_path, refused):
     (tmp_path / "study.toml").write_text(content)
     refused(lambda: esl.study.Study.from_toml(tmp_path / "study.toml"), sentence)
+
+
+def test_long_ranges_are_held_and_checked_by_their_ends(monkeypatch, refused):
+    """Ten million values are neither listed nor converted one by one."""
+    converted, plain = [], description._value
+    monkeypatch.setattr(description, "_value", lambda *given: converted.append(1) or plain(*given))
+    whole = {"range": [5, 10_000_005]}
+    study = esl.study.Study.from_dict({"grid": {"seed": whole}})
+    assert study.grid["seed"] == range(5, 10_000_005)
+    assert study.as_dict()["grid"]["seed"] == whole
+    assert study.point(9_999_999).seed == 10_000_004
+    assert len(converted) == 1
+    refused(
+        lambda: esl.study.Study(BASE, grid={"seed": range(2**32 - 10**5, 2**32 + 1)}),
+        r"`seed` must be below 2\*\*32, .*, but is 4294967296",
+    )
+    refused(
+        lambda: esl.study.Study(BASE, grid={"members": range(-1, 10**5)}),
+        "`members` must be an integer of at least 2, but is -1",
+    )
+    refused(
+        lambda: esl.study.Study(BASE, grid={"rate": [0.1, *np.linspace(1, 2, 10**4), np.nan]}),
+        "`rate` must be greater than 0, but is nan",
+    )
+    refused(
+        lambda: esl.study.Study(BASE, grid={"steps": range(20, 10**5), "snapshots": [20]}),
+        "`snapshots` must divide the 21 steps, but is 20",
+    )
+    refused(
+        lambda: esl.study.Study.from_dict({"grid": {"seed": {"range": [0, 10**20]}}}),
+        "`grid` must hold at most 10,000,000 runs, but holds 100,000,000,000,000,000,000, whose",
+    )
+
+
+def test_a_long_range_is_the_same_study_as_its_list():
+    some = range(3, 3 + description._LONG)
+    listed = esl.study.Study(BASE, grid={"seed": list(some)})
+    assert listed == esl.study.Study(BASE, grid={"seed": some})
+    # As earlier versions have written it.
+    old = {"base": BASE.as_dict(), "grid": {"seed": list(some)}}
+    assert esl.study.Study.from_dict(old).difference(listed) is None
+
+
+def test_long_spacings_have_the_digits_of_short_ones(monkeypatch):
+    for given in (
+        {"start": 0.1, "stop": 3.7, "num": 999, "scale": "log"},
+        {"start": -1, "stop": 1, "num": 1000},
+    ):
+        short = description._spaced("x", given)
+        with monkeypatch.context() as patched:
+            patched.setattr(description, "_LONG", 1)
+            assert description._spaced("x", given) == short

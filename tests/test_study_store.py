@@ -13,7 +13,7 @@ from studies import Idle
 import esljax as esl
 from esljax.command import cli
 from esljax.experiment import runs
-from esljax.files import storage
+from esljax.files import storage, writing
 from esljax.study import run as study_run
 from esljax.study import store as study_store
 
@@ -38,7 +38,7 @@ def rows(count: int, reasons=None, converged=True) -> runs.Rows:
 
 def describe(folder, seeds=(3, 1, 2)):
     """The file that describes a study of two rates."""
-    storage.write_toml(
+    writing.write_toml(
         folder / "study.toml", {"base": SETTINGS, "grid": {"rate": [0.1, 0.4], "seed": list(seeds)}}
     )
 
@@ -68,8 +68,9 @@ def output(command: str, folder, capsys, *more: str) -> tuple[int, str, str]:
 
 def test_a_store_of_other_versions_is_not_resumed(folder, refused):
     """Its numbers may differ from those of the installed versions."""
-    attributes = zarr.open_group(folder / "study.zarr").attrs
-    attributes["versions"] = json.dumps({**json.loads(attributes["versions"]), "flax": "0.1"})
+    store = study_store.StudyStore(folder / "study.zarr", zarr.open_group(folder / "study.zarr"))
+    versions = json.loads(store.attributes["versions"])
+    store.record({"versions": json.dumps({**versions, "flax": "0.1"})})
     study = esl.study.Study.from_toml(folder / "study.toml")
     refused(
         lambda: esl.study.run_study(study, folder / "study.zarr", executor=Idle()),
@@ -240,11 +241,29 @@ def test_a_store_of_0_1_is_read_and_resumed(tmp_path):
     assert results["seed"].values.tolist() == [3, 1, 2]
 
 
+def test_a_run_of_0_1_without_numbers_is_run_again(tmp_path, refused, monkeypatch):
+    """Stores without checksums: a finished run has numbers."""
+    describe(tmp_path)
+    path = tmp_path / "study.zarr"
+    store_of_0_1(path)
+    zarr.open_group(path)["gap"][0, 1] = np.nan
+    refused(
+        lambda: esl.study.open_study(path),
+        "`path` must be an undamaged store, but .*study.zarr does not hold what was written of the "
+        "run at rate 0.1, seed 1: 1 of 6 finished runs are lost, which `esljax study run",
+    )
+    monkeypatch.setattr(study_run, "work", lambda task: rows(len(task.points)))
+    study = esl.study.Study.from_toml(tmp_path / "study.toml")
+    with pytest.warns(RuntimeWarning, match="seed 1: 1 finished runs are damaged and run again"):
+        results = esl.study.run_study(study, path)
+    assert float(results["gap"][0, 1]) == rows(1).numbers["gap"][0]
+
+
 def test_a_store_of_another_layout_is_rejected(tmp_path, refused):
     store_of_0_1(tmp_path / "study.zarr", version=0)
     refused(
         lambda: esl.study.open_study(tmp_path / "study.zarr"),
-        "`path` must be a store with layout 1, but .*study.zarr has layout 0: read it with",
+        "`path` must be a store with layout 1 or 2, but .*study.zarr has layout 0: read it with",
     )
 
 

@@ -168,6 +168,30 @@ def test_numbers_that_are_not_finite(name):
     assert report(**{name: np.nan}).verdict() == "No verdict: the numbers are not finite."
 
 
+@pytest.mark.parametrize("errors", [None, 0.1])
+def test_nothing_follows_from_an_unsolved_transport(errors):
+    made = report(errors=errors, converged=False)
+    assert made.verdict().startswith(
+        "No verdict. A transport problem did not converge: do not trust these numbers."
+    )
+    claims = ("limit holds", "uneven timing", "bend", "violated", "within", "times W2²")
+    assert not [claim for claim in claims if claim in made.verdict()], made.verdict()
+    assert not made.holds
+    assert [finding.name for finding in made.diagnose()] == ["transport did not converge"]
+    with pytest.raises(esl.InputError, match="problems that were solved"):
+        esl.constant_speed(made, 4)
+
+
+@pytest.mark.parametrize("lost", [np.inf, np.nan])
+def test_errors_that_are_not_finite_are_named(lost):
+    made = report(errors=lost)
+    assert "its standard error is not finite" in tiers(made)[0]
+    assert "errors are not finite" in [finding.name for finding in made.diagnose()]
+    shown = str(made).replace("not finite", "")
+    assert "inf" not in shown.replace("information", "")
+    assert "nan" not in shown
+
+
 def test_nothing_moved():
     still = chained(entropy_production=0.0, w2_squared=0.0, length_squared=0.0)
     assert tiers(still)[0] == "Nothing moved: Σ and W2² are both 0."
@@ -232,7 +256,6 @@ def test_a_speed_that_is_not_resolved():
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"converged": False}, "A transport problem did not converge: do not trust these numbers."),
         ({"is_bound": False}, "This transport is not a metric, so the inequality holds only"),
         (
             {"entropy_production_coarse": 5.6},

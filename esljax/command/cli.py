@@ -26,7 +26,7 @@ from esljax.command.settings import (
 from esljax.command.streams import patient
 from esljax.command.study import StudyConfig, study
 from esljax.experiment import choices
-from esljax.files import TERMINATED, Terminated, ended, storage
+from esljax.files import TERMINATED, Terminated, deaf, ended, storage
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,26 +39,32 @@ def main(arguments: list[str] | None = None) -> int:
     with patient(), ended():
         try:
             return _run(arguments)
-        except InputError as error:
-            print(f"esljax: {error}", file=sys.stderr)
-            return BAD_INPUT
-        except KeyboardInterrupt:
-            print(
-                "esljax: interrupted before there was anything to judge; no report was written.",
-                file=sys.stderr,
-            )
-            return INTERRUPTED
-        except Terminated as stop:
-            print(f"esljax: {stop}", file=sys.stderr)
-            return TERMINATED
-        except SystemExit as stop:  # tyro has printed its error, or the help
-            return stop.code if isinstance(stop.code, int) else BAD_INPUT
-        except RuntimeError as error:
-            refusal = _of_the_machine(error)
-            if refusal is None:
+        except BaseException as error:
+            # A second signal cannot interrupt the answer to the first.
+            with deaf():
+                code = _answer(error)
+            if code is None:
                 raise
-            print(f"esljax: {refusal}", file=sys.stderr)
-            return BAD_INPUT
+            return code
+
+
+def _answer(error: BaseException) -> int | None:
+    """Say in one line what has ended a command, and return its exit code; None for a fault."""
+    if isinstance(error, InputError):
+        words, code = str(error), BAD_INPUT
+    elif isinstance(error, KeyboardInterrupt):
+        words = "interrupted before there was anything to judge; no report was written."
+        code = INTERRUPTED
+    elif isinstance(error, Terminated):
+        words, code = str(error), TERMINATED
+    elif isinstance(error, SystemExit):  # tyro has printed its error, or the help
+        return error.code if isinstance(error.code, int) else BAD_INPUT
+    elif isinstance(error, RuntimeError) and "nable to initialize backend" in str(error):
+        words, code = _without_devices(error), BAD_INPUT
+    else:
+        return None
+    print(f"esljax: {words}", file=sys.stderr)
+    return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -75,10 +81,7 @@ def _run(arguments: list[str]) -> int:
     return measure_command(config) if isinstance(config, MeasureConfig) else _check(config)
 
 
-def _of_the_machine(error: RuntimeError) -> str | None:
-    """A sentence for what jax says of devices that are not there; None for any other error."""
-    if "nable to initialize backend" not in str(error):
-        return None
+def _without_devices(error: RuntimeError) -> str:
     named = os.environ.get("JAX_PLATFORMS")
     reason = " ".join(str(error).split()).split(" (set JAX_PLATFORMS", 1)[0].rstrip(".")
     asked = "the devices of this machine" if named is None else f"JAX_PLATFORMS={named}"

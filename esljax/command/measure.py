@@ -24,7 +24,7 @@ from esljax.files import described, read, read_matrix
 from esljax.measures import SpeedLimit, compared, jackknife_groups, speed_limit
 from esljax.sharding import map_pairs
 from esljax.simulation import Trajectory, from_snapshots
-from esljax.transport import AbstractTransport, ProjectedTransport
+from esljax.transport import AbstractTransport, ProjectedTransport, check_room, solution_of
 from esljax.velocity import AbstractVelocity
 
 # Fewer snapshots than this for each member are no sign that members come first.
@@ -59,6 +59,8 @@ def measure_command(config: MeasureConfig) -> int:
         for note in _notes(content):
             _print(console, note)
         _print(console, str(report))
+        if content["by_key"] is not None:
+            _print(console, str(report.by_key()))
         for finding in report.diagnose():
             _print(console, f"- {finding}")
         _print(console, f"{wall:.0f} s; {results.places()}")
@@ -124,7 +126,17 @@ def _is_trusted(report: SpeedLimit) -> bool:
     # A gap below 0 by less than its errors is no violation; one below 0 without errors is.
     doubtful = not report.holds and report.standard_error is None
     names = {finding.name for finding in report.diagnose()}
-    return not doubtful and not {"transport did not converge", "bound violated"} & names
+    return not doubtful and not _DISTRUSTED & names
+
+
+_DISTRUSTED = {
+    "transport did not converge",
+    "bound violated",
+    "overflow",
+    "underflow",
+    "ε hides the motion",
+    "rounded positions without motion",
+}
 
 
 # The computation
@@ -164,10 +176,12 @@ class Measurement:
             # Never down: what all positions have in common is subtracted in their own type.
             wide = np.promote_types(positions.dtype, jnp.result_type(float))
             positions = positions.astype(wide, copy=False)
-        path = from_snapshots(positions, times, observed=recording.observed)
+        path = from_snapshots(positions, times, observed=recording.observed, keys=recording.keys)
         projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
         inner = config.make_transport(sliced_key)
         matrix = _projection(config, path, projection_key)
+        coordinates = path.positions.shape[2] if matrix is None else matrix.shape[1]
+        check_room(inner, path.positions.shape[1], coordinates, path.positions.dtype)
         return cls(
             config=config,
             path=path,
@@ -259,7 +273,7 @@ def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int
     snapshots = jnp.concatenate([x, y])
 
     def squared(transport, x, y):
-        return transport.solve(x, y).squared
+        return solution_of(transport, x, y).squared
 
     @eqx.filter_jit
     def solve(transport, snapshots):
@@ -344,11 +358,18 @@ def _numbers(report: SpeedLimit) -> dict[str, Any]:
         "source": report.source,
         "verdict": report.verdict(),
         "findings": [dataclasses.asdict(finding) for finding in report.diagnose()],
+        "by_key": _by_key(report),
         "speed": {
             "times": np.asarray(report.times).tolist(),
             "values": np.asarray(report.speed).tolist(),
         },
     }
+
+
+def _by_key(report: SpeedLimit) -> list[dict[str, Any]] | None:
+    if report.evidence is None or report.evidence.keys is None:
+        return None
+    return [share._asdict() for share in report.by_key()]
 
 
 def _transport_settings(config: MeasureConfig) -> dict[str, Any]:

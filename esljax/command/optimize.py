@@ -16,7 +16,7 @@ import rich.progress
 import rich.table
 from jax.sharding import Mesh
 
-from esljax._checks import InputError, first_sentence, refuse
+from esljax._checks import InputError, first_sentence, memory_of_a_device, refuse
 from esljax.command.results import SETTINGS, Results
 from esljax.command.settings import (
     DONE,
@@ -38,11 +38,18 @@ from esljax.experiment import (
     compare,
     enable,
     make_problem,
-    memory_of_a_device,
     ratio,
     usual_shapes,
 )
-from esljax.files import Checkpoints, Terminated, alone, remove_ours, writing
+from esljax.files import (
+    Checkpoints,
+    Terminated,
+    alone,
+    is_ours,
+    remove_ours,
+    watch_processes,
+    writing,
+)
 from esljax.optimization import Iteration
 from esljax.results import concise
 from esljax.sharding import member_mesh
@@ -147,6 +154,7 @@ def _join(config: OptimizeConfig) -> None:
             "find the other processes from the environment or the flags",
             f"fails: {first_sentence(error)}",
         ) from error
+    watch_processes()
 
 
 def _mesh(config: OptimizeConfig) -> Mesh | None:
@@ -175,7 +183,22 @@ class _Kept:
     @property
     def unfinished(self) -> bool:
         """Whether there is a checkpoint. Half of one has more than a number in its name."""
-        return any(path.name.isdecimal() for stage in self.stages for path in stage.glob("*"))
+        return bool(self._numbered())
+
+    def check(self) -> None:
+        """**Raises:** `InputError` if something else has the name of a checkpoint."""
+        for path in self._numbered():
+            empty = path.is_dir() and not any(path.iterdir())
+            if not empty and not is_ours(path):
+                raise refuse(
+                    "out",
+                    "be where nothing but results of esljax is replaced",
+                    f"{path} is there, which is no checkpoint of esljax (choose another folder)",
+                )
+
+    def _numbered(self) -> list[Path]:
+        every = (path for stage in self.stages for path in stage.glob("*"))
+        return sorted(path for path in every if path.name.isdecimal())
 
     def words(self) -> str:
         """What becomes of the work so far."""
@@ -203,6 +226,7 @@ def _unfinished_run(
 
     **Raises:** `InputError` if there is an unfinished run, no --resume and no --force.
     """
+    kept.check()
     if kept.unfinished and config.force and not config.resume and first:
         kept.remove()
     if kept.unfinished and not config.resume:
@@ -244,7 +268,11 @@ class _Progress:
             rich.progress.TimeRemainingColumn(),
         )
         self.bar = rich.progress.Progress(
-            *columns, console=console, transient=True, disable=config.quiet
+            *columns,
+            console=console,
+            transient=True,
+            # Elsewhere than on a terminal, all that would be left of a bar is an empty line.
+            disable=config.quiet or not console.is_terminal,
         )
         shapes = len(usual_shapes())
         # A matching takes about two trials, a gradient about 2.3 forward runs, a judgment 1.3. Two

@@ -42,8 +42,8 @@ class OptimizeConfig(TrainingConfig):
 
     Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input; 3 the numbers
     are printed, but not all files could be written; 130 interrupted (once the search has begun, the
-    best schedule so far is judged and written first); or 143 ended by SIGTERM or SIGHUP, after
-    saving. In the last three cases --resume finishes the run.
+    best schedule so far is judged and written first); 143 ended by SIGTERM or SIGHUP, after saving;
+    or 75 another process of the run is gone. In the last four cases --resume finishes the run.
     """
 
     out: Path = Path("esljax-optimize")
@@ -218,5 +218,12 @@ def in_words(name: str) -> str:
 
 
 def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
+    try:
+        is_file = out.exists() and not out.is_dir()
+    except OSError as error:
+        # A name that is too long, or a folder that must not be read.
+        raise refuse(
+            "out", "be a folder that can be written", f"{out} gives: {error.strerror}"
+        ) from error
+    if is_file:
         raise refuse("out", "be a folder", f"is the file {out}")

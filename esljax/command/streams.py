@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -70,12 +71,33 @@ def patient() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Patient(before[0]), _Patient(before[1])
     try:
-        with _quiet():
+        with _quiet(), _some_columns():
             yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         sys.stdout, sys.stderr = before
+
+
+# On fewer columns than these, the help of a command has no end.
+_COLUMNS = 40
+
+
+@contextlib.contextmanager
+def _some_columns() -> Iterator[None]:
+    """Lay text out for some columns at least, however few a terminal has or claims to have."""
+    if shutil.get_terminal_size().columns >= _COLUMNS:
+        yield
+        return
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(_COLUMNS)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 class _Patient(io.TextIOBase):

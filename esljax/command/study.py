@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,6 +138,7 @@ def _run(config: RunStudyConfig) -> int:
     console = rich.console.Console(quiet=config.quiet)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_Bar(console))
+        stack.enter_context(_warnings_as_lines())
         try:
             with _executor(config) as executor:
                 run_study(
@@ -150,7 +153,7 @@ def _run(config: RunStudyConfig) -> int:
                 )
         except (KeyboardInterrupt, Terminated) as stop:
             terminated = isinstance(stop, Terminated)
-            how = str(stop).rstrip(".").lower() if terminated else "interrupted"
+            how = str(stop).rstrip(".").replace("E", "e", 1) if terminated else "interrupted"
             print(
                 f"esljax: {how}; {bar.words()} in {out}, and the same command resumes it.",
                 file=sys.stderr,
@@ -171,6 +174,19 @@ def _run(config: RunStudyConfig) -> int:
     for doubt in doubts:
         console.print(f"  {doubt}", markup=False, highlight=False, soft_wrap=True)
     return FAILED if doubts else DONE
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Print warnings as one line each, without the place in the code that gave them."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"esljax: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", RuntimeWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _executor(config: RunStudyConfig) -> Any:
@@ -384,7 +400,8 @@ class _Bar:
             return "nothing was begun"
         failed = f", {self.last.failed} failed" if self.last.failed else ""
         reused = f", {self.last.taken} taken from other stores" if self.last.taken else ""
-        return f"{self.last.done} of {self.last.runs} runs done{failed}{reused}"
+        repaired = f", {self.last.repaired} damaged and run again" if self.last.repaired else ""
+        return f"{self.last.done} of {self.last.runs} runs done{failed}{reused}{repaired}"
 
     def watch(self, progress: Progress) -> None:
         self.last = progress

@@ -12,7 +12,7 @@ import optax
 from flowjax.distributions import AbstractDistribution, StandardNormal
 from flowjax.flows import block_neural_autoregressive_flow
 
-from esljax._checks import check_key, check_positive, check_positive_int, plain_int
+from esljax._checks import check_key, check_positive, check_positive_int, door, plain_int
 from esljax._types import Array, Float, Key, Scalar
 from esljax.density.base import AbstractDensity, AbstractLogDensity, Frame
 from esljax.density.training import train
@@ -121,9 +121,11 @@ class _Flow(AbstractLogDensity):
     parameters: list[Array]
     density: FlowDensity
 
+    @door
     def log_density(self, x: Float[Array, " d"]) -> Scalar:
         return self._within(self.frame.into(x)) - self.frame.log_volume
 
+    @door
     def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         return self.frame.gradient(jax.grad(self._within)(self.frame.into(x)))
 

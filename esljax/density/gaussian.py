@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
+from esljax._checks import door
 from esljax._types import Array, Float, Scalar
 from esljax.density.base import AbstractDensity, AbstractLogDensity, Frame
 
@@ -44,9 +45,11 @@ class GaussianDensity(AbstractDensity):
 class _Gaussian(AbstractLogDensity):
     frame: Frame
 
+    @door
     def log_density(self, x: Float[Array, " d"]) -> Scalar:
         y = self.frame.into(x)
         return -(jnp.sum(y**2) + len(y) * math.log(2 * math.pi)) / 2 - self.frame.log_volume
 
+    @door
     def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         return self.frame.gradient(-self.frame.into(x))

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import refuse
+from esljax._checks import door, refuse
 from esljax._types import Array, Float, Scalar
 from esljax.density.base import AbstractDensity, AbstractLogDensity, AbstractSmoother
 
@@ -75,6 +75,7 @@ class Histogram(AbstractLogDensity, AbstractSmoother):
             jnp.floor((x - self.lower) / self.width).astype(int), 0, len(self.counts) - 1
         )
 
+    @door
     def log_density(self, x: Float[Array, " d"]) -> Scalar:
         inside = jnp.all((x >= self.lower) & (x <= self.lower + self.width * len(self.counts)))
         total = jnp.sum(self.counts) + self.counts.size / 2
@@ -85,6 +86,7 @@ class Histogram(AbstractLogDensity, AbstractSmoother):
         )
         return jnp.where(inside, logs, -jnp.inf)
 
+    @door
     def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         return jax.grad(lambda x: self._spline(jnp.log(self.counts + 0.5), self._inside(x)))(x)
 

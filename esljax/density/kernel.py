@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
 
+from esljax._checks import door
 from esljax._numerics import product
 from esljax._types import Array, Float, Scalar
 from esljax.density.base import BLOCK, AbstractDensity, AbstractLogDensity, AbstractSmoother, Frame
@@ -108,6 +109,7 @@ class Kernels(AbstractLogDensity, AbstractSmoother):
     bandwidth: Scalar
     """h, shape (), relative to the width of the ensemble."""
 
+    @door
     def log_density(self, x: Float[Array, " d"]) -> Scalar:
         n, d = self.members.shape
         constant = (
@@ -118,6 +120,7 @@ class Kernels(AbstractLogDensity, AbstractSmoother):
         )
         return logsumexp(self._exponents(x)) - constant
 
+    @door
     def score(self, x: Float[Array, " d"]) -> Float[Array, " d"]:
         return self.frame.gradient(
             (self.average(x, self.members) - self.frame.into(x)) / self.bandwidth**2

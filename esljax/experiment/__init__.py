@@ -13,16 +13,10 @@ from esljax.experiment.bounds import (
 )
 from esljax.experiment.comparison import Comparison, Watcher, compare
 from esljax.experiment.families import Family, bounded, unbounded, usual_families
-from esljax.experiment.front import Front, front
+from esljax.experiment.fronts import Front, front
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
 from esljax.experiment.matching import match_endpoint, stable_rate
-from esljax.experiment.memory import (
-    Plan,
-    memory_of_a_device,
-    memory_of_the_machine,
-    plan_memory,
-    size,
-)
+from esljax.experiment.memory import Plan, plan_memory
 from esljax.experiment.problem import Metric, Outcome, Problem
 from esljax.experiment.runs import (
     NUMBERS,
@@ -109,9 +103,7 @@ __all__ = [
     "make_problem",
     "make_transport",
     "match_endpoint",
-    "memory_of_a_device",
     "memory_of_a_run",
-    "memory_of_the_machine",
     "number_names",
     "plain",
     "plan_memory",
@@ -119,7 +111,6 @@ __all__ = [
     "read_toml",
     "run",
     "shape_of",
-    "size",
     "stable_rate",
     "unbounded",
     "usual_families",

@@ -38,9 +38,7 @@ class AtLeast:
 
     def check(self, argument: str, value: Any) -> None:
         """**Raises:** `InputError` for a smaller value or none that is an integer."""
-        if isinstance(value, int) and value >= _NO_INTEGER:
-            # Written out, such a number may have more digits than Python agrees to print.
-            raise refuse(argument, "be an integer below 2**63", "is larger")
+        _check_length(argument, value)
         check_positive_int(argument, value, self.least)
 
 
@@ -155,6 +153,9 @@ def convert(key: str, value: Any, field: dataclasses.Field, place: str) -> Any:
     """
     anatomy = _anatomy(field.type)
     kind = anatomy.kind
+    if kind is not float:
+        for item in value if isinstance(value, list) else (value,):
+            _check_length(key, item)
     for rule in anatomy.rules:
         if isinstance(rule, OneOf):
             rule.check(key, value)
@@ -173,6 +174,12 @@ def convert(key: str, value: Any, field: dataclasses.Field, place: str) -> Any:
         must = _IN_TOML[kind] if item is None else f"a list of {_ITEMS[item]}"
         raise refuse(key, f"be {must} in {place}", f"is {_shown(value)}")
     return value
+
+
+def _check_length(argument: str, value: Any) -> None:
+    """Reject an integer that no array holds; one of thousands of digits cannot even be printed."""
+    if isinstance(value, int) and abs(value) >= _NO_INTEGER:
+        raise refuse(argument, "be an integer below 2**63", "is beyond")
 
 
 def _shown(value: Any) -> str:

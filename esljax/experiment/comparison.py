@@ -19,6 +19,7 @@ import numpy as np
 
 from esljax._checks import (
     InputError,
+    check_fits,
     check_key,
     check_kind,
     check_positive,
@@ -214,6 +215,9 @@ def compare(
     shapes = usual_shapes() if shapes is None else dict(shapes)
     watcher = Unwatched() if watcher is None else watcher
     _check_settings(problem, rate, key, target, shapes, counts)
+    for name, count in counts.items():
+        # Of a knot value, slope and two moments of the search; of a run a key and its numbers.
+        check_fits(name, 64.0 * count, f"{count:,} {name}", f"take fewer {name}")
     about = {name: getattr(problem, name) for name in _PARTS}
     about |= {**counts, "rate": rate, "key": key, "target": target, "shapes": shapes}
     # The first key is the caller's, as documented.

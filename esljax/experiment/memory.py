@@ -8,7 +8,6 @@ to be right within a half, or within a factor of two without a gradient, not to 
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from esljax._checks import check_positive_int, door, refuse
+from esljax._checks import check_positive_int, door, refuse, size
 from esljax._types import Array
 from esljax.measures import compared
 from esljax.potentials import AbstractPotential, check_potential
@@ -232,28 +231,3 @@ def _numbers(
     if together == pairs:
         return pairs * held
     return pairs * transport.numbers_waiting(n, d, differentiated) + together * held
-
-
-def memory_of_a_device() -> float:
-    """Return the bytes that each device of this machine holds.
-
-    Devices that are cores of a CPU share its memory.
-    """
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        # A device that reports no limit counts as one of the smallest accelerators.
-        return float((device.memory_stats() or {}).get("bytes_limit", 16e9))
-    return memory_of_the_machine() / len(jax.local_devices())
-
-
-def memory_of_the_machine() -> float:
-    """Return the bytes of main memory; infinite where the system does not report them."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return np.inf
-
-
-def size(count: int | float) -> str:
-    """Return a number of bytes in words."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -29,27 +29,37 @@ _PROGRAM = {
 
 
 def load() -> None:
-    """Import matplotlib, if need be without the backend that `MPLBACKEND` names.
+    """Import matplotlib, if need be without the backend and the settings that the user names.
 
     **Raises:** `InputError` if it cannot be imported.
     """
     try:
         try:
             importlib.import_module("matplotlib.figure")
-        except ValueError:
-            backend = os.environ.pop("MPLBACKEND", None)
-            if backend is None:
-                raise
-            try:
-                _forget()
+        except ImportError:
+            raise
+        except Exception:
+            _forget()
+            with _settings_of_matplotlib():
                 importlib.import_module("matplotlib.figure")
-            finally:
-                os.environ["MPLBACKEND"] = backend
     except Exception as error:
         _forget()
         raise InputError(
             f"Figures need matplotlib, which does not start here: {first_sentence(error)}."
         ) from error
+
+
+@contextlib.contextmanager
+def _settings_of_matplotlib() -> Iterator[None]:
+    """Hide the backend and the file of settings that the environment names."""
+    names = ("MPLBACKEND", "MATPLOTLIBRC")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    os.environ["MATPLOTLIBRC"] = os.devnull
+    try:
+        yield
+    finally:
+        del os.environ["MATPLOTLIBRC"]
+        os.environ.update(before)
 
 
 def rendered(draw: Callable[[], Any], kind: str, signature: str) -> tuple[bytes, str]:

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -78,7 +79,9 @@ class Archive:
                 pickled = header.dtype is not None
                 raise refuse(
                     argument,
-                    NO_PICKLE if pickled else "be plain arrays of a type that NumPy has",
+                    NO_PICKLE
+                    if pickled
+                    else f"be arrays of a type that NumPy has (save float32, or skip={key!r})",
                     f"`{key}` of {self.path} is {'pickled' if pickled else header.kind}",
                 )
 
@@ -95,7 +98,7 @@ class Archive:
         return {key: _native(array) for key, array in arrays.items()}
 
 
-def check_room(argument: str, where: str, nbytes: float) -> None:
+def check_room(argument: str, where: str, nbytes: int) -> None:
     """Reject what the memory of this machine cannot hold.
 
     **Raises:** `InputError` with both numbers.
@@ -182,7 +185,12 @@ def _npz(argument: str, path: Path) -> Archive:
 def _npy_header(argument: str, where: str, stored: Any, entry: zipfile.ZipInfo) -> Header:
     if not entry.filename.endswith(".npy"):
         return Header((), None, "no array")
-    header, start = _read_header(stored)
+    try:
+        header, start = _read_header(stored)
+    except ValueError as error:
+        if "descr" not in str(error):
+            raise
+        return Header((), None, "of another type, as far as NumPy can tell")
     _check_size(argument, where, header, entry.file_size - start)
     return header
 
@@ -196,12 +204,11 @@ def _read_header(stored: Any) -> tuple[Header, int]:
     shape = tuple(int(n) for n in shape)
     if any(n < 0 for n in shape):
         raise ValueError(f"it declares the shape {shape}")
-    return Header(shape, _with_bfloat16(dtype), str(dtype)), stored.tell()
+    return Header(shape, _of_raw_bytes(dtype), str(dtype)), stored.tell()
 
 
 def _check_size(argument: str, where: str, header: Header, stored: int) -> None:
-    assert header.dtype is not None
-    if not header.dtype.hasobject and header.nbytes != stored:
+    if header.dtype is not None and not header.dtype.hasobject and header.nbytes != stored:
         check_room(argument, where, header.nbytes)
         raise refuse(
             argument,
@@ -221,10 +228,11 @@ def _npy(argument: str, path: Path) -> Archive:
     return Archive(path, {"array": header}, load)
 
 
-def _with_bfloat16(dtype: np.dtype) -> np.dtype:
-    # np.save does not know bfloat16 and writes it as two raw bytes, as it does no other number.
-    # One raw byte may be any of several types of eight bits, and stays what it is.
-    return np.dtype(jnp.bfloat16) if dtype == np.dtype("V2") else dtype
+def _of_raw_bytes(dtype: np.dtype) -> np.dtype | None:
+    # np.save does not know bfloat16 and writes it as two raw bytes, as it does no other number. One
+    # raw byte may be any of several types of eight bits.
+    raw = {np.dtype("V2"): np.dtype(jnp.bfloat16), np.dtype("V1"): None}
+    return raw.get(dtype, dtype)
 
 
 def _native(array: np.ndarray) -> np.ndarray:
@@ -306,13 +314,14 @@ def open_zarr(argument: str, path: Path) -> Archive:
             f"is {path}",
         ) from error
     if not (path / "zarr.json").exists():
-        found = "of version 2" if any((path / name).exists() for name in _OLD) else "none"
+        old = any((path / name).exists() for name in _OLD)
         raise refuse(
             argument,
             "be a Zarr group of version 3 (zarr.save_group with zarr_format=3)",
-            f"{path} is {found}",
+            f"{path} is of version 2" if old else f"{path} has no zarr.json",
         )
-    with decoding(argument, path):
+    with decoding(argument, path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr warns of what is refused below
         if json.loads((path / "zarr.json").read_bytes()).get("node_type") == "array":
             raise refuse(argument, "be a Zarr group of arrays", f"{path} is one array")
         # The consolidated copy of the metadata could name arrays that are gone.
@@ -344,7 +353,10 @@ def _zarr_array(argument: str, where: str, array: Any) -> np.ndarray:
     """Return an array of which every chunk is stored; Zarr fills in those that are not."""
     chunk = math.prod(array.shards or array.chunks) * array.dtype.itemsize
     check_room(argument, f"a chunk of {where}", chunk)
-    first, second = (_filled(array, value) for value in _two_values(array.dtype))
+    first = _filled(array, np.nan if array.dtype.kind == "f" else 0)
+    if array.dtype.kind == "f" and not np.isnan(first).any():
+        return first
+    second = _filled(array, 0 if array.dtype.kind == "f" else 1)
     if first.tobytes() != second.tobytes():
         equal = first.view(np.uint8) if first.ndim else first.reshape(1).view(np.uint8)
         other = second.view(np.uint8) if second.ndim else second.reshape(1).view(np.uint8)
@@ -358,15 +370,12 @@ def _zarr_array(argument: str, where: str, array: Any) -> np.ndarray:
     return first
 
 
-def _two_values(dtype: np.dtype) -> tuple[Any, Any]:
-    return (False, True) if dtype.kind == "b" else (dtype.type(0), dtype.type(1))
-
-
 def _filled(array: Any, value: Any) -> np.ndarray:
     import zarr
 
     inner = array.async_array if hasattr(array, "async_array") else array._async_array
-    metadata = dataclasses.replace(inner.metadata, fill_value=value)
+    filling = array.dtype.type(value)
+    metadata = dataclasses.replace(inner.metadata, fill_value=filling)
     read = zarr.Array(zarr.AsyncArray(metadata=metadata, store_path=inner.store_path))[...]
     return np.ascontiguousarray(read).reshape(array.shape)
 

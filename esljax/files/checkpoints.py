@@ -32,6 +32,7 @@ from jax.core import Tracer
 from esljax._checks import InputError, check_nonnegative, first_sentence, is_key, refuse
 from esljax.files import storage
 from esljax.files.description import describe
+from esljax.files.processes import watch_processes
 from esljax.files.signals import Terminated, endings, handling, uninterrupted
 from esljax.files.storage import make_folder, versions
 
@@ -39,6 +40,11 @@ _FORMAT = "format of descriptions"
 # 2: functions and classes of esljax are named by their room. Before (without a format): by their
 # file, so that the digests of what refers to one may differ for the very same run.
 _FORMAT_NOW = "2"
+
+
+# Orbax checks its files less than its numbers deserve: a bit flipped in a compressed array may come
+# back as another number.
+_SUMS = "sums of the state"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +125,7 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator["S
         >>> float(total)
         10.0
     """
+    watch_processes()
     if checkpoints is None:
         yield Session(None, None, {})
         return
@@ -139,10 +146,11 @@ def session(checkpoints: Checkpoints | None, run: dict[str, Any]) -> Iterator["S
     manage = functools.partial(
         _orbax().CheckpointManager, folder, options=options, item_names=("state", "about")
     )
-    with alone(folder, "checkpoints") as record, _quiet(), manage() as manager:
+    with alone(folder, "checkpoints") as record, _quiet(), _opened(manage, folder) as manager:
         _drop_halves(folder, record)
         opened = Session(manager, checkpoints, about, record)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_watched(opened))
             for number in endings():
                 stack.enter_context(handling(number, opened.request_end))
             yield opened
@@ -187,10 +195,10 @@ class Session:
             )
         for done in rounds:
             about = self._read(done, "about", _orbax().JsonRestore())
-            if about is None:
+            if not isinstance(about, dict):
                 continue
             self._compare(about)
-            state = self._read_state(done, like(done))
+            state = self._read_state(done, like(done), about.get(_SUMS))
             if state is not None:
                 self._saved_round = done
                 return done, state
@@ -243,31 +251,49 @@ class Session:
             saved = f"not saved, because {self._folder} could not be written"
         return Terminated(f"Terminated{when}; the run is {saved}.")
 
+    def last_saved(self) -> str:
+        """How much of a run that is cut off is saved and where, in words."""
+        # Orbax renames a folder when it is complete, and may be cut off just after that.
+        rounds = [int(path.name) for path in Path(self._folder).glob("*") if path.name.isdecimal()]
+        if not rounds:
+            return f"not saved yet in {self._folder}: start all processes again"
+        return (
+            f"saved in {self._folder} up to round {max(rounds)}: start all processes again with "
+            "resume=True, or --resume"
+        )
+
     def _read(self, done: int, item: str, how: Any) -> Any:
         """One item of a checkpoint, or None, with a warning, if it cannot be read."""
         try:
             return self._manager.restore(done, args=_orbax().Composite(**{item: how}))[item]
         except Exception as error:
-            warnings.warn(
-                f"The checkpoint of round {done} in {self._folder} cannot be read and is skipped: "
-                f"{first_sentence(error)}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            self._skip(done, first_sentence(error))
             return None
 
-    def _read_state(self, done: int, like: Any) -> Any:
+    def _skip(self, done: int, reason: str) -> None:
+        warnings.warn(
+            f"The checkpoint of round {done} in {self._folder} cannot be read and is skipped: "
+            f"{reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def _read_state(self, done: int, like: Any, sums: str | None) -> Any:
         arrays, rest = eqx.partition(like, eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
         abstract = {name: _stored(x) for name, x in _numbered(leaves).items()}
         stored = self._read(done, "state", _orbax().StandardRestore(abstract))
         if stored is None:
             return None
+        # Checkpoints of earlier versions have no sums.
+        if sums is not None and sums != _sums(stored):
+            self._skip(done, "its numbers are not those that were saved")
+            return None
         restored = [_as_it_was(stored[_name(i)], x) if x.size else x for i, x in enumerate(leaves)]
         return eqx.combine(structure.unflatten(restored), rest)
 
     def _compare(self, about: dict[str, str]) -> None:
-        for name in [*self._about, *(name for name in about if name != _FORMAT)]:
+        for name in [*self._about, *(name for name in about if name not in (_FORMAT, _SUMS))]:
             now, then = self._about.get(name, "absent"), about.get(name, "absent")
             if now != then:
                 advice = "use another folder for another run"
@@ -285,7 +311,7 @@ class Session:
         arrays = {name: x if _placed(x) else np.asarray(x) for name, x in _numbered(leaves).items()}
         items = _orbax().Composite(
             state=_orbax().StandardSave(arrays),
-            about=_orbax().JsonSave({**self._about, _FORMAT: _FORMAT_NOW}),
+            about=_orbax().JsonSave({**self._about, _FORMAT: _FORMAT_NOW, _SUMS: _sums(arrays)}),
         )
         folder = Path(self._folder).resolve()
         try:
@@ -367,6 +393,39 @@ def _content(path: Path) -> bytes:
         return path.read_bytes() if path.is_file() else b""
     except OSError:
         return b""
+
+
+def _opened(manage: Callable[[], Any], folder: Path) -> Any:
+    """Open Orbax's manager, which reads the metadata of all checkpoints in its folder."""
+    try:
+        return manage()
+    except Exception as error:
+        raise refuse(
+            "checkpoints",
+            "hold checkpoints that can be read",
+            f"{folder} holds a damaged one ({first_sentence(error)}): delete its round to resume "
+            "from the one before, or all to start again",
+        ) from error
+
+
+@contextlib.contextmanager
+def _watched(opened: Session) -> Iterator[None]:
+    """Name the checkpoint of this loop if another process of it is gone."""
+    watch = watch_processes()
+    if watch is None:
+        yield
+        return
+    watch.saved.append(opened.last_saved)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception:
+        # Where another process is gone, communication fails in many words before it is missed.
+        watch.wait()
+        raise
+    finally:
+        watch.saved.remove(opened.last_saved)
 
 
 @contextlib.contextmanager
@@ -459,6 +518,39 @@ def _as_it_was(stored: Any, like: Any) -> Any:
         # An array that was on no particular device must not come back bound to one.
         return stored if _placed(like) else jnp.asarray(stored)
     return np.asarray(stored)
+
+
+def _sums(arrays: dict[str, Any]) -> str:
+    """A sum of the bits of each array, weighted by their places.
+
+    Integers add up to the same on any number of devices, and a weight that is odd lets no flipped
+    bit vanish.
+    """
+    return " ".join(f"{int(_sum(arrays[name])):08x}" for name in sorted(arrays))
+
+
+def _sum(x: Any) -> Any:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return _sum_across(x)
+    values = np.ascontiguousarray(x)
+    kind = {2: np.uint16, 4: np.uint32, 8: np.uint32}.get(values.dtype.itemsize, np.uint8)
+    words = values.reshape(-1).view(kind).astype(np.uint32)
+    return np.sum(words * (np.arange(words.size, dtype=np.uint32) * _STEP | 1), dtype=np.uint32)
+
+
+@jax.jit
+def _sum_across(x: Any) -> Any:
+    """The same of an array of which other processes hold a part."""
+    kind = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}.get(x.dtype.itemsize, jnp.uint8)
+    words = x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
+    words = words.astype(jnp.uint32).ravel()
+    weights = jnp.arange(words.size, dtype=jnp.uint32) * _STEP | 1
+    return jnp.sum(words * weights, dtype=jnp.uint32)
+
+
+# An odd number without a pattern (2³² over the golden ratio): neighbors in each other's places
+# change the sum.
+_STEP = np.uint32(2654435769)
 
 
 def _name(i: int) -> str:

@@ -200,7 +200,8 @@ class Selection:
 
 
 def _patterns(argument: str, given: Iterable[str] | str) -> tuple[str, ...]:
-    patterns = (given,) if isinstance(given, str) else tuple(given)
+    patterns = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else given
+    patterns = tuple(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:
             raise refuse(argument, "hold patterns of keys, as in 'opt_state/*'", f"is {given!r}")

@@ -248,13 +248,10 @@ def _is_checkpoint(folder: Path) -> bool:
     """Return whether a folder is one checkpoint rather than a folder of them."""
     if is_orbax(folder) or (folder / "_CHECKPOINT_METADATA").exists():
         return True
-    inside = _entries(folder)
-    return any(
-        entry.is_dir() and is_orbax(entry) and not has_number(entry) for entry in inside
-    ) or any(
-        entry.is_file() and entry.suffix.lower() in FILES and not has_number(entry)
-        for entry in inside
-    )
+    found = [entry for entry in _entries(folder) if entry.suffix.lower() in FILES or entry.is_dir()]
+    if any(has_number(entry) and not _SHARD.fullmatch(entry.name) for entry in found):
+        return False
+    return any(entry.is_file() or is_orbax(entry) for entry in found)
 
 
 def _refuse_shards(folder: Path, inside: Iterable[Path]) -> None:
@@ -280,7 +277,8 @@ def _refuse_one_level(folder: Path, inside: Sequence[Path], folders: Sequence[Pa
                 f"{_LAYOUT} (Σ compares copies of a network that were trained apart; move the "
                 "checkpoints of each copy into a folder of its own, or stack the copies in one "
                 ".npz as `positions` (snapshots, members, numbers))",
-                f"{folder} holds {len(flat)} checkpoints without members, such as {flat[0].name}",
+                f"{folder} holds {len(flat)} checkpoints, such as {flat[0].name}, outside of the "
+                "folder of a member",
             )
 
 
@@ -289,4 +287,4 @@ def _found(inside: Sequence[Path]) -> str:
         return ""
     names = [entry.name + "/" * entry.is_dir() for entry in inside]
     more = f" and {len(names) - 3} more" if len(names) > 4 else ""
-    return f" but holds {', '.join(names[: 3 if more else 4])}{more}"
+    return f"; it holds {', '.join(names[: 3 if more else 4])}{more}"

@@ -5,6 +5,7 @@ does not fit is refused rather than measured, because `best_0.93.npz` is no snap
 
     step_000100_of_5, step_000200_of_5      100, 200: the other numbers stay the same
     epoch=3-step=100, epoch=4-step=200      100, 200: a step is a better clock than an epoch
+    epoch=3-step=9, epoch=4-step=1          refused: steps that start again in each epoch
     step_-100, t_-0.5, step_1e3             -100, -0.5, 1000
     checkpoint-500                          500: behind a word, a hyphen separates
     t-3, t-2                                refused: -3 or 3
@@ -12,6 +13,7 @@ does not fit is refused rather than measured, because `best_0.93.npz` is no snap
     3_17, 4_25                              refused: either number could be meant
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -85,6 +87,8 @@ def numbered(
     if len(kinds) > 1:
         raise _of_several_kinds(cut, kinds, labels, end)
     index = _meant(cut, labels, end)
+    if not members:
+        _refuse_disagreement(cut, index)
     return {
         folder: _by_number(folder, [(one.path, _value(one.numbers[index])) for one in inside])
         for folder, inside in cut.items()
@@ -165,7 +169,7 @@ def _kind(one: _Name) -> tuple[str, ...]:
 
 
 def _few(paths: Iterable[Path]) -> str:
-    names = sorted(path.name for path in paths)
+    names = sorted({path.name for path in paths})
     more = f" and {len(names) - 3} more" if len(names) > 4 else ""
     return ", ".join(names[: 3 if more else 4]) + more
 
@@ -186,8 +190,9 @@ def _meant(cut: Mapping[Path, Sequence[_Name]], labels: Sequence[set[str]], end:
         )
     index = len(example.numbers) - 1 if index is None else index
     before = example.texts[index]
-    if re.search(r"(?:^|[^A-Za-z])[A-Za-z]-$", before):
-        sign = example.like(index, varying) + end
+    # The order of members does not matter, that of times does.
+    if not end and re.search(r"(?:^|[^A-Za-z])[A-Za-z]-$", before):
+        sign = example.like(index, varying)
         raise refuse(
             "recording",
             f"have names whose sign is clear (choose by name={sign!r} for a hyphen, or "
@@ -195,6 +200,23 @@ def _meant(cut: Mapping[Path, Sequence[_Name]], labels: Sequence[set[str]], end:
             f"{example.path.name} may be either",
         )
     return index
+
+
+def _refuse_disagreement(cut: Mapping[Path, Sequence[_Name]], index: int) -> None:
+    """Reject times that go back where another clock in the names goes on."""
+    varying = _varying(cut) - {index}
+    for folder, inside in cut.items():
+        ordered = sorted(inside, key=lambda one: _value(one.numbers[index]))
+        for other in varying:
+            clock = any(_label(ordered[0].texts[other]) in words for words in _CLOCKS)
+            for before, after in itertools.pairwise(ordered):
+                if clock and _value(after.numbers[other]) < _value(before.numbers[other]):
+                    pattern = before.like(index, varying)
+                    raise refuse(
+                        "recording",
+                        f"have names whose numbers agree on the order (choose by name={pattern!r})",
+                        f"{before.path.name} and {after.path.name} in {folder} do not",
+                    )
 
 
 def _varying(cut: Mapping[Path, Sequence[_Name]]) -> set[int]:
@@ -212,20 +234,26 @@ def _labelled(example: _Name, indices: set[int], labels: Sequence[set[str]]) -> 
     if len(indices) == 1:
         return next(iter(indices))
     for words in labels:
-        found = []
-        for index in indices:
-            word = re.search(r"([A-Za-z]+)[^A-Za-z0-9]*$", example.texts[index])
-            if word and word[1].lower() in words:
-                found.append(index)
+        found = [index for index in indices if _label(example.texts[index]) in words]
         if len(found) == 1:
             return found[0]
     return None
 
 
+def _label(text: str) -> str:
+    """Return the word before a number."""
+    word = re.search(r"([A-Za-z]+)[^A-Za-z0-9]*$", text)
+    return word[1].lower() if word else ""
+
+
+def _has_label(texts: Sequence[str], labels: Sequence[set[str]]) -> bool:
+    return any(_label(text) in words for text in texts[:-1] for words in labels)
+
+
 def _of_several_kinds(
     cut: Mapping[Path, Sequence[_Name]], kinds: Counter, labels: Sequence[set[str]], end: str
 ) -> InputError:
-    most = kinds.most_common(1)[0][0]
+    most = max(kinds, key=lambda kind: (kinds[kind], _has_label(kind, labels)))
     fitting = {
         folder: [one for one in inside if _kind(one) == most] for folder, inside in cut.items()
     }

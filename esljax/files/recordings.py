@@ -17,6 +17,8 @@ safetensors and Orbax.
 """
 
 import difflib
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +27,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import refuse
+from esljax._checks import in_words, refuse
 from esljax.files.archives import (
     Archive,
     Header,
@@ -91,6 +93,8 @@ def read(
         >>> recording.positions.shape, recording.times.tolist()
         ((3, 8, 2), [0, 10, 50])
     """
+    if not isinstance(path, str | os.PathLike):
+        raise refuse("recording", "be a path", f"is {in_words(path)}")
     path, selection = Path(path), Selection(only, skip)
     refuse_pickle("recording", path)
     with decoding("recording", path):
@@ -161,12 +165,12 @@ def _snapshots(archive: Archive, selection: Selection) -> Recording:
     path = archive.path
     choice = selection.plain(archive.headers)
     selection.check_used(str(path))
-    if path.suffix.lower() == ".npy":
+    if path.suffix.lower() == ".npy" and choice.kept:
         return Recording(archive.load("recording", ["array"])["array"], None, observed=False)
     named = [name for name in ("positions", "features") if name in choice.kept]
     if len(named) != 1:
         unknown = [key for key in choice.kept if key not in _SNAPSHOTS]
-        instead = f", but {several(unknown)}" if unknown and not named else ""
+        instead = f" but {several(unknown)}" if unknown and not named else ""
         raise refuse(
             "recording",
             "hold either `positions` or `features`",
@@ -233,9 +237,10 @@ def _checkpoints(folder: Path, selection: Selection, name: str | None) -> Record
         if (header := archive.headers[key]).dtype is not None
     }
     dtype = np.result_type(np.float32, *types)
+    dtype = dtype if dtype.itemsize <= 8 else np.dtype(np.float64)
     size = sum(header.size for header in model.values())
     shape = (len(times), len(members), size)
-    check_room("recording", str(folder), dtype.itemsize * np.prod(shape, dtype=float))
+    check_room("recording", str(folder), dtype.itemsize * math.prod(shape))
     positions = np.empty(shape, dtype)
     for (j, i), archive in opened.items():
         parameters = archive.load("recording", kept)

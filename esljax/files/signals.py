@@ -55,7 +55,7 @@ def endings() -> list[signal.Signals]:
 
 @contextlib.contextmanager
 def ended() -> Iterator[None]:
-    """Raise `Terminated` on SIGTERM and SIGHUP, as Ctrl-C raises `KeyboardInterrupt`.
+    """Raise `Terminated` on SIGTERM and SIGHUP, and `KeyboardInterrupt` on Ctrl-C.
 
     A signal that the caller ignores, as `nohup` does, stays ignored.
     """
@@ -63,11 +63,22 @@ def ended() -> Iterator[None]:
     def end(number: int, _: Any) -> None:
         raise Terminated(f"Ended by {signal.Signals(number).name}.")
 
+    answers = {"SIGINT": signal.default_int_handler, "SIGTERM": end, "SIGHUP": end}
     with contextlib.ExitStack() as stack:
-        for name in ("SIGTERM", "SIGHUP"):
+        for name, answer in answers.items():
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                stack.enter_context(handling(number, end))
+                stack.enter_context(handling(number, answer))
+        yield
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Drop Ctrl-C, SIGTERM and SIGHUP: what they ask for is being done."""
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, *endings()):
+            if callable(signal.getsignal(number)):
+                stack.enter_context(handling(number, lambda *_: None))
         yield
 
 

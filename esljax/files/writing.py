@@ -14,7 +14,7 @@ import re
 import secrets
 import stat
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,20 @@ from esljax.files.storage import described, toml, versions
 _MANNERS = ("out", "quiet", "checkpoint_every")
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], argument: str = "out") -> None:
     """Write a report as strict JSON. Numbers that are not finite become null.
 
     **Args:** `content`: with the keys `config` and `versions`, by which it is recognized.
+    `argument`: the one that a refusal names.
     **Raises:** `InputError` if something else is there, and `OSError` if the disk fails.
     """
+    replace(path, as_json(content), argument=argument)
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """The content of a file of strict JSON. Numbers that are not finite become null."""
     text = json.dumps(_plain(content), indent=2, allow_nan=False, ensure_ascii=False)
-    replace(path, (text + "\n").encode(errors="backslashreplace"))
+    return (text + "\n").encode(errors="backslashreplace")
 
 
 def write_toml(path: Path, content: Mapping[str, Any]) -> None:
@@ -45,25 +51,23 @@ def write_toml(path: Path, content: Mapping[str, Any]) -> None:
     replace(path, _HEAD + _digest(body).encode() + b"\n" + body)
 
 
-def replace(path: Path, content: bytes) -> None:
+def replace(
+    path: Path,
+    content: bytes,
+    *,
+    argument: str = "out",
+    ours: Callable[[bytes], bool] | None = None,
+) -> None:
     """Write a file whole or not at all, in the place of none or of one that this program wrote.
 
     A reader or a kill meets the old file or the new one. The mode is that of the umask.
 
+    **Args:** `argument`: the argument that messages name. `ours`: recognizes the content of files
+    of this program; by default settings, reports and figures are.
     **Raises:** `InputError` if something else is there, and `OSError` if the disk fails.
     """
-    if _is_foreign(path):
-        raise _foreign("out", path)
-    write_whole(path, content)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, in the place of whatever is there: the caller has looked.
-
-    A reader or a kill meets the old file or the new one. The mode is that of the umask.
-
-    **Raises:** `OSError` if the disk fails.
-    """
+    if _is_foreign(path, ours):
+        raise _foreign(argument, path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -192,7 +196,7 @@ def _content(path: Path) -> bytes | None:
             return None
 
 
-def _is_foreign(path: Path) -> bool:
+def _is_foreign(path: Path, ours: Callable[[bytes], bool] | None = None) -> bool:
     try:
         # Looked at before it is opened: a device may act on being opened.
         regular = stat.S_ISREG(path.lstat().st_mode)
@@ -200,7 +204,12 @@ def _is_foreign(path: Path) -> bool:
         return False
     except OSError:
         return True
-    return not regular or _about(path) is None
+    if not regular:
+        return True
+    if ours is None:
+        return _about(path) is None
+    content = _content(path)
+    return content is None or not ours(content)
 
 
 def _foreign(argument: str, path: Path) -> InputError:
@@ -214,8 +223,11 @@ def _foreign(argument: str, path: Path) -> InputError:
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as they come back from a file, without those that change no number."""
     known = json.loads(json.dumps(_plain(settings)))
+    # What holds nothing says nothing: an earlier version may not have had that setting.
     return {
-        name: value for name, value in known.items() if value is not None and name not in _MANNERS
+        name: value
+        for name, value in known.items()
+        if value not in (None, []) and name not in _MANNERS
     }
 
 
@@ -233,7 +245,7 @@ def _digest(content: bytes) -> str:
 
 def _remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             folder.rmdir()
 
 

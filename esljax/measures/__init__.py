@@ -7,6 +7,7 @@ from esljax.measures.evidence import Evidence
 from esljax.measures.finding import Finding
 from esljax.measures.free_energy import free_energy
 from esljax.measures.jarzynski import Jarzynski, jarzynski
+from esljax.measures.keys import KeyShare, KeyShares
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
 from esljax.measures.report import SpeedLimit, Split, average
 from esljax.measures.retiming import constant_speed
@@ -19,6 +20,8 @@ __all__ = [
     "FreeEnergy",
     "Interval",
     "Jarzynski",
+    "KeyShare",
+    "KeyShares",
     "MinibatchNoise",
     "SpeedLimit",
     "Split",

@@ -22,7 +22,7 @@ from esljax.measures.evidence import evidence_of
 from esljax.measures.report import SpeedLimit
 from esljax.sharding import map_pairs, replicate
 from esljax.simulation import Trajectory
-from esljax.transport import AbstractTransport, solution_of
+from esljax.transport import AbstractTransport, pairing_of, solution_of
 
 _CHAIN = (
     "A chain of laws is a lower bound of Σ (coarse snapshots and circulation are invisible); a "
@@ -51,6 +51,10 @@ class Distances(eqx.Module):
     """As `links`, without the sampling bias; None unless debiased."""
     debiased_whole: Float[Array, "*subsets"] | None = None
     """As `whole`, without the sampling bias; None unless debiased."""
+    parts: Float[Array, "pairs d"] | None = None
+    """The parts of the coordinates in the mean squared displacement of each link, and last from the
+    first snapshot to the last: of the pairs of members that the transport found, else of the
+    members themselves. None for subsets, and where the parameters have no names."""
 
 
 def distances(
@@ -69,8 +73,14 @@ def distances(
     """
     links = trajectory.positions.shape[0] - 1
     pairs, coarse = compared(links)
-    plain = of_pairs(solution_of, trajectory, transport, pairs + coarse, subsets)
+    parts = None
+    if subsets is None and trajectory.keys is not None:
+        plain, parts = of_pairs(_by_coordinate, trajectory, transport, pairs + coarse, None)
+        parts = parts[: links + 1]
+    else:
+        plain = of_pairs(solution_of, trajectory, transport, pairs + coarse, subsets)
     solved = Distances(
+        parts=parts,
         links=plain.squared[..., :links],
         whole=plain.squared[..., links],
         coarse=plain.squared[..., links + 1 :] if coarse else None,
@@ -117,6 +127,13 @@ def of_pairs(
     return solved if subsets is None else jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), solved)
 
 
+def _by_coordinate(transport: AbstractTransport, x: Array, y: Array) -> tuple[Any, Array]:
+    """The distance, and the mean squared displacement in each coordinate, shape (d,)."""
+    solved, places = pairing_of(transport, x, y)
+    partners = jax.lax.stop_gradient(y if places is None else y[places])
+    return solved, jnp.mean((partners - jax.lax.stop_gradient(x)) ** 2, axis=0)
+
+
 def _halves(x: Array) -> tuple[Array, Array]:
     members = len(x) // 2 * 2
     return x[0:members:2], x[1:members:2]
@@ -132,8 +149,18 @@ def _within(transport: AbstractTransport, x: Array, _: Array) -> Array:
     return solution_of(transport, *_halves(x)).squared
 
 
-def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distances) -> SpeedLimit:
-    """Return the report of one run by its chain. Not checked: for use inside `jit`."""
+def chain(
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    solved: Distances,
+    *,
+    given: Trajectory | None = None,
+    size: Scalar | float = 1.0,
+) -> SpeedLimit:
+    """Return the report of one run by its chain. Not checked: for use inside `jit`.
+
+    **Args:** `given`: the run itself, if `trajectory` is in units of `size`; so is the report.
+    """
     positions, times = trajectory.positions, trajectory.times
     links = positions.shape[0] - 1
     squares = solved.links
@@ -175,9 +202,9 @@ def chain(trajectory: Trajectory, transport: AbstractTransport, solved: Distance
         if solved.debiased_links is None
         else jnp.sum(safe_root(solved.debiased_links)) ** 2,
         debiased_w2_squared=solved.debiased_whole,
-        noise_floor=_noise_floor(trajectory, transport),
+        noise_floor=_noise_floor(trajectory, transport, size),
         identity_fraction=_identity_fraction(trajectory, transport, squares),
-        evidence=evidence_of(trajectory, transport),
+        evidence=evidence_of(trajectory, transport, given=given, size=size, parts=solved.parts),
         source=f"a chain of {links} links in {transport.name}",
         worth=_CHAIN if law is not None else f"{_CHAIN} {_noise_of(trajectory)}",
         is_bound=transport.is_metric,
@@ -198,7 +225,9 @@ def compared(links: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     return [(j, j + 1) for j in range(links)] + [(0, links)], coarse
 
 
-def _noise_floor(trajectory: Trajectory, transport: AbstractTransport) -> Scalar | None:
+def _noise_floor(
+    trajectory: Trajectory, transport: AbstractTransport, unit: Scalar | float
+) -> Scalar | None:
     """Return the share of injected noise in Σ where each member is its own best partner.
 
     2 tr(MᵀM) Σ_j Σ_{k∈j} T_k η_k/Δs_j, with M the projection: tr(MᵀM) = d without one. T is that of
@@ -213,7 +242,7 @@ def _noise_floor(trajectory: Trajectory, transport: AbstractTransport) -> Scalar
     matrix = transport.projection
     size = d if matrix is None else jnp.sum(matrix.astype(trajectory.positions.dtype) ** 2)
     heat = jnp.sum((law.injected * law.mobility).reshape(snapshots - 1, -1), axis=1)
-    return jnp.sum(2 * size * heat / jnp.diff(trajectory.times))
+    return jnp.sum(2 * size * (heat / unit / unit) / jnp.diff(trajectory.times))
 
 
 def _identity_fraction(

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from esljax._numerics import safe_root
+from esljax._numerics import debiased_variance, safe_root
 from esljax._types import Array
 from esljax.measures.chain import Distances
 from esljax.measures.errors import (
     Groups,
-    error_of_square,
     jackknife_bias,
     jackknife_variance,
     resolved_squares,
@@ -137,13 +136,13 @@ def _errors(report: Any, x: Numbers, variance: Callable[[Array], Array], smooth:
             # ‖w_i - w̄‖²: so Σ is no less than -2/3 of it, up to noise of the judging members.
             bias = jnp.maximum(report.entropy_production - bound, 0) / 2
             value = jnp.maximum(report.entropy_production, -2 / 3 * bias)
-            sigma = error_of_square(value, sigma, bias)
+            sigma = debiased_variance(value, sigma, bias)
     noise = jnp.maximum(variances["entropy_production"] - sigma, 0)
     if smooth:
         value = report.debiased_entropy_production
-        chain = error_of_square(value, chain, report.chained - value)
+        chain = debiased_variance(value, chain, report.chained - value)
         value = report.debiased_w2_squared
-        fewer = error_of_square(value, distance, report.w2_squared - value)
+        fewer = debiased_variance(value, distance, report.w2_squared - value)
         noise, distance = noise + jnp.maximum(distance - fewer, 0), fewer
     gap = variance(x["sigma"] - x["distance"])
     variances["entropy_production"] = sigma

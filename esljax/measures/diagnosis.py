@@ -17,6 +17,7 @@ CHECKS: tuple[Callable[[Any], Iterator[Finding]], ...] = (
     members.of_labels,
     members.of_members,
     numbers.of_convergence,
+    numbers.of_errors,
     numbers.of_violation,
     numbers.of_negative,
     numbers.of_stability,
@@ -36,6 +37,18 @@ CHECKS: tuple[Callable[[Any], Iterator[Finding]], ...] = (
 )
 """All checks of a report, the most serious first."""
 
+OF_DISTANCES = (
+    numbers.of_violation,
+    numbers.of_negative,
+    numbers.of_disagreement,
+    numbers.of_epsilon,
+    numbers.of_sampling,
+    numbers.of_spacing,
+    numbers.of_noise,
+    numbers.of_extreme,
+)
+"""Those that compare distances, which say nothing where a problem was not solved."""
+
 
 def diagnose(report: Any, convexity: float | None = None) -> tuple[Finding, ...]:
     """All findings about one report, the most serious first; none if nothing is wrong.
@@ -48,7 +61,9 @@ def diagnose(report: Any, convexity: float | None = None) -> tuple[Finding, ...]
     if blocking:
         # Ratios of numbers that are rounding, 0 or infinite are no second finding.
         return (*members.of_labels(report), *blocking)
-    findings = [finding for check in CHECKS for finding in check(report)]
-    if convexity is not None:
+    solved = bool(report.converged)
+    checks = [check for check in CHECKS if solved or check not in OF_DISTANCES]
+    findings = [finding for check in checks for finding in check(report)]
+    if convexity is not None and solved:
         findings.extend(numbers.of_convexity(report, convexity))
     return tuple(findings)

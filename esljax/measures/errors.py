@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._numerics import safe_divide, safe_root
+from esljax._numerics import power_of_two, safe_divide, safe_root
 from esljax._types import Array, Float, Int
 
 
@@ -98,23 +98,6 @@ def jackknife_bias(
     return (groups.count - 1) * (jnp.mean(replicates, axis=0) - whole)
 
 
-def error_of_square(
-    value: Float[Array, "*runs"], variance: Float[Array, "*runs"], bias: Float[Array, "*runs"]
-) -> Float[Array, "*runs"]:
-    """The variance of a debiased square, from that of the square by jackknife.
-
-    The latter is in proportion to the square itself, `value` + `bias`, however small that came out;
-    the former is in proportion to the truth and half the bias.
-
-    **Args:** `value`: debiased. `bias`: that of the square, which was taken off.
-    """
-    bias = jnp.maximum(bias, 0)
-    # The jackknife measures R (θ̂ + b), and both fall together where the square came out small.
-    # Below a tenth of the bias it measures the noise of its own groups.
-    rate = safe_divide(variance, jnp.maximum(value + bias, bias / 10))
-    return rate * (jnp.maximum(value, 0) + bias / 2)
-
-
 def interval_of_square(
     value: Float[Array, "*runs"],
     error: Float[Array, "*runs"],
@@ -128,13 +111,16 @@ def interval_of_square(
 
     **Args:** `error`: the standard error of `value`. `bias`: what was taken off. `width`: t.
     """
+    # Of numbers near the ends of their type the squares are none.
+    unit = power_of_two(jnp.maximum(jnp.maximum(jnp.abs(value), error), jnp.abs(bias)))
+    value, error, bias = (x / unit for x in (value, error, bias))
     half = jnp.maximum(bias, 0) / 2
     rate = width**2 * safe_divide(error**2, jnp.maximum(value, 0) + half)
     middle, square = value + rate / 2, rate * (value + half) + rate**2 / 4
     # A value so far below 0 that no square explains it has no such ends.
     solvable, reach = square > 0, safe_root(square)
     middle, reach = jnp.where(solvable, middle, value), jnp.where(solvable, reach, width * error)
-    return Interval(middle - reach, middle + reach, level)
+    return Interval(unit * (middle - reach), unit * (middle + reach), level)
 
 
 def quantile(probability: float, freedom: int) -> float:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._numerics import safe_divide
+from esljax._numerics import power_of_two, safe_divide
 from esljax._types import Array, Float, Scalar
 from esljax.sharding import AnyMesh, map_pairs
-from esljax.simulation import Trajectory
+from esljax.simulation import Keys, Trajectory
 from esljax.transport import AbstractTransport, solution_of
 
 # By bits of a number: its type as a whole number, and the digits of its fraction that stay 0 where
@@ -88,6 +88,22 @@ class Evidence(eqx.Module):
     """K, the number of steps. None for a recorded run."""
     moments_only: bool = eqx.field(static=True, default=False)
     """Whether the transport compares means and covariances only."""
+    spacings: Scalar | None = None
+    """The mean squared change of the numbers that change in a link, shape (), in squared distances
+    to the number next to them; 0 if none changes. Where it is about 1, all change is rounding."""
+    unresolved: Scalar | None = None
+    """How large an error rounding leaves in a squared distance of the transport, shape (), in units
+    of θ². None for a transport whose error is relative."""
+    size: Scalar | None = None
+    """The unit in which the numbers of the report were computed, a power of two, shape (), in units
+    of θ. None for a report made by hand."""
+    own: tuple[Scalar, Scalar] | None = None
+    """Σ and W2² in this unit squared, where no square is too large or too small for its type."""
+    by_coordinate: tuple[Array, Array] | None = None
+    """The parts of the coordinates in Σ and in W2², shape (d,) each, in any one unit, under the
+    pairs of members that the transport found. None if `keys` are not known."""
+    keys: Keys | None = eqx.field(static=True, default=None)
+    """The parameters of a member by name and shape, in the order in which it is raveled."""
     corrected: Corrected | None = None
     """The numbers of the chain without their sampling bias, where the report does not give them
     and a jackknife over moments knows them."""
@@ -96,13 +112,23 @@ class Evidence(eqx.Module):
     `jit`, which hides the values."""
 
 
-def evidence_of(trajectory: Trajectory, transport: AbstractTransport) -> Evidence:
+def evidence_of(
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    *,
+    given: Trajectory | None = None,
+    size: Scalar | float = 1.0,
+    parts: Float[Array, "pairs d"] | None = None,
+) -> Evidence:
     """Return the observations of one run. Not checked: for use inside `jit`.
 
+    **Args:** `given`: the run itself, if `trajectory` is in units of `size`. `parts`: the squared
+    displacements of the coordinates in each link, and last those from the start to the end.
     **Differentiation:** none; the observations are constants.
     """
-    trajectory = jax.lax.stop_gradient(trajectory)
+    trajectory, given, parts = jax.lax.stop_gradient((trajectory, given, parts))
     positions, times = trajectory.positions, trajectory.times
+    stored = positions if given is None else given.positions
     compared = jax.eval_shape(transport.coordinates, positions)
     # In units of their own size, squares of very large or very small numbers stay numbers.
     center, scale = _center_and_scale(positions)
@@ -111,7 +137,10 @@ def evidence_of(trajectory: Trajectory, transport: AbstractTransport) -> Evidenc
     elapsed = jnp.diff(times)
     apart = scaled - jnp.mean(scaled, axis=1, keepdims=True)
     squares = jnp.sum(jnp.mean(moves**2, axis=1) / elapsed[:, None], axis=0)
-    quanta = _spacing(positions)
+    quanta = _spacing(stored) / size
+    changes = positions[1:] - positions[:-1]
+    # Of the larger of the two numbers: beside a power of two the other side is twice as dense.
+    spacings = safe_divide(changes, jnp.maximum(quanta[1:], quanta[:-1])) ** 2
     rounding = jnp.sum(jnp.mean(quanta[1:] ** 2 + quanta[:-1] ** 2, axis=1) / 12, axis=1)
     rates, links = trajectory.rates, len(elapsed)
     return Evidence(
@@ -123,8 +152,7 @@ def evidence_of(trajectory: Trajectory, transport: AbstractTransport) -> Evidenc
         shares=safe_divide(squares, jnp.sum(squares))
         if transport.linear and transport.projection is None
         else None,
-        common=jnp.all(jnp.max(positions, axis=1) == jnp.min(positions, axis=1), axis=0)
-        & (squares > 0),
+        common=jnp.all(jnp.max(stored, axis=1) == jnp.min(stored, axis=1), axis=0) & (squares > 0),
         quantum=jnp.sqrt(jnp.mean(quanta**2)),
         rounding=jnp.sum(rounding / elapsed),
         energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
@@ -134,6 +162,12 @@ def evidence_of(trajectory: Trajectory, transport: AbstractTransport) -> Evidenc
         coordinates=compared.shape[-1],
         steps=None if rates is None else rates.shape[0],
         moments_only=transport.moments_only,
+        unresolved=transport.rounding(positions[0], positions[-1]),
+        spacings=safe_divide(jnp.sum(spacings), jnp.sum(changes != 0, dtype=spacings.dtype)),
+        by_coordinate=None
+        if parts is None
+        else (jnp.sum(parts[:-1] / elapsed[:, None], axis=0), parts[-1]),
+        keys=trajectory.keys,
     )
 
 
@@ -152,9 +186,7 @@ def _center_and_scale(positions: Float[Array, "snapshots n d"]) -> tuple[Array, 
     center = jnp.sum(start / len(start), axis=0)
     apart = jnp.abs(positions - center)
     scale = jnp.max(jnp.where(jnp.isfinite(apart), apart, 0))
-    # A power of 2 rounds nothing.
-    _, exponent = jnp.frexp(jnp.where(scale > 0, scale, 1))
-    return center, jnp.ldexp(jnp.ones_like(scale), exponent - 1)
+    return center, power_of_two(scale)
 
 
 def _spacing(positions: Float[Array, "snapshots n d"]) -> Float[Array, "snapshots n d"]:

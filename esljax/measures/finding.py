@@ -59,6 +59,10 @@ OUTERMOST_OF_FEW = 4.0
 CONCENTRATED, FEW_COORDINATES = 0.95, 20
 # Rounding of the stored positions that is seen in Σ.
 ROUNDED = 0.02
+# Changes to the next number alone, or to that after it once in three times, are no motion.
+ONE_STEP = 2.0
+# Rounding of a transport that is half of Σ leaves nothing of it to read.
+UNRESOLVED = 0.5
 # A member that comes to rest smoothly has slowed down to a few quanta before.
 AT_REST = 100.0
 # The relative change of the differences between members grows with the learning rate and with the

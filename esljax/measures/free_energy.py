@@ -36,7 +36,13 @@ from esljax.potentials import AbstractPotential, check_potential
 from esljax.results import StandardErrors
 from esljax.sharding import bring
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
-from esljax.transport import AbstractTransport, GaussianTransport, check_transport, solution_of
+from esljax.transport import (
+    AbstractTransport,
+    GaussianTransport,
+    check_room,
+    check_transport,
+    solution_of,
+)
 from esljax.velocity import AbstractVelocity
 
 
@@ -404,6 +410,7 @@ def _check(
     if transport is not None:
         n, d = trajectory.positions.shape[-2:]
         check_transport("transport", transport, n, d, trajectory.positions.dtype)
+        check_room(transport, n, d, trajectory.positions.dtype)
         if not transport.linear or transport.projection is not None:
             raise refuse(
                 "transport",

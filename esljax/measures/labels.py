@@ -197,9 +197,19 @@ def _shuffled(positions: np.ndarray) -> tuple[np.ndarray, int]:
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
     """tr cov(x, y)/√(tr cov(x) tr cov(y)) of the given pairs; 1 where a cloud is one point."""
-    x, y = (a - a.mean(axis=0) for a in (x, y))
+    x, y = _in_one_unit(*(a - a.mean(axis=0) for a in (x, y)))
     size = np.sqrt(float(np.vdot(x, x))) * np.sqrt(float(np.vdot(y, y)))
     return float(np.vdot(x, y)) / size if np.isfinite(size) and size > 0 else 1.0
+
+
+def _in_one_unit(*clouds: np.ndarray) -> list[np.ndarray]:
+    """Both clouds in units in which their squares are numbers; as they are if they usually are."""
+    size = max(np.abs(cloud).max() for cloud in clouds)
+    return (
+        list(clouds)
+        if not 0 < size < np.inf or 1e-9 < size < 1e9
+        else [cloud / size for cloud in clouds]
+    )
 
 
 def _centred(pair: np.ndarray) -> np.ndarray:

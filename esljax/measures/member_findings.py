@@ -7,13 +7,15 @@ import numpy as np
 
 from esljax.measures import finding as at
 from esljax.measures.finding import Finding, listed
+from esljax.measures.keys import named
 
 
 def blocking(report: Any) -> tuple[Finding, ...]:
-    """Return the findings that leave the numbers of a report nothing to say."""
+    """Return the finding that leaves the numbers of a report nothing to say, if there is one."""
     if report.evidence is None:
         return ()
-    return tuple(found for check in (_overflow, _underflow, _nothing) for found in check(report))
+    checks = (_overflow, _underflow, _nothing, _coarse, _one_step)
+    return tuple(found for check in checks for found in check(report))[:1]
 
 
 def _range(report: Any) -> tuple[Any, float, float]:
@@ -27,48 +29,146 @@ def _range(report: Any) -> tuple[Any, float, float]:
     )
 
 
+_WIDER = (
+    "divide the positions by their size, or compute in float64 "
+    "(jax.config.update('jax_enable_x64', True))"
+)
+
+
 def _overflow(report: Any) -> Iterator[Finding]:
     kind, farthest, _ = _range(report)
     whole = float(report.entropy_production) + float(report.w2_squared)
     members = report.evidence.distances.shape[-1]
+    own, size = _in_own_units(report)
     # The costs of all pairs of an assignment are summed, and multiplied by the members.
-    if (
-        np.isfinite(farthest)
-        and not np.isfinite(whole)
-        and farthest**2 * members**3 > float(kind.max)
-    ):
+    summed = (farthest / size) ** 2 * members**3 > float(kind.max)
+    squared = bool(np.isfinite(own).all()) and max(own) > 0
+    if np.isfinite(farthest) and not np.isfinite(whole) and (summed or squared):
+        reached = "sums of their squares"
+        if squared and not summed:
+            reached = f"Σ, about {_power(own[0], size)}, or its errors"
         yield Finding(
             "overflow",
-            f"All members are finite, at distances up to {farthest:.3g}, but sums of their squares "
+            f"All members are finite, at distances up to {farthest:.3g}, but {reached} "
             f"exceed the largest {kind.dtype}, {float(kind.max):.3g}.",
             ("units in which the parameters are very large", "a run that diverged long ago"),
-            "divide the positions by their size, or compute in float64 "
-            "(jax.config.update('jax_enable_x64', True))",
+            _WIDER,
         )
 
 
 def _underflow(report: Any) -> Iterator[Finding]:
     kind, _, fastest = _range(report)
+    own, size = _in_own_units(report)
     # Below, squares have fewer digits than others.
     least = float(kind.tiny) / float(kind.eps)
-    if fastest > 0 and fastest**2 < least:
+    if fastest > 0 and (fastest / size) ** 2 < least:
         yield Finding(
             "underflow",
             f"Members move by up to {fastest:.3g} in a link, whose square is below "
-            f"{least:.3g}, where numbers of {kind.dtype} lose their digits.",
+            f"{least * size**2:.3g}, where numbers of {kind.dtype} lose their digits.",
             ("units in which the parameters are very small",),
-            "divide the positions by their size, or compute in float64 "
-            "(jax.config.update('jax_enable_x64', True))",
+            _WIDER,
+        )
+        return
+    # Errors of a percent have digits of their own.
+    least = float(kind.tiny) * _OF_ERRORS
+    if fastest > 0 and own[0] > 0 and np.log10(own[0]) + 2 * np.log10(size) < np.log10(least):
+        yield Finding(
+            "underflow",
+            f"Members move by up to {fastest:.3g} in a link, and Σ is about "
+            f"{_power(own[0], size)}, below {least:.3g}, where numbers of {kind.dtype} and their "
+            "errors lose their digits.",
+            ("units in which the parameters are very small",),
+            _WIDER,
         )
 
 
+# Standard errors are shown down to this share of their number.
+_OF_ERRORS = 1e3
+
+
+def _in_own_units(report: Any) -> tuple[tuple[float, float], float]:
+    """Return Σ and W2² as they were computed, and the unit of length."""
+    evidence = report.evidence
+    if evidence.size is None:
+        return (float(report.entropy_production), float(report.w2_squared)), 1.0
+    sigma, whole = (float(x) for x in evidence.own)
+    return (sigma, whole), float(evidence.size)
+
+
+def _power(number: float, size: float) -> str:
+    """Return `number` · size² in digits, also where it is no number of any type."""
+    if not (number > 0 and np.isfinite(number)):
+        return f"{number:.3g}"
+    whole = np.log10(number) + 2 * np.log10(size)
+    exponent = int(np.floor(whole))
+    return f"{10 ** (whole - exponent):.3g}e{exponent:+03d}"
+
+
 def _nothing(report: Any) -> Iterator[Finding]:
-    if _range(report)[2] == 0:
+    if _range(report)[2] != 0:
+        return
+    evidence = "All members are at the same place in every snapshot: what is not 0 is rounding."
+    causes = ["one checkpoint saved many times", "learning rates of 0", "a run that had ended"]
+    change = "check what was recorded"
+    steps, still = report.evidence.steps, np.asarray(report.evidence.still)
+    if steps is not None and not still.all():
+        kind = np.asarray(report.evidence.distances).dtype
+        quantum = float(report.evidence.quantum)
+        evidence += (
+            f" The learning rates of the {steps} steps are not 0: unless the force is, each step "
+            f"is below the spacing of the positions in {kind}, about {quantum:.2g}, and is lost."
+        )
+        causes = [
+            "learning rate times force below the spacing of the positions, so that no step changes "
+            "a number",
+            "members that start where the force is 0",
+        ]
+        change = (
+            "raise the learning rate, start closer to 0, or compute in float64 "
+            "(jax.config.update('jax_enable_x64', True))"
+        )
+    yield Finding("nothing moved", evidence, tuple(causes), change)
+
+
+def _coarse(report: Any) -> Iterator[Finding]:
+    """Distances that are differences of far larger numbers."""
+    left = report.evidence.unresolved
+    if left is None:
+        return
+    left, sigma = float(left), float(report.chained)
+    added = float(np.sum(left / durations(report)))
+    if np.isfinite(left) and not added > at.UNRESOLVED * abs(sigma):
+        return
+    kind = np.asarray(report.evidence.distances).dtype
+    error = f"of about {left:.2g}" if np.isfinite(left) else f"beyond every {kind}"
+    yield Finding(
+        "ε hides the motion",
+        f"At this ε rounding in {kind} leaves an error {error} in each squared distance, and with "
+        f"it {'all' if not added < abs(sigma) else 'most'} of the chain's Σ, {sigma:.3g}, while "
+        f"members move by up to {_range(report)[2]:.3g} in a link.",
+        ("ε far above the squared distance that the ensemble travels",),
+        "lower ε, or use an exact or Gaussian transport",
+    )
+
+
+def _one_step(report: Any) -> Iterator[Finding]:
+    """Motion of which each change is one to the next number."""
+    evidence = report.evidence
+    if evidence.spacings is not None and 0 < float(evidence.spacings) <= at.ONE_STEP:
+        kind = np.asarray(evidence.distances).dtype
         yield Finding(
-            "nothing moved",
-            "All members are at the same place in every snapshot: what is not 0 is rounding.",
-            ("one checkpoint saved many times", "learning rates of 0", "a run that had ended"),
-            "check what was recorded",
+            "rounded positions without motion",
+            "Where a number changes from one snapshot to the next, it changes to the one beside it "
+            f"or not at all: the positions as stored are {float(evidence.quantum):.3g} apart, and "
+            "all of Σ is rounding.",
+            (
+                f"an offset that {kind} cannot resolve",
+                "steps below the spacing of the positions",
+                "positions saved in half precision",
+            ),
+            "subtract the offset before the positions are rounded, store more bits, or take fewer "
+            "snapshots",
         )
 
 
@@ -288,11 +388,13 @@ def of_coordinates(report: Any) -> Iterator[Finding]:
     if common.any() and not common.all():
         places = np.flatnonzero(common)
         one = len(places) == 1
+        which = listed(places)
+        if evidence.keys is not None:
+            which = f"{named(places, evidence.keys)}, {len(places)}"
         yield Finding(
             "common coordinates",
-            f"Coordinate{'' if one else 's'} {listed(places)} of {len(common)} "
-            f"{'is' if one else 'are'} the same for all members at every snapshot, and "
-            f"move{'s' * one}{_held(shares, places)}.",
+            f"Coordinate{'' if one else 's'} {which} of {len(common)} {'is' if one else 'are'} the "
+            f"same for all members at every snapshot, and move{'s' * one}{_held(shares, places)}.",
             ("a step counter or a learning rate among the parameters",),
             "leave them out: they belong to no member",
         )
@@ -302,11 +404,13 @@ def of_coordinates(report: Any) -> Iterator[Finding]:
     count = int(np.searchsorted(np.cumsum(shares[order]), at.CONCENTRATED)) + 1
     if at.FEW_COORDINATES * count <= len(shares) and not common[order[:count]].all():
         places = np.sort(order[:count])
+        which = f"number {listed(places)} of a member's raveled parameters"
+        if evidence.keys is not None:
+            which = named(places, evidence.keys)
         yield Finding(
             "few coordinates hold Σ",
-            f"{count} of {len(shares)} coordinates (number {listed(places)} of a member's "
-            f"raveled parameters) hold {100 * shares[places].sum():.3g} % of the members' squared "
-            "displacements.",
+            f"{count} of {len(shares)} coordinates ({which}) hold "
+            f"{100 * shares[places].sum():.3g} % of the members' squared displacements.",
             (
                 "parameters in different units",
                 "one layer that moves far more than all others",

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from esljax.measures import finding as at
-from esljax.measures.finding import Finding, rounding
+from esljax.measures.finding import Finding, listed, rounding
 from esljax.measures.member_findings import durations
 
 
@@ -35,6 +35,30 @@ def of_convergence(report: Any) -> Iterator[Finding]:
         tuple(causes),
         "raise ε or `max_iterations`, or use an exact or sliced transport",
     )
+
+
+def of_errors(report: Any) -> Iterator[Finding]:
+    """Standard errors that are no numbers."""
+    errors = report.standard_error
+    if errors is None:
+        return
+    lost = [
+        name
+        for name, error in errors.numbers.items()
+        if error is not None
+        and not np.isfinite(float(error))
+        and np.isfinite(float(getattr(report, name)))
+    ]
+    if lost:
+        yield Finding(
+            "errors are not finite",
+            f"The standard error of {listed(lost, 3)} is no finite number, while the number is.",
+            (
+                "groups of members whose own problems were not solved, or are too large or small "
+                "for their type",
+            ),
+            "measure with jackknife=0, leave members far outside out, or compute in float64",
+        )
 
 
 def of_violation(report: Any) -> Iterator[Finding]:

@@ -23,6 +23,7 @@ from esljax.measures import diagnosis
 from esljax.measures.errors import Interval, interval_of_square, quantile, spread_of_runs
 from esljax.measures.evidence import Evidence
 from esljax.measures.finding import VIOLATION, Finding, rounding
+from esljax.measures.keys import KeyShares, shares_of
 from esljax.measures.verdict import sentences
 from esljax.results import StandardErrors, is_number, measured, table
 
@@ -242,11 +243,14 @@ class SpeedLimit(eqx.Module):
 
     @property
     def holds(self) -> bool:
-        """Whether Σ ≥ W2², up to rounding and four standard errors; False if they are not finite.
+        """Whether Σ ≥ W2², up to rounding and four standard errors; False if they are not finite,
+        and where a transport problem was not solved, so that they say nothing.
 
         Near the limit an unbiased gap is negative every second time. For the report of one run,
         outside of `jit`.
         """
+        if not bool(self.converged):
+            return False
         errors = self.standard_error
         error = 0.0 if errors is None else VIOLATION * float(errors.gap)
         return float(self.gap) >= -max(error, rounding(self))
@@ -351,6 +355,37 @@ class SpeedLimit(eqx.Module):
         """
         self._check_is_one_run()
         return diagnosis.diagnose(self, convexity)
+
+    def by_key(self) -> KeyShares:
+        """Return the share of each parameter in Σ, in W2² and in the waste Σ - W2².
+
+        They are shares of the members' squared displacements: along the links and from the start to
+        the end, between the pairs of members that an assignment found, and of the members
+        themselves under a transport that pairs none. Of a projection or of features they are the
+        displacements of all parameters, under the pairs found there; under velocities those of the
+        chain. Labels that did not follow members were put in order before. For one run or an
+        average.
+
+        **Returns:** `KeyShares`, a tuple of `KeyShare`, the largest share of Σ first; `print` shows
+        a table.
+        **Raises:** `InputError` for several runs in one report, and for a run whose parameters have
+        no names.
+
+        **Example:**
+
+            >>> import numpy as np
+            >>> import esljax as esl
+            >>> snapshots = np.random.default_rng(0).normal(size=(1, 8, 3)) * np.ones((5, 1, 1))
+            >>> snapshots[:, :, 0] += np.linspace(0, 2, 5)[:, None]
+            >>> snapshots[:, :, 2] += np.array([0, 1, 0, 1, 0])[:, None] / 4
+            >>> path = esl.from_snapshots(snapshots, keys={"bias": (1,), "kernel": (1, 2)})
+            >>> print(esl.speed_limit(path, transport=esl.ExactTransport()).by_key())
+            key     coordinates  of Σ  of W2²  of Σ - W2²
+            bias              1  80 %   100 %         0 %
+            kernel            2  20 %     0 %       100 %
+        """
+        self._check_is_one_run()
+        return shares_of(self)
 
     def plot(self) -> Any:
         """Draw the split of Σ as a bar, and the metric speed over training time.

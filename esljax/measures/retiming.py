@@ -49,8 +49,9 @@ def constant_speed(
     known, the values r have mean 1 and the new rate at s is r(s) η(∫₀ˢ r ds'): for a constant
     rate, multiply it by r(s).
     **Raises:** `InputError` for several runs in one report, for a path along which nothing moves,
-    for an exact law without `steps`, and where members are paired anew at each link and the
-    debiased Σ is within two standard errors of 0: the speed is then that of sampling noise.
+    for an exact law without `steps`, where a transport problem was not solved, and where members
+    are paired anew at each link and the debiased Σ is within two standard errors of 0: the speed is
+    then that of sampling noise.
     **Differentiation:** forward and reverse, in the speed and the mobility of the report.
     **Reference:** Benamou and Brenier, Numer. Math. 84 (2000); Okanohara, arXiv 2601.17607.
 
@@ -143,6 +144,8 @@ def _checked(report: SpeedLimit) -> Array:
             "be of a path along which the ensemble moves",
             f"has the squared length {float(report.length_squared):g}",
         )
+    if known(report.converged) and not bool(report.converged):
+        raise refuse("report", "be of transport problems that were solved", "holds others")
     _check_resolved(report)
     return report.elapsed
 

@@ -6,6 +6,7 @@ r"""The particle estimate of the epistemic speed limit Σ ≥ L² ≥ W2², and 
 Source: Okanohara, arXiv 2601.17607.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,16 +17,18 @@ import numpy as np
 
 from esljax._checks import check_kind, door, refuse
 from esljax._types import Array, Int
+from esljax.files import watch_processes
 from esljax.measures.chain import Distances, chain, distances
 from esljax.measures.debiasing import corrected, plain
 from esljax.measures.errors import Groups, jackknife_groups
 from esljax.measures.labels import canonical, with_labels
 from esljax.measures.report import SpeedLimit, average, with_errors
+from esljax.measures.units import OwnUnits, in_own_units, put_back
 from esljax.measures.velocities import MemberRates, from_velocities, member_rates
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, replicate
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
-from esljax.transport import AbstractTransport, check_transport
+from esljax.transport import AbstractTransport, check_room, check_transport
 from esljax.velocity import AbstractVelocity
 
 
@@ -93,6 +96,7 @@ def speed_limit(
         raise refuse("debias", "be False for the moments of two members", "is True")
     trajectory, labels = canonical(trajectory, velocity)
     # Devices are settled here, once.
+    watch_processes()
     trajectory = on_devices(trajectory, mesh)
     mesh = trajectory.mesh
     transport, velocity, potential = bring((transport, velocity, potential), mesh)
@@ -112,14 +116,13 @@ def _of_one(
     jackknife: int,
     debias: bool,
 ) -> SpeedLimit:
-    report, errors, groups = _measured(
-        trajectory, transport, velocity, potential, jackknife, debias
-    )
-    if groups is None or not jackknife:
-        return report
-    members = trajectory.positions.shape[1]
-    words = f"jackknife over {groups.count} groups of {groups.size} of {members} members"
-    return with_errors(report, errors, words, groups.count - 1)
+    own = in_own_units(trajectory, transport, velocity)
+    report, errors, groups = _measured(own, potential, jackknife, debias)
+    if groups is not None and jackknife:
+        members = trajectory.positions.shape[1]
+        words = f"jackknife over {groups.count} groups of {groups.size} of {members} members"
+        report = with_errors(report, errors, words, groups.count - 1)
+    return put_back(report, own.size)
 
 
 @eqx.filter_jit
@@ -130,10 +133,14 @@ def _of_several(
     potential: Any,
     debias: bool,
 ) -> SpeedLimit:
-    def one(run: Trajectory) -> SpeedLimit:
-        return _measured(run, transport, velocity, potential, 0, debias)[0]
+    own = in_own_units(trajectory, transport, velocity)
 
-    return average(jax.lax.map(one, trajectory))
+    def one(run_and_itself: tuple[Trajectory, Trajectory]) -> SpeedLimit:
+        path, given = run_and_itself
+        run = dataclasses.replace(own, path=path, given=given)
+        return _measured(run, potential, 0, debias)[0]
+
+    return put_back(average(jax.lax.map(one, (own.path, own.given))), own.size)
 
 
 # Groups that leave in turn to remove a bias where no standard errors are asked for.
@@ -141,27 +148,28 @@ _GROUPS = 16
 
 
 def _measured(
-    trajectory: Trajectory,
-    transport: AbstractTransport,
-    velocity: AbstractVelocity | None,
-    potential: Any,
-    jackknife: int,
-    debias: bool,
+    own: OwnUnits, potential: Any, jackknife: int, debias: bool
 ) -> tuple[SpeedLimit, dict[str, Array | None], Groups | None]:
-    """The report of one run, debiased if need be, and its standard errors by name."""
-    members = trajectory.positions.shape[1]
+    """The report of one run, debiased if need be, and its standard errors by name; all in units of
+    its own."""
+    path, transport, velocity = own.path, own.transport, own.velocity
+    members = path.positions.shape[1]
     halves = debias and not transport.moments_only
     # A group must take as many members from the one half as from the other.
     unit = 2 if halves else 1
     groups = jackknife_groups(members, jackknife or _GROUPS * debias, unit=unit, least=2 * unit)
-    rates = None if velocity is None else member_rates(trajectory, transport, velocity, potential)
-    solved = distances(trajectory, transport, halves=halves)
-    report = _report(trajectory, transport, rates, solved)
+    rates = None
+    if velocity is not None:
+        rates = member_rates(
+            path, transport, velocity, potential, given=own.given.placed, size=own.size
+        )
+    solved = distances(path, transport, halves=halves)
+    report = _report(own, rates, solved)
     if groups is None:
         return report, {}, None
 
     def of_subsets(subsets: np.ndarray) -> dict[str, Array | None]:
-        return _of_subsets(trajectory, transport, rates, halves, jnp.asarray(subsets))
+        return _of_subsets(own, rates, halves, jnp.asarray(subsets))
 
     full = plain(report, rates, solved)
     # Members that no group holds would add their own noise to a bias.
@@ -175,8 +183,7 @@ def _measured(
 
 
 def _of_subsets(
-    trajectory: Trajectory,
-    transport: AbstractTransport,
+    own: OwnUnits,
     rates: MemberRates | None,
     halves: bool,
     subsets: Int[Array, "groups kept"],
@@ -186,24 +193,19 @@ def _of_subsets(
     Fields stay as they were fitted to all members: the terms of each member hold its share in the
     variance of the fit as well.
     """
-    solved = distances(trajectory, transport, halves=halves, subsets=subsets)
+    solved = distances(own.path, own.transport, halves=halves, subsets=subsets)
 
     def of_subset(subset_and_distances: tuple[Array, Distances]) -> dict[str, Array | None]:
         kept, solved = subset_and_distances
         left = None if rates is None else rates.members(kept)
-        return plain(_report(trajectory, transport, left, solved), left, solved)
+        return plain(_report(own, left, solved), left, solved)
 
     return jax.lax.map(of_subset, (subsets, solved))
 
 
-def _report(
-    trajectory: Trajectory,
-    transport: AbstractTransport,
-    rates: MemberRates | None,
-    solved: Distances,
-) -> SpeedLimit:
-    report = chain(trajectory, transport, solved)
-    return report if rates is None else from_velocities(trajectory, report, rates)
+def _report(own: OwnUnits, rates: MemberRates | None, solved: Distances) -> SpeedLimit:
+    report = chain(own.path, own.transport, solved, given=own.given, size=own.size)
+    return report if rates is None else from_velocities(own.path, report, rates)
 
 
 def _check_pair(
@@ -211,6 +213,7 @@ def _check_pair(
 ) -> None:
     n, d = trajectory.positions.shape[-2:]
     check_transport("transport", transport, n, d, trajectory.positions.dtype)
+    check_room(transport, n, d, trajectory.positions.dtype)
     if velocity is None:
         if potential is not None:
             raise refuse(

@@ -68,7 +68,7 @@ def _motion(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return the squared motion of each member about that of the mean. Infinite ones are no
     exception, so that their snapshot stays as it is."""
     with np.errstate(over="ignore", invalid="ignore"):
-        apart = y - x
+        apart = np.asarray(y - x, np.float64)
         apart -= apart.mean(axis=0)
         return np.einsum("ij,ij->i", apart, apart)
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._numerics import product, safe_divide, safe_root
-from esljax._types import Array, Float
+from esljax._types import Array, Float, Scalar
 from esljax.measures.report import SpeedLimit
 from esljax.sharding import AnyMesh, replicate
 from esljax.simulation import Trajectory
@@ -93,13 +93,25 @@ class _Moment(NamedTuple):
 
 
 def member_rates(
-    trajectory: Trajectory, transport: AbstractTransport, velocity: AbstractVelocity, potential: Any
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    velocity: AbstractVelocity,
+    potential: Any,
+    *,
+    given: Trajectory | None = None,
+    size: Scalar | float = 1.0,
 ) -> MemberRates:
-    """Estimate the velocity at every snapshot of one run, in the coordinates of the transport."""
+    """Estimate the velocity at every snapshot of one run, in the coordinates of the transport.
+
+    **Args:** `given`: the run itself, if `trajectory` is in units of `size`; so are the rates.
+    """
+    members = trajectory.positions if given is None else given.positions
     positions, matrix = transport.coordinates(trajectory.positions), transport.projection
     matrix = None if matrix is None else matrix.astype(positions.dtype)
     snapshot_of = (
-        functools.partial(_driven, potential=potential, matrix=matrix, mesh=trajectory.mesh)
+        functools.partial(
+            _driven, potential=potential, matrix=matrix, mesh=trajectory.mesh, size=size
+        )
         if velocity.needs_drift
         else functools.partial(_in_time, mesh=trajectory.mesh)
     )
@@ -108,7 +120,7 @@ def member_rates(
         estimate, state = velocity.checked_estimate(snapshot_of(moment), state)
         return state, estimate
 
-    moments = _moments(trajectory, positions, velocity.between)
+    moments = _moments(trajectory, members, positions, velocity.between)
     _, estimates = jax.lax.scan(at_moment, velocity.init(positions[0]), moments)
     circulation = "resolved" if estimates.sees_circulation else "invisible"
     if estimates.gradient_contributions is None:
@@ -126,7 +138,7 @@ def member_rates(
     )
 
 
-def _moments(trajectory: Trajectory, positions: Array, between: bool) -> _Moment:
+def _moments(trajectory: Trajectory, members: Array, positions: Array, between: bool) -> _Moment:
     """All snapshots with their neighbors in time, or all links with their ends, stacked."""
     links = positions.shape[0] - 1
     clock = learning_clock(trajectory)
@@ -139,7 +151,7 @@ def _moments(trajectory: Trajectory, positions: Array, between: bool) -> _Moment
     step = np.minimum(at * per_link, links * per_link - 1)
     law = trajectory.law
     return _Moment(
-        members=trajectory.positions[at],
+        members=members[at],
         s=trajectory.times[at],
         temperature=None if law is None else law.temperature[step],
         positions=positions[at],
@@ -150,7 +162,11 @@ def _moments(trajectory: Trajectory, positions: Array, between: bool) -> _Moment
 
 
 def _driven(
-    moment: _Moment, potential: Any, matrix: Array | None, mesh: AnyMesh | None
+    moment: _Moment,
+    potential: Any,
+    matrix: Array | None,
+    mesh: AnyMesh | None,
+    size: Scalar | float,
 ) -> Snapshot:
     """A snapshot with its drift -∇Φ and its diffusion T in learning time, projected if need be.
 
@@ -160,7 +176,7 @@ def _driven(
     """
     acting = potential.at(moment.s)
     drift = -jax.vmap(lambda member: acting.energy_and_gradient(member)[1])(moment.members)
-    diffusion = moment.temperature
+    drift, diffusion = drift / size, moment.temperature / size / size
     if matrix is not None:
         drift, diffusion = product(drift, matrix), diffusion * product(matrix.T, matrix)
     positions, drift = replicate((moment.positions, drift), mesh)

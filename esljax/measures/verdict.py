@@ -10,23 +10,42 @@ import numpy as np
 
 from esljax.results import measured
 
+_NOTHING = "Nothing moved: all members are at the same place in every snapshot."
+_UNSOLVED = "transport did not converge"
+# Findings that leave the numbers nothing to say, and that name why.
+_SILENCING = ("overflow", "underflow", "ε hides the motion", "rounded positions without motion")
+
 
 def sentences(report: Any) -> list[str]:
     """Return the three tiers of one `SpeedLimit`, a line each; the last may be missing."""
     found = report.diagnose()
-    for finding in found:
-        if finding.name in ("overflow", "underflow"):
-            return [f"No verdict, by {finding.name}: {finding.evidence} Try: {finding.change}."]
     findings = [finding.name for finding in found]
+    for finding in found:
+        if finding.name in _SILENCING:
+            others = _on_findings([name for name in findings if name != finding.name])
+            return [
+                f"No verdict, by {finding.name}: {finding.evidence} Try: {finding.change}.",
+                *([others] if others else []),
+            ]
+    if "nothing moved" in findings:
+        nothing = next(finding for finding in found if finding.name == "nothing moved")
+        others = _on_findings([name for name in findings if name != "nothing moved"])
+        # A simulated run that stands still has reasons of its own.
+        why = nothing.evidence.partition("is rounding.")[2]
+        return [_NOTHING + why, *([others] if others else [])]
+    if not bool(report.converged):
+        unsolved = next(finding for finding in found if finding.name == _UNSOLVED)
+        others = _on_findings(findings)
+        return [
+            "No verdict. A transport problem did not converge: do not trust these numbers. Whether "
+            f"Σ ≥ W2² holds, and by how much, is not known. Try: {unsolved.change}.",
+            *([others] if others else []),
+        ]
     if not np.isfinite(float(report.entropy_production + report.gap + report.length_squared)):
         others = _on_findings(findings)
         return ["No verdict: the numbers are not finite.", *([others] if others else [])]
-    if "nothing moved" in findings:
-        others = [name for name in findings if name != "nothing moved"]
-        sentence = "Nothing moved: all members are at the same place in every snapshot."
-        return [sentence, *([_on_findings(others)] if others else [])]
     caveats = (
-        _on_the_transport(report),
+        _on_the_geometry(report),
         _on_spacing(report),
         report.worth,
         _on_the_bound(report),
@@ -50,8 +69,13 @@ def _on_the_limit(report: Any, violated: bool) -> str:
     sigma, whole = float(report.best("entropy_production")), float(report.best("w2_squared"))
     gap = float(report.gap)
     if sigma == 0 and gap == 0:
-        return "Nothing moved: Σ and W2² are both 0."
+        return _on_rest(report)
     errors = report.standard_error
+    if errors is not None and not np.isfinite(float(errors.gap)):
+        return (
+            f"No verdict on the speed limit: the gap is {gap:.4g}, and its standard error is not "
+            "finite."
+        )
     if errors is None:
         if not report.holds:
             return (
@@ -94,6 +118,17 @@ def _on_the_limit(report: Any, violated: bool) -> str:
         # Of the members themselves the inequality is an identity.
         return f"The speed limit holds: {_ratio(sigma, whole)}; {between}."
     return f"These members do not resolve a gap: {between}, which includes 0."
+
+
+def _on_rest(report: Any) -> str:
+    """What is left to say where Σ and W2² are 0 and the members are not known to rest."""
+    moves = None if report.evidence is None else np.asarray(report.evidence.displacements, float)
+    if moves is None or not moves.any():
+        return "Nothing moved: Σ and W2² are both 0."
+    return (
+        "Σ and W2² are both 0: in this transport the law did not move, while members moved by up "
+        f"to {moves.max():.3g} in a link."
+    )
 
 
 def _ratio(sigma: float, whole: float) -> str:
@@ -233,13 +268,10 @@ def _share(part: float, gap: float) -> str:
 # --- The caveats ----------------------------------------------------------------------------------
 
 
-def _on_the_transport(report: Any) -> str:
-    found = []
-    if not report.is_bound:
-        found.append("This transport is not a metric, so the inequality holds only approximately.")
-    if not bool(report.converged):
-        found.append("A transport problem did not converge: do not trust these numbers.")
-    return " ".join(found)
+def _on_the_geometry(report: Any) -> str:
+    if report.is_bound:
+        return ""
+    return "This transport is not a metric, so the inequality holds only approximately."
 
 
 def _on_spacing(report: Any) -> str:

@@ -141,7 +141,11 @@ def optimize(
     }
     compiled = Compiled(objective, fixed, optax.with_extra_args_support(optimizer))
     within = jax.set_mesh(mesh) if isinstance(mesh, Mesh) else contextlib.nullcontext()
-    with within, session(checkpoints, about) as saved:
+    # An error over one key is NaN, and so may be what the objective returns at a bad rate: both are
+    # judged here, and neither ends the search where jax looks for NaN.
+    settings: Any = jax.config
+    quiet = jax.debug_nans(False) if settings.jax_debug_nans else contextlib.nullcontext()
+    with within, quiet, session(checkpoints, about) as saved:
         equalities = compiled.equalities(moving)
         search = Search(
             compiled,

@@ -1,28 +1,45 @@
 """Potentials with a formula, and any function of the parameters."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from esljax._checks import as_float, check_finite, check_positive, refuse
-from esljax._numerics import product
+from esljax._checks import (
+    as_float,
+    check_finite,
+    check_nonnegative,
+    check_positive,
+    known,
+    refuse,
+)
+from esljax._numerics import product, safe_root, sqrtm
 from esljax._types import Array, Float, Key, Scalar
 from esljax.potentials.base import AbstractPotential
 
 
 class Quadratic(AbstractPotential):
-    """Φ = ½ (θ - c)ᵀ K (θ - c), with the drift -K (θ - c).
+    """Φ = ½ (θ - c)ᵀ K (θ - c), with the drift -K (θ - c), and optionally the noise of batches.
 
     A matrix K need not be symmetric. The drift is then no gradient; its circulation is
     -½(K - Kᵀ)(θ - c).
 
+    With gradient noise a batch stands for one draw of ξ ~ N(0, C), independent for every member and
+    step: its energy is Φ(θ) + ξ·θ, without bias, and its gradient ∇Φ(θ) + ξ. Without a batch both
+    are exact. The law of a Gaussian ensemble under it is known exactly: `gaussian.descent`.
+
     **Args:** `stiffness`: K, a scalar, (d,) for a diagonal, or (d, d), in units of Φ per θ².
-    `center`: c, (d,) or a scalar, in units of θ.
-    **Raises:** `InputError` for other shapes and numbers that are not finite.
-    **Differentiation:** in K and c, of every order.
+    `center`: c, (d,) or a scalar, in units of θ. `gradient_noise`: C, a scalar for C times the
+    identity, (d,) for a diagonal, or a covariance (d, d), in units of Φ² per θ²; None for no
+    batches.
+    **Raises:** `InputError` for other shapes, numbers that are not finite, and a C that is no
+    covariance.
+    **Differentiation:** in K, c and C, of every order in K and c; the infinite slope of √C at 0
+    counts as 0.
 
     **Example:**
 
@@ -30,10 +47,27 @@ class Quadratic(AbstractPotential):
         >>> import esljax as esl
         >>> float(esl.Quadratic(2.0, center=1.0)(jnp.array([0.0, 3.0])))
         5.0
+
+        One step of many members at the center spreads them by η² C:
+
+        >>> import jax
+        >>> noisy, start = esl.Quadratic(1.0, gradient_noise=4.0), jnp.zeros((10_000, 1))
+        >>> path = esl.simulate(
+        ...     noisy, esl.Langevin(0.5), start, steps=1, snapshots=1, key=jax.random.key(0)
+        ... )
+        >>> print(jnp.var(path.final).round(1))
+        1.0
     """
 
-    stiffness: Float[Array, "..."] = eqx.field(converter=as_float)
-    center: Float[Array, "..."] = eqx.field(converter=as_float, default=0.0)
+    stiffness: Float[Array, "..."] = eqx.field(
+        converter=functools.partial(as_float, argument="stiffness")
+    )
+    center: Float[Array, "..."] = eqx.field(
+        converter=functools.partial(as_float, argument="center"), default=0.0
+    )
+    gradient_noise: Float[Array, "..."] | None = eqx.field(
+        converter=lambda x: None if x is None else as_float(x, "gradient_noise"), default=None
+    )
 
     def __check_init__(self):
         if self.stiffness.ndim > 2 or (
@@ -60,6 +94,8 @@ class Quadratic(AbstractPotential):
             )
         check_finite("stiffness", self.stiffness)
         check_finite("center", self.center)
+        if self.gradient_noise is not None:
+            _check_noise(self.gradient_noise, self.stiffness, self.center)
 
     @property
     def conservative(self) -> bool:
@@ -67,7 +103,7 @@ class Quadratic(AbstractPotential):
         return self.stiffness.ndim < 2
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
-        return self.energy_and_gradient(position)[0]
+        return self.energy_and_gradient(position, batch)[0]
 
     def energy_and_gradient(
         self, position: Float[Array, " d"], batch: Any = None
@@ -76,10 +112,19 @@ class Quadratic(AbstractPotential):
         stiffness = self.stiffness.astype(position.dtype)
         matrix = self.stiffness.ndim == 2
         slope = product(stiffness, displacement) if matrix else stiffness * displacement
-        return jnp.sum(displacement * slope) / 2, slope
+        energy = jnp.sum(displacement * slope) / 2
+        if batch is None or self.gradient_noise is None:
+            return energy, slope
+        noise = _drawn(self.gradient_noise, batch, position)
+        return energy + jnp.sum(noise * position), slope + noise
 
-    def draw(self, key: Key, members: int) -> None:
-        return None
+    def draw(self, key: Key, members: int) -> Any:
+        """A key for each member, from which its ξ follows; None without gradient noise.
+
+        The ξ themselves would hide C from a derivative, and they need d, which a scalar K does not
+        know.
+        """
+        return None if self.gradient_noise is None else jax.random.split(key, members)
 
 
 class DoubleWell(AbstractPotential):
@@ -99,9 +144,13 @@ class DoubleWell(AbstractPotential):
         [2. 0.]
     """
 
-    barrier: Scalar = eqx.field(converter=as_float, default=1.0)
-    width: Scalar = eqx.field(converter=as_float, default=1.0)
-    stiffness: Scalar = eqx.field(converter=as_float, default=1.0)
+    barrier: Scalar = eqx.field(
+        converter=functools.partial(as_float, argument="barrier"), default=1.0
+    )
+    width: Scalar = eqx.field(converter=functools.partial(as_float, argument="width"), default=1.0)
+    stiffness: Scalar = eqx.field(
+        converter=functools.partial(as_float, argument="stiffness"), default=1.0
+    )
     conservative: ClassVar[bool] = True
 
     def __check_init__(self):
@@ -139,9 +188,13 @@ class Mixture(AbstractPotential):
         3.0
     """
 
-    means: Float[Array, "c d"] = eqx.field(converter=as_float)
-    variances: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
-    weights: Float[Array, "..."] = eqx.field(converter=as_float, default=1.0)
+    means: Float[Array, "c d"] = eqx.field(converter=functools.partial(as_float, argument="means"))
+    variances: Float[Array, "..."] = eqx.field(
+        converter=functools.partial(as_float, argument="variances"), default=1.0
+    )
+    weights: Float[Array, "..."] = eqx.field(
+        converter=functools.partial(as_float, argument="weights"), default=1.0
+    )
     conservative: ClassVar[bool] = True
 
     def __check_init__(self):
@@ -162,7 +215,7 @@ class Mixture(AbstractPotential):
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         components, dimension = self.means.shape
         weights = jnp.broadcast_to(self.weights, (components,))
-        distances = jnp.sum((position - self.means) ** 2, axis=1)
+        distances = jnp.sum((position[None] - self.means) ** 2, axis=1)
         exponents = -distances / (2 * self.variances) - dimension / 2 * jnp.log(
             2 * jnp.pi * self.variances
         )
@@ -207,12 +260,45 @@ class FromFunction(AbstractPotential):
         )
 
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
-        return self.fn(position)
+        energy = self.fn(position)
+        half = hasattr(energy, "dtype") and energy.dtype.itemsize < 4
+        return energy.astype(position.dtype) if half else energy
 
     def energy_and_gradient(
         self, position: Float[Array, " d"], batch: Any = None
     ) -> tuple[Scalar, Float[Array, " d"]]:
-        return jax.value_and_grad(self.fn)(position)
+        return jax.value_and_grad(self.energy)(position)
 
     def draw(self, key: Key, members: int) -> None:
         return None
+
+
+def _check_noise(noise: Array, stiffness: Array, center: Array) -> None:
+    sizes = [x.shape[-1] for x in (stiffness, center) if x.ndim]
+    if noise.ndim > 2 or (noise.ndim == 2 and noise.shape[0] != noise.shape[1]):
+        must = "be a scalar or have shape (d,) or (d, d)"
+        raise refuse("gradient_noise", must, f"has shape {noise.shape}")
+    if noise.ndim and sizes and noise.shape[-1] != sizes[0]:
+        d = sizes[0]
+        must = f"be a scalar or have shape ({d},) or ({d}, {d}), as d is {d}"
+        raise refuse("gradient_noise", must, f"has shape {noise.shape}")
+    check_finite("gradient_noise", noise)
+    if noise.ndim < 2:
+        check_nonnegative("gradient_noise", noise)
+    elif known(noise):
+        matrix = np.asarray(noise)
+        rounding = np.sqrt(np.finfo(matrix.dtype).eps) * np.abs(matrix).max()
+        skewed, least = np.abs(matrix - matrix.T).max(), np.linalg.eigvalsh(matrix).min()
+        if skewed > rounding:
+            was = f"differs from its transpose by {skewed:g}"
+            raise refuse("gradient_noise", "be symmetric", was)
+        if least < -rounding:
+            was = f"has the eigenvalue {least:g}"
+            raise refuse("gradient_noise", "be positive semidefinite", was)
+
+
+def _drawn(noise: Array, key: Key, position: Float[Array, " d"]) -> Float[Array, " d"]:
+    """One ξ ~ N(0, noise)."""
+    covariance = noise.astype(position.dtype)
+    normal = jax.random.normal(key, position.shape, position.dtype)
+    return product(sqrtm(covariance), normal) if noise.ndim == 2 else safe_root(covariance) * normal

@@ -92,6 +92,15 @@ class AbstractPotential(eqx.Module):
             getattr(mine, name) is not getattr(base, name) for name in ("at", "at_start", "at_end")
         )
 
+    @property
+    def parameter_keys(self) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
+        """The names and shapes of the parameters in the order in which a member is raveled.
+
+        None if the potential does not know them. Runs carry them, so that reports can say which
+        parameters move.
+        """
+        return None
+
     @door
     def __call__(self, positions: Float[Array, "*batch d"]) -> Float[Array, "*batch"]:
         """Φ over all the data at positions (..., d), one number for each position."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_nonnegative, check_positive_int, door, refuse
+from esljax._checks import check_fits, check_nonnegative, check_positive_int, door, refuse
 from esljax._types import Array, Float, Shaped
 
 
@@ -76,6 +76,7 @@ def two_moons(
     check_positive_int("samples", samples, 2)
     check_nonnegative("noise", noise)
     check_positive_int("seed", seed, 0)
+    _check_room(samples, 2)
     from sklearn.datasets import make_moons
 
     inputs, labels = make_moons(samples, noise=noise, random_state=seed)
@@ -114,6 +115,8 @@ def teacher(
         ("seed", seed, 0),
     ]:
         check_positive_int(name, value, least)
+    _check_room(samples, features + hidden + classes)
+    _check_room(features, hidden, "features")
     generator = np.random.default_rng(seed)
     inputs = generator.standard_normal((samples, features))
     first = generator.standard_normal((features, hidden)) / np.sqrt(features)
@@ -121,6 +124,11 @@ def teacher(
     return _split(
         inputs, np.argmax(np.tanh(inputs @ first) @ second, axis=1), test_fraction, generator
     )
+
+
+def _check_room(rows: int, columns: int, argument: str = "samples") -> None:
+    words = f"{rows:,} rows of {columns:,} numbers"
+    check_fits(argument, 16.0 * rows * columns, words, f"take fewer {argument}")
 
 
 def _split(inputs, labels, test_fraction: float, generator: np.random.Generator) -> Dataset:

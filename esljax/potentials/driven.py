@@ -69,6 +69,10 @@ class Driven(AbstractPotential):
     def conservative(self) -> bool:
         return self.at(0.0).conservative
 
+    @property
+    def parameter_keys(self) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
+        return eqx.filter_eval_shape(self.family, self.drive(0.0)).parameter_keys
+
     def at(self, s: ScalarLike) -> AbstractPotential:
         return self.family(self.drive(s))
 

@@ -18,6 +18,7 @@ from esljax._checks import (
     as_real,
     check_choice,
     check_finite,
+    check_fits,
     check_key,
     check_nonnegative,
     door,
@@ -136,6 +137,10 @@ class FlaxLoss(AbstractPotential):
                 ", ".join(self.dropped),
             )
 
+    @property
+    def parameter_keys(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        return self.network.layout.keys()
+
     @door
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
         inputs, labels = self.inputs, self.labels
@@ -174,16 +179,15 @@ class FlaxLoss(AbstractPotential):
         """
         members = as_count("members", members)
         check_key("key", key)
+        member: Any = jax.eval_shape(self.network.initialize, key)
+        check_fits(
+            "members",
+            2 * members * member.size * member.dtype.itemsize,
+            f"{members:,} members of {member.size:,} numbers",
+            "take fewer members or a smaller network",
+        )
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(members))
         return jax.vmap(self.network.initialize)(keys)
-
-    @property
-    def position_dtype(self) -> Any:
-        """The type of the positions of a run on this data: the widest of the floating inputs, of at
-        least single precision."""
-        kinds = {x.dtype for x in jax.tree.leaves(self.inputs)}
-        wide = [x for x in kinds if jnp.issubdtype(x, jnp.floating) and x.itemsize >= 4]
-        return jnp.result_type(*wide) if wide else jnp.result_type(float)
 
     def unravel(self, position: Float[Array, " d"]) -> Any:
         """The model with the parameters `position` (d,): an `nnx.Module`, or the variables of a
@@ -363,9 +367,9 @@ def _check_loss(loss: Callable[[Any, Any], Array], outputs: Any, labels: Any) ->
         raise refuse(
             "loss", f"accept outputs {shapes}", f"fails on them: {failure(error)}"
         ) from error
-    if getattr(losses, "shape", None) != (m,) or not jnp.issubdtype(losses.dtype, jnp.floating):
-        shape = getattr(losses, "shape", None)
-        was = f"returns {in_words(losses)}" if shape is None else f"returns shape {shape}"
-        if shape == (m,):
-            was = f"returns dtype {losses.dtype}"
+    shape = getattr(losses, "shape", None)
+    was = f"returns {in_words(losses)}" if shape is None else f"returns shape {shape}"
+    if shape != (m,):
         raise refuse("loss", f"return one number per example, shape ({m},)", was)
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise refuse("loss", "return floating numbers", f"returns dtype {losses.dtype}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from flax import nnx
 
-from esljax._checks import check_positive_int
+from esljax._checks import check_fits, check_positive_int
 from esljax._types import Array
 
 
@@ -21,6 +21,9 @@ class MLP(nnx.Module):
     def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
         for size in sizes:
             check_positive_int("sizes", size)
+        numbers = sum((inward + 1) * outward for inward, outward in itertools.pairwise(sizes))
+        words = f"the {numbers:,} parameters of layers of {', '.join(map(str, sizes))}"
+        check_fits("sizes", 4.0 * numbers, words, "take narrower layers")
         self.layers = nnx.List(
             [
                 nnx.Linear(inward, outward, rngs=rngs)

@@ -44,6 +44,14 @@ class Layout:
         leaves = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(parameters)]
         return jnp.concatenate(leaves)
 
+    def keys(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """The names and shapes of the parameters, in the order of a position."""
+        named = self.structure.unflatten([jax.ShapeDtypeStruct(x, int) for x in self.shapes])
+        return tuple(
+            (jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(named)
+        )
+
     def unravel(self, position: Float[Array, " d"], dtype: Any) -> Any:
         """The parameters in `dtype`; if that is None, those of 16 bits in their own type and the
         others in that of the position."""

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_choice, check_positive_int, door, known, refuse
+from esljax._checks import check_choice, check_fits, check_positive_int, door, known, refuse
 from esljax._types import Array, Float, Scalar, ScalarLike
 from esljax.results import in_short
 from esljax.schedules import code, record
@@ -79,6 +79,8 @@ class AbstractSchedule(eqx.Module):
         **Differentiation:** forward and reverse, in every floating leaf.
         """
         check_positive_int("steps", steps)
+        kept = 4 * steps * jnp.result_type(float).itemsize
+        check_fits("steps", kept, f"the rates of {steps:,} steps", "take fewer steps")
         times = jnp.arange(steps, dtype=jnp.result_type(float)) / steps
         return jax.vmap(self.over(steps))(times)
 
@@ -205,11 +207,12 @@ class AbstractSchedule(eqx.Module):
     def save(self, path: str | Path) -> None:
         """Write the schedule to a JSON file that `load_schedule` reads back bit for bit.
 
-        A file that exists is replaced at once, so that no reader meets half of one.
+        A schedule that was saved there is replaced at once, so that no reader meets half of one.
+        Any other file, and a link, is refused and stays.
 
         **Args:** `path`: of the file; missing folders are made.
-        **Raises:** `InputError` as `as_dict` does, for numbers that are not finite, and if the file
-        cannot be written.
+        **Raises:** `InputError` as `as_dict` does, for numbers that are not finite, if the file
+        cannot be written, and if there is one of someone else.
 
         **Example:**
 

@@ -6,8 +6,6 @@ the type of each array by its name. Numbers that are no arrays keep their type a
 """
 
 import json
-import os
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -111,32 +109,40 @@ def name_of(kind: type) -> str:
 
 
 def write(path: Any, content: dict[str, Any]) -> None:
-    """Write `content` to a file at once, in the place of none or of a schedule.
+    """Write `content` to a file at once, in the place of none or of another schedule.
 
-    **Raises:** `InputError` if something else is there, or if writing fails.
+    **Raises:** `InputError` if that fails, or if something else is there.
     """
     if not isinstance(path, str | Path):
         raise refuse("path", "be the path of a file", f"is {in_words(path)}")
     path = Path(path)
     if _has_a_gap(content):
         raise refuse("schedule", "be finite to be saved", "has numbers that are not")
-    text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    with writing.prepared(path.parent, "path"):
-        try:
-            if _is_foreign(path):
-                raise refuse(
-                    "path",
-                    "be where nothing but a saved schedule is replaced",
-                    f"{path} is there, {storage.described(path)} that is none",
-                )
-            writing.write_whole(path, text.encode(errors="backslashreplace"))
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise refuse(
-                "path", "be a file that can be written", f"{str(path)!r} gives: {reason}"
-            ) from error
+    storage.make_folder(path.parent, "path")
+    try:
+        writing.replace(path, writing.as_json(content), argument="path", ours=_is_schedule)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise refuse(
+            "path", "be a file that can be written", f"{str(path)!r} gives: {reason}"
+        ) from error
+
+
+def _is_schedule(content: bytes) -> bool:
+    """Whether `write` wrote this: the kind of a schedule, laid out as it lays files out.
+
+    An empty file, as `tempfile` leaves one, has nothing to lose.
+    """
+    if not content:
+        return True
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    known = isinstance(record, dict) and isinstance(record.get("kind"), str)
+    return known and writing.as_json(record) == content
 
 
 def read(path: Any) -> Any:
@@ -278,19 +284,6 @@ def _has_a_gap(content: Any) -> bool:
     if isinstance(content, list):
         return any(map(_has_a_gap, content))
     return isinstance(content, float) and not np.isfinite(content)
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether anything but an empty file or a saved schedule is there."""
-    if not os.path.lexists(path):
-        return False
-    if not stat.S_ISREG(path.lstat().st_mode):
-        return True
-    try:
-        content = json.loads(text) if (text := path.read_text(encoding="utf-8")) else {"kind": ""}
-    except (ValueError, RecursionError):
-        return True
-    return not isinstance(content, Mapping) or not isinstance(content.get("kind"), str)
 
 
 def _no_number(text: str) -> float:

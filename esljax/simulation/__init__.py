@@ -11,7 +11,14 @@ from esljax.simulation.checks import check_functions, check_links
 from esljax.simulation.diffusion import Diffusion
 from esljax.simulation.loop import simulate
 from esljax.simulation.rules import AbstractRule, Controls, Langevin, ProbabilityFlow
-from esljax.simulation.trajectory import Trajectory, check_runs, from_snapshots, on_devices, stack
+from esljax.simulation.trajectory import (
+    Keys,
+    Trajectory,
+    check_runs,
+    from_snapshots,
+    on_devices,
+    stack,
+)
 
 __all__ = [
     "AbstractGradient",
@@ -21,6 +28,7 @@ __all__ = [
     "Diffusion",
     "ForwardMode",
     "HessianAdjoint",
+    "Keys",
     "Langevin",
     "ProbabilityFlow",
     "Trajectory",

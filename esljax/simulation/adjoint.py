@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.flatten_util import ravel_pytree
 
 from esljax._checks import InputError, door, plain_int
-from esljax._numerics import product
+from esljax._numerics import divisors, product
 from esljax._types import Array, Float, Key
 from esljax.potentials import AbstractPotential
 
@@ -202,8 +202,7 @@ def group_length(steps: int, snapshots: int) -> int:
     of one costs about 2√K states.
     """
     link = steps // snapshots
-    divisors = [c for c in range(1, link + 1) if link % c == 0]
-    return min(divisors, key=lambda c: abs(np.log(c / np.sqrt(steps))))
+    return min(divisors(link), key=lambda c: abs(np.log(c / np.sqrt(steps))))
 
 
 def _renamed(gradient: str, recompute: bool, checkpoint: bool | None) -> bool:
@@ -220,7 +219,11 @@ def _renamed(gradient: str, recompute: bool, checkpoint: bool | None) -> bool:
 def _kick(
     potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, batches: Any
 ) -> tuple[Array, Array]:
-    energies, gradients = jax.vmap(potential.energy_and_gradient)(positions, batches)
+    # A potential that computes in 16 bits, or in 64, moves members of their own precision.
+    energies, gradients = jax.tree.map(
+        lambda x: x.astype(positions.dtype),
+        jax.vmap(potential.energy_and_gradient)(positions, batches),
+    )
     return energies, scale * gradients
 
 

@@ -13,11 +13,12 @@ from esljax._checks import (
     check_finite,
     check_nonnegative,
     check_positive_int,
-    first_sentence,
+    failure,
     in_words,
     refuse,
     wrong_answer,
 )
+from esljax._numerics import divisors
 from esljax._types import Array, Float, Key
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.simulation.diffusion import Diffusion
@@ -52,10 +53,9 @@ def check_links(steps: int, snapshots: int) -> None:
     check_positive_int("steps", steps)
     check_positive_int("snapshots", snapshots)
     if steps % snapshots:
-        divisors = [j for j in range(1, steps + 1) if steps % j == 0]
         near = [
-            *[j for j in divisors if j < snapshots][-1:],
-            *[j for j in divisors if j > snapshots][:1],
+            *[j for j in divisors(steps) if j < snapshots][-1:],
+            *[j for j in divisors(steps) if j > snapshots][:1],
         ]
         raise refuse(
             "snapshots",
@@ -94,7 +94,7 @@ def check_functions(potential: AbstractPotential, positions: Any, key: Key, obse
     member = jax.ShapeDtypeStruct((d,), positions.dtype)
     try:
         batches = jax.eval_shape(lambda: potential.draw(key, 1))
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever a potential from outside raises
         raise _fails(d, error) from error
     shapes = [x.shape for x in jax.tree.leaves(batches)]
     # Without the axis of the members, b examples would go to b members, one to each.
@@ -107,7 +107,7 @@ def check_functions(potential: AbstractPotential, positions: Any, key: Key, obse
     try:
         batch = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0], potential.draw(key, 1)))
         energy, slope = jax.eval_shape(potential.energy_and_gradient, member, batch)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever a potential from outside raises
         raise _fails(d, error) from error
     if energy.shape != () or slope.shape != (d,):
         raise refuse(
@@ -116,7 +116,11 @@ def check_functions(potential: AbstractPotential, positions: Any, key: Key, obse
             f"gives an energy of shape {energy.shape} and a slope of shape {slope.shape}",
         )
     if observe is not None:
-        features = jax.eval_shape(observe, member)
+        try:
+            features = jax.eval_shape(observe, member)
+        except Exception as error:  # whatever a function from outside raises
+            must = f"accept a member of {d} coordinates"
+            raise refuse("observe", must, f"fails on it: {failure(error)}") from error
         if len(getattr(features, "shape", ())) != 1:
             raise refuse(
                 "observe",
@@ -136,5 +140,5 @@ def check_arrays(
 
 
 def _fails(d: int, error: Exception) -> InputError:
-    reason = f"fails on them: {first_sentence(error)}"
+    reason = f"fails on them: {failure(error)}"
     return refuse("potential", f"accept members of {d} coordinates", reason)

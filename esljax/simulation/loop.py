@@ -7,6 +7,7 @@ on snapshots, recomputation, the way of differentiating, or the devices that the
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from esljax._checks import (
     check_finite,
+    check_fits,
     check_key,
     check_kind,
     check_nonnegative,
@@ -27,7 +29,7 @@ from esljax._checks import (
     wrong_answer,
 )
 from esljax._types import Array, ArrayLike, Float, Int, Key
-from esljax.files import Checkpoints, session
+from esljax.files import Checkpoints, session, watch_processes
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, choose_mesh, shard_members
 from esljax.simulation.adjoint import AbstractGradient, HessianAdjoint, group_length
@@ -39,7 +41,7 @@ from esljax.simulation.checks import (
     check_links,
 )
 from esljax.simulation.rules import AbstractRule, Controls
-from esljax.simulation.trajectory import Trajectory, laid
+from esljax.simulation.trajectory import Keys, Trajectory, checked_keys, laid
 from esljax.simulation.work import work_of_change
 
 # The two uses of the key of a step.
@@ -280,9 +282,11 @@ def simulate(
     """
     start = as_ensemble("positions", positions)
     gradient = HessianAdjoint() if gradient is None else gradient
-    run = Run(potential, rule, key, observe, gradient, steps)
     check_links(steps, snapshots)
+    run = Run(potential, rule, key, observe, gradient, steps)
     mesh = choose_mesh(mesh, start)
+    _check_room(run, start, snapshots, 1 if mesh is None else mesh.size)
+    watch_processes()
     run, spread = bring(run, mesh), shard_members(start, mesh)
     if checkpoints is None:
         path = _at_once(run, spread, snapshots)
@@ -302,6 +306,22 @@ def simulate(
             about["work"] = "counted"
         path = _link_by_link(run, spread, snapshots, checkpoints, about)
     return laid(path, mesh)
+
+
+def _check_room(run: Run, start: Array, snapshots: int, devices: int) -> None:
+    """Reject a history, or rates, that this machine cannot hold, before anything is computed."""
+    n, d = start.shape
+    member = jax.ShapeDtypeStruct((d,), start.dtype)
+    p = d if run.observe is None else math.prod(jax.eval_shape(run.observe, member).shape)
+    check_fits(
+        "snapshots",
+        2 * (snapshots + 1) * n * p * start.dtype.itemsize,
+        f"{snapshots + 1:,} snapshots of {n:,} members of {p:,} numbers",
+        "keep fewer snapshots or members, or a few numbers of each member by `observe`",
+        devices,
+    )
+    kept = 8 * run.steps * start.dtype.itemsize
+    check_fits("steps", kept, f"the rates and times of {run.steps:,} steps", "take fewer steps")
 
 
 @eqx.filter_jit
@@ -401,4 +421,13 @@ def _trajectory(
         injected=None if law is None else law.injected,
         lawful=law is not None,
         work_of_links=work,
+        keys=_keys(run, final),
     )
+
+
+def _keys(run: Run, final: Array) -> Keys | None:
+    """The names of the parameters, if the potential knows them and snapshots hold them."""
+    keys = run.potential.parameter_keys
+    if keys is None or run.observe is not None:
+        return None
+    return checked_keys("potential.parameter_keys", keys, final.shape[-1])

@@ -2,8 +2,10 @@
 measure reads."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -14,9 +16,9 @@ from jax.sharding import AbstractMesh, Mesh
 from esljax._checks import (
     InputError,
     as_array,
-    as_real,
     check_finite,
     check_positive_int,
+    check_real,
     door,
     known,
     refuse,
@@ -24,6 +26,10 @@ from esljax._checks import (
 from esljax._types import Array, ArrayLike, Float, Shaped
 from esljax.sharding import AnyMesh, find_mesh, replicate, shard_members
 from esljax.simulation.diffusion import Diffusion
+from esljax.simulation.narrowing import narrowed
+
+Keys: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
+"""The parameters of a member in the order in which it is raveled, by name and shape."""
 
 
 class Trajectory(eqx.Module):
@@ -62,6 +68,12 @@ class Trajectory(eqx.Module):
     lawful: bool = eqx.field(static=True, default=True)
     """Whether `rates` and `temperatures`, if there are any, are those of overdamped Langevin
     dynamics. False after a rule without a law."""
+    keys: Keys | None = eqx.field(static=True, default=None)
+    """The parameters of a member in the order in which it is raveled: pairs of a name and a shape,
+    such as `(("bias", (3,)), ("kernel", (2, 3)))`. None if they are not known, and for features."""
+    origin: Float[Array, "*runs d"] | None = None
+    """The place that `positions` are relative to, in units of θ. None where they are relative to 0,
+    as in every simulated run; `from_snapshots` says when recorded ones are not."""
 
     @property
     def law(self) -> Diffusion | None:
@@ -71,6 +83,14 @@ class Trajectory(eqx.Module):
             return None
         injected = self.temperatures if self.injected is None else self.injected
         return Diffusion(self.rates, self.temperatures, injected)
+
+    @property
+    def placed(self) -> "Trajectory":
+        """The same run with `positions` relative to 0, rounded to their type."""
+        if self.origin is None:
+            return self
+        positions = self.positions + self.origin[..., None, None, :]
+        return dataclasses.replace(self, positions=positions, origin=None)
 
     @property
     def work(self) -> Float[Array, "*runs n"] | None:
@@ -90,7 +110,11 @@ class Trajectory(eqx.Module):
 
 @door
 def from_snapshots(
-    positions: Shaped[ArrayLike, "snapshots n d"], times: Any = None, *, observed: bool = False
+    positions: Shaped[ArrayLike, "snapshots n d"],
+    times: Any = None,
+    *,
+    observed: bool = False,
+    keys: Mapping[str, Sequence[int]] | Keys | None = None,
 ) -> Trajectory:
     """A run made outside of this package, as a `Trajectory` without learning rates, temperatures
     and energies.
@@ -102,15 +126,23 @@ def from_snapshots(
     - `positions`: the members at each snapshot, shape (J+1, n, d) with J ≥ 1 and n ≥ 2; member i is
       the same network in every snapshot. NumPy or JAX arrays, or anything that `numpy.asarray`
       accepts (a PyTorch tensor on the CPU, detached). Integers and half precision become the
-      default floating type.
+      default floating type. Where wider numbers (float64, longdouble, int64) lie so far from 0 that
+      rounding them would change their distances, a common place is taken off first, in their own
+      type: the trajectory then holds it as `origin`, its `positions` are relative to that, and
+      `trajectory.placed.positions` and `final` are the places themselves, for a potential. Reports
+      are of the members where they lie. Values that `jit` hides are rounded as they are.
     - `times`: when they were taken, shape (J+1,), increasing, in any unit and from any origin: they
       are rescaled to [0, 1]. Evenly spaced by default.
     - `observed`: whether `positions` holds features of the members, such as their outputs, instead
       of parameters.
+    - `keys`: the parameters of a member by name, such as `{"bias": (3,), "kernel": (2, 3)}`: their
+      shapes in the order in which a member is raveled. Reports then say which parameters move
+      (`SpeedLimit.by_key`). Not for features.
 
     **Returns:** `Trajectory`, whose `energies`, `rates` and `temperatures` are None.
-    **Raises:** `InputError` for wrong shapes, values that are not finite numbers, and times that do
-    not increase.
+    **Raises:** `InputError` for wrong shapes, values that are not finite numbers, times that do not
+    increase, keys whose shapes do not hold d numbers together, masked entries, and members that
+    move by less than rounding does.
     **Differentiation:** in `positions` and `times`.
 
     **Example:**
@@ -122,7 +154,7 @@ def from_snapshots(
         Trajectory: 8 members of 2 coordinates, recorded, 5 snapshots
     """
     name = "features" if observed else "positions"
-    positions = as_real(name, positions, "be an array")
+    positions, origin = narrowed(name, positions)
     if positions.ndim != 3 or positions.shape[2] < 1:
         raise refuse(
             name,
@@ -144,15 +176,50 @@ def from_snapshots(
                 f", the first of {int(bad.sum())} such places" if bad.sum() > 1 else ""
             )
             raise refuse(name, f"be finite in {positions.dtype}", f"is not for {where}")
+    if observed and keys is not None:
+        raise refuse("keys", "be None for features, which are no parameters", "names some")
     return Trajectory(
         times=_rescaled(times, snapshots, positions.dtype),
         positions=positions,
         energies=None,
         rates=None,
         temperatures=None,
-        final=positions[-1],
+        final=positions[-1] if origin is None else positions[-1] + origin,
+        origin=origin,
         observed=observed,
+        keys=None if keys is None else checked_keys("keys", keys, positions.shape[2]),
     )
+
+
+def checked_keys(argument: str, keys: Any, d: int) -> Keys:
+    """Return names and shapes in their hashable form.
+
+    **Raises:** `InputError` unless they are strings, each once, and shapes of d numbers together.
+    """
+    must = "map the name of each parameter to its shape"
+    try:
+        given = dict(keys)
+        found = tuple((name, tuple(map(operator.index, shape))) for name, shape in given.items())
+    except (TypeError, ValueError) as error:
+        raise refuse(argument, must, f"is {_brief(keys)}") from error
+    if len(found) < len(keys):
+        raise refuse(argument, "name each parameter once", f"is {_brief(keys)}")
+    odd = [name for name, shape in found if not isinstance(name, str) or min(shape, default=0) < 0]
+    if odd:
+        raise refuse(argument, must, f"has {odd[0]!r} of shape {given[odd[0]]}")
+    held = sum(math.prod(shape) for _, shape in found)
+    if held != d:
+        raise refuse(
+            argument,
+            f"have shapes that hold the {d} numbers of a member together",
+            f"holds {held} in {len(found)} parameters",
+        )
+    return found
+
+
+def _brief(keys: Any) -> str:
+    text = repr(keys)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
@@ -162,6 +229,11 @@ def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
         raise refuse("trajectory", must, f"is a {type(trajectories).__name__}")
     if len(trajectories) < 2 or not all(isinstance(one, Trajectory) for one in trajectories):
         raise refuse("trajectory", must, f"is a sequence of {len(trajectories)} items")
+    if len({one.keys for one in trajectories}) > 1:
+        # What holds for some runs only is not known of all.
+        trajectories = [dataclasses.replace(one, keys=None) for one in trajectories]
+    if len({one.origin is None for one in trajectories}) > 1:
+        trajectories = [_with_origin(one) for one in trajectories]
     shapes = {one.positions.shape for one in trajectories}
     if len(shapes) > 1 or len({_kind(one) for one in trajectories}) > 1:
         raise refuse(
@@ -172,6 +244,12 @@ def stack(trajectories: Sequence[Trajectory]) -> Trajectory:
     mesh = next((one.mesh for one in trajectories if one.mesh is not None), None)
     together = [on_devices(one, mesh if isinstance(mesh, Mesh) else None) for one in trajectories]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *together)
+
+
+def _with_origin(trajectory: Trajectory) -> Trajectory:
+    if trajectory.origin is not None:
+        return trajectory
+    return dataclasses.replace(trajectory, origin=jnp.zeros_like(trajectory.positions[0, 0]))
 
 
 def on_devices(trajectory: Trajectory, mesh: AnyMesh | None = None) -> Trajectory:
@@ -196,7 +274,7 @@ def laid(trajectory: Trajectory, mesh: AnyMesh | None) -> Trajectory:
 
     whole = {
         name: replicate(getattr(trajectory, name), mesh)
-        for name in ("times", "rates", "temperatures", "injected")
+        for name in ("times", "rates", "temperatures", "injected", "origin")
     }
     energies, work = trajectory.energies, trajectory.work_of_links
     return dataclasses.replace(
@@ -283,6 +361,5 @@ def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshot
 
 def _double(name: str, x: Any) -> np.ndarray:
     array = as_array(name, x, "be an array")
-    if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise refuse(name, "hold real numbers", f"has dtype {array.dtype}")
+    check_real(name, array)
     return np.asarray(array).astype(np.float64)

@@ -15,10 +15,15 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from esljax._checks import InputError, check_choice, check_positive_int, refuse
+from esljax._checks import size as in_bytes
 from esljax.experiment import NUMBERS, RunConfig, convert, converted, read_toml, shape_of
 
 # A list of more runs than these would fill the memory of a usual machine by itself.
 _MOST = 10_000_000
+# Whole numbers in a row are held by their ends from this length on.
+_LONG = 10_000
+# A dozen numbers and marks of a run.
+_BYTES = 112
 
 _FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 
@@ -66,7 +71,7 @@ class Study:
 
     def __post_init__(self):
         self._check_types()
-        _check_size(self.grid)
+        _check_size(self.grid, len(self.points))
         grid = {name: _axis(name, values) for name, values in self.grid.items()}
         points = tuple(_point(i, point) for i, point in enumerate(self.points))
         object.__setattr__(self, "grid", grid)
@@ -174,7 +179,14 @@ class Study:
                 dict(zip(point, _lists(point.values()), strict=True)) for point in self.points
             ]
             return content | {"points": points}
-        return content | {"grid": {name: _lists(values) for name, values in self.grid.items()}}
+        return content | {
+            "grid": {
+                name: {"range": [values.start, values.stop]}
+                if isinstance(values, range)
+                else _lists(values)
+                for name, values in self.grid.items()
+            }
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], place: str = "the study") -> "Study":
@@ -263,39 +275,92 @@ class Study:
                 )
 
     def _check_grid(self) -> None:
-        """Check every combination of shapes, and every number once: they do not interact."""
+        """Check every number once, and whole numbers by their ends, because only the steps and the
+        snapshots interact."""
         numbers = {name: values for name, values in self.grid.items() if name in NUMBERS}
         shapes = {name: values for name, values in self.grid.items() if name not in NUMBERS}
         first = {name: values[0] for name, values in self.grid.items()}
-        for combination in itertools.product(*shapes.values()):
+        self._check_links(shapes, first)
+        some = (
+            values if isinstance(values[0], str | tuple) else _ends(values)
+            for values in shapes.values()
+        )
+        for combination in itertools.product(*some):
             settings = first | dict(zip(shapes, combination, strict=True))
             dataclasses.replace(self.base, **settings).check()
         for name, values in numbers.items():
-            # The two ends check all seeds between them. Floats may be NaN, so each is checked.
-            for value in (min(values), max(values)) if name == "seed" else values:
+            # Every bound is one of an interval, so the two ends check all values between them; what
+            # is not finite is in no order.
+            ends = values if isinstance(values[0], str) else _ends(values)
+            for value in ends:
                 dataclasses.replace(self.base, **first | {name: value}).check()
 
+    def _check_links(self, shapes: dict[str, Any], first: dict[str, Any]) -> None:
+        """Check that all numbers of snapshots divide all numbers of steps."""
+        steps, snapshots = (
+            shapes.get(name, (getattr(self.base, name),)) for name in ("steps", "snapshots")
+        )
+        for few in snapshots:
+            left = np.asarray(steps, object) % few if few > 0 else np.zeros(1)
+            if left.any():
+                odd = {"steps": steps[int(np.flatnonzero(left)[0])], "snapshots": few}
+                dataclasses.replace(self.base, **first | odd).check()
 
-def _axis(name: str, values: Any) -> tuple:
+
+def _axis(name: str, values: Any) -> tuple | range:
     check_choice("grid", name, tuple(_FIELDS))
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Sequence | np.ndarray):
         raise refuse(f"grid.{name}", "be a list of values", f"is {values!r}")
-    if not len(values):
+    if not _length(values):
         raise refuse(f"grid.{name}", "hold at least one value", "is empty")
-    axis = tuple(_value(name, value, f"grid.{name}") for value in values)
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    if isinstance(values, range):
+        # The type of all is that of one, and no two are the same.
+        _value(name, values[0], f"grid.{name}")
+        if values.step == 1 and len(values) >= _LONG and type(_FIELDS[name].default) is int:
+            return values
+    kind = type(_FIELDS[name].default)
+    if kind in (int, float) and set(map(type, values)) == {kind}:
+        axis = tuple(values)
+    else:
+        axis = tuple(_value(name, value, f"grid.{name}") for value in values)
     if len(set(axis)) < len(axis):
         twice, _ = collections.Counter(axis).most_common(1)[0]
         raise refuse(f"grid.{name}", "hold each value once", f"holds {twice!r} twice")
+    if len(axis) >= _LONG and type(axis[0]) is int and axis == tuple(range(axis[0], axis[-1] + 1)):
+        return range(axis[0], axis[-1] + 1)
     return axis
 
 
-def _check_size(grid: Mapping[str, Any]) -> None:
-    """Reject a grid that is too large before anything is listed."""
+def _ends(values: Sequence[Any]) -> list[Any]:
+    """The least and the greatest value, or the first that is not finite."""
+    if isinstance(values, range):
+        return [min(values[0], values[-1]), max(values[0], values[-1])]
+    strange = np.flatnonzero(~np.isfinite(np.asarray(values, float)))
+    return [values[strange[0]]] if strange.size else [min(values), max(values)]
+
+
+def _length(values: Sequence[Any] | np.ndarray) -> int:
+    """The number of values, also of a range that is longer than `len` can say."""
+    if isinstance(values, range):
+        return max(0, -(-(values.stop - values.start) // values.step))
+    return len(values)
+
+
+def _check_size(grid: Mapping[str, Any], points: int) -> None:
+    """Reject a study that is too large before anything is listed."""
     size = math.prod(
-        len(values) for values in grid.values() if isinstance(values, Sequence | np.ndarray)
+        _length(values) for values in grid.values() if isinstance(values, Sequence | np.ndarray)
     )
-    if size > _MOST:
-        raise refuse("grid", f"hold at most {_MOST:,} runs", f"holds {size:,}")
+    if max(size, points) > _MOST:
+        size = max(size, points)
+        raise refuse(
+            "points" if points else "grid",
+            f"hold at most {_MOST:,} runs",
+            f"holds {size:,}, whose results need about {in_bytes(_BYTES * size)}: split it into "
+            "several studies",
+        )
 
 
 def _point(i: int, point: Any) -> dict[str, Any]:
@@ -366,7 +431,11 @@ def _spaced(place: str, given: Mapping[str, Any]) -> list[float]:
         raise refuse(place, "have positive ends on a log scale", f"has {start!r} and {stop!r}")
     spaced = (np.geomspace if scale == "log" else np.linspace)(start, stop, num)
     # Twelve digits are more than any result has, and let a value be selected as it is written.
-    return [float(f"{value:.12g}") for value in spaced]
+    if num < _LONG:
+        return [float(f"{value:.12g}") for value in spaced]
+    # The same by powers of ten, which are exact up to 22.
+    powers = 11 - np.floor(np.log10(np.where(spaced == 0, 1, np.abs(spaced)))).clip(-11, 11)
+    return (np.rint(spaced * 10.0**powers) / 10.0**powers).tolist()
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:

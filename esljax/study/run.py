@@ -1,6 +1,7 @@
 """Runs a study to its end: tasks go to an executor, and only this process writes their results."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -49,6 +50,8 @@ class Progress(NamedTuple):
     """Runs that this call has computed, done or failed."""
     taken: int
     """Runs that this call has copied from the stores of `reuse`."""
+    repaired: int = 0
+    """Finished runs that were damaged on disk, and that this call runs again."""
 
 
 class LostWorkersError(RuntimeError):
@@ -112,15 +115,15 @@ def run_study(
     # A path such as "." has no name before it is resolved.
     out = Path(out).resolve()
     with storage.locked(lock_path(out), "out") as record:
-        store, slices, taken = _prepared(study, out, task_size, retry, reuse)
+        store, slices, taken, repaired = _prepared(study, out, task_size, retry, reuse)
         state, fresh = store.done, 0
         record({"started": time.time(), "before": int(np.sum(state != TO_DO))})
-        watch(_progress(state, fresh, taken))
+        watch(_progress(state, fresh, taken, repaired))
         for part, task, future in _completed(
             executor, _left(slices, state == TO_DO), lambda part: _task(study, part, width)
         ):
             fresh += _keep(store, state, part, task, future)
-            watch(_progress(state, fresh, taken))
+            watch(_progress(state, fresh, taken, repaired))
     return open_study(out)
 
 
@@ -138,8 +141,9 @@ def _check(study: Any, executor: Any, task_size: Any, width: Any, reuse: Any) ->
 
 def _prepared(
     study: Study, out: Path, task_size: int | None, retry: bool, reuse: Sequence[str | Path]
-) -> tuple[StudyStore, list[Slice], int]:
-    """The store at `out`, its slices, and how many runs it has copied from other stores.
+) -> tuple[StudyStore, list[Slice], int, int]:
+    """The store at `out`, its slices, how many runs it has copied from other stores, and how many
+    were damaged.
 
     Every check comes before the first run is written.
     """
@@ -154,10 +158,17 @@ def _prepared(
         check_memory(
             study, _left(slices, np.isin(store.done, (TO_DO, FAILED) if retry else (TO_DO,)))
         )
+    repaired, where = store.repair()
+    if repaired:
+        warnings.warn(
+            f"{where}: {repaired:,} finished runs are damaged and run again.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     taken = sum(store.adopt(other) for other in others)
     if retry:
         store.forget(np.flatnonzero(store.done == FAILED))
-    return store, slices, taken
+    return store, slices, taken, repaired
 
 
 def _left(slices: list[Slice], wanted: np.ndarray) -> list[Slice]:
@@ -208,10 +219,9 @@ def _keep(store: StudyStore, state: np.ndarray, part: Slice, task: Task, future:
     return len(part.indices)
 
 
-def _progress(state: np.ndarray, fresh: int, taken: int) -> Progress:
-    return Progress(
-        state.size, int(np.sum(state == DONE)), int(np.sum(state == FAILED)), fresh, taken
-    )
+def _progress(state: np.ndarray, fresh: int, taken: int, repaired: int) -> Progress:
+    done, failed = int(np.sum(state == DONE)), int(np.sum(state == FAILED))
+    return Progress(state.size, done, failed, fresh, taken, repaired)
 
 
 class _OtherVersionsError(RuntimeError):

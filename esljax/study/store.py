@@ -3,21 +3,26 @@
 Every number has the dimensions of the study. `done` marks each run: 0 to do, 1 done, 2 failed, for
 the reason in `reason`. A task fills a block of its own, file by file, and Zarr replaces each file
 as a whole. `done` is written last, so every run that it counts is on disk, however the writer ends.
+What is read is checked against the checksums of `study.integrity`.
 """
 
 import datetime
+import glob
 import json
 import math
 import os
+import re
 import shutil
+import time
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from esljax._checks import InputError, refuse
+from esljax._checks import InputError, first_sentence, memory_of_the_machine, refuse, size
 from esljax.experiment import (
     QUANTITIES,
     WITH_ERROR,
@@ -25,16 +30,32 @@ from esljax.experiment import (
     Rows,
     RunConfig,
     memory_of_a_run,
-    memory_of_the_machine,
     number_names,
-    size,
 )
 from esljax.files import storage
 from esljax.study.description import Slice, Study
+from esljax.study.integrity import (
+    CHECKSUM,
+    CHECKSUMS,
+    Contents,
+    check_array,
+    check_attributes,
+    check_labels,
+    chunk_of,
+    damaged,
+    digests,
+    file_of,
+    read,
+    run_checksums,
+    runs_of,
+)
 
 TO_DO, DONE, FAILED = 0, 1, 2
 
-_VERSION = 1
+# 2: with checksums. Stores of layout 1 are still read, and resumed without them.
+_VERSION = 2
+# What `done` holds where its chunk is lost: none of the states.
+_LOST = -1
 # The space that a file of a Zarr chunk takes on a usual disk, however short it is.
 _BLOCK = 4096
 _UNITS = {
@@ -44,37 +65,83 @@ _UNITS = {
 }
 
 
-class StudyStore:
-    """The store of a study; a writer must hold its lock."""
+class Damage(NamedTuple):
+    """What is wrong with the runs of a store."""
 
-    def __init__(self, path: Path, group: Any):
-        self.path, self.attributes = path, group.attrs
-        self.study = _study(path, group)
-        # Opened once, because each opening reads a file.
-        self._arrays = dict(group.arrays())
+    runs: np.ndarray
+    """Whether each finished run is damaged, flat."""
+    chunks: list[tuple[str, tuple[int, ...]]]
+    """The chunks that cannot be read: their array and block."""
+    words: str
+    """The first damaged place and what is wrong with it."""
+
+
+class StudyStore:
+    """The store of a study; a writer must hold its lock.
+
+    **Raises:** `InputError`, about `argument`, if the layout is not that of a study: attributes,
+    arrays, shapes, types and labels. Runs are checked by `examine`.
+    """
+
+    def __init__(self, path: Path, group: Any, argument: str = "path"):
+        self.path, self.attributes, self._argument = path, group.attrs, argument
+        self.study = _study(path, group, argument)
         self._shape = tuple(self.study.dimensions.values())
+        self._names = number_names(self.study.has_errors)
+        kinds = dict.fromkeys(self._names, "f") | {"converged": "b", "reason": "TO", "done": "i"}
+        if CHECKSUMS in group.attrs:
+            kinds[CHECKSUM] = "u"
+        dimensions = tuple(self.study.dimensions)
+        # Opened once, because each opening reads a file.
+        self._arrays = {
+            name: check_array(argument, path, group, name, self._shape, dimensions, kind)
+            for name, kind in kinds.items()
+        }
+        for name, (dimension, values) in self.study.coordinates.items():
+            labels = _labels(values)
+            kind = "TO" if labels.dtype.kind == "O" else labels.dtype.kind
+            array = check_array(argument, path, group, name, labels.shape, (dimension,), kind)
+            check_labels(argument, path, name, array, labels)
+            self._arrays[name] = array
 
     @property
     def task_size(self) -> int:
         """The task size that the store was laid out for."""
         return int(self.attributes["task_size"])
 
+    def about(self, name: str) -> dict[str, Any]:
+        """The attributes of an array: its name in words, and its units."""
+        return self._arrays[name].attrs.asdict()
+
     @property
     def done(self) -> np.ndarray:
-        """The state of each run, flat: `TO_DO`, `DONE` or `FAILED`."""
-        return self._arrays["done"][...].reshape(-1)
+        """The state of each run, flat: `DONE`, `FAILED`, or `TO_DO`, also where it is lost."""
+        state = read(self.path, "done", self._arrays["done"]).values
+        return np.where(np.isin(state, (DONE, FAILED)), state, TO_DO)
+
+    def record(self, attributes: Mapping[str, Any]) -> None:
+        """Change attributes of the store, and the digest of them all, at once."""
+        new = {**self.attributes.asdict(), **attributes}
+        if CHECKSUMS in new:
+            kept = json.loads(new[CHECKSUMS])
+            new[CHECKSUMS] = json.dumps(kept | json.loads(digests(self.path, new, ())))
+        self.attributes.update(new)
 
     def write(self, indices: np.ndarray, rows: Rows) -> None:
         """Write the rows of some runs, each in its place, and `done` last."""
         places = np.unravel_index(indices, self._shape)
-        for name, values in rows.numbers.items():
-            self._arrays[name].set_coordinate_selection(places, values)
-        self._arrays["converged"].set_coordinate_selection(places, rows.converged)
-        self._arrays["reason"].set_coordinate_selection(
-            places, np.array(rows.reasons, dtype=object)
-        )
+        missing = np.full(len(indices), np.nan)
+        numbers = {name: rows.numbers.get(name, missing) for name in self._names}
         done = np.where([bool(reason) for reason in rows.reasons], FAILED, DONE).astype(np.int8)
-        self._arrays["done"].set_coordinate_selection(places, done)
+        columns = {
+            **numbers,
+            "converged": rows.converged,
+            "reason": np.array(rows.reasons, dtype=object),
+        }
+        if CHECKSUM in self._arrays:
+            columns[CHECKSUM] = run_checksums(indices, done, numbers, rows.converged, rows.reasons)
+        for name, values in (columns | {"done": done}).items():
+            self._arrays[name].set_coordinate_selection(places, values)
 
     def read(self, indices: np.ndarray, wanted: tuple[str, ...]) -> Rows:
         """The rows of some runs, with NaN for numbers that this store does not have."""
@@ -87,6 +154,109 @@ class StudyStore:
             for name in wanted
         }
         return Rows(numbers, chosen("converged"), tuple(str(reason) for reason in chosen("reason")))
+
+    def examine(self) -> tuple[dict[str, np.ndarray], Damage]:
+        """Read all runs and check them.
+
+        **Returns:** the numbers, states and reasons, each flat, and what is damaged.
+        """
+        names = (*self._names, "converged", "reason", CHECKSUM)
+        # `done` first: what it counts has been written before.
+        found = {
+            name: read(self.path, name, self._arrays[name])
+            for name in ("done", *names)
+            if name in self._arrays
+        }
+        content = {name: contents.values for name, contents in found.items()}
+        wrong = self._wrong(content)
+        chunks = []
+        for name, contents in found.items():
+            chunks += [(name, block) for block in contents.unreadable]
+            lost = runs_of(self._arrays[name], contents.unreadable)
+            wrong |= lost & ((content["done"] != TO_DO) | (name == "done"))
+        return content, Damage(wrong, chunks, self._words(found, wrong))
+
+    def _wrong(self, content: dict[str, np.ndarray]) -> np.ndarray:
+        """Whether each run that counts as finished is not what was written."""
+        done = content["done"]
+        wrong = ~np.isin(done, (TO_DO, DONE, FAILED))
+        ended = np.flatnonzero(np.isin(done, (DONE, FAILED)))
+        if CHECKSUM in content:
+            columns = (content[name][ended] for name in ("done", "converged", "reason", CHECKSUM))
+            state, converged, reasons, stored = columns
+            numbers = {name: content[name][ended] for name in self._names}
+            wrong[ended] = run_checksums(ended, state, numbers, converged, reasons) != stored
+            return wrong
+        # Without checksums: a finished run has numbers, and a failed one a reason.
+        for name in self._names:
+            if name == "noise_floor":
+                pairs = [self.study.point(int(i)).transport == "exact" for i in ended]
+                wrong[ended] |= (done[ended] == DONE) & pairs & np.isnan(content[name][ended])
+            elif _is_finite(name):
+                wrong |= (done == DONE) & ~np.isfinite(content[name])
+        return wrong | ((done == FAILED) & (content["reason"] == ""))
+
+    def _words(self, found: dict[str, Contents], wrong: np.ndarray) -> str:
+        """The first damaged place, and what is wrong with it; "" if nothing is."""
+        for name, contents in found.items():
+            for block, why in contents.unreadable.items():
+                return f"{file_of(self.path, name, block)} {why}"
+        if not wrong.any():
+            return ""
+        first = int(np.flatnonzero(wrong)[0])
+        # Zarr leaves out a chunk of NaN alone, as these numbers may be, and those of failed runs.
+        finished = found["done"].values[first] == DONE
+        numbers = [
+            name
+            for name in self._names
+            if finished and _is_finite(name) and not np.isfinite(found[name].values[first])
+        ]
+        for name in ("done", *numbers, *({CHECKSUM} & set(self._arrays))):
+            file = chunk_of(self.path, name, self._arrays[name], first)
+            if not file.is_file():
+                return f"{file} is missing"
+        places = np.unravel_index(first, self._shape)
+        labels = {name: values for name, (_, values) in self.study.coordinates.items()}
+        at = ", ".join(
+            f"{name} {labels[name][i] if name in labels else i}"
+            for name, i in zip(self.study.dimensions, places, strict=True)
+        )
+        return f"{self.path} does not hold what was written of the run at {at}"
+
+    def check(self, lock: Path | None = None) -> dict[str, np.ndarray]:
+        """Return the content of all arrays, each flat.
+
+        **Args:** `lock`: the lock of a writer that may be at work.
+        **Raises:** `InputError` if runs are damaged, naming the first place.
+        """
+        content, damage = self.examine()
+        while damage.runs.any() and lock is not None and storage.holder(lock) is not None:
+            # A writer may have replaced a run between two of its chunks, which it does not again.
+            time.sleep(0.2)
+            lock = None
+            content, damage = self.examine()
+        if not damage.runs.any():
+            return content
+        ended = int(np.sum(content["done"] != TO_DO))
+        raise damaged(
+            self._argument,
+            damage.words,
+            f"{int(np.sum(damage.runs)):,} of {ended:,} finished runs are lost, which "
+            f"`esljax study run {self.path}` runs again",
+        )
+
+    def repair(self) -> tuple[int, str]:
+        """Remove damaged chunks and mark the finished runs in them as to do.
+
+        **Returns:** the number of those runs, and the first damaged place in words.
+        """
+        _, damage = self.examine()
+        for name, block in damage.chunks:
+            # A block is written as a whole only where nothing unreadable is in its place.
+            file_of(self.path, name, block).unlink(missing_ok=True)
+        if damage.runs.any():
+            self.forget(np.flatnonzero(damage.runs))
+        return int(np.sum(damage.runs)), damage.words
 
     def shared(self, study: Study) -> dict[int, int]:
         """The runs of another study that are done here: their indices there, and here."""
@@ -102,15 +272,15 @@ class StudyStore:
             reused[str(other.path)] = {
                 name: other.attributes[name] for name in ("created", "commit")
             }
-            self.attributes["reused"] = json.dumps(reused)
+            self.record({"reused": json.dumps(reused)})
             ours, theirs = np.array(pairs).T
-            self.write(ours, other.read(theirs, number_names(self.study.has_errors)))
+            self.write(ours, other.read(theirs, self._names))
         return len(pairs)
 
     def forget(self, indices: np.ndarray) -> None:
         """Mark some runs as to do again."""
         self._arrays["done"].set_coordinate_selection(
-            np.unravel_index(indices, self._shape), np.zeros(len(indices), np.int8)
+            np.unravel_index(indices, self._shape), np.full(len(indices), TO_DO, np.int8)
         )
 
 
@@ -130,11 +300,10 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
     with other versions, whose numbers may differ from those of the installed ones.
     """
     _zarr()
-    for leftover in path.parent.glob(f"{path.name}.*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove_leftovers(path, study)
     if not path.exists():
         return None
-    store = StudyStore(path, _open(path, "r+"))
+    store = StudyStore(path, _open(path, "r+", "out"), "out")
     difference = study.difference(store.study)
     if difference is not None:
         raise refuse(
@@ -144,12 +313,26 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
             f"by --reuse {path.name}",
         )
     _check_versions("out", store)
-    for leftover in path.rglob("*.partial"):
-        leftover.unlink(missing_ok=True)
     commits, now = store.attributes["commit"].split(", "), storage.commit() or ""
     if now not in commits:
-        store.attributes["commit"] = ", ".join([*commits, now])
+        store.record({"commit": ", ".join([*commits, now])})
     return store
+
+
+def _remove_leftovers(path: Path, study: Study) -> None:
+    """Remove what a killed writer has left half-made: nothing but files that it can have made."""
+    ours = {*number_names(True), *study.coordinates, "converged", "reason", "done", CHECKSUM}
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        known = re.fullmatch(r"\d+", part.name.removeprefix(f"{path.name}.").removesuffix(".part"))
+        if known and part.is_dir() and not part.is_symlink():
+            within = {entry.name for entry in part.iterdir()}
+            if all(name in ours or name.startswith("zarr.") for name in within):
+                shutil.rmtree(part, ignore_errors=True)
+    for name in ours:
+        for half in (path / name).rglob("*.partial"):
+            half.unlink(missing_ok=True)
+    for half in path.glob("zarr.*.partial"):
+        half.unlink(missing_ok=True)
 
 
 def make_store(path: Path, study: Study, task_size: int) -> StudyStore:
@@ -170,8 +353,9 @@ def store_to_reuse(path: Path, study: Study) -> StudyStore:
     **Raises:** `InputError` if `path` is no store, was made with other versions, or has no finished
     run of this study.
     """
-    store = StudyStore(path, _open(path, "r", "reuse"))
+    store = StudyStore(path, _open(path, "r", "reuse"), "reuse")
     _check_versions("reuse", store)
+    store.check(lock_path(path))
     if not store.shared(study):
         difference = study.difference(store.study) if np.any(store.done == DONE) else None
         raise refuse(
@@ -185,19 +369,19 @@ def store_to_reuse(path: Path, study: Study) -> StudyStore:
 def read_study(path: str | Path) -> Study:
     """The description of the study whose results a store holds.
 
-    **Raises:** `InputError` if there is no such store.
+    **Raises:** `InputError` if there is no such store, or if its description is damaged.
     """
     return _study(Path(path), _open(Path(path), "r"))
 
 
 def open_study(path: str | Path) -> Any:
-    """Open the results of a study, complete or still being written.
+    """Read the results of a study, complete or still being written, and check them.
 
     **Args:** `path`: of the store.
-    **Returns:** an `xarray.Dataset`, which reads its arrays when they are used. Its dimensions are
-    the fields of the grid, or `point`; its coordinates are the fields that vary. Each variable has
-    all dimensions, and `units` and `long_name` among its attributes; numbers are float64, and NaN
-    where there are no results. With r for the unit of a model parameter, the variables are
+    **Returns:** an `xarray.Dataset` in memory. Its dimensions are the fields of the grid, or
+    `point`; its coordinates are the fields that vary. Each variable has all dimensions, and `units`
+    and `long_name` among its attributes; numbers are float64, and NaN where there are no results.
+    With r for the unit of a model parameter, the variables are
 
     - `entropy_production` Σ, `length_squared` L², `w2_squared` W2², `gap` Σ - W2², and its parts
       `temporal` and `geometric`: in r².
@@ -215,7 +399,8 @@ def open_study(path: str | Path) -> Any:
     `created` (the time), `versions` (as JSON), `commit` (of every writer), `version` (of the
     layout), and `reused` (as JSON) for the stores that runs were copied from.
 
-    **Raises:** `InputError` if there is no such store, or if xarray is not installed.
+    **Raises:** `InputError` if there is no such store, if it is damaged (the message names the
+    place), or if xarray is not installed.
 
     **Example:**
 
@@ -231,41 +416,61 @@ def open_study(path: str | Path) -> Any:
     """
     xarray = _xarray()
     path = Path(path)
-    study = read_study(path)
-    dataset = xarray.open_zarr(path, chunks=None, consolidated=False)
+    store = StudyStore(path, _open(path, "r"))
+    content = store.check(lock_path(path))
+    study, layout = store.study, store.study.dimensions
+    names = (*number_names(study.has_errors), "converged", "done", "reason")
     # As objects, the type of string that every selection by label accepts.
-    strings = {
-        name: dataset[name].astype(object)
-        for name in dataset.variables
-        if dataset[name].dtype.kind not in "iufb"
+    variables = {
+        name: (tuple(layout), content[name].reshape(tuple(layout.values())), store.about(name))
+        for name in names
     }
-    dataset = dataset.assign(strings)
-    ordered = [
-        name for name in (*number_names(True), "converged", "done", "reason") if name in dataset
-    ]
-    # In the order of the study, because a folder lists its files in an arbitrary order.
-    variables, coordinates = (
-        {name: dataset[name].variable for name in some} for some in (ordered, study.coordinates)
-    )
-    return xarray.Dataset(variables, coordinates, dataset.attrs)
+    coordinates = {
+        name: (dimension, _labels(values), store.about(name))
+        for name, (dimension, values) in study.coordinates.items()
+    }
+    attributes = {k: v for k, v in store.attributes.asdict().items() if k != CHECKSUMS}
+    return xarray.Dataset(variables, coordinates, attributes)
 
 
-def _study(path: Path, group: Any) -> Study:
+def _is_finite(name: str) -> bool:
+    """Whether a number is finite in every finished run."""
+    return name != "noise_floor" and not name.endswith("_error")
+
+
+def _study(path: Path, group: Any, argument: str = "path") -> Study:
     try:
         content, version = tomllib.loads(group.attrs["study"]), group.attrs["version"]
-    except (KeyError, TypeError, tomllib.TOMLDecodeError):
-        raise refuse("path", "be the store of a study", f"{path} is none") from None
-    if version != _VERSION:
+        task_size, texts = group.attrs["task_size"], [group.attrs[name] for name in _TEXTS]
+    except KeyError as error:
+        is_other = "study" not in group.attrs
+        missing = "is none" if is_other else f"lacks the attribute {error}"
+        raise refuse(argument, "be the store of a study", f"{path} {missing}") from None
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
+        what = f"{path}/zarr.json holds no description of a study ({first_sentence(error)})"
+        raise damaged(argument, what) from None
+    if version not in (1, _VERSION) or isinstance(version, bool):
         raise refuse(
-            "path",
-            f"be a store with layout {_VERSION}",
+            argument,
+            f"be a store with layout 1 or {_VERSION}",
             f"{path} has layout {version}: read it with the esljax that wrote it",
         )
+    if version == _VERSION or CHECKSUMS in group.attrs:
+        check_attributes(argument, path, group.attrs)
+    if type(task_size) is not int or task_size < 1 or not all(type(x) is str for x in texts):
+        raise damaged(argument, f"{path}/zarr.json has attributes of other types than were made")
     return Study.from_dict(content, str(path))
 
 
+_TEXTS = ("created", "versions", "commit")
+
+
 def _check_versions(argument: str, store: StudyStore) -> None:
-    difference = storage.difference(json.loads(store.attributes["versions"]), storage.versions())
+    try:
+        theirs = dict(json.loads(store.attributes["versions"]))
+    except (TypeError, ValueError) as error:
+        raise damaged(argument, f"{store.path}/zarr.json holds no versions") from error
+    difference = storage.difference(theirs, storage.versions())
     if difference is not None:
         raise refuse(
             argument,
@@ -279,9 +484,11 @@ def _open(path: Path, mode: Any, argument: str = "path") -> Any:
     if not path.exists():
         raise refuse(argument, "be the store of a study", f"there is nothing at {path}")
     try:
-        return zarr.open_group(str(path), mode=mode, zarr_format=3)
-    except (OSError, ValueError, KeyError) as error:
-        raise refuse(argument, "be the store of a study", f"{path} is none") from error
+        return zarr.open_group(str(path), mode=mode, zarr_format=3, use_consolidated=False)
+    except Exception as error:
+        # zarr raises whatever its parsing meets: OSError, ValueError, KeyError, TypeError.
+        why = f" ({first_sentence(error)})" if (path / "zarr.json").exists() else ""
+        raise refuse(argument, "be the store of a study", f"{path} is none{why}") from error
 
 
 def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
@@ -295,14 +502,17 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
         "commit": storage.commit() or "",
     }
     group = zarr.create_group(str(path), zarr_format=3, attributes=about)
+    # Explicit, because a damaged list of codecs may not look like another default.
+    codecs = (zarr.codecs.ZstdCodec(), zarr.codecs.Crc32cCodec())
     layout = {
         "shape": tuple(study.dimensions.values()),
         "chunks": study.chunks(task_size),
         "dimension_names": tuple(study.dimensions),
+        "compressors": codecs,
     }
 
-    def variable(name: str, dtype: str, fill: Any, words: str, **more: str) -> None:
-        group.create_array(
+    def variable(name: str, dtype: str, fill: Any, words: str, **more: str) -> Any:
+        return group.create_array(
             name, dtype=dtype, fill_value=fill, attributes={"long_name": words, **more}, **layout
         )
 
@@ -310,13 +520,31 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
         variable(quantity.name, "float64", np.nan, quantity.words, units=quantity.units)
     variable("converged", "bool", False, "whether every transport problem of the run was solved")
     variable("reason", "string", "", "why the run failed")
+    variable(CHECKSUM, "uint32", 0, "CRC-32 of the place, state, numbers and reason of the run")
     flags = {"flag_values": "0 1 2", "flag_meanings": "to_do done failed"}
-    variable("done", "int8", TO_DO, "state of the run", **flags)
+    _fill(path, "done", variable("done", "int8", _LOST, "state of the run", **flags))
     for name, (dimension, values) in study.coordinates.items():
-        _add_coordinate(group, name, dimension, values)
+        _add_coordinate(group, name, dimension, values, codecs)
+    names = tuple(group.array_keys())
+    group.attrs[CHECKSUMS] = digests(path, group.attrs.asdict(), names)
 
 
-def _add_coordinate(group: Any, name: str, dimension: str, values: tuple) -> None:
+def _fill(path: Path, name: str, array: Any) -> None:
+    """Mark all runs as to do: a chunk that is missing later is damage.
+
+    Zarr keeps chunks at the edge in full, so that all files hold the same bytes, and copies of one
+    take a tenth of the time.
+    """
+    first = (0,) * array.ndim
+    array.blocks[first] = np.full(array.blocks[first].shape, TO_DO, array.dtype)
+    content = file_of(path, name, first).read_bytes()
+    for block in np.ndindex(array.cdata_shape):
+        file = file_of(path, name, block)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+def _add_coordinate(group: Any, name: str, dimension: str, values: tuple, codecs: Any) -> None:
     labels = _labels(values)
     units = {"units": _UNITS[name]} if name in _UNITS else {}
     array = group.create_array(
@@ -325,6 +553,7 @@ def _add_coordinate(group: Any, name: str, dimension: str, values: tuple) -> Non
         dtype="string" if labels.dtype == object else labels.dtype,
         dimension_names=(dimension,),
         attributes={"long_name": name.replace("_", " "), **units},
+        compressors=codecs,
     )
     array[...] = labels
 
@@ -351,7 +580,7 @@ def _check_room(path: Path, study: Study, task_size: int) -> None:
     """Reject results that would not fit, by an estimate, before anything is written."""
     if not path.parent.is_dir():
         raise refuse("out", "be in a folder that exists", f"{path.parent} does not")
-    variables = len(number_names(study.has_errors)) + 3
+    variables = len(number_names(study.has_errors)) + 4
     lengths = zip(study.dimensions.values(), study.chunks(task_size), strict=True)
     chunks = math.prod(-(-length // step) for length, step in lengths)
     on_disk = variables * max(8 * study.size, _BLOCK * chunks)

@@ -1,6 +1,13 @@
 """W2²: the squared Wasserstein distance between two ensembles."""
 
-from esljax.transport.base import AbstractTransport, Solution, check_transport, solution_of
+from esljax.transport.base import (
+    AbstractTransport,
+    Solution,
+    check_room,
+    check_transport,
+    pairing_of,
+    solution_of,
+)
 from esljax.transport.coordinates import (
     AbstractWrappedTransport,
     MappedTransport,
@@ -23,7 +30,9 @@ __all__ = [
     "SinkhornTransport",
     "SlicedTransport",
     "Solution",
+    "check_room",
     "check_transport",
+    "pairing_of",
     "principal_directions",
     "random_directions",
     "solution_of",

@@ -1,6 +1,7 @@
 """The pieces of ott that the transports use."""
 
 import functools
+import sys
 import types
 import warnings
 
@@ -16,6 +17,30 @@ def ott() -> types.SimpleNamespace:
     # The first use may be inside a trace, of which constants made by an import must not be a part.
     with jax.ensure_compile_time_eval(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
-        from ott.geometry.geometry import Geometry
-        from ott.tools.unreg import hungarian
+        try:
+            return _parts()
+        except ImportError:
+            raise
+        except Exception:
+            # ott draws with matplotlib if there is one, and matplotlib does not start with every
+            # setting of a user. Without it, ott computes the same.
+            _forget("ott", "matplotlib")
+            sys.modules["matplotlib"] = None  # pyright: ignore[reportArgumentType]
+            try:
+                return _parts()
+            finally:
+                _forget("matplotlib")
+
+
+def _parts() -> types.SimpleNamespace:
+    from ott.geometry.geometry import Geometry
+    from ott.tools.unreg import hungarian
+
     return types.SimpleNamespace(Geometry=Geometry, hungarian=hungarian)
+
+
+def _forget(*packages: str) -> None:
+    """Forget what imports that failed have left, so that they can be tried again."""
+    for name in list(sys.modules):
+        if name.partition(".")[0] in packages:
+            del sys.modules[name]

@@ -21,9 +21,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import as_cloud, check_kind, door, refuse
+from esljax._checks import as_cloud, check_fits, check_kind, door, refuse
 from esljax._numerics import product
-from esljax._types import Array, ArrayLike, Float, Scalar
+from esljax._types import Array, ArrayLike, Float, Int, Scalar
 
 
 class Solution(eqx.Module):
@@ -47,7 +47,11 @@ class AbstractTransport(eqx.Module):
       identity fraction of a report;
     - `moments_only`, if it compares means and covariances only, to stand beside `AffineVelocity`;
     - `projection` or `coordinates`, if it does not compare the positions themselves;
+    - `in_units`, if no distance changes where both ensembles are moved together, for reports of
+      members of any size and place;
+    - `paired`, if the distance pairs members one to one, for the parameters that hold it;
     - `coarser`, if it has an ε, so that a diagnosis can test whether ε is small enough;
+    - `rounding`, if the distance is a difference of larger numbers;
     - `in_turn`, if several problems run slower together than one after the other on a CPU;
     - `map(x, y)`, the image in y of each member of x, shape (n, d), for `TransportVelocity`.
 
@@ -132,6 +136,31 @@ class AbstractTransport(eqx.Module):
         """
         return type(self).coordinates is AbstractTransport.coordinates
 
+    def in_units(self, size: Scalar) -> "AbstractTransport | None":
+        """Return the T' with size² T'((x - a)/size, (y - a)/size) = T(x, y) for every vector a.
+
+        Reports then measure members about a place and in a unit of their own, in which the squares
+        of very large and very small numbers are numbers. None if there is no such transport, or if
+        it is not known: a report then measures the members as they are.
+        """
+        return None
+
+    def rounding(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar | None:
+        """Return the size of the error that rounding leaves in `squared`, shape (), in its units.
+
+        None for a sum of squared differences of matched things, whose error is relative.
+        """
+        return None
+
+    def paired(
+        self, x: Float[Array, "n d"], y: Float[Array, "m d"]
+    ) -> tuple[Solution, Int[Array, " n"] | None]:
+        """Return `solve(x, y)`, and the place in y of the partner of each member of x, shape (n,).
+
+        None instead of places for a transport that pairs no members.
+        """
+        return self.solve(x, y), None
+
     def coarser(self) -> "AbstractTransport | None":
         """Return the same transport at twice its ε; None if it has no ε."""
         return None
@@ -186,9 +215,14 @@ def solution_of(
 ) -> Solution:
     """Return `transport.solve(x, y)`, and check its type and shapes at no cost.
 
-    **Raises:** `InputError` if `solve` returns no `Solution` of one number and one boolean.
+    **Raises:** `InputError` if `solve` returns no `Solution` of one number and one boolean, and for
+    a problem that does not fit in memory.
     """
-    answer: Any = transport.solve(x, y)
+    check_room(transport, max(len(x), len(y)), x.shape[1], x.dtype)
+    return _checked(transport, transport.solve(x, y))
+
+
+def _checked(transport: AbstractTransport, answer: Any) -> Solution:
     if not isinstance(answer, Solution):
         raise refuse(
             "transport",
@@ -209,6 +243,18 @@ def solution_of(
             f"and {converged.dtype}{converged.shape}",
         )
     return Solution(squared, converged)
+
+
+def pairing_of(
+    transport: AbstractTransport, x: Float[Array, "n d"], y: Float[Array, "m d"]
+) -> tuple[Solution, Int[Array, " n"] | None]:
+    """Return the checked solution, and the partners that it found; None if it pairs no members."""
+    # A subclass that solves another problem has other partners than its base.
+    first = next(each for each in type(transport).__mro__ if {"solve", "paired"} & set(vars(each)))
+    if "paired" not in vars(first):
+        return solution_of(transport, x, y), None
+    solved, places = transport.paired(x, y)
+    return _checked(transport, solved), places
 
 
 def check_is_transport(argument: str, value: Any) -> None:
@@ -243,6 +289,22 @@ def check_transport(argument: str, value: Any, n: int, d: int, dtype: Any) -> No
             f"have a `projection` of shape ({d}, {shape[2]}), the matrix of its `coordinates` "
             "(or set `linear` to False)",
             f"that of {value.name} {'is None' if matrix is None else f'has shape {matrix}'}",
+        )
+
+
+def check_room(transport: AbstractTransport, n: int, d: int, dtype: Any) -> None:
+    """Reject a problem between ensembles (n, d) that this machine cannot hold. Computes nothing.
+
+    **Raises:** `InputError`, with the bytes that a problem takes.
+    """
+    held = transport.numbers_held(n, d, False)
+    if isinstance(held, int | float):
+        check_fits(
+            "transport",
+            held * jnp.dtype(dtype).itemsize,
+            f"{n:,} members of {d:,} numbers in {transport.name}",
+            "take fewer members, SinkhornTransport(epsilon, chunk=...), which holds no n × n "
+            "matrix, or GaussianTransport(), which looks at moments",
         )
 
 

@@ -12,13 +12,15 @@ from esljax._checks import (
     as_array,
     as_float,
     check_finite,
+    check_fits,
     check_key,
     check_positive_int,
+    check_real,
     door,
     refuse,
 )
 from esljax._numerics import product
-from esljax._types import Array, ArrayLike, Float, Key
+from esljax._types import Array, ArrayLike, Float, Int, Key, Scalar
 from esljax.transport.base import AbstractTransport, Solution, check_is_transport
 
 
@@ -31,7 +33,8 @@ class AbstractWrappedTransport(AbstractTransport):
     **Recipe of a subclass:** define `solve`, which calls `self.transport.solve`. Override what the
     wrapper changes: `coordinates` if it measures in other coordinates, with `linear` and
     `projection` if that is a linear map; `pairs_members`, `moments_only` or `is_metric` if the
-    answer no longer has the property; `numbers_held` if it holds more than the coordinates of both
+    answer no longer has the property; `in_units` and `paired`, which are not those of the inner
+    transport, if you know them; `numbers_held` if it holds more than the coordinates of both
     ends besides the inner problem.
 
     **Args:** `transport`: the inner transport.
@@ -94,6 +97,9 @@ class AbstractWrappedTransport(AbstractTransport):
         coarser = self.transport.coarser()
         return None if coarser is None else eqx.tree_at(lambda t: t.transport, self, coarser)
 
+    def rounding(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar | None:
+        return self.transport.rounding(x, y)
+
     def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int | None:
         compared = jax.eval_shape(self.coordinates, jax.ShapeDtypeStruct((1, n, d), np.float32))
         inner = self.transport
@@ -136,6 +142,14 @@ class MappedTransport(AbstractWrappedTransport):
 
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         return self.transport.solve(self._features(x), self._features(y))
+
+    def paired(
+        self, x: Float[Array, "n d"], y: Float[Array, "m d"]
+    ) -> tuple[Solution, Int[Array, " n"] | None]:
+        return self.transport.paired(self._features(x), self._features(y))
+
+    def rounding(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar | None:
+        return self.transport.rounding(self._features(x), self._features(y))
 
     def _features(self, positions: Float[Array, "*many n d"]) -> Float[Array, "*many n p"]:
         of_many = self.map
@@ -190,6 +204,18 @@ class ProjectedTransport(AbstractWrappedTransport):
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         return self.transport.solve(self._projected(x), self._projected(y))
 
+    def paired(
+        self, x: Float[Array, "n d"], y: Float[Array, "m d"]
+    ) -> tuple[Solution, Int[Array, " n"] | None]:
+        return self.transport.paired(self._projected(x), self._projected(y))
+
+    def rounding(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar | None:
+        return self.transport.rounding(self._projected(x), self._projected(y))
+
+    def in_units(self, size: Scalar) -> "AbstractTransport | None":
+        inner = self.transport.in_units(size)
+        return None if inner is None else eqx.tree_at(lambda t: t.transport, self, inner)
+
     def _projected(self, positions: Float[Array, "*many n d"]) -> Float[Array, "*many n p"]:
         d = positions.shape[-1]
         if len(self.matrix) != d:
@@ -226,6 +252,7 @@ def principal_directions(
         (2, 1)
     """
     positions = as_array("positions", positions)
+    check_real("positions", positions)
     check_finite("positions", positions)
     pooled = np.asarray(positions, np.float64).reshape(-1, np.shape(positions)[-1])
     _check_coordinates(coordinates, pooled.shape[1], len(pooled))
@@ -255,6 +282,8 @@ def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]
     check_positive_int("d", d)
     check_key("key", key)
     _check_coordinates(coordinates, d, d)
+    words = f"{coordinates:,} directions of {d:,} numbers"
+    check_fits("coordinates", 12.0 * d * coordinates, words, "take fewer coordinates")
     normal = jax.random.normal(key, (d, coordinates), jnp.float32).astype(jnp.result_type(float))
     upper: Any
     directions, upper = jnp.linalg.qr(normal)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import door, refuse
-from esljax._types import Array, Float
+from esljax._types import Array, Float, Int, Scalar
 from esljax.sharding import keep
 from esljax.transport._ott import ott
-from esljax.transport.base import AbstractTransport, Solution, solution
+from esljax.transport.base import AbstractTransport, Solution, check_room, solution
 
 
 class ExactTransport(AbstractTransport):
@@ -42,11 +42,21 @@ class ExactTransport(AbstractTransport):
     in_turn: ClassVar[bool] = True
     pairs_members: ClassVar[bool] = True
 
+    def in_units(self, size: Scalar) -> "ExactTransport":
+        return self
+
     @door
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
+        return self.paired(x, y)[0]
+
+    @door
+    def paired(
+        self, x: Float[Array, "n d"], y: Float[Array, "m d"]
+    ) -> tuple[Solution, Int[Array, " n"] | None]:
         n, d = x.shape
         if d == 1:
-            return solution(sorted_squared(x, y)[0])
+            solved = solution(sorted_squared(x, y)[0])
+            return solved, _places(*_sorted(x, y)) if len(y) == n else None
         if len(y) != n:
             raise refuse(
                 "y",
@@ -56,7 +66,8 @@ class ExactTransport(AbstractTransport):
                 f"holds {len(y)}",
             )
         (i, j), solvable = _assignment(x, y)
-        return solution(jnp.mean(jnp.sum((x[i] - y[j]) ** 2, axis=-1)), solvable)
+        squared = jnp.mean(jnp.sum((x[i] - y[j]) ** 2, axis=-1))
+        return solution(squared, solvable), _places(i, j)
 
     @door
     def map(self, x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -66,17 +77,22 @@ class ExactTransport(AbstractTransport):
         """
         if len(x) != len(y):
             raise refuse("y", f"hold {len(x)} members, as `x` does", f"holds {len(y)}")
-        i, j = (
-            (jnp.argsort(x[:, 0]), jnp.argsort(y[:, 0]))
-            if x.shape[1] == 1
-            else _assignment(x, y)[0]
-        )
+        check_room(self, x.shape[0], x.shape[1], x.dtype)
+        i, j = _sorted(x, y) if x.shape[1] == 1 else _assignment(x, y)[0]
         return jnp.zeros_like(x).at[i].set(y[j])
 
     def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int:
         # In one dimension members are sorted and there are no costs.
         costs = 0 if d == 1 else (3.1 if differentiated else 2.05) * n**2
         return (9 if differentiated else 5) * n * d + costs
+
+
+def _sorted(x: Float[Array, "n 1"], y: Float[Array, "n 1"]) -> tuple[Array, Array]:
+    return jnp.argsort(x[:, 0]), jnp.argsort(y[:, 0])
+
+
+def _places(i: Array, j: Array) -> Int[Array, " n"]:
+    return jnp.zeros_like(i).at[i].set(j)
 
 
 def _assignment(

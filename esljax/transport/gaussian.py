@@ -45,6 +45,9 @@ class GaussianTransport(AbstractTransport):
     in_turn: ClassVar[bool] = True
     moments_only: ClassVar[bool] = True
 
+    def in_units(self, size: Scalar) -> "GaussianTransport":
+        return self
+
     @door
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
         x, y = recentred(x, y)

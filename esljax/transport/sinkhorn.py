@@ -9,11 +9,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from esljax._checks import as_float, check_positive, check_positive_int, door, plain_int, refuse
+from esljax._checks import (
+    as_float,
+    check_positive,
+    check_positive_int,
+    door,
+    known,
+    plain_int,
+    refuse,
+)
 from esljax._numerics import product
 from esljax._types import Array, Float, Scalar
 from esljax.sharding import keep
-from esljax.transport.base import AbstractTransport, Solution, recentred, solution
+from esljax.transport.base import AbstractTransport, Solution, check_room, recentred, solution
 
 # Iterations between two looks at the error, which is a sum over all members: devices that share
 # them would have to wait for it.
@@ -78,10 +86,30 @@ class SinkhornTransport(AbstractTransport):
         if jnp.ndim(self.epsilon) != 0:
             raise refuse("epsilon", "be one number", f"has shape {jnp.shape(self.epsilon)}")
         check_positive("epsilon", self.epsilon)
+        least = float(jnp.finfo(self.epsilon.dtype).tiny)
+        if known(self.epsilon) and float(self.epsilon) < least:
+            kind = self.epsilon.dtype
+            raise refuse(
+                "epsilon",
+                f"be at least {least:.2g}, the least number that {kind} computes with (divide the "
+                "positions by their size)",
+                f"is {float(self.epsilon):.2g}",
+            )
         check_positive("threshold", self.threshold)
         check_positive_int("max_iterations", self.max_iterations)
         if self.chunk is not None:
             check_positive_int("chunk", self.chunk)
+
+    def in_units(self, size: Scalar) -> "SinkhornTransport":
+        # One after the other: the square of the size may be no number.
+        return eqx.tree_at(lambda t: t.epsilon, self, self.epsilon / size / size)
+
+    def rounding(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar:
+        # Clouds that differ by a permutation, 8 to 512 members at ε of .1 to 1e6 of their spread,
+        # came out a distance of .1 to 1.3 times this apart.
+        x, y = recentred(x, y)
+        spread = jnp.mean(jnp.sum(x**2, axis=1)) + jnp.mean(jnp.sum(y**2, axis=1))
+        return float(jnp.finfo(x.dtype).eps) * (self.epsilon.astype(x.dtype) + spread)
 
     @door
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:
@@ -102,6 +130,7 @@ class SinkhornTransport(AbstractTransport):
         **Differentiation:** forward and reverse, implicitly through the potential; one dense (m, m)
         linear system. Rejected with a `chunk`.
         """
+        check_room(self, max(len(x), len(y)), x.shape[1], x.dtype)
         center = jnp.mean(x, axis=0)
         near_x, near_y = x - center, y - center
         epsilon = self.epsilon.astype(x.dtype)

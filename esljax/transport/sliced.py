@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from esljax._checks import check_key, check_positive_int, door, plain_int
 from esljax._numerics import product
-from esljax._types import Array, Float, Key
+from esljax._types import Array, Float, Key, Scalar
 from esljax.transport.base import AbstractTransport, Solution, recentred, solution
 from esljax.transport.exact import sorted_squared
 
@@ -46,6 +46,9 @@ class SlicedTransport(AbstractTransport):
     def __check_init__(self):
         check_positive_int("directions", self.directions)
         check_key("key", self.key)
+
+    def in_units(self, size: Scalar) -> "SlicedTransport":
+        return self
 
     @door
     def solve(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Solution:

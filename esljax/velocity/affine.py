@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from esljax._numerics import average, lyapunov, product, safe_divide, shrunk_covariance
-from esljax._types import Array, Float
+from esljax._types import Array, Float, Scalar
 from esljax.velocity.base import (
     AbstractField,
     AbstractVariationalVelocity,
@@ -45,6 +45,9 @@ class AffineVelocity(AbstractVariationalVelocity):
 
     moments_only: ClassVar[bool] = True
     note: ClassVar[str] = "affine fields"
+
+    def in_units(self, size: Scalar) -> "AffineVelocity":
+        return self
 
     def init(self, positions: Float[Array, "n d"]) -> None:
         return None

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import as_cloud, as_real, check_choice, door, known, refuse, wrong_answer
-from esljax._numerics import product, safe_divide
+from esljax._numerics import debiased_variance, product
 from esljax._types import Array, ArrayLike, Float, Scalar, ScalarLike
 from esljax.results import StandardErrors, measured
 
@@ -125,8 +125,8 @@ class Velocity(eqx.Module):
         variance = jnp.var(self.contributions, ddof=1) / self.contributions.shape[0]
         if self.bound_contributions is not None:
             noise = (self.squared - jnp.mean(self.bound_contributions)) / 2
-            size = jnp.maximum(self.squared, 0) + noise
-            variance *= 1 - safe_divide(noise / 2, size)
+            # A σ below 0 is noise alone, whose variance the contributions show all the same.
+            variance = debiased_variance(jnp.maximum(self.squared, 0), variance, noise)
         return StandardErrors({"squared": jnp.sqrt(variance)})
 
     @property
@@ -206,6 +206,15 @@ class AbstractVelocity(eqx.Module):
     @abc.abstractmethod
     def between(self) -> bool:
         """Whether a velocity belongs to the link from `before` to `after`, not to one snapshot."""
+
+    def in_units(self, size: Scalar) -> "AbstractVelocity | None":
+        """Return the estimator V' with size V'(θ/size, b/size, D/size²) = V(θ, b, D).
+
+        It must not matter where members lie, either. Reports then measure members in a unit of
+        their own, in which the squares of very large and very small numbers are numbers. None if
+        there is none, or if it is not known: a report then measures the members as they are.
+        """
+        return None
 
     @abc.abstractmethod
     def init(self, positions: Float[Array, "n d"]) -> Any:

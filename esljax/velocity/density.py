@@ -161,6 +161,9 @@ class KDEVelocity(AbstractDensityVelocity):
         True
     """
 
+    def in_units(self, size: Scalar) -> "KDEVelocity":
+        return self
+
     @property
     def density(self) -> AbstractDensity:
         return KDEDensity(for_score=True)
@@ -185,6 +188,9 @@ class HistogramVelocity(AbstractDensityVelocity):
         >>> bool(abs(velocity.squared) < 5 * velocity.standard_error.squared + 0.01)
         True
     """
+
+    def in_units(self, size: Scalar) -> "HistogramVelocity":
+        return self
 
     @property
     def density(self) -> AbstractDensity:
@@ -217,6 +223,9 @@ class FlowVelocity(AbstractDensityVelocity):
     def __check_init__(self):
         check_key("key", self.key)
         check_positive_int("steps", self.steps)
+
+    def in_units(self, size: Scalar) -> "FlowVelocity":
+        return self
 
     @property
     def density(self) -> AbstractDensity:

@@ -101,6 +101,9 @@ class KernelVelocity(AbstractVariationalVelocity):
         check_positive("bandwidths", self.bandwidths)
         check_positive("penalties", self.penalties)
 
+    def in_units(self, size: Scalar) -> "KernelVelocity":
+        return self
+
     def init(self, positions: Float[Array, "n d"]) -> None:
         return None
 

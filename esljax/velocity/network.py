@@ -74,6 +74,9 @@ class NetworkVelocity(AbstractVariationalVelocity):
             check_positive_int(name, getattr(self, name))
         check_positive("learning_rate", self.learning_rate)
 
+    def in_units(self, size: Scalar) -> "NetworkVelocity":
+        return self
+
     def init(self, positions: Float[Array, "n d"]) -> list[Any]:
         networks = [
             self._network(positions, gradient, i)

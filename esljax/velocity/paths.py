@@ -8,11 +8,12 @@ r"""Velocities by finite differences in time: of laws, or of the members themsel
 import inspect
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import equinox as eqx
 import jax.numpy as jnp
 
 from esljax._checks import refuse
 from esljax._numerics import safe_divide
-from esljax._types import Array, Float
+from esljax._types import Array, Float, Scalar
 from esljax.velocity.base import AbstractVelocity, Snapshot, Velocity, check_parts
 
 
@@ -70,6 +71,11 @@ class TransportVelocity(AbstractVelocity):
                 f"is {name}, which maps no members",
             )
 
+    def in_units(self, size: Scalar) -> "TransportVelocity | None":
+        scale = getattr(self.transport, "in_units", None)
+        own = None if scale is None else scale(size)
+        return None if own is None else eqx.tree_at(lambda v: v.transport, self, own)
+
     def init(self, positions: Float[Array, "n d"]) -> None:
         return None
 
@@ -123,6 +129,9 @@ class PathVelocity(AbstractVelocity):
     moments_only: ClassVar[bool] = False
     needs_drift: ClassVar[bool] = False
     between: ClassVar[bool] = True
+
+    def in_units(self, size: Scalar) -> "PathVelocity":
+        return self
 
     def init(self, positions: Float[Array, "n d"]) -> None:
         return None

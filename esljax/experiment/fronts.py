@@ -208,7 +208,7 @@ class Front:
 
     def plot(self) -> Any:
         """Draw Σ against the final loss with all families, and the schedules along the front."""
-        # Imported where it is needed: matplotlib takes long to load, and fails in some surroundings.
+        # Imported here: matplotlib takes long to load, and does not start everywhere.
         from esljax.figures import plot_front
 
         return plot_front(self)
@@ -252,7 +252,7 @@ class Front:
         with writing.prepared(schedules, "folder"):
             writing.claim([report, figure], {}, force=True)
         content = {"config": {"rate": self.rate, "cap": self.cap}, "versions": storage.versions()}
-        writing.write_json(report, {**self.as_dict(), **content})
+        writing.write_json(report, {**self.as_dict(), **content}, "folder")
         for path, schedule in zip(names, self.schedules, strict=True):
             schedule.save(path)
         writing.replace(figure, rendered(self.plot, "png", writing.signature({}))[0])

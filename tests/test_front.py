@@ -1,0 +1,186 @@
+"""The front of loss and Σ, on a quadratic whose front is known without sampling."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import esljax as esl
+from esljax.experiment import Family, bounded, unbounded
+from esljax.experiment.fronts import Front, raggedness
+from esljax.experiment.judging import Judgment
+from esljax.results import StandardErrors
+
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """θ²/2 + 3/2 from N(3, 1), without noise: every member is multiplied by the same f."""
+    return esl.Problem(
+        esl.FromFunction(lambda x: jnp.sum(x**2) / 2 + 1.5),
+        members=16,
+        steps=20,
+        snapshots=10,
+        transport=esl.GaussianTransport(),
+        start=lambda key: 3 + jax.random.normal(key, (16, 1)),
+    )
+
+
+@pytest.fixture(scope="module")
+def found(problem):
+    families = {"constant": Family(unbounded, lambda x, cap: esl.Constant(bounded(x, cap)))}
+    return esl.front(
+        problem, key=KEY, points=3, knots=4, families=families, iterations=40, judge_runs=4
+    )
+
+
+def test_points_trade_loss_for_sigma(found):
+    assert np.all(np.diff(found.final_loss) < 0)
+    assert np.all(np.diff(found.entropy_production) > 0)
+    assert np.all(found.w2_squared <= found.entropy_production * (1 + 1e-6))
+
+
+def test_the_front_is_the_limit_of_a_quadratic(found):
+    """At constant speed Σ = W2² = 10 (1-f)² and the loss is 3/2 + 5 f², so λ = 5 f (1-f)/loss."""
+    slopes = found.slopes
+    f = (5 - np.sqrt(25 - 4 * (5 + 5 * slopes) * 1.5 * slopes)) / (2 * (5 + 5 * slopes))
+    errors = found.standard_error
+    # Four runs of 16 members do not know their own errors to better than a half; four knots and
+    # twenty steps miss constant speed by a percent.
+    loss, sigma = 1.5 + 5 * f**2, 10 * (1 - f) ** 2
+    assert np.all(np.abs(found.final_loss - loss) < 8 * errors.final_loss + 0.01 * loss)
+    missed = np.abs(found.entropy_production - sigma)
+    assert np.all(missed < 8 * errors.entropy_production + 0.02 * sigma)
+    assert np.all(found.entropy_production < 1.02 * found.w2_squared)
+    share, error = found.share(found.families["constant"])
+    assert share < 1 - 3 * error
+
+
+def test_slopes_are_slopes(found):
+    """d log loss / d log Σ = -λ between the points, within the span of their slopes."""
+    between = -np.diff(np.log(found.final_loss)) / np.diff(np.log(found.entropy_production))
+    assert np.all(between < found.slopes[:-1] * 1.5)
+    assert np.all(between > found.slopes[1:] / 1.5)
+
+
+def test_it_prints_draws_and_is_saved(found, tmp_path):
+    text = str(found)
+    assert found.verdict() in text
+    assert "constant, at its best" in text
+    assert len(found.plot().axes) == 2
+    found.save(tmp_path)
+    content = json.loads((tmp_path / "front.json").read_text())
+    np.testing.assert_allclose(content["final_loss"], found.final_loss)
+    np.testing.assert_allclose(
+        content["families"]["constant"]["entropy_production"],
+        found.families["constant"].entropy_production,
+    )
+    again = esl.load_schedule(tmp_path / "schedules" / "point_2.json")
+    np.testing.assert_array_equal(again.rates(20), found.schedules[2].rates(20))
+    assert (tmp_path / "front.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_resumed_front_has_the_same_bits(problem, tmp_path):
+    class Stop(Exception):
+        pass
+
+    class Recorder:
+        def __init__(self, until=""):
+            self.until, self.stages = until, []
+
+        def stage(self, name):
+            if name == self.until:
+                raise Stop
+            self.stages.append(name)
+
+        def trial(self, loss): ...
+        def iteration(self, iteration): ...
+        def judged(self, judgment): ...
+
+    settings = {"key": KEY, "points": 3, "knots": 2, "families": {}, "iterations": 3}
+    whole = esl.front(problem, **settings)
+    saved = esl.Checkpoints(tmp_path, every=0)
+    with pytest.raises(Stop):
+        esl.front(problem, watcher=Recorder("front 3/3"), checkpoints=saved, **settings)
+    watcher = Recorder()
+    resumed = esl.front(
+        problem,
+        watcher=watcher,
+        checkpoints=esl.Checkpoints(tmp_path, every=0, resume=True),
+        **settings,
+    )
+    assert "front 2/3" not in watcher.stages
+    assert "front 3/3" in watcher.stages
+    np.testing.assert_array_equal(whole.final_loss, resumed.final_loss)
+
+
+def test_targets_are_met(problem):
+    found = esl.front(
+        problem, key=KEY, knots=3, families={}, targets=[2.0, 1.6], iterations=20, judge_runs=8
+    )
+    errors = found.standard_error.final_loss
+    assert np.all(np.abs(found.final_loss - [2.0, 1.6]) < 5 * errors + 0.01)
+
+
+def made(losses, sigmas, families=None):
+    def judgment(loss, sigma):
+        report = esl.speed_limit(
+            esl.from_snapshots(jnp.stack([jnp.zeros((4, 1)), jnp.full((4, 1), sigma**0.5)])),
+            transport=esl.GaussianTransport(),
+        )
+        return Judgment(
+            schedule=esl.Knots([0.1, 0.1]),
+            report=report,
+            final_loss=jnp.asarray(loss),
+            metrics={},
+            standard_error=StandardErrors({"final_loss": jnp.asarray(0.0)}),
+            errors="none",
+            entropy_productions=jnp.ones(2),
+        )
+
+    return Front(
+        np.geomspace(0.42, 0.14, len(losses)),
+        tuple(judgment(*pair) for pair in zip(losses, sigmas, strict=True)),
+        (esl.Knots([0.1, 0.1]),) * len(losses),
+        0.1,
+        0.4,
+        families or {},
+    )
+
+
+def test_the_knee_is_where_loss_gets_dear():
+    bent = made([1.0, 0.5, 0.45, 0.44], [1.0, 1.1, 4.0, 16.0])
+    assert bent.knee == 1
+    assert bent.verdict().startswith("13.6 % more loss (0.5 for 0.44) saves a factor 14.5 of Σ")
+
+
+def test_shares_are_taken_at_equal_losses():
+    line = made([1.0, 0.5], [1.0, 4.0])  # Σ = 1/loss²
+    np.testing.assert_allclose(line.entropy_production_at(0.8), 0.8**-2, rtol=1e-6)
+    other = made([0.9, 0.6, 0.4], [2 * 0.9**-2, 2 * 0.6**-2, 3.0])
+    np.testing.assert_allclose(line.share(other)[0], 0.5, rtol=1e-5)
+    assert line.share(made([0.3, 0.2], [1.0, 2.0])) is None
+
+
+def test_raggedness_is_what_one_rise_and_one_fall_do_not_explain():
+    smooth = esl.Knots([0.1, 0.4, 0.2])
+    np.testing.assert_allclose(raggedness(smooth, 200), 0, atol=0.02)
+    ragged = esl.Knots([0.4, 0.1, 0.4, 0.1], "log-linear")
+    np.testing.assert_allclose(raggedness(ragged, 300), 2 * np.log(4), atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"points": 0}, "`points` must be an integer of at least 1"),
+        ({"targets": [0.5, 0.8]}, "`targets` must be final losses above 0, from high to low"),
+        ({"families": {"mine": esl.Constant(0.1)}}, r"`families\['mine'\]` must be a Family"),
+        ({"rate": -1.0}, "`rate` must be greater than 0"),
+        ({"key": 0}, "`key` must be made by"),
+    ],
+)
+def test_bad_fronts_are_refused(problem, refused, settings, sentence):
+    refused(lambda: esl.front(problem, **{"key": KEY, **settings}), sentence)
