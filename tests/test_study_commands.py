@@ -163,7 +163,7 @@ def test_failed_runs_are_listed_and_the_exit_code_is_1(tmp_path, capsys):
         ),
         (
             ["run", "study.toml", "--out", "study.toml"],
-            "Argument `path` must be the store of a study",
+            "Argument `out` must be the store of a study",
         ),
         (
             ["run", "study.toml", "--scheduler", "tcp://127.0.0.1:9"],
