@@ -17,7 +17,9 @@ pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 PUBLIC = [name for name in esl.__all__ if callable(getattr(esl, name))]
 # Public names without an example of their own, and where one stands.
 WITHOUT = {
+    "Comparison": "compare",
     "FreeEnergy": "free_energy",
+    "Front": "front",
     "Optimum": "optimize",
     "Plan": "plan_memory",
     "Solution": "ExactTransport",

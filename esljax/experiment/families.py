@@ -89,6 +89,13 @@ def usual_families() -> dict[str, Family]:
     Constant, linear decay, cosine, and warmup-stable-decay with 10 % warmup and 20 % decay have a
     peak to tune; an exponential has both ends; `warmup_stable_decay_tuned` has its peak, the shares
     of warmup and decay (up to a third of the run each), and the rates at both ends.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> cosine = esl.usual_families()["cosine"]
+        >>> round(float(cosine.make(cosine.start(0.25, 1.0), 1.0)(0.0)), 4)
+        0.25
     """
     return {
         "constant": scaled(Constant),

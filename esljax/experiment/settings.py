@@ -98,7 +98,14 @@ SCHEDULES: dict[str, Callable[[], AbstractSchedule]] = {
 
 
 def usual_shapes() -> dict[str, AbstractSchedule]:
-    """The learning-rate schedules in common use, and two that rise, with peak 1, by name."""
+    """The learning-rate schedules in common use, and two that rise, with peak 1, by name.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> print(esl.usual_shapes()["cosine"])
+        Cosine: peak 1, end 0
+    """
     return {name: make() for name, make in SCHEDULES.items()}
 
 
