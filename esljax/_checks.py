@@ -325,7 +325,7 @@ def _memory_of(device: Any) -> float:
     return float((device.memory_stats() or {}).get("bytes_limit", 16e9))
 
 
-def check_fits(argument: str, needed: float, holds: str, advice: str, share: int = 1) -> None:
+def check_fits(argument: str, needed: float | int, holds: str, advice: str, share: int = 1) -> None:
     """Reject what cannot fit in the memory of this machine or its accelerator, before it is made.
 
     **Args:** `needed`: bytes. `holds`: what needs them, such as "60,000 members in ExactTransport".
