@@ -66,6 +66,23 @@ def test_slopes_are_slopes(found):
     assert np.all(between > found.slopes[1:] / 1.5)
 
 
+def test_a_front_that_is_nowhere_so_steep_is_doubted():
+    """With a floor of 5 no minimum of log loss + .42 log Σ exists: doing nothing is better."""
+    flat = esl.Problem(
+        esl.FromFunction(lambda x: jnp.sum(x**2) / 2 + 5),
+        members=8,
+        steps=10,
+        snapshots=10,
+        transport=esl.GaussianTransport(),
+        start=lambda key: 3 + jax.random.normal(key, (8, 1)),
+    )
+    found = esl.front(
+        flat, key=KEY, points=1, knots=2, families={}, rate=0.2, iterations=80, judge_runs=2
+    )
+    assert found.doubts[0].startswith("Point 1 of front hardly trains (its loss is ")
+    assert found.doubts[0] in str(found)
+
+
 def test_it_prints_draws_and_is_saved(found, tmp_path):
     text = str(found)
     assert found.verdict() in text

@@ -134,6 +134,8 @@ def test_a_figure_of_a_study_replaces_one_of_that_study_alone(study, tmp_path, c
 def test_a_refused_run_leaves_no_folder(tmp_path, capsys, recording):
     refused(capsys, "measure", tmp_path / "nowhere.npz", "--out", tmp_path / "a" / "b")
     refused(capsys, "optimize", "--out", tmp_path / "a" / "b", "--resume", "--steps", "7")
+    # Found where the settings are written already.
+    refused(capsys, "optimize", "--out", tmp_path / "a" / "b", "--members", "1000000000")
     assert not (tmp_path / "a").exists()
 
 

@@ -134,3 +134,27 @@ def test_losses_that_fall_below_zero_are_refused(refused):
         lambda: esl.compare(problem, key=KEY, rate=0.1, shapes={"constant": esl.Constant(1.0)}),
         "`problem` must have final losses above 0",
     )
+
+
+def test_a_comparison_prints_draws_and_leaves(tmp_path):
+    shapes = {"constant": esl.Constant(1.0), "cosine": esl.Cosine(1.0)}
+    problem = line(metrics={})
+    found = esl.compare(
+        problem, key=KEY, shapes=shapes, rate=0.05, judge_runs=2, iterations=2, knots=2
+    )
+    text = str(found)
+    assert text.startswith("Matched final loss, 2 held-out runs")
+    assert "units of the loss" in text
+    assert "nats" not in text
+    table = found.table()
+    assert table["schedule"].tolist() == list(found.judgments)
+    sigmas = [float(each.report.entropy_production) for each in found.judgments.values()]
+    np.testing.assert_array_equal(table["entropy_production"], sigmas)
+    assert table["entropy_production_error"].shape == (4,)
+    assert len(found.plot()) == 2
+    found.save(tmp_path / "out")
+    again = esl.load_schedule(tmp_path / "out" / "schedules" / "optimized.json")
+    np.testing.assert_array_equal(again.rates(20), found.schedule("optimized").rates(20))
+    assert (tmp_path / "out" / "schedules.png").stat().st_size > 1000
+    with pytest.raises(esl.InputError, match="`name` must be one of .*'cosine'.*, but is 'linear'"):
+        found.schedule("linear")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import rich.console
 import rich.markup
 import rich.progress
@@ -25,20 +24,17 @@ from esljax.command.settings import (
     NOT_WRITTEN,
     OptimizeConfig,
     PlanConfig,
-    in_words,
 )
 from esljax.command.streams import legible, wide
 from esljax.experiment import (
-    QUANTITIES,
-    WITH_ERROR,
     Comparison,
     Judgment,
     Problem,
-    agreement,
     compare,
     enable,
+    in_words,
     make_problem,
-    ratio,
+    telling,
     usual_shapes,
 )
 from esljax.files import (
@@ -51,7 +47,6 @@ from esljax.files import (
     writing,
 )
 from esljax.optimization import Iteration
-from esljax.results import concise
 from esljax.sharding import member_mesh
 
 
@@ -251,7 +246,9 @@ def _unfinished_run(
         # A run that is rejected need not be finished; what an earlier run has left stays.
         if ours:
             kept.remove(of_this_run=True)
-            if before is not None:
+            if before is None:
+                settings.unlink(missing_ok=True)
+            else:
                 writing.replace(settings, before)
         raise
 
@@ -312,19 +309,6 @@ def _numbers(sigma: Any, w2_squared: Any, loss: Any) -> str:
     return f"Σ {float(sigma):.4g}  W2² {float(w2_squared):.4g}  final loss {float(loss):.4f}"
 
 
-_SQUARED = "squared parameters"
-# Of the numbers in report.json beyond those of every run.
-UNITS = {quantity.name: quantity.units for quantity in QUANTITIES} | {
-    "efficiency": "1",
-    "dissipation": "nats per example",
-    "identity_fraction": "1",
-    "learning_rates": "squared parameters per nat and step",
-    "debiased_w2_squared": _SQUARED,
-    "batch_temperature": "nats per example",
-    "batch_floor": _SQUARED,
-}
-
-
 # --- The report -----------------------------------------------------------------------------------
 
 
@@ -333,14 +317,7 @@ _FIGURES = ("schedules.png", "speed_limit.png")
 
 def _write(config: OptimizeConfig, comparison: Comparison, wall: float, results: Results) -> None:
     judgments = comparison.judgments
-    content = {
-        "target_loss": comparison.target,
-        "schedules": {name: _schedule(judgment) for name, judgment in judgments.items()},
-        "optimized": _examined(comparison),
-        "paths": agreement(judgments)._asdict() if len(judgments) > 1 else None,
-        "units": UNITS,
-        "wall_seconds": wall,
-    }
+    content = {**telling.numbers(comparison), "wall_seconds": wall}
 
     def schedules() -> Any:
         from esljax.figures import plot_schedules
@@ -351,56 +328,9 @@ def _write(config: OptimizeConfig, comparison: Comparison, wall: float, results:
         from esljax.figures import plot_speed_limit
 
         reports = {name: judgment.report for name, judgment in judgments.items()}
-        return plot_speed_limit(reports, limit=_limit_in_figures(config, comparison))
+        return plot_speed_limit(reports, limit=telling.limit_in_figures(comparison))
 
     results.write(content, dict(zip(_FIGURES, (schedules, speed_limit), strict=True)))
-
-
-def _schedule(judgment: Judgment) -> dict[str, Any]:
-    report = judgment.report
-    errors: Any = report.standard_error
-    rates = judgment.schedule.values[:-1]
-    return {
-        **{name: float(getattr(report, name)) for name in WITH_ERROR},
-        "efficiency": float(report.efficiency),
-        "dissipation": _known(report.dissipation),
-        "final_loss": float(judgment.final_loss),
-        **{name: float(value) for name, value in judgment.metrics.items()},
-        "learning_time": _known(report.learning_time),
-        "noise_floor": _known(report.noise_floor),
-        "identity_fraction": _known(report.identity_fraction),
-        "transport_converged": bool(report.converged),
-        "learning_rates": [float(rate) for rate in rates],
-        "standard_error": {
-            **{name: float(getattr(errors, name)) for name in WITH_ERROR},
-            "dissipation": _known(errors.dissipation),
-            "final_loss": float(judgment.standard_error.final_loss),
-            **{name: float(judgment.standard_error.get(name)) for name in judgment.metrics},
-            # The rates are given, not estimated.
-            "learning_time": 0.0,
-        },
-    }
-
-
-def _examined(comparison: Comparison) -> dict[str, Any]:
-    """The numbers of the optimized schedule alone."""
-    debiased = comparison.debiased_w2_squared
-    batches: Any = comparison.batches
-    return {
-        "debiased_w2_squared": None if debiased is None else debiased[0],
-        "batch_temperature": None
-        if batches is None
-        else [float(temperature) for temperature in batches.temperature],
-        "batch_floor": None if batches is None else float(batches.floor),
-        "standard_error": {
-            "debiased_w2_squared": None if debiased is None else debiased[1],
-            "batch_floor": None if batches is None else float(batches.standard_error.floor),
-        },
-    }
-
-
-def _known(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 def _show(
@@ -411,186 +341,21 @@ def _show(
     results: Results,
 ) -> None:
     console.print(_table(comparison))
-    lines = [
-        _UNITS_OF_THE_TABLE,
-        *_gains(comparison),
-        *_on_the_limit(config, comparison),
-        *_on_the_path(comparison),
-        *_doubts(comparison),
-        f"{wall:.0f} s; {results.places()}",
-    ]
-    for line in lines:
+    for line in (*telling.sentences(comparison), f"{wall:.0f} s; {results.places()}"):
         console.print(rich.markup.escape(line), highlight=False)
 
 
 def _table(comparison: Comparison) -> rich.table.Table:
-    some = next(iter(comparison.judgments.values()))
-    runs = some.entropy_productions.size
-    title = (
-        f"Matched final loss, {runs} held-out runs; digits in parentheses: standard error of the "
-        "last digits"
-    )
+    heading, *rows = telling.rows(comparison)
     table = rich.table.Table(
-        title=title, title_justify="left", title_style="", box=None, pad_edge=False
+        title=telling.title(comparison),
+        title_justify="left",
+        title_style="",
+        box=None,
+        pad_edge=False,
     )
-    table.add_column("schedule", no_wrap=True)
-    for heading in (
-        "Σ",
-        "L²",
-        "W2²",
-        "gap",
-        "temporal",
-        "geometric",
-        "W2²/Σ",
-        "U",
-        "final loss",
-        *(_HEADINGS.get(name, in_words(name)) for name in some.metrics),
-    ):
-        table.add_column(legible(heading), justify="right", no_wrap=True)
-    for name, judgment in comparison.judgments.items():
-        report, errors = judgment.report, judgment.standard_error
-        table.add_row(
-            in_words(name),
-            *(
-                concise(getattr(report, number), getattr(report.standard_error, number))
-                for number in WITH_ERROR
-            ),
-            f"{float(report.efficiency):.3f}",
-            "unknown" if report.learning_time is None else f"{float(report.learning_time):.4g}",
-            concise(judgment.final_loss, errors.final_loss),
-            *(concise(value, errors.get(name)) for name, value in judgment.metrics.items()),
-        )
+    for i, each in enumerate(heading):
+        table.add_column(legible(each), justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
-
-
-_HEADINGS = {"test_accuracy": "accuracy"}
-_UNITS_OF_THE_TABLE = (
-    "Units: squared parameters (Σ, L², W2² and the parts), the same per nat (U), nats (loss)."
-)
-
-
-def _gains(comparison: Comparison) -> Iterator[str]:
-    """How much less Σ than the schedules in common use, and how much of that needs no search."""
-    judgments, optimized = comparison.judgments, comparison.optimized
-    usual, rising = comparison.best_usual, comparison.best_rising
-    if optimized is None or usual is None:
-        return
-    yield (
-        f"At the same final loss {comparison.target:.4g}, the optimized schedule produces "
-        f"{_share(optimized, judgments[usual])} times the entropy of the best schedule in common "
-        f"use ({in_words(usual)})."
-    )
-    others = [
-        ("the best rising shape ({})", rising),
-        (
-            "the first shape passed at constant speed ({})",
-            "retimed" if "retimed" in judgments else None,
-        ),
-    ]
-    known = [(words.format(in_words(name)), judgments[name]) for words, name in others if name]
-    if known:
-        shares = ", ".join(f"{_share(each, judgments[usual])} by {words}" for words, each in known)
-        adds = all(ratio(optimized, each)[0] < 1 for _, each in known)
-        rest = "the rest is what the search adds" if adds else "the search adds nothing to that"
-        yield f"Without a search: {shares}; {rest}."
-
-
-def _on_the_limit(config: OptimizeConfig, comparison: Comparison) -> Iterator[str]:
-    """What is left above W2², and what that W2² is."""
-    optimized = comparison.optimized
-    if optimized is None:
-        return
-    report = optimized.report
-    over = float(report.entropy_production / report.w2_squared)
-    left = float(report.temporal / report.w2_squared)
-    yield (
-        f"Its Σ is {over:.3f} times W2²; {left:.2%} of W2² is left to timing, the rest is the bend "
-        "of the path."
-    )
-    share = _known(report.identity_fraction)
-    paired = share is not None and share > 0.5
-    if paired:
-        yield (
-            f"This W2² is the mean squared displacement of {config.members} members (each is its "
-            f"own best partner in {share:.0%} of the links), an upper "
-            "value of the squared distance between the laws."
-        )
-    if comparison.debiased_w2_squared is not None:
-        value = concise(*comparison.debiased_w2_squared)
-        yield f"Without sampling bias, from halves of the members, W2² is {value}" + (
-            ": a lower value, because so few members do not resolve laws whose hidden units can be "
-            "permuted."
-            if paired
-            else "."
-        )
-
-
-def _on_the_path(comparison: Comparison) -> Iterator[str]:
-    """How far the schedules pass one path, and the noise that bends it."""
-    judgments = comparison.judgments
-    if len(judgments) > 1:
-        same = agreement(judgments)
-        yield (
-            f"L² agrees over the schedules to {same.spread:.2%} (χ² of equality "
-            f"{same.chi_squared:.3g} on {same.freedom} degrees of freedom): that far, schedules "
-            "re-time one path."
-        )
-    known = [judgment.report.dissipation for judgment in judgments.values()]
-    dissipations = [float(dissipation) for dissipation in known if dissipation is not None]
-    if dissipations:
-        least, most = min(dissipations), max(dissipations)
-        yield f"The dissipated free energy D is {least:.4g} to {most:.4g} nats over the schedules."
-    batches: Any = comparison.batches
-    optimized = comparison.optimized
-    if batches is not None:
-        low, high = float(jnp.min(batches.temperature)), float(jnp.max(batches.temperature))
-        yield (
-            f"Along the optimized schedule, batches spread members as injected noise of "
-            f"temperature {low:.2g} to {high:.2g} nats would, which is not tied to the rate; "
-            f"in Σ they make up to {float(batches.floor):.2g}."
-        )
-    if optimized is not None and optimized.report.noise_floor is not None:
-        yield f"Injected noise makes up to {float(optimized.report.noise_floor):.2g} of its Σ."
-
-
-def _doubts(comparison: Comparison) -> Iterator[str]:
-    """The reasons not to believe the table."""
-    optimum, optimized = comparison.optimum, comparison.optimized
-    if optimum is not None:
-        if optimum.interrupted or optimum.message != "Ran all iterations.":
-            yield optimum.message
-        yield from optimum.doubts
-    if comparison.left_out:
-        yield comparison.left_out
-    if optimized is not None and comparison.misses_target:
-        yield (
-            f"Its held-out final loss {float(optimized.final_loss):.4g} misses the target by more "
-            "than 1 %."
-        )
-    reports = [judgment.report for judgment in comparison.judgments.values()]
-    if not all(bool(report.converged) for report in reports):
-        yield "Some transport problems did not converge: do not trust these numbers."
-    floors = [
-        (report.noise_floor, report.entropy_production)
-        for report in reports
-        if report.noise_floor is not None
-    ]
-    if any(float(floor) > 0.05 * float(sigma) for floor, sigma in floors):
-        yield (
-            "Injected noise alone makes up more than 5 % of some Σ (its floor): lower the "
-            "temperature before comparing."
-        )
-
-
-def _share(first: Judgment, second: Judgment) -> str:
-    mean, error = ratio(first, second)
-    return f"{mean:.3f} ± {error:.3f}"
-
-
-def _limit_in_figures(config: OptimizeConfig, comparison: Comparison) -> str:
-    """The name of W2² in a figure: a displacement where each member is its own best partner."""
-    name = f"$W_2^2$ of {config.members} members"
-    reports = [judgment.report for judgment in comparison.judgments.values()]
-    shares = [_known(report.identity_fraction) for report in reports]
-    paired = all(share is not None and share > 0.5 for share in shares)
-    return f"{name}: their displacement" if paired else name

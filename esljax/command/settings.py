@@ -212,11 +212,6 @@ def from_toml(path: Path, kind: type[Config]) -> Config:
     return kind(**converted(content, fields, str(path)), config=path)
 
 
-def in_words(name: str) -> str:
-    """The name of a setting or a schedule, for a reader."""
-    return name.replace("_", " ")
-
-
 def _check_out(out: Path) -> None:
     try:
         is_file = out.exists() and not out.is_dir()

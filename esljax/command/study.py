@@ -17,9 +17,9 @@ import rich.text
 import tyro
 
 from esljax._checks import refuse
-from esljax.command.settings import DONE, FAILED, INTERRUPTED, NOT_WRITTEN, in_words
+from esljax.command.settings import DONE, FAILED, INTERRUPTED, NOT_WRITTEN
 from esljax.command.streams import legible, print_whole
-from esljax.experiment import AtLeast, check_fields
+from esljax.experiment import AtLeast, check_fields, in_words
 from esljax.files import TERMINATED, Terminated, storage, uninterrupted, writing
 from esljax.results import concise
 from esljax.study import (

@@ -1,5 +1,6 @@
 """One problem from a table of settings: its runs, comparisons of schedules, and memory plans."""
 
+from esljax.experiment import telling
 from esljax.experiment.bounds import (
     AtLeast,
     Manner,
@@ -48,6 +49,7 @@ from esljax.experiment.settings import (
     TrainingConfig,
     TransportNumbers,
     enable,
+    in_words,
     make_transport,
     plain,
     read_toml,
@@ -99,6 +101,7 @@ __all__ = [
     "failed",
     "fitting_width",
     "front",
+    "in_words",
     "judge",
     "make_problem",
     "make_transport",
@@ -112,6 +115,7 @@ __all__ = [
     "run",
     "shape_of",
     "stable_rate",
+    "telling",
     "unbounded",
     "usual_families",
     "usual_shapes",

@@ -19,6 +19,7 @@ import numpy as np
 
 from esljax._checks import (
     InputError,
+    check_choice,
     check_fits,
     check_key,
     check_kind,
@@ -28,11 +29,12 @@ from esljax._checks import (
     refuse,
 )
 from esljax._types import Key, Keys, Scalar
+from esljax.experiment import telling
 from esljax.experiment.judging import Judgment, final_loss, judge, outcome_of
 from esljax.experiment.matching import Match, stable_rate
 from esljax.experiment.problem import Problem
 from esljax.experiment.settings import RISING, usual_shapes
-from esljax.files import Checkpoints, session
+from esljax.files import Checkpoints, session, storage, writing
 from esljax.measures import (
     MinibatchNoise,
     average,
@@ -42,8 +44,12 @@ from esljax.measures import (
 )
 from esljax.optimization import Iteration, Optimum
 from esljax.optimization import optimize as _search
+from esljax.results import table as text_table
 from esljax.schedules import AbstractSchedule, Constant, Knots
 from esljax.sharding import replicate
+
+_OPTIMIZED, _RETIMED = "optimized", "retimed"
+_MADE = (_OPTIMIZED, _RETIMED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +75,9 @@ class Comparison:
     batches: MinibatchNoise | None = None
     """The noise of the batches along one held-out run of the same schedule. None without batches,
     for a driven potential, and after an interruption."""
+
+    members: int = 0
+    """n, of every run."""
 
     @property
     def optimized(self) -> Judgment | None:
@@ -99,6 +108,65 @@ class Comparison:
         if self.optimum is None:
             return False
         return optimized is None or abs(float(optimized.final_loss) / self.target - 1) > 0.01
+
+    def schedule(self, name: str = _OPTIMIZED) -> AbstractSchedule:
+        """A schedule by name, scaled to the target, as a table of rates.
+
+        **Raises:** `InputError` for a name that was not judged.
+        """
+        check_choice("name", name, tuple(self.judgments))
+        return self.judgments[name].schedule
+
+    def table(self) -> dict[str, np.ndarray]:
+        """The numbers of all schedules as arrays in the order of `schedule`, and their standard
+        errors, whose names end in `_error`."""
+        content = telling.numbers(self)["schedules"]
+        numbers = [
+            name
+            for name, value in next(iter(content.values())).items()
+            if not isinstance(value, list | dict)
+        ]
+        columns = {"schedule": np.array(list(content))}
+        for name in numbers:
+            columns[name] = np.array([row[name] for row in content.values()])
+            errors = [row["standard_error"].get(name) for row in content.values()]
+            if None not in errors:
+                columns[f"{name}_error"] = np.array(errors)
+        return columns
+
+    def plot(self) -> tuple[Any, Any]:
+        """Draw the schedules, and the parts of Σ with the metric speed: two figures."""
+        # Imported here: matplotlib takes long to load, and does not start everywhere.
+        from esljax.figures import plot_schedules, plot_speed_limit
+
+        reports = {name: judgment.report for name, judgment in self.judgments.items()}
+        limit = telling.limit_in_figures(self)
+        return plot_schedules(self.judgments), plot_speed_limit(reports, limit=limit)
+
+    def save(self, folder: str | Path) -> None:
+        """Write report.json, schedules.png, speed_limit.png and one JSON file for each schedule.
+
+        **Raises:** `InputError` for a folder that cannot be written, and where a file would replace
+        one that this package did not write.
+        """
+        from esljax.figures import rendered
+
+        folder = Path(folder)
+        report = folder / "report.json"
+        figures = [folder / name for name in ("schedules.png", "speed_limit.png")]
+        with writing.prepared(folder / "schedules", "folder"):
+            writing.claim([report, *figures], {}, force=True)
+        content = {"config": {"rate": self.rate}, "versions": storage.versions()}
+        writing.write_json(report, {**telling.numbers(self), **content}, "folder")
+        for name, judgment in self.judgments.items():
+            judgment.schedule.save(folder / "schedules" / f"{name}.json")
+        for i, path in enumerate(figures):
+            drawn = rendered(lambda i=i: self.plot()[i], "png", writing.signature({}))[0]
+            writing.replace(path, drawn, argument="folder")
+
+    def __str__(self) -> str:
+        lines = [telling.title(self), text_table(telling.rows(self)), *telling.sentences(self)]
+        return "\n".join(lines)
 
 
 @runtime_checkable
@@ -138,8 +206,6 @@ class Unwatched:
     def judged(self, judgment: Judgment) -> None: ...
 
 
-_OPTIMIZED, _RETIMED = "optimized", "retimed"
-_MADE = (_OPTIMIZED, _RETIMED)
 # From this many members on, halves of them are worth a distance.
 _DEBIASED_FROM = 8
 # Only the same problem resumes a checkpoint; its mesh may differ, to resume on other devices.
@@ -270,7 +336,7 @@ def compare(
             raise
         optimum = None if optimum is None else optimum.as_interrupted()
     ordered = {name: judgments[name] for name in sorted(judgments, key=_sigma(judgments))}
-    return Comparison(rate, target, ordered, optimum, left_out, debiased, batches)
+    return Comparison(rate, target, ordered, optimum, left_out, debiased, batches, problem.members)
 
 
 # --- The stages -----------------------------------------------------------------------------------

@@ -4,7 +4,9 @@ A point of the front minimizes, over all schedules η,
 
     log E Φ(q₁) + λ log Σ,
 
-and λ is the slope of the front there: 1 % more Σ buys λ % less loss. The points are found by
+and λ is the slope of the front there: 1 % more Σ buys λ % less loss. It is a local minimum, and one
+of training: where nothing moves log Σ has no lower bound. A front that is nowhere as steep as λ has
+no such point, and the search then ends with a doubt. The points are found by
 continuation: each search starts from the schedule of the one before, at a smaller λ, and every
 gradient sees an initialization, batches and noise of its own. Families of usual schedules are tuned
 by the same gradient of the same objective, so that each is held against the front at its best.
@@ -47,6 +49,8 @@ _OF_FAMILIES = 0.6
 _CUT = 10.0
 # Total variation of log η beyond one rise and one fall: a ragged schedule.
 _RAGGED = 0.5
+# A loss of more than this share of that at the start.
+_HARDLY = 0.95
 _MADE = "front"
 
 
@@ -420,6 +424,8 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.cap = _CAP * self.rate
+        start = self.problem.positions(jax.random.split(self.judge_keys[0])[0])
+        self._start_loss = float(jnp.mean(self.problem.potential.at_start()(start)))
         self.doubts: dict[str, list[str]] = {}
 
     def point(self, name: str, family: Family, p: int, before: Any) -> Any:
@@ -482,6 +488,14 @@ class _Search:
             schedules.append(schedule)
             judgments.append(judge(self.problem, schedule, self.judge_keys))
             self.watcher.judged(judgments[-1])
+            before, after = self._start_loss, float(judgments[-1].final_loss)
+            if after > _HARDLY * before:
+                self._doubt(
+                    name,
+                    f"Point {p + 1} of {name} hardly trains (its loss is {after:.4g}, {before:.4g} "
+                    "at the start): no minimum of log loss + λ log Σ was found at λ = "
+                    f"{self.slopes[p]:.2g}; give targets.",
+                )
             ragged = raggedness(schedule, self.problem.steps)
             if ragged > _RAGGED:
                 self._doubt(

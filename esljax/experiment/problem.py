@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from esljax._checks import check_kind, check_positive_int, door, plain_int, refuse
+from esljax._checks import as_cloud, check_kind, check_positive_int, door, plain_int, refuse
 from esljax._types import Array, ArrayLike, Float, Key, Scalar, ScalarLike
 from esljax.experiment.memory import Plan, plan_memory
 from esljax.measures import SpeedLimit, speed_limit
@@ -235,7 +235,7 @@ def _start(potential: AbstractPotential, start: Start | None) -> Any:
             "or a function of a key to them",
             "is None",
         )
-    return start if start is None or callable(start) else jnp.asarray(start)
+    return start if start is None or callable(start) else jnp.asarray(as_cloud("start", start))
 
 
 def _check_rule(rule: Any, temperature: AbstractSchedule) -> None:

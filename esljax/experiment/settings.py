@@ -278,3 +278,8 @@ def make_transport(
 def enable(dtype: str) -> None:
     """Make jax compute in `dtype` from here on; the commands call it, importing never does."""
     jax.config.update("jax_enable_x64", DTYPES[dtype])
+
+
+def in_words(name: str) -> str:
+    """The name of a setting or a schedule, for a reader."""
+    return name.replace("_", " ")
