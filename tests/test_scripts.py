@@ -29,6 +29,7 @@ LONG = {
     "benchmark_simulation",
     "count_coverage",
     "free_energy_balance",
+    "front_digits",
     "large_model",
     "measure_digits",
     "study_scaling",
