@@ -156,5 +156,7 @@ def test_a_comparison_prints_draws_and_leaves(tmp_path):
     again = esl.load_schedule(tmp_path / "out" / "schedules" / "optimized.json")
     np.testing.assert_array_equal(again.rates(20), found.schedule("optimized").rates(20))
     assert (tmp_path / "out" / "schedules.png").stat().st_size > 1000
-    with pytest.raises(esl.InputError, match="`name` must be one of .*'cosine'.*, but is 'linear'"):
+    with pytest.raises(
+        esl.InputError, match=r"`name` must be one of .*'cosine'.*, but is 'linear'"
+    ):
         found.schedule("linear")

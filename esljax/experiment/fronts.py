@@ -160,6 +160,8 @@ class Front:
         loss, sigma = self.final_loss, self.entropy_production
         if knee == best:
             knee = 0
+        if not (loss[knee] > loss[best] and sigma[knee] < sigma[best]):
+            return "No point of this front has less Σ for more loss."
         return (
             f"{100 * (loss[knee] / loss[best] - 1):.3g} % more loss ({loss[knee]:.4g} for "
             f"{loss[best]:.4g}) saves a factor {sigma[best] / sigma[knee]:.3g} of Σ."
