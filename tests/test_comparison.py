@@ -10,7 +10,7 @@ import pytest
 
 import esljax as esl
 from esljax.experiment import comparison, judging, matching, settings
-from esljax.files.storage import write_json, write_toml
+from esljax.files.writing import write_json, write_toml
 
 
 @pytest.fixture(scope="module")

@@ -40,9 +40,8 @@ def report(positions, keys, transport=None, **options):
         (3, "to its shape, but is 3"),
     ],
 )
-def test_keys_that_name_no_parameters_are_refused(keys, sentence):
-    with pytest.raises(esl.InputError, match=sentence):
-        esl.from_snapshots(recording(), keys=keys)
+def test_keys_that_name_no_parameters_are_refused(refused, keys, sentence):
+    refused(lambda: esl.from_snapshots(recording(), keys=keys), sentence)
 
 
 def test_features_are_no_parameters():

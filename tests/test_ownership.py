@@ -179,6 +179,8 @@ def test_a_saved_schedule_replaces_a_saved_schedule_alone(tmp_path, refused):
         schedule.save(path)
         schedule.save(path)
     for name, stranger in STRANGERS.items():
+        if name == "empty":  # as `tempfile` leaves one: nothing to lose
+            continue
         place = tmp_path / name
         stranger(place)
         before = seen(tmp_path)

@@ -114,7 +114,7 @@ def test_a_number_with_its_error():
     assert measured(236.2981, 1.1234) == "236.298 ± 1.1"
     assert measured(jnp.array(0.25)) == "0.25"
     assert measured(236.2981, 1.1234, digits=4) == "236.3 ± 1.1"
-    assert measured(1.0, np.nan) == "1 ± nan"
+    assert measured(1.0, np.nan) == "1 ± not finite"
 
 
 def test_the_one_error_of_a_result_is_still_a_number():

@@ -91,7 +91,7 @@ def test_squared_alone_compiles_once_even_for_new_parameters():
     x, y = clouds(5, 5)
     for epsilon in (0.5, 0.7):
         esl.MappedTransport(esl.SinkhornTransport(epsilon), spy).squared(x, y)
-    assert len(calls) == 2  # one trace of each cloud
+    assert len(calls) == 3  # one trace of each cloud, and one of the shape of a feature
 
 
 @every

@@ -9,7 +9,7 @@ import pytest
 
 import esljax as esl
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "without_annotations")
 
 KEY = jax.random.key(0)
 CLOUD = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
@@ -27,6 +27,13 @@ def simulated(positions=CLOUD, **settings):
 def loss(inputs):
     potential = esl.FlaxLoss(esl.models.mlp(2, 2), (inputs, LABELS))
     return potential.energy(jnp.arange(6, dtype=jnp.float32) / 6)
+
+
+@pytest.fixture
+def without_annotations(request):
+    """A run that checks annotations stops types from outside before a door can take them."""
+    if request.config.getoption("jaxtyping_packages", None):
+        pytest.skip("annotations are checked in this run")
 
 
 # Each door is a function of one ensemble, or of what is laid out like one.

@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 from esljax._checks import check_key, check_kind, check_positive, check_positive_int, door, refuse
-from esljax._types import Array, Float, Key, Keys, Scalar
+from esljax._types import Array, Float, Key, Scalar
 from esljax.experiment.comparison import Unwatched, Watcher
 from esljax.experiment.families import Family, knots_of, usual_families
 from esljax.experiment.judging import Judgment, judge
@@ -128,7 +128,7 @@ class Front:
         # Positive on the side of less loss and less Σ.
         return int(np.argmax(np.sign(along[1]) * -below)) if len(x) > 2 else 0
 
-    def entropy_production_at(self, loss: Any) -> np.ndarray:
+    def entropy_production_at(self, loss: Any) -> Any:
         """Σ at a final loss, log-log linear between the points; NaN outside of their losses."""
         order = np.argsort(self.final_loss)
         x, y = np.log(self.final_loss[order]), np.log(self.entropy_production[order])
@@ -416,8 +416,8 @@ class _Trace:
 class _Search:
     problem: Problem
     key: Key
-    match_keys: Keys
-    judge_keys: Keys
+    match_keys: Array
+    judge_keys: Array
     slopes: np.ndarray
     targets: list[float] | None
     rate: float

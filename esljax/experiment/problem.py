@@ -144,7 +144,7 @@ class Problem(eqx.Module):
         self._check_shapes()
 
     @door
-    def run(self, learning_rate: AbstractSchedule, key: Key) -> Outcome:
+    def run(self, learning_rate: AbstractSchedule | ScalarLike, key: Key) -> Outcome:
         """Train an ensemble from its start and measure it."""
         path, potential = self.path(learning_rate, key), self.potential.at_end()
         outcome = Outcome(
@@ -158,12 +158,12 @@ class Problem(eqx.Module):
         return replicate(outcome, self.mesh)
 
     @door
-    def path(self, learning_rate: AbstractSchedule, key: Key) -> Trajectory:
+    def path(self, learning_rate: AbstractSchedule | ScalarLike, key: Key) -> Trajectory:
         """The training run that `run` measures."""
         start_key, path_key = jax.random.split(key)
         return simulate(
             self.potential,
-            self.rule(learning_rate, self.temperature),
+            self.rule(as_schedule(learning_rate, "learning_rate"), self.temperature),
             self.positions(start_key),
             steps=self.steps,
             snapshots=self.snapshots,

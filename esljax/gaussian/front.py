@@ -174,7 +174,7 @@ class _Search(eqx.Module):
     knots: int = eqx.field(static=True)
     iterations: int = eqx.field(static=True)
 
-    def rates(self, z: Float[Array, " m"]) -> Float[Array, " m"]:
+    def rates(self, z: Float[Array, "*points m"]) -> Float[Array, "*points m"]:
         return self.cap * jax.nn.sigmoid(z)
 
     def numbers(self, z: Float[Array, " m"]) -> tuple[Array, Array, Array]:

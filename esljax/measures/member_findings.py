@@ -43,6 +43,10 @@ def _overflow(report: Any) -> Iterator[Finding]:
     # The costs of all pairs of an assignment are summed, and multiplied by the members.
     summed = (farthest / size) ** 2 * members**3 > float(kind.max)
     squared = bool(np.isfinite(own).all()) and max(own) > 0
+    if squared:
+        # Errors may be some hundred times their number.
+        largest = np.log10(max(own)) + 2 * np.log10(size)
+        squared = largest > np.log10(float(kind.max)) - 3
     if np.isfinite(farthest) and not np.isfinite(whole) and (summed or squared):
         reached = "sums of their squares"
         if squared and not summed:
