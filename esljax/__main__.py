@@ -16,10 +16,10 @@ def main() -> None:
         code = run()
     except KeyboardInterrupt:  # a second one, in the moment in which the first was answered
         code = _starting.CODES["SIGINT"]
-    if hasattr(signal, "pthread_sigmask"):
-        # All is written and said. At its very end, Python has no handlers, and a signal would
-        # change the exit code.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _starting.answered())
+    # All is written and said. At its very end, Python has no handlers, and a signal, which any thread
+    # of a library may receive, would change the exit code.
+    for number in _starting.answered():
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -80,6 +80,7 @@ def test_writes_what_it_promises(small):
     code, folder = small
     report = json.loads((folder / "first" / "report.json").read_text())
     assert set(report) == {
+        "rate",
         "target_loss",
         "schedules",
         "optimized",
