@@ -16,8 +16,8 @@ def main() -> None:
         code = run()
     except KeyboardInterrupt:  # a second one, in the moment in which the first was answered
         code = _starting.CODES["SIGINT"]
-    # All is written and said. At its very end, Python has no handlers, and a signal, which any thread
-    # of a library may receive, would change the exit code.
+    # All is written and said. At its very end, Python has no handlers, and a signal, which any
+    # thread of a library may receive, would change the exit code.
     for number in _starting.answered():
         signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
