@@ -1,5 +1,6 @@
 """The front of loss and Σ, on a quadratic whose front is known without sampling."""
 
+import dataclasses
 import json
 
 import jax
@@ -132,6 +133,34 @@ def test_a_resumed_front_has_the_same_bits(problem, tmp_path):
     assert "front 2/3" not in watcher.stages
     assert "front 3/3" in watcher.stages
     np.testing.assert_array_equal(whole.final_loss, resumed.final_loss)
+    assert whole.doubts == resumed.doubts
+
+
+def test_other_families_of_the_same_names_do_not_finish_a_front(problem, tmp_path):
+    class Stop(Exception):
+        pass
+
+    class Stopping:
+        def stage(self, name):
+            if name == "front 2/2":
+                raise Stop
+
+        def trial(self, loss): ...
+        def iteration(self, iteration): ...
+        def judged(self, judgment): ...
+
+    def of(shape):
+        return {"mine": Family(unbounded, lambda x, cap: shape(bounded(x, cap)))}
+
+    settings = {"key": KEY, "points": 2, "knots": 2, "iterations": 2, "rate": 0.5}
+    saved = esl.Checkpoints(tmp_path, every=0)
+    with pytest.raises(Stop):
+        esl.front(
+            problem, watcher=Stopping(), checkpoints=saved, families=of(esl.Cosine), **settings
+        )
+    resumed = esl.Checkpoints(tmp_path, every=0, resume=True)
+    with pytest.raises(esl.InputError, match="families"):
+        esl.front(problem, checkpoints=resumed, families=of(esl.Constant), **settings)
 
 
 def test_targets_are_met(problem):
@@ -155,7 +184,8 @@ def made(losses, sigmas, families=None):
             metrics={},
             standard_error=StandardErrors({"final_loss": jnp.asarray(0.0)}),
             errors="none",
-            entropy_productions=jnp.ones(2),
+            entropy_productions=jnp.full(2, sigma),
+            final_losses=jnp.full(2, loss),
         )
 
     return Front(
@@ -180,6 +210,41 @@ def test_shares_are_taken_at_equal_losses():
     other = made([0.9, 0.6, 0.4], [2 * 0.9**-2, 2 * 0.6**-2, 3.0])
     np.testing.assert_allclose(line.share(other)[0], 0.5, rtol=1e-5)
     assert line.share(made([0.3, 0.2], [1.0, 2.0])) is None
+
+
+def test_the_error_of_a_share_is_that_of_paired_runs():
+    """Runs that scatter alike in both fronts leave the ratio as it is."""
+
+    def scattered(scale, noise):
+        points = made([1.0, 0.5], [scale, 4.0 * scale])
+        judgments = tuple(
+            dataclasses.replace(
+                each,
+                entropy_productions=each.report.entropy_production * jnp.exp(jnp.array(noise)),
+                final_losses=jnp.full(3, each.final_loss),
+            )
+            for each in points.judgments
+        )
+        return dataclasses.replace(points, judgments=judgments)
+
+    noise = [-0.1, 0.02, 0.08]
+    share, error = scattered(1.0, noise).share(scattered(2.0, noise))
+    np.testing.assert_allclose(share, 0.5, rtol=1e-5)
+    np.testing.assert_allclose(error, 0, atol=1e-5)
+    error = scattered(1.0, noise).share(scattered(2.0, [0.0] * 3))[1]
+    expected = np.std(0.5 * np.exp(noise), ddof=1) / np.sqrt(3)
+    np.testing.assert_allclose(error, expected, rtol=1e-4)
+
+
+def test_losses_below_zero_are_refused(refused):
+    below = esl.Problem(
+        esl.FromFunction(lambda x: jnp.sum(x**2) - 9),
+        members=4,
+        steps=10,
+        snapshots=5,
+        start=jnp.ones((4, 2)),
+    )
+    refused(lambda: esl.front(below, key=KEY, rate=0.1), "`problem` must have losses above 0")
 
 
 def test_raggedness_is_what_one_rise_and_one_fall_do_not_explain():

@@ -256,6 +256,19 @@ def test_the_mark_of_an_encoding_is_no_setting(tmp_path):
 # --- Signals --------------------------------------------------------------------------------------
 
 
+def signalled(process, word, *numbers):
+    """What a process leaves on standard error that gets these signals once it has said a word."""
+    try:
+        assert process.stdout.readline() == f"{word}\n"
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.05)
+        return process.communicate(timeout=PATIENCE)[1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGINT, 130)]
 )
@@ -279,15 +292,7 @@ def test_every_signal_is_one_line_and_its_code(tmp_path, environment, number, co
         stderr=subprocess.PIPE,
         text=True,
     )
-    try:
-        assert process.stdout.readline() == "begun\n"
-        process.send_signal(number)
-        time.sleep(0.05)
-        process.send_signal(number)
-        _, error = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-        process.communicate()
+    error = signalled(process, "begun", number, number)
     assert process.returncode == code
     assert error.startswith("esljax: ")
     assert error.count("\n") == 1
@@ -306,13 +311,7 @@ def test_a_signal_while_libraries_load_is_one_line_and_its_code(tmp_path, number
         stderr=subprocess.PIPE,
         text=True,
     )
-    try:
-        assert process.stdout.readline() == "loading\n"
-        process.send_signal(number)
-        _, error = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-        process.communicate()
+    error = signalled(process, "loading", number)
     assert process.returncode == code
     assert error == "esljax: ended before it began; nothing was written.\n"
 

@@ -208,8 +208,6 @@ class Unwatched:
 
 # From this many members on, halves of them are worth a distance.
 _DEBIASED_FROM = 8
-# Only the same problem resumes a checkpoint; its mesh may differ, to resume on other devices.
-_PARTS = [field.name for field in dataclasses.fields(Problem) if field.name != "mesh"]
 _LEAST = {"knots": 2, "iterations": 1, "match_runs": 1, "judge_runs": 2}
 
 
@@ -284,7 +282,7 @@ def compare(
     for name, count in counts.items():
         # Of a knot value, slope and two moments of the search; of a run a key and its numbers.
         check_fits(name, 64.0 * count, f"{count:,} {name}", f"take fewer {name}")
-    about = {name: getattr(problem, name) for name in _PARTS}
+    about = problem.parts()
     about |= {**counts, "rate": rate, "key": key, "target": target, "shapes": shapes}
     # The first key is the caller's, as documented.
     _, match_key, search_key, judge_key = jax.random.split(key, 4)

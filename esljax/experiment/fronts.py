@@ -4,19 +4,19 @@ A point of the front minimizes, over all schedules η,
 
     log E Φ(q₁) + λ log Σ,
 
-and λ is the slope of the front there: 1 % more Σ buys λ % less loss. It is a local minimum, and one
-of training: where nothing moves log Σ has no lower bound. A front that is nowhere as steep as λ has
-no such point, and the search then ends with a doubt. The points are found by
-continuation: each search starts from the schedule of the one before, at a smaller λ, and every
-gradient sees an initialization, batches and noise of its own. Families of usual schedules are tuned
-by the same gradient of the same objective, so that each is held against the front at its best.
+and λ is the slope of the front there: 1 % more Σ buys λ % less loss. It is a local minimum: where
+nothing moves, log Σ has no lower bound. A front that is nowhere as steep as λ has no such point,
+and the search then ends with a doubt. The points are found by continuation: each search starts from
+the schedule of the one before, at a smaller λ, and every gradient sees an initialization, batches
+and noise of its own. Families of usual schedules are tuned by the same gradient of the same
+objective, so that each is held against the front at its best.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,6 +31,7 @@ from esljax.experiment.families import Family, knots_of, usual_families
 from esljax.experiment.judging import Judgment, judge
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.problem import Problem
+from esljax.experiment.settings import in_words
 from esljax.files import Checkpoints, session, storage, writing
 from esljax.results import StandardErrors, concise
 from esljax.results import table as text_table
@@ -137,22 +138,34 @@ class Front:
     def share(self, family: "Front") -> tuple[float, float] | None:
         """Σ of this front over that of another one at the same losses: mean and standard error.
 
-        The mean is over the other's points whose losses this front has; the error takes those of Σ
-        and of the loss, along the slope of the front, as independent. None without such a point.
+        The mean is over the other's points whose losses this front has; the error is a jackknife
+        over the held-out runs, which both share. None without such a point.
         """
-        ours = self.entropy_production_at(family.final_loss)
-        common = np.isfinite(ours)
+        common = np.isfinite(self.entropy_production_at(family.final_loss))
         if not common.any():
             return None
-        ratios = ours[common] / family.entropy_production[common]
-        relative = []
-        for front in (self, family):
-            errors: Any = front.standard_error
-            of_sigma = np.mean(errors.entropy_production / front.entropy_production)
-            of_loss = np.mean(errors.final_loss / front.final_loss / front.slopes)
-            relative.append(np.hypot(of_sigma, of_loss))
-        error = np.hypot(*relative) / np.sqrt(common.sum())
-        return float(np.mean(ratios)), float(np.mean(ratios) * error)
+        runs = self.judgments[0].final_losses.size
+
+        def without(run: int) -> float:
+            ours, theirs = self._of_runs(run), family._of_runs(run)
+            # Points at the ends stay common: the line through the last two points goes on.
+            return float(np.mean(_on_lines(theirs[0][common], *ours) / theirs[1][common]))
+
+        left = np.array([without(run) for run in range(runs)])
+        error = np.sqrt((runs - 1) * np.mean((left - left.mean()) ** 2))
+        ratios = self.entropy_production_at(family.final_loss) / family.entropy_production
+        return float(np.mean(ratios[common])), float(error)
+
+    def _of_runs(self, without: int) -> tuple[np.ndarray, np.ndarray]:
+        """Final losses and Σ (P,), means over the held-out runs but one."""
+        losses, sigmas = (
+            np.array([np.delete(np.asarray(x), without).mean() for x in each])
+            for each in (
+                [judgment.final_losses for judgment in self.judgments],
+                [judgment.entropy_productions for judgment in self.judgments],
+            )
+        )
+        return losses, sigmas
 
     def verdict(self) -> str:
         """The trade in a plain sentence."""
@@ -202,7 +215,7 @@ class Front:
         best = np.min(self.final_loss)
         for name, family in self.families.items():
             known, reached = self.share(family), np.min(family.final_loss)
-            words = name.replace("_", " ")
+            words = in_words(name)
             if known is None:
                 yield f"{words}: no loss in common; it reaches {reached:.4g}, the front {best:.4g}."
             else:
@@ -261,7 +274,8 @@ class Front:
         writing.write_json(report, {**self.as_dict(), **content}, "folder")
         for path, schedule in zip(names, self.schedules, strict=True):
             schedule.save(path)
-        writing.replace(figure, rendered(self.plot, "png", writing.signature({}))[0])
+        drawn = rendered(self.plot, "png", writing.signature({}))[0]
+        writing.replace(figure, drawn, argument="folder")
 
 
 @door
@@ -358,25 +372,22 @@ def front(
     )
     all_of = {_MADE: knots_of(knots), **families}
     about = {
-        **{
-            field.name: getattr(problem, field.name)
-            for field in dataclasses.fields(problem)
-            if field.name != "mesh"
-        },
+        **problem.parts(),
         "key": key,
         "slopes": slopes,
         "targets": aims,
         "rate": rate,
         "knots": knots,
         "iterations": iterations,
-        "families": sorted(families),
+        "families": families,
     }
     fronts = {}
     with session(checkpoints, about) as saved:
         order = [(name, p) for name in all_of for p in range(len(slopes))]
 
         def like(done: int) -> list[Any]:
-            return [_like(all_of[name].start(rate, search.cap)) for name, _ in order[:done]]
+            starts = (all_of[name].start(rate, search.cap) for name, _ in order[:done])
+            return [_Point(_floating(x), *jnp.zeros(3)) for x in starts]
 
         restored = saved.restore(like)
         done, found = (0, []) if restored is None else restored
@@ -385,12 +396,25 @@ def front(
             for p in range(len(slopes)):
                 place = len(mine) + len(slopes) * len(fronts)
                 if place >= done:
-                    before = mine[-1] if mine else None
+                    before = mine[-1].x if mine else None
                     found.append(search.point(name, family, p, before))
                     saved.offer(len(found), lambda: found, last=len(found) == len(order))
                 mine.append(found[place])
             fronts[name] = search.judged(name, family, mine)
     return dataclasses.replace(fronts.pop(_MADE), families=fronts)
+
+
+class _Point(NamedTuple):
+    """A point of a search, as it is saved."""
+
+    x: Any
+    """The numbers of the family."""
+    slope: Array
+    """λ at the end of its search."""
+    spikes: Array
+    """The share of its gradients that were cut."""
+    lost: Array
+    """The share of its gradients that were not taken, because one was not finite."""
 
 
 class _Trace:
@@ -428,13 +452,18 @@ class _Search:
         self.cap = _CAP * self.rate
         start = self.problem.positions(jax.random.split(self.judge_keys[0])[0])
         self._start_loss = float(jnp.mean(self.problem.potential.at_start()(start)))
-        self.doubts: dict[str, list[str]] = {}
+        if not self._start_loss > 0:
+            raise refuse(
+                "problem",
+                "have losses above 0, whose logarithms are taken (add a constant to the potential)",
+                f"starts at {self._start_loss:g}",
+            )
 
-    def point(self, name: str, family: Family, p: int, before: Any) -> Any:
-        """The numbers x of one point of a family, from those of the point before."""
+    def point(self, name: str, family: Family, p: int, before: Any) -> _Point:
+        """One point of a family, from the numbers of the point before."""
         self.watcher.stage(f"{name} {p + 1}/{len(self.slopes)}")
         x = family.start(self.rate / _CAP, self.cap) if before is None else before
-        x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float)), x)
+        x = _floating(x)
         count = self.iterations if before is not None else self.iterations * _FIRST // _LATER
         count = count if name == _MADE else max(2, int(_OF_FAMILIES * count))
         # Few iterations must move the logarithm of a rate by 1 or 2.
@@ -450,11 +479,6 @@ class _Search:
             of_x = pull(gradient)[0]
             norm = float(optax.tree.norm(of_x))
             if not np.isfinite(norm):
-                self._doubt(
-                    name,
-                    f"Point {p + 1} of {name}: a gradient is not finite at iteration {i}; the "
-                    "point is the best so far.",
-                )
                 break
             self.watcher.trial(float(loss))
             factor = trace.factor(norm)
@@ -466,17 +490,18 @@ class _Search:
             if self.targets is not None:
                 # λ falls while the loss is above its target.
                 weight *= float(np.clip((self.targets[p] / float(loss)) ** 0.5, 0.8, 1.25))
-        self._judge_search(name, p, trace, count)
         # The mean of the last quarter has less noise than its last.
-        last = kept[-max(1, count // 4) :]
-        return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *last) if last else x
+        last = kept[-max(1, count // 4) :] or [x]
+        mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *last)
+        numbers = weight, trace.spikes / count, 1 - len(kept) / count
+        return _Point(mean, *(jnp.asarray(number) for number in numbers))
 
-    def judged(self, name: str, family: Family, points: list[Any]) -> Front:
+    def judged(self, name: str, family: Family, points: list[_Point]) -> Front:
         """The front of a family, judged on the held-out keys."""
-        schedules, judgments = [], []
-        for p, x in enumerate(points):
+        schedules, judgments, doubts = [], [], []
+        for p, point in enumerate(points):
             self.watcher.stage(f"judging {name} {p + 1}/{len(points)}")
-            schedule = family.make(x, self.cap)
+            schedule = family.make(point.x, self.cap)
             if self.targets is not None:
                 schedule = match_endpoint(
                     self.problem,
@@ -490,44 +515,46 @@ class _Search:
             schedules.append(schedule)
             judgments.append(judge(self.problem, schedule, self.judge_keys))
             self.watcher.judged(judgments[-1])
-            before, after = self._start_loss, float(judgments[-1].final_loss)
-            if after > _HARDLY * before:
-                self._doubt(
-                    name,
-                    f"Point {p + 1} of {name} hardly trains (its loss is {after:.4g}, {before:.4g} "
-                    "at the start): no minimum of log loss + λ log Σ was found at λ = "
-                    f"{self.slopes[p]:.2g}; give targets.",
-                )
-            ragged = raggedness(schedule, self.problem.steps)
-            if ragged > _RAGGED:
-                self._doubt(
-                    name,
-                    f"Point {p + 1} of {name} is ragged (its log rates vary by {ragged:.2g} beyond "
-                    "one rise and one fall): noise, or rates too near the stability limit, drove "
-                    "it; take more iterations, fewer knots, or a larger slope.",
-                )
+            which = f"Point {p + 1} of {name}"
+            doubts += [f"{which} {doubt}" for doubt in self._doubts(point, schedule, judgments[-1])]
         return Front(
-            slopes=self.slopes,
+            slopes=np.array([float(point.slope) for point in points]),
             judgments=tuple(judgments),
             schedules=tuple(schedules),
             rate=self.rate,
             cap=self.cap,
-            doubts=tuple(self.doubts.get(name, ())),
+            doubts=tuple(doubts),
         )
 
     def _table(self, family: Family, x: Any) -> Array:
         return self.problem.table(family.make(x, self.cap)).values
 
-    def _doubt(self, name: str, sentence: str) -> None:
-        self.doubts.setdefault(name, []).append(sentence)
-
-    def _judge_search(self, name: str, p: int, trace: _Trace, count: int) -> None:
-        if trace.spikes > count // 10:
-            self._doubt(
-                name,
-                f"Point {p + 1} of {name}: {trace.spikes} of {count} gradients were more than "
-                f"{_CUT:g} times the usual size and were cut; its rates are near the stability "
-                "limit.",
+    def _doubts(
+        self, point: _Point, schedule: AbstractSchedule, judgment: Judgment
+    ) -> Iterator[str]:
+        """The reasons not to believe a point, after its name."""
+        before, after = self._start_loss, float(judgment.final_loss)
+        if after > _HARDLY * before:
+            yield (
+                f"hardly trains (its loss is {after:.4g}, {before:.4g} at the start): no minimum "
+                f"of log loss + λ log Σ was found at λ = {float(point.slope):.2g}; give targets."
+            )
+        ragged = raggedness(schedule, self.problem.steps)
+        if ragged > _RAGGED:
+            yield (
+                f"is ragged (its log rates vary by {ragged:.2g} beyond one rise and one fall): "
+                "noise, or rates too near the stability limit, drove it; take more iterations, "
+                "fewer knots, or a larger slope."
+            )
+        if point.spikes > 0.1:
+            yield (
+                f"is near the stability limit: {float(point.spikes):.0%} of its gradients were "
+                f"more than {_CUT:g} times the usual size, and were cut."
+            )
+        if point.lost > 0:
+            yield (
+                f"ended its search early: a gradient was not finite, and the last "
+                f"{float(point.lost):.0%} of the search were not done."
             )
 
 
@@ -553,8 +580,20 @@ def _gradient(
     return jax.grad(objective, has_aux=True)(table)
 
 
-def _like(x: Any) -> Any:
+def _floating(x: Any) -> Any:
+    """The same numbers in jax's present floating type."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float)), x)
+
+
+def _on_lines(loss: np.ndarray, losses: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    """Σ at losses, log-log linear between points; the first and last lines go on beyond them."""
+    order = np.argsort(losses)
+    x, y, at = np.log(losses[order]), np.log(sigmas[order]), np.log(loss)
+    if len(x) < 2:
+        return np.exp(np.interp(at, x, y))
+    place = np.clip(np.searchsorted(x, at), 1, len(x) - 1)
+    share = (at - x[place - 1]) / (x[place] - x[place - 1])
+    return np.exp(y[place - 1] + share * (y[place] - y[place - 1]))
 
 
 def _check_targets(targets: list[float]) -> None:

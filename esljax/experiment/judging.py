@@ -33,6 +33,8 @@ class Judgment(eqx.Module):
     """The source of the standard errors, in words."""
     entropy_productions: Float[Array, " R"]
     """Σ of each key, in squared parameters, for paired comparisons."""
+    final_losses: Float[Array, " R"]
+    """The final training loss of each key, for paired comparisons."""
 
     @property
     def test_accuracy(self) -> Scalar | None:
@@ -80,6 +82,7 @@ def judge(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> Judgment:
         ),
         errors=f"spread over {count} independent runs",
         entropy_productions=outcomes.report.entropy_production,
+        final_losses=outcomes.final_loss,
     )
 
 

@@ -1,5 +1,6 @@
 """A learning problem: anything that can be trained, with what is measured at the end of a run."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -201,6 +202,12 @@ class Problem(eqx.Module):
         schedule = schedule.over(self.steps)
         ends = schedule(jnp.ones((), jnp.result_type(float)))
         return Knots(jnp.append(schedule.rates(self.steps), ends), "linear")
+
+    def parts(self) -> dict[str, Any]:
+        """Everything that fixes the numbers of its runs, by name. Not the mesh: a checkpoint may be
+        resumed on other devices."""
+        names = (field.name for field in dataclasses.fields(self) if field.name != "mesh")
+        return {name: getattr(self, name) for name in names}
 
     def _check_shapes(self) -> None:
         start = jax.eval_shape(self.positions, jax.random.key(0))
