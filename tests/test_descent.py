@@ -272,7 +272,7 @@ def power_law(d, noise, power=1.0):
 
 
 @pytest.mark.parametrize("power", [0.8, 1.5])
-def test_with_noise_the_best_rate_warms_up_holds_and_cools_down(power):
+def test_with_noise_the_best_rate_warms_up_and_cools_down(power):
     found = front(*power_law(12, 1.0, power), steps=60, weights=[0.1, 0.2, 0.3, 0.4], knots=8)
     assert bool(jnp.all(found.converged))
     for rates in np.asarray(found.rates):
