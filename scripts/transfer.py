@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 import esljax as esl
 from esljax.experiment import stable_rate
 
-_PEAKS = np.geomspace(0.5, 4.0, 7)
+_PEAKS = np.geomspace(0.5, 8.0, 9)
 _SMALL: dict[str, Any] = {
     "points": 2,
     "knots": 3,

@@ -24,6 +24,7 @@ SCRIPTS = sorted(
 # of doing one thing.
 LONG = {
     "check_wheel",
+    "benchmark_assignment",
     "benchmark_device",
     "benchmark_gradient",
     "benchmark_simulation",

@@ -1,5 +1,6 @@
 """W2²: the squared Wasserstein distance between two ensembles."""
 
+from esljax.transport.pairing import Assignment, assignment
 from esljax.transport.base import (
     AbstractTransport,
     Solution,
@@ -7,6 +8,7 @@ from esljax.transport.base import (
     check_transport,
     pairing_of,
     solution_of,
+    subset_solutions_of,
 )
 from esljax.transport.coordinates import (
     AbstractWrappedTransport,
@@ -23,6 +25,7 @@ from esljax.transport.sliced import SlicedTransport
 __all__ = [
     "AbstractTransport",
     "AbstractWrappedTransport",
+    "Assignment",
     "ExactTransport",
     "GaussianTransport",
     "MappedTransport",
@@ -30,10 +33,12 @@ __all__ = [
     "SinkhornTransport",
     "SlicedTransport",
     "Solution",
+    "assignment",
     "check_room",
     "check_transport",
     "pairing_of",
     "principal_directions",
     "random_directions",
     "solution_of",
+    "subset_solutions_of",
 ]
