@@ -70,7 +70,7 @@ def many(count: int) -> dict[str, Callable[[], object]]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    arguments = timing.parser(__doc__.splitlines()[0]).parse_args(argv)
+    arguments = timing.parser("Exact assignment beside that of SciPy and optax.").parse_args(argv)
     smoke = arguments.smoke
     sizes, rounds = (((16, 4),), 1) if smoke else (((32, 16), (64, 64), (256, 16), (1000, 16)), 5)
     table: dict[str, dict[str, float]] = {}

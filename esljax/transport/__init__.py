@@ -1,6 +1,5 @@
 """W2²: the squared Wasserstein distance between two ensembles."""
 
-from esljax.transport.pairing import Assignment, assignment
 from esljax.transport.base import (
     AbstractTransport,
     Solution,
@@ -19,6 +18,7 @@ from esljax.transport.coordinates import (
 )
 from esljax.transport.exact import ExactTransport
 from esljax.transport.gaussian import GaussianTransport
+from esljax.transport.pairing import Assignment, assignment
 from esljax.transport.sinkhorn import SinkhornTransport
 from esljax.transport.sliced import SlicedTransport
 

@@ -38,9 +38,9 @@ class AbstractWrappedTransport(AbstractTransport):
     **Recipe of a subclass:** define `solve`, which calls `self.transport.solve`. Override what the
     wrapper changes: `coordinates` if it measures in other coordinates, with `linear` and
     `projection` if that is a linear map; `pairs_members`, `moments_only` or `is_metric` if the
-    answer no longer has the property; `in_units`, `paired` and `solve_subsets`, which are not those of
-    the inner transport, if you know them; `numbers_held` if it holds more than the coordinates of both
-    ends besides the inner problem.
+    answer no longer has the property; `in_units`, `paired` and `solve_subsets`, which are not those
+    of the inner transport, if you know them; `numbers_held` if it holds more than the coordinates
+    of both ends besides the inner problem.
 
     **Args:** `transport`: the inner transport.
     **Raises:** `InputError` if `transport` is none.

@@ -9,8 +9,8 @@ import numpy as np
 from esljax._checks import door, refuse
 from esljax._types import Array, Float, Int, Scalar
 from esljax.sharding import keep
-from esljax.transport.pairing import pairs, pairs_within, solvable
 from esljax.transport.base import AbstractTransport, Solution, check_room, solution
+from esljax.transport.pairing import pairs, pairs_within, solvable
 
 
 class ExactTransport(AbstractTransport):

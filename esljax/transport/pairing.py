@@ -44,8 +44,8 @@ def assignment(cost: Float[ArrayLike, "n m"]) -> Assignment:
     all of them.
 
     **Args:** `cost`: shape (n, m) with n ≤ m, finite, of any sign.
-    **Returns:** `Assignment`. Where the identity is a cheapest pairing and n = m, it is found unless
-    the proof takes more than 8 sweeps.
+    **Returns:** `Assignment`. Where n = m and the identity is a cheapest pairing, it is found,
+    unless its proof takes more than 8 sweeps.
     **Raises:** `InputError` for other shapes, and for costs that are known and not finite.
     **Differentiation:** `cost` to every order, at the pairing found (envelope theorem): exact
     wherever it is unique. Pairs and duals count as constants.
