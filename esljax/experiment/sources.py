@@ -126,12 +126,17 @@ class Source:
     def __str__(self) -> str:
         return _brief(self.place) if self.place else in_words(self.made)
 
-    def problem(self, **settings: Any) -> Problem:
-        """The problem with these settings; defaults of the function for all others.
+    @property
+    def problem(self) -> Callable[..., Problem]:
+        """A function of settings by name to the problem; the others have their defaults.
 
-        **Raises:** `InputError` for an unknown or missing setting, one of the wrong type, and
-        whatever goes wrong in the function, with the line of the user's file.
+        It raises `InputError` for an unknown or missing setting, one of the wrong type, and
+        whatever goes wrong in the function that makes the problem, with the line of the user's
+        file.
         """
+        return self._problem
+
+    def _problem(self, **settings: Any) -> Problem:
         given = self.check(settings)
         made = self.made
         if isinstance(made, Problem):
