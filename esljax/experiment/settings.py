@@ -137,19 +137,25 @@ SEEDS = Below(2**32, "2**32", "where the keys of single precision repeat themsel
 
 
 @dataclasses.dataclass(frozen=True)
-class GeneralConfig:
-    """The settings beside any learning problem, the built-in one or one from outside.
+class NumbersConfig:
+    """The settings of random and other numbers.
 
     `check_fields` reads the bounds in the annotations; the line below a field gives its meaning and
     unit.
     """
 
-    rate: Annotated[float, Positive()] = 0.25
-    """Learning rate per step: all of a constant schedule, the peak of any other."""
     seed: Annotated[int, AtLeast(0), SEEDS] = 0
     """Seed of all random numbers; on one machine and versions it fixes every result."""
     dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """Floating-point type."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneralConfig(NumbersConfig):
+    """The settings of a training run beside its learning problem, whichever that is."""
+
+    rate: Annotated[float, Positive()] = 0.25
+    """Learning rate per step: all of a constant schedule, the peak of any other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,14 +206,19 @@ class LossConfig:
 
 # Fields come in the order of the bases from last to first.
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig(GeneralConfig, EnsembleConfig, LossConfig):
-    """The settings of a training run of the built-in problem."""
+class ProblemConfig(EnsembleConfig, LossConfig):
+    """The settings of the built-in problem."""
 
     def check_training(self) -> None:
         """**Raises:** `InputError`, before any computation, for settings that cannot run."""
         check_fields(self)
         if self.steps % self.snapshots:
             raise refuse("snapshots", f"divide the {self.steps} steps", f"is {self.snapshots}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(GeneralConfig, ProblemConfig):
+    """The settings of a training run of the built-in problem."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +285,7 @@ def plain(config: Any) -> dict[str, Any]:
         if isinstance(x, Path):
             # A name that is not text in this locale is text in a file, which is UTF-8.
             return os.fsencode(x).decode(errors="replace")
-        return list(x) if isinstance(x, tuple) else x
+        return [value(one) for one in x] if isinstance(x, tuple) else x
 
     return {
         field.name: value(getattr(config, field.name))

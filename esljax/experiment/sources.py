@@ -29,6 +29,7 @@ import jax
 from esljax._checks import InputError, in_words, own_frame, refuse
 from esljax.experiment.bounds import OneOf, check_fields
 from esljax.experiment.problem import Problem
+from esljax.files import Terminated
 
 _MUST = "be a Problem, or a function of keywords that returns one"
 _PLACE = f"{_MUST}, as 'my_file.py:name' or 'package.module:name'"
@@ -99,17 +100,16 @@ class Source:
         """
         if isinstance(given, Source):
             return given
-        made: Any = given
-        place = ""
-        if isinstance(given, str | Path):
-            place, made = _load(str(given))
+        given_object: tuple[str, Any] = "", given
+        place, made = _load(str(given)) if isinstance(given, str | Path) else given_object
         if isinstance(made, Problem):
             return Source(place, made, types.MappingProxyType({}), _wide())
         if isinstance(made, type) or not callable(made):
             named = f"{_brief(place)} is" if place else "is"
-            raise refuse("problem", _MUST if made is given else _PLACE, f"{named} {in_words(made)}")
+            raise refuse("problem", _PLACE if place else _MUST, f"{named} {in_words(made)}")
+        function: Callable[..., Any] = made
         name = _brief(place) if place else in_words(made)
-        return Source(place, made, types.MappingProxyType(_keywords(made, name)), _wide())
+        return Source(place, function, types.MappingProxyType(_keywords(function, name)), _wide())
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Source) and (self.place, id(self.made)) == (
@@ -147,7 +147,7 @@ class Source:
         for name, value in given.items():
             if self.keywords[name].as_list and value is not None:
                 given[name] = list(value)
-        with self.blamed():
+        with self.blamed(str(self)):
             problem = made(**given)
         if not isinstance(problem, Problem):
             code: Any = getattr(inspect.unwrap(made), "__code__", None)
@@ -188,11 +188,15 @@ class Source:
         )
 
     @contextlib.contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Turn whatever is raised in the user's code into one sentence with its file and line."""
+    def blamed(self, what: str = "") -> Iterator[None]:
+        """Turn whatever is raised in the user's code into one sentence with its file and line.
+
+        **Args:** `what`: what to name in the place of a line, if none of the user has raised; ""
+        to let that error pass.
+        """
         where = self.place.rpartition(":")[0]
         file = Path(where) if _is_file(where) else None
-        with _beside(file), _blamed(str(self)):
+        with _beside(file), _blamed(what):
             yield
 
 
@@ -558,9 +562,11 @@ def _blamed(what: str) -> Iterator[None]:
     """Turn an exception of the user's code into one sentence with its file and line."""
     try:
         yield
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:
         own = own_frame(error)
-        if own is None and isinstance(error, InputError):
+        if own is None and (isinstance(error, InputError) or not what):
             raise
         if isinstance(error, SyntaxError) and error.filename and error.lineno:
             where, code = f"{error.filename}, line {error.lineno}", (error.text or "").strip()
@@ -573,7 +579,7 @@ def _blamed(what: str) -> Iterator[None]:
         if isinstance(error, InputError):
             raise InputError(f"{str(error).rstrip('.')} ({where}{shown}).") from error
         raise InputError(
-            f"Argument `problem` must be loaded and made without an error, but {where} raises "
+            f"Argument `problem` must be code without an error, but {where} raises "
             f"{_said(error)}{f' ({code})' if code else ''}."
         ) from error
 
