@@ -14,7 +14,7 @@ from esljax.experiment.bounds import (
 )
 from esljax.experiment.comparison import Comparison, Watcher, compare
 from esljax.experiment.families import Family, bounded, unbounded, usual_families
-from esljax.experiment.fronts import Front, front
+from esljax.experiment.fronts import Front, front, gradients_of_front
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import Plan, plan_memory
@@ -35,6 +35,7 @@ from esljax.experiment.runs import (
     shape_of,
     work,
 )
+from esljax.experiment.saving import Leaves
 from esljax.experiment.settings import (
     DATASETS,
     DTYPES,
@@ -93,6 +94,7 @@ __all__ = [
     "GeneralConfig",
     "Judgment",
     "Keyword",
+    "Leaves",
     "LossConfig",
     "Manner",
     "Metric",
@@ -125,6 +127,7 @@ __all__ = [
     "fitting_width",
     "front",
     "given_of",
+    "gradients_of_front",
     "in_words",
     "judge",
     "make_problem",

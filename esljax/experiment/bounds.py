@@ -119,8 +119,11 @@ def check_fields(config: Any) -> None:
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
-    """The names that a field with this annotation may hold; none if it has no registry."""
-    registries = [rule.registry for rule in _anatomy(annotation).rules if isinstance(rule, OneOf)]
+    """The names that a field with this annotation, or each item of it, may hold; none if it has no
+    registry."""
+    anatomy = _anatomy(annotation)
+    rules = anatomy.rules if anatomy.item is None else anatomy.item.rules
+    registries = [rule.registry for rule in rules if isinstance(rule, OneOf)]
     return tuple(registries[0]) if registries else ()
 
 

@@ -176,16 +176,12 @@ class Source:
         if isinstance(self.made, Problem):
             return refuse(
                 name,
-                "be left to the problem that is given, which has no settings (a function of "
+                f"be left out with {self}, a Problem, which has no settings (a function of "
                 "keywords that returns a Problem has)",
-                f"is given beside {self}",
+                "is given",
             )
         known = ", ".join(self.keywords) or "none"
-        return refuse(
-            name,
-            f"be a keyword of {self} to be set beside it (its keywords: {known})",
-            "is none",
-        )
+        return refuse(name, f"be left out with {self}, whose settings are {known}", "is given")
 
     @contextlib.contextmanager
     def blamed(self, what: str = "") -> Iterator[None]:
@@ -218,8 +214,8 @@ def settings_class(base: Any, source: Source | None) -> Any:
 
 
 def source_of(settings: Any) -> Source | None:
-    """The source that the class of some settings was made for; None for the built-in problem."""
-    return getattr(type(settings), "source", None)
+    """The source that settings, or their class, were made for; None for the built-in problem."""
+    return getattr(settings if isinstance(settings, type) else type(settings), "source", None)
 
 
 def given_of(settings: Any) -> dict[str, Any]:
