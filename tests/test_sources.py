@@ -274,7 +274,7 @@ def test_a_keyword_with_the_name_of_a_setting_beside_it_is_refused(mine, name):
 
 
 def test_a_problem_has_no_settings_and_a_function_must_return_one(mine):
-    with pytest.raises(esl.InputError, match="`width` must be left out with mine.py:fixed"):
+    with pytest.raises(esl.InputError, match=r"`width` must be left out with mine.py:fixed"):
         Source.of(f"{mine}:fixed").problem(width=3)
     with pytest.raises(esl.InputError, match=r"returns a dict \(.*mine.py, line 42\)"):
         Source.of(f"{mine}:dictionary").problem(width=3)
