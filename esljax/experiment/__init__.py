@@ -14,7 +14,7 @@ from esljax.experiment.bounds import (
 )
 from esljax.experiment.comparison import Comparison, Watcher, compare
 from esljax.experiment.families import Family, bounded, unbounded, usual_families
-from esljax.experiment.fronts import Front, front
+from esljax.experiment.fronts import Front, front, gradients_of_front
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import Plan, plan_memory
@@ -35,6 +35,7 @@ from esljax.experiment.runs import (
     shape_of,
     work,
 )
+from esljax.experiment.saving import Leaves
 from esljax.experiment.settings import (
     DATASETS,
     DTYPES,
@@ -45,6 +46,11 @@ from esljax.experiment.settings import (
     SEEDS,
     TRANSPORTS,
     VELOCITIES,
+    EnsembleConfig,
+    GeneralConfig,
+    LossConfig,
+    NumbersConfig,
+    ProblemConfig,
     RunConfig,
     TrainingConfig,
     TransportNumbers,
@@ -55,6 +61,15 @@ from esljax.experiment.settings import (
     read_toml,
     usual_shapes,
 )
+from esljax.experiment.sources import (
+    REQUIRED,
+    Keyword,
+    Source,
+    check_given,
+    given_of,
+    settings_class,
+    source_of,
+)
 
 __all__ = [
     "DATASETS",
@@ -63,6 +78,7 @@ __all__ = [
     "NUMBERS",
     "PROJECTIONS",
     "QUANTITIES",
+    "REQUIRED",
     "RISING",
     "SCHEDULES",
     "SEEDS",
@@ -72,20 +88,28 @@ __all__ = [
     "Agreement",
     "AtLeast",
     "Comparison",
+    "EnsembleConfig",
     "Family",
     "Front",
+    "GeneralConfig",
     "Judgment",
+    "Keyword",
+    "Leaves",
+    "LossConfig",
     "Manner",
     "Metric",
     "Nonnegative",
+    "NumbersConfig",
     "OneOf",
     "Outcome",
     "Plan",
     "Positive",
     "Problem",
+    "ProblemConfig",
     "Quantity",
     "Rows",
     "RunConfig",
+    "Source",
     "Task",
     "TrainingConfig",
     "TransportNumbers",
@@ -93,6 +117,7 @@ __all__ = [
     "agreement",
     "bounded",
     "check_fields",
+    "check_given",
     "choices",
     "compare",
     "convert",
@@ -101,6 +126,8 @@ __all__ = [
     "failed",
     "fitting_width",
     "front",
+    "given_of",
+    "gradients_of_front",
     "in_words",
     "judge",
     "make_problem",
@@ -113,7 +140,9 @@ __all__ = [
     "ratio",
     "read_toml",
     "run",
+    "settings_class",
     "shape_of",
+    "source_of",
     "stable_rate",
     "telling",
     "unbounded",

@@ -23,8 +23,8 @@ from esljax.experiment.problem import Outcome, Problem
 from esljax.experiment.settings import (
     DTYPES,
     MODEL_DTYPES,
+    ProblemConfig,
     RunConfig,
-    TrainingConfig,
     make_transport,
     usual_shapes,
 )
@@ -88,7 +88,7 @@ class Task:
 
 
 def make_problem(
-    config: TrainingConfig,
+    config: ProblemConfig,
     transport: AbstractTransport,
     jackknife: int = 0,
     mesh: Mesh | None = None,
