@@ -16,11 +16,13 @@ from esljax.experiment.comparison import Comparison, Watcher, compare
 from esljax.experiment.families import Family, bounded, unbounded, usual_families
 from esljax.experiment.fronts import Front, front
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
+from esljax.experiment.learning import digests, potential_of
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import Plan, plan_memory
 from esljax.experiment.problem import Metric, Outcome, Problem
 from esljax.experiment.runs import (
     NUMBERS,
+    OPTIONAL,
     QUANTITIES,
     WITH_ERROR,
     Quantity,
@@ -61,6 +63,7 @@ __all__ = [
     "DTYPES",
     "MODEL_DTYPES",
     "NUMBERS",
+    "OPTIONAL",
     "PROJECTIONS",
     "QUANTITIES",
     "RISING",
@@ -97,6 +100,7 @@ __all__ = [
     "compare",
     "convert",
     "converted",
+    "digests",
     "enable",
     "failed",
     "fitting_width",
@@ -110,6 +114,7 @@ __all__ = [
     "number_names",
     "plain",
     "plan_memory",
+    "potential_of",
     "ratio",
     "read_toml",
     "run",

@@ -24,6 +24,7 @@ import numpy as np
 
 from esljax._checks import InputError, first_sentence, memory_of_the_machine, refuse, size
 from esljax.experiment import (
+    OPTIONAL,
     QUANTITIES,
     WITH_ERROR,
     Quantity,
@@ -435,7 +436,7 @@ def open_study(path: str | Path) -> Any:
 
 def _is_finite(name: str) -> bool:
     """Whether a number is finite in every finished run."""
-    return name != "noise_floor" and not name.endswith("_error")
+    return name not in OPTIONAL and not name.endswith("_error")
 
 
 def _study(path: Path, group: Any, argument: str = "path") -> Study:
