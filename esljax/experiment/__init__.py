@@ -16,7 +16,7 @@ from esljax.experiment.comparison import Comparison, Watcher, compare
 from esljax.experiment.families import Family, bounded, unbounded, usual_families
 from esljax.experiment.fronts import Front, front
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
-from esljax.experiment.learning import digests, potential_of
+from esljax.experiment.learning import OWN, own_files, potential_of
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import Plan, plan_memory
 from esljax.experiment.problem import Metric, Outcome, Problem
@@ -64,6 +64,7 @@ __all__ = [
     "MODEL_DTYPES",
     "NUMBERS",
     "OPTIONAL",
+    "OWN",
     "PROJECTIONS",
     "QUANTITIES",
     "RISING",
@@ -100,7 +101,6 @@ __all__ = [
     "compare",
     "convert",
     "converted",
-    "digests",
     "enable",
     "failed",
     "fitting_width",
@@ -112,6 +112,7 @@ __all__ = [
     "match_endpoint",
     "memory_of_a_run",
     "number_names",
+    "own_files",
     "plain",
     "plan_memory",
     "potential_of",

@@ -9,6 +9,7 @@ squared error.
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from esljax.experiment.places import load
 from esljax.files import EXAMPLES, digest, holds_examples
 from esljax.potentials import Dataset, Examples, FlaxLoss, Sizes, mlp, own_model, takes
 
+# The settings that may name a file of the user's.
+OWN = ("data", "model", "loss")
 BUILT_IN, OPEN = "mlp", "auto"
 MODELS = {BUILT_IN: mlp}
 # Whether the labels of a loss are classes; None where they decide.
@@ -64,17 +67,26 @@ def potential_of(config: Any, data: Dataset, dtype: Any = None) -> tuple[FlaxLos
     return potential, data.test
 
 
-def digests(config: Any) -> dict[str, str]:
-    """The user's files that a configuration reads, and a digest of what each holds now.
+def own_files(settings: Mapping[str, Iterable[str]]) -> dict[str, str]:
+    """The user's files that the values of the settings `data`, `model` and `loss` name, and a
+    digest of what each holds now.
 
     **Raises:** `InputError` for one that cannot be read.
     """
-    named = [("data", config.data)] if holds_examples(config.data) else []
-    for argument in ("model", "loss"):
-        where, _, name = getattr(config, argument).rpartition(":")
-        if name and where.endswith(".py"):
-            named.append((argument, where))
-    return {path: digest(argument, path) for argument, path in named}
+    files = {
+        file: argument
+        for argument, values in settings.items()
+        for value in values
+        if (file := _file_of(argument, value)) is not None
+    }
+    return {file: digest(argument, file) for file, argument in files.items()}
+
+
+def _file_of(argument: str, value: str) -> str | None:
+    if argument == "data":
+        return value if holds_examples(value) else None
+    where, _, name = value.rpartition(":")
+    return where if name and where.endswith(".py") else None
 
 
 def _loss(name: str, data: Dataset) -> Any:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from esljax._checks import InputError, door
 from esljax._types import Array, Float
-from esljax.experiment.learning import digests, potential_of
+from esljax.experiment.learning import OWN, own_files, potential_of
 from esljax.experiment.problem import ACCURACY, Outcome, Problem
 from esljax.experiment.settings import (
     DTYPES,
@@ -323,7 +323,8 @@ def _reason(numbers: dict[str, float]) -> str:
 
 def _present(shape: RunConfig) -> tuple:
     """What the user's files of a run hold now."""
-    return tuple(digests(shape).items())
+    named = {name: [getattr(shape, name)] for name in OWN}
+    return tuple(own_files(named).items())
 
 
 @functools.lru_cache(maxsize=1024)
