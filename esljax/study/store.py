@@ -403,8 +403,8 @@ def open_study(path: str | Path) -> Any:
 
     Its attributes are strings and integers: `study` (the description, as TOML), `task_size`,
     `created` (the time), `versions` (as JSON), `commit` (of every writer), `version` (of the
-    layout), `sources` (as JSON) for digests of the files of yours that the runs read, and `reused` (as
-    JSON) for the stores that runs were copied from.
+    layout), `sources` (as JSON) for digests of your files that the runs read, and `reused` (as JSON)
+    for the stores that runs were copied from.
 
     **Raises:** `InputError` if there is no such store, if it is damaged (the message names the
     place), or if xarray is not installed.
@@ -493,10 +493,8 @@ def sources(study: Study) -> dict[str, str]:
     """
     base, varied = study.base, study.coordinates
     held = {name: varied[name][1] for name in OWN if name in varied}
-    fixed = {
-        name: [getattr(base, name)] for name in OWN if name not in held and hasattr(base, name)
-    }
-    return own_files({**held, **fixed})
+    fixed = {name: [getattr(base, name)] for name in OWN if hasattr(base, name)}
+    return own_files(fixed | held)
 
 
 def _check_sources(argument: str, store: StudyStore, study: Study) -> None:
