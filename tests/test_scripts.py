@@ -29,10 +29,11 @@ LONG = {
     "benchmark_simulation",
     "count_coverage",
     "free_energy_balance",
-    "front_digits",
+    "which_schedule",
     "large_model",
     "measure_digits",
     "study_scaling",
+    "transfer",
     "velocity_accuracy",
 }
 # The line that `esljax measure` prints about its input, and how many times it runs.

@@ -33,8 +33,9 @@ from esljax.experiment import telling
 from esljax.experiment.judging import Judgment, final_loss, judge, outcome_of
 from esljax.experiment.matching import Match, stable_rate
 from esljax.experiment.problem import Problem
+from esljax.experiment.saving import Leaves, leaves, save
 from esljax.experiment.settings import RISING, usual_shapes
-from esljax.files import Checkpoints, session, storage, writing
+from esljax.files import Checkpoints, session
 from esljax.measures import (
     MinibatchNoise,
     average,
@@ -48,6 +49,7 @@ from esljax.results import table as text_table
 from esljax.schedules import AbstractSchedule, Constant, Knots
 from esljax.sharding import replicate
 
+FIGURES = ("schedules.png", "speed_limit.png")
 _OPTIMIZED, _RETIMED = "optimized", "retimed"
 _MADE = (_OPTIMIZED, _RETIMED)
 
@@ -149,20 +151,13 @@ class Comparison:
         **Raises:** `InputError` for a folder that cannot be written, and where a file would replace
         one that this package did not write.
         """
-        from esljax.figures import rendered
+        save(self.leaves(), folder, {"rate": self.rate})
 
-        folder = Path(folder)
-        report = folder / "report.json"
-        figures = [folder / name for name in ("schedules.png", "speed_limit.png")]
-        with writing.prepared(folder / "schedules", "folder"):
-            writing.claim([report, *figures], {}, force=True)
-        content = {"config": {"rate": self.rate}, "versions": storage.versions()}
-        writing.write_json(report, {**telling.numbers(self), **content}, "folder")
-        for name, judgment in self.judgments.items():
-            judgment.schedule.save(folder / "schedules" / f"{name}.json")
-        for i, path in enumerate(figures):
-            drawn = rendered(lambda i=i: self.plot()[i], "png", writing.signature({}))[0]
-            writing.replace(path, drawn, argument="folder")
+    def leaves(self) -> Leaves:
+        """The files of this comparison: report.json, two figures, and the schedules."""
+        figures = {name: lambda i=i: self.plot()[i] for i, name in enumerate(FIGURES)}
+        schedules = {name: judgment.schedule for name, judgment in self.judgments.items()}
+        return leaves("report.json", telling.numbers(self), figures, schedules)
 
     def __str__(self) -> str:
         lines = [telling.title(self), text_table(telling.rows(self)), *telling.sentences(self)]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from esljax._checks import check_fits, in_words, refuse
 from esljax._types import Array
-from esljax.experiment.places import load
+from esljax.experiment.sources import load
 from esljax.files import EXAMPLES, digest, holds_examples
 from esljax.potentials import Dataset, Examples, FlaxLoss, Sizes, mlp, own_model, takes
 

@@ -24,8 +24,8 @@ from esljax.experiment.problem import ACCURACY, Outcome, Problem
 from esljax.experiment.settings import (
     DTYPES,
     MODEL_DTYPES,
+    ProblemConfig,
     RunConfig,
-    TrainingConfig,
     make_transport,
     usual_shapes,
 )
@@ -90,7 +90,7 @@ class Task:
 
 
 def make_problem(
-    config: TrainingConfig,
+    config: ProblemConfig,
     transport: AbstractTransport,
     jackknife: int = 0,
     mesh: Mesh | None = None,

@@ -403,8 +403,8 @@ def open_study(path: str | Path) -> Any:
 
     Its attributes are strings and integers: `study` (the description, as TOML), `task_size`,
     `created` (the time), `versions` (as JSON), `commit` (of every writer), `version` (of the
-    layout), `sources` (as JSON) for digests of your files that the runs read, and `reused` (as JSON)
-    for the stores that runs were copied from.
+    layout), `sources` (as JSON) for digests of your files that the runs read, and `reused` (as
+    JSON) for the stores that runs were copied from.
 
     **Raises:** `InputError` if there is no such store, if it is damaged (the message names the
     place), or if xarray is not installed.
