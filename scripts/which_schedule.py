@@ -1,6 +1,7 @@
 """Which schedule? The front of loss and Σ on five problems, with every usual family at its best.
 
     python scripts/which_schedule.py [--smoke] [--out FILE.json] [--folder FOLDER] [--only NAME ...]
+        [--processes N]
 
 Eight networks with 16 hidden units, 200 steps, without injected noise: handwritten digits with
 batches of 8 and 64 and with all examples, two moons with batches of 8, and a regression (diabetes)
@@ -10,6 +11,7 @@ batches along the schedule of its knee, as the temperature whose injected noise 
 members as fast. `--folder` takes each front, its figure and its schedules, and one figure of all.
 """
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,6 +58,18 @@ def noise_at_knee(problem: esl.Problem, front: esl.Front, key: Any) -> list[floa
     return [float(jnp.min(temperature)), float(jnp.max(temperature))]
 
 
+def of_problem(name: str, smoke: bool) -> tuple[esl.Front, list[float] | None, float]:
+    """The front of a problem, the noise at its knee, and the seconds that they took."""
+    started, problem, families = time.perf_counter(), problems(smoke)[name], esl.usual_families()
+    settings: dict[str, Any] = {}
+    if smoke:
+        families = {"cosine": families["cosine"]}
+        settings = {"points": 2, "knots": 3, "iterations": 3, "judge_runs": 2, "rate": 0.3}
+    front = esl.front(problem, key=jax.random.key(0), families=families, **settings)
+    noise = noise_at_knee(problem, front, jax.random.key(1))
+    return front, noise, time.perf_counter() - started
+
+
 def row(name: str, front: esl.Front, noise: list[float] | None) -> str:
     """A problem in one line of a table: what its best schedule is, and how far others are."""
     rates = np.asarray(front.judgments[front.knee].schedule.values)
@@ -93,22 +107,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = timing.parser("The front of loss and Σ on five problems.")
     parser.add_argument("--folder", type=Path, help="where to save the fronts")
     parser.add_argument("--only", nargs="+", help="the names of some problems, such as moons")
+    parser.add_argument("--processes", type=int, default=1, help="problems side by side")
     arguments = parser.parse_args(argv)
-    families = esl.usual_families()
-    settings: dict[str, Any] = {}
-    if arguments.smoke:
-        families = {"cosine": families["cosine"]}
-        settings = {"points": 2, "knots": 3, "iterations": 3, "judge_runs": 2, "rate": 0.3}
+    names = [
+        name
+        for name in problems(arguments.smoke)
+        if not arguments.only or any(word in name for word in arguments.only)
+    ]
     fronts, rows, numbers = {}, [], {}
-    for name, problem in problems(arguments.smoke).items():
-        if arguments.only and not any(word in name for word in arguments.only):
-            continue
-        started = time.perf_counter()
-        front = esl.front(problem, key=jax.random.key(0), families=families, **settings)
-        noise = noise_at_knee(problem, front, jax.random.key(1))
+    solve = functools.partial(of_problem, smoke=arguments.smoke)
+    for name, (front, noise, seconds) in zip(
+        names, timing.in_processes(solve, names, arguments.processes), strict=True
+    ):
         fronts[name] = front
         rows.append(row(name, front, noise))
-        seconds = time.perf_counter() - started
         numbers[name] = {**front.as_dict(), "noise_temperature": noise, "seconds": seconds}
         print(f"{name}\n{front}\n{rows[-1]}\n{seconds:.0f} s\n", flush=True)
         if arguments.folder is not None:
