@@ -7,10 +7,12 @@ no step has a length and no number an error of it.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,3 +211,22 @@ def truth(name: str, duration: float, links: int, kind: str) -> dict[str, float]
     }
     # A difference of equal numbers is 0.
     return {number: round(value, 12) for number, value in numbers.items()}
+
+
+def members_of(law: esl.gaussian.Law, n: int, key: Any) -> Any:
+    """n independent members of a Gaussian law, shape (n, d)."""
+    values, vectors = np.linalg.eigh(np.asarray(law.covariance, float))
+    root = jnp.asarray(vectors * np.sqrt(np.maximum(values, 0)), jnp.float32)
+    return law.mean + jax.random.normal(key, (n, law.mean.size)) @ root.T
+
+
+def over_keys(
+    one: Callable[[Any], dict[str, Any]], seed: Sequence[int], keys: int
+) -> dict[str, list[float]]:
+    """The numbers of `one(key)` for every key, one run after the other in one program.
+
+    **Args:** `seed`: whole numbers that make the first key; runs with the same are paired.
+    """
+    key = functools.reduce(jax.random.fold_in, seed, jax.random.key(20))
+    rows = eqx.filter_jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, keys))
+    return {name: np.asarray(values, float).tolist() for name, values in rows.items()}
