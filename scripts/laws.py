@@ -182,13 +182,20 @@ def _simpson(y: np.ndarray) -> float:
     return float(weights @ y / (len(y) - 1))
 
 
-def truth(name: str, duration: float, links: int, kind: str) -> dict[str, float]:
+def relaxation(d: int) -> System:
+    """The Ornstein-Uhlenbeck process of `ou1` and `ou5` in d dimensions."""
+    return _trap(0.1, 2 * np.eye(d)[0])
+
+
+def truth(name: str | System, duration: float, links: int, kind: str) -> dict[str, float]:
     """The numbers that an estimator should give on the average.
 
-    **Args:** `kind`: "affine" for the best affine field, "field" for the velocity itself, "chain"
-    for the chain of `links` links between the laws. W2² is that of the moments.
+    **Args:** `name`: of `SYSTEMS`, or a system. `kind`: "affine" for the best affine field, "field"
+    for the velocity itself, "chain" for the chain of `links` links between the laws. W2² is that of
+    the moments.
     """
-    system, s = SYSTEMS[name], np.linspace(0, 1, _TIMES + 1)
+    system = name if isinstance(name, System) else SYSTEMS[name]
+    s = np.linspace(0, 1, _TIMES + 1)
     k, (shrunk, variance) = system.stiffness(duration, s), system.laws(duration, s)
     moments = [system.moments(*law) for law in zip(shrunk, variance, strict=True)]
     distance = bures(moments[0], moments[-1])

@@ -3,6 +3,7 @@
 from esljax.potentials import datasets, models
 from esljax.potentials.analytic import DoubleWell, FromFunction, Mixture, Quadratic
 from esljax.potentials.base import AbstractPotential, check_potential
+from esljax.potentials.curriculum import Curriculum
 from esljax.potentials.datasets import Examples
 from esljax.potentials.driven import Driven
 from esljax.potentials.flax import FlaxLoss
@@ -10,6 +11,7 @@ from esljax.potentials.models import mlp
 
 __all__ = [
     "AbstractPotential",
+    "Curriculum",
     "DoubleWell",
     "Driven",
     "Examples",
