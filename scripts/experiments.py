@@ -70,9 +70,26 @@ def effect(values: Any, other: Any = None) -> Effect:
 
 
 def exponent(x: Any, values: Any) -> Effect:
-    """The slope of log `values` (keys, points) in log `x` (points,), fitted to each key apart."""
+    """The slope of log `values` (keys, points) in log `x` (points,) or (keys, points), fitted to
+    each key apart."""
     logs = np.log(np.asarray(values, float))
-    return effect([np.polyfit(np.log(np.asarray(x, float)), row, 1)[0] for row in logs])
+    at = np.broadcast_to(np.log(np.asarray(x, float)), logs.shape)
+    if logs.shape[1] < 2:
+        return effect(np.full(len(logs), np.nan))
+    return effect([np.polyfit(*fit, 1)[0] for fit in zip(at, logs, strict=True)])
+
+
+def column(parts: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """One number of the `rows` of every part, shape (parts, rows); NaN where a row has none."""
+    return np.array([[row.get(name, np.nan) for row in part["rows"]] for part in parts], float)
+
+
+def curve(axes: Any, x: Any, values: Any, **style: Any) -> None:
+    """Draw means over keys of `values` (keys, points) at `x` (points,), with 95 % intervals."""
+    effects = [effect(each) for each in np.asarray(values, float).T]
+    bars = [one.bar for one in effects]
+    usual = {"marker": "o", "ms": 4, "capsize": 2, "lw": 1.2}
+    axes.errorbar(x, [one.mean for one in effects], bars, **{**usual, **style})
 
 
 def each(
