@@ -70,9 +70,26 @@ def effect(values: Any, other: Any = None) -> Effect:
 
 
 def exponent(x: Any, values: Any) -> Effect:
-    """The slope of log `values` (keys, points) in log `x` (points,), fitted to each key apart."""
+    """The slope of log `values` (keys, points) in log `x` (points,) or (keys, points), fitted to
+    each key apart."""
     logs = np.log(np.asarray(values, float))
-    return effect([np.polyfit(np.log(np.asarray(x, float)), row, 1)[0] for row in logs])
+    at = np.broadcast_to(np.log(np.asarray(x, float)), logs.shape)
+    if logs.shape[1] < 2:
+        return effect(np.full(len(logs), np.nan))
+    return effect([np.polyfit(*fit, 1)[0] for fit in zip(at, logs, strict=True)])
+
+
+def column(parts: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """One number of the `rows` of every part, shape (parts, rows); NaN where a row has none."""
+    return np.array([[row.get(name, np.nan) for row in part["rows"]] for part in parts], float)
+
+
+def curve(axes: Any, x: Any, values: Any, **style: Any) -> None:
+    """Draw means over keys of `values` (keys, points) at `x` (points,), with 95 % intervals."""
+    effects = [effect(each) for each in np.asarray(values, float).T]
+    bars = [one.bar for one in effects]
+    usual = {"marker": "o", "ms": 4, "capsize": 2, "lw": 1.2}
+    axes.errorbar(x, [one.mean for one in effects], bars, **{**usual, **style})
 
 
 def each(
@@ -83,14 +100,12 @@ def each(
     """Call `function(**task)` for every task, and return the dictionaries in their order.
 
     With `--processes` other than 1 tasks go to processes of one thread each, in the order given.
-    With `--store` what is finished is kept as JSON, and another call with the same script and task
-    reads it. So a function must return what JSON holds; it is defined at the top of its script.
+    With `--store` what is finished is kept as JSON, and another call with the same task reads it,
+    unless the code behind it has changed. So a function must return what JSON holds; it is defined
+    at the top of its script.
     """
-    source = Path(inspect.getfile(function)).read_bytes()
-    names = [
-        hashlib.sha256(source + repr((function.__name__, sorted(task.items()))).encode())
-        for task in tasks
-    ]
+    source = _behind(function)
+    names = [hashlib.sha256(repr((source, sorted(task.items()))).encode()) for task in tasks]
     with tempfile.TemporaryDirectory() as passing:
         store = arguments.store or Path(passing)
         store.mkdir(parents=True, exist_ok=True)
@@ -102,6 +117,30 @@ def each(
         elif left:
             _side_by_side(function, tasks, files, left, arguments.processes, store)
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _behind(function: Callable[..., Any]) -> list[str]:
+    """The source of a function, and of what it uses in this folder: a part does not depend on the
+    tables and figures of its script."""
+    here, found, left = Path(__file__).parent, {function.__name__: function}, [function.__code__]
+    while left:
+        code = left.pop()
+        left += [inner for inner in code.co_consts if inspect.iscode(inner)]
+        for name in set(code.co_names) & set(function.__globals__) - set(found):
+            found[name] = used = function.__globals__[name]
+            if inspect.isfunction(used) and used.__module__ == function.__module__:
+                left.append(used.__code__)
+
+    def text(used: Any) -> str:
+        if not inspect.ismodule(used) and not callable(used):
+            return repr(used)
+        module = inspect.getmodule(used)
+        file = Path(getattr(module, "__file__", None) or "/")
+        return (
+            inspect.getsource(used) if file.parent == here and file.name != "experiments.py" else ""
+        )
+
+    return [name + text(found[name]) for name in sorted(found)]
 
 
 def _side_by_side(function, tasks, files, left, processes: int, store: Path) -> None:
