@@ -103,7 +103,8 @@ def measured(of: esl.Problem, rate: Any, key: Any) -> dict[str, Any]:
             (of.potential.at_end(), path.final),
         )
     ]
-    drop, work = jnp.mean(energy[0] - energy[1]), jnp.mean(path.work)
+    done: Any = path.work
+    drop, work = jnp.mean(energy[0] - energy[1]), jnp.mean(done)
     return {
         "Σ": report.entropy_production,
         "L²": report.length_squared,
@@ -222,11 +223,13 @@ def reference(name: str) -> str:
 
 def tables(runs: Any) -> dict[str, Any]:
     numbers = ("Σ", "L²", "W2²", "gap", "D", "U", "drop", "work", "dissipated", "loss")
-    rows = [("drive", *numbers)]
+    rows: list[tuple[str, ...]] = [("drive", *numbers)]
     for name in runs:
         cells = [str(experiments.effect(column(runs, name, number))) for number in numbers]
         rows.append((name, *cells))
-    effects = [("drive", "against", *(f"log ratio of {one}" for one in ("Σ", "W2²", "gap", "U")))]
+    effects: list[tuple[str, ...]] = [
+        ("drive", "against", *(f"log ratio of {one}" for one in ("Σ", "W2²", "gap", "U")))
+    ]
     for name in runs:
         if name != "none":
             other = reference(name)

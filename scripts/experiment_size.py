@@ -86,7 +86,7 @@ def trained(law: str) -> Trained:
         potential = esl.FlaxLoss(esl.models.mlp(2, 10, 2), data.train, l2=1e-4)
         names = ("chain of moments", "chain, exact", "affine velocity")
         ways = {name: estimators(52)[name] for name in names}
-        return Trained(potential, esl.Langevin(0.5, 1e-4), ways)
+        return Trained(potential, esl.Langevin(0.05, 1e-4), ways)
     data = esl.datasets.digits()
     potential = esl.FlaxLoss(esl.models.mlp(64, 32, 10), data.train, batch_size=256, l2=1e-4)
     look = Trained(potential, esl.Langevin(0.25, 1e-7), {})
@@ -242,10 +242,18 @@ def needed(rows: list[dict[str, Any]], symbol: str, accuracy: float) -> str:
     return str(rows[len(good) - [*good[::-1], False].index(False)]["n"])
 
 
+def falls(rows: list[dict[str, Any]], symbol: str) -> float:
+    """The slope of log spread in log n, of the debiased number."""
+    spreads = [row[symbol]["spread"] for row in rows]
+    if len(rows) < 2:
+        return float("nan")
+    return float(np.polyfit(np.log([row["n"] for row in rows]), np.log(spreads), 1)[0])
+
+
 def tables(rows: list[dict[str, Any]]) -> dict[str, Any]:
     heading = ("law", "estimator", "n", "runs")
     kinds = [kind for symbol in RAW for kind in (f"raw {symbol}", symbol)]
-    bias = [(*heading, *kinds, "Σ covers", "W2² covers")]
+    bias: list[tuple[str, ...]] = [(*heading, *kinds, "Σ covers", "W2² covers")]
     for row in rows:
         cells = [f"{row[k]['bias']['mean']:+.1%} ± {row[k]['spread']:.1%}" for k in kinds]
         covers = [row[s].get("covers") for s in ("Σ", "W2²")]
@@ -257,13 +265,15 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "estimator",
             "n tried",
             *(f"{s} to {a:.0%}" for s in ("Σ", "W2²") for a in ACCURACIES),
+            "spread of Σ, W2² falls as",
         )
     ]
     for law, name in dict.fromkeys((row["law"], row["estimator"]) for row in rows):
         mine = [row for row in rows if (row["law"], row["estimator"]) == (law, name)]
         tried = f"{mine[0]['n']} to {mine[-1]['n']}"
         least = [needed(mine, symbol, a) for symbol in ("Σ", "W2²") for a in ACCURACIES]
-        members.append((law, name, tried, *least))
+        powers = [falls(mine, symbol) for symbol in ("Σ", "W2²")]
+        members.append((law, name, tried, *least, f"n^{powers[0]:.2f}, n^{powers[1]:.2f}"))
     return {
         "Members needed": members,
         "Bias ± spread of one run, relative; how often 95 % intervals cover": bias,
