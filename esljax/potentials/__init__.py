@@ -3,11 +3,7 @@
 from esljax.potentials import datasets, models
 from esljax.potentials.analytic import DoubleWell, FromFunction, Mixture, Quadratic
 from esljax.potentials.base import AbstractPotential, check_potential
-<<<<<<< HEAD
 from esljax.potentials.curriculum import Curriculum
-from esljax.potentials.datasets import Examples
-=======
->>>>>>> lead
 from esljax.potentials.driven import Driven
 from esljax.potentials.flax import FlaxLoss
 from esljax.potentials.models import mlp
@@ -16,11 +12,8 @@ from esljax.potentials.splits import Dataset, Examples
 
 __all__ = [
     "AbstractPotential",
-<<<<<<< HEAD
     "Curriculum",
-=======
     "Dataset",
->>>>>>> lead
     "DoubleWell",
     "Driven",
     "Examples",
