@@ -50,6 +50,10 @@ SCHEDULES = {
         lambda: esl.Warmup(esl.Linear(0.7, 0.1), 0.2, 0.05),
         lambda s: np.interp(s, [0, 0.2, 1], [0.05, 0.7, 0.1]),
     ),
+    "scaled": (
+        lambda: esl.Scaled(esl.Linear(0.2, 0.4), 1.5),
+        lambda s: 0.3 + 0.3 * s,
+    ),
     "log-linear knots": (
         lambda: esl.Knots(TABLE),
         lambda s: np.exp(np.interp(s, np.linspace(0, 1, 4), np.log(TABLE))),

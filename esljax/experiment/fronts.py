@@ -213,6 +213,11 @@ class Front:
             f"Held-out means over {self.judgments[0].entropy_productions.size} runs; digits in "
             "parentheses: standard error of the last digits. Σ and W2² in squared parameters."
         )
+        if len(self.judgments) > 2:
+            yield (
+                f"Its knee is at loss {self.final_loss[self.knee]:.4g}: the point farthest below "
+                "the straight line from the first to the last in log loss and log Σ."
+            )
         yield self.verdict()
         best = np.min(self.final_loss)
         for name, family in self.families.items():

@@ -2,6 +2,7 @@
 
 from esljax.schedules.base import AbstractSchedule
 from esljax.schedules.saved import from_dict, load_schedule
+from esljax.schedules.scaled import Scaled
 from esljax.schedules.shapes import (
     Constant,
     Cosine,
@@ -23,6 +24,7 @@ __all__ = [
     "Knots",
     "Linear",
     "Piecewise",
+    "Scaled",
     "Warmup",
     "WarmupStableDecay",
     "as_schedule",
