@@ -5,7 +5,7 @@ import rich.console
 
 from esljax.command.job import problem_of, spread
 from esljax.command.progress import FrontBar
-from esljax.command.running import Finished, run_command
+from esljax.command.running import Finished, Whole, run_command
 from esljax.command.settings import FAMILIES, OutsideFrontConfig
 from esljax.command.unfinished import Kept
 from esljax.experiment import Front, front, gradients_of_front
@@ -19,7 +19,9 @@ def front_command(config: OutsideFrontConfig) -> int:
 
     def work(kept: Kept, console: rich.console.Console) -> Finished:
         found = _front(config, kept, console)
-        return Finished(found.leaves(), (*str(found).splitlines(), _use(config, found)))
+        rows, sentences = found.lines()
+        printed = (*map(Whole, rows), *sentences, Whole(_use(config, found)))
+        return Finished(found.leaves(), printed)
 
     return run_command(config, work, report="front.json", figures=("front.png",), stages=(_STAGE,))
 

@@ -18,13 +18,17 @@ from esljax.experiment import Leaves, enable
 from esljax.files import Terminated, alone
 
 
+class Whole(str):
+    """A line that is printed whole on any terminal, so that it can be copied."""
+
+
 class Finished(NamedTuple):
     """What a command has found."""
 
     leaves: Leaves
     """Its files."""
     printed: Sequence[Any]
-    """What it prints: tables, and sentences as lines of text."""
+    """What it prints: tables, sentences, and lines that stay whole."""
     interrupted: bool = False
     """Whether it was ended early, and has judged what there was."""
     failed: bool = False
@@ -74,7 +78,7 @@ def run_command(
             results.write(content, leaves.figures, leaves.schedules)
         for each in (*finished.printed, f"{wall:.0f} s; {results.places()}"):
             text = rich.markup.escape(each) if isinstance(each, str) else each
-            console.print(text, highlight=False, soft_wrap=isinstance(each, str))
+            console.print(text, highlight=False, soft_wrap=isinstance(each, Whole))
         results.say()
         if finished.interrupted:
             return INTERRUPTED

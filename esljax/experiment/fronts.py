@@ -183,7 +183,11 @@ class Front:
         )
 
     def __str__(self) -> str:
-        return "\n".join([self._table(), *self._sentences()])
+        return "\n".join(itertools.chain(*self.lines()))
+
+    def lines(self) -> tuple[list[str], list[str]]:
+        """The rows of the table that `print` shows, and the sentences below it."""
+        return self._table().splitlines(), list(self._sentences())
 
     def _table(self) -> str:
         errors: Any = self.standard_error
