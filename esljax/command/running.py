@@ -14,7 +14,7 @@ from esljax.command.results import Results
 from esljax.command.settings import DONE, FAILED, INTERRUPTED, NOT_WRITTEN, JobConfig
 from esljax.command.streams import wide
 from esljax.command.unfinished import Kept, unfinished_run
-from esljax.experiment import Leaves, enable
+from esljax.experiment import Leaves, enable, place_of
 from esljax.files import Terminated, alone
 
 
@@ -41,12 +41,14 @@ def run_command(
     *,
     report: str,
     figures: tuple[str, ...],
+    schedules: Sequence[str],
     stages: tuple[str, ...],
 ) -> int:
     """Check the settings, protect the folder, do the work, write, print; return the exit code.
 
     **Args:** `work`: computes, with checkpoints in the folder of `Kept`. `report` and `figures`:
-    names of the files. `stages`: names of the folders of checkpoints.
+    names of the files. `schedules`: names of those that it may save. `stages`: names of the folders
+    of checkpoints.
     """
     started = time.perf_counter()
     config.check()
@@ -56,7 +58,14 @@ def run_command(
     first = jax.process_index() == 0
     # A table may have eleven columns.
     console = wide(rich.console.Console(quiet=config.quiet or not first), 136)
-    results = Results(config.out, config.as_dict(), figures, force=config.force, report=report)
+    results = Results(
+        config.out,
+        config.as_dict(),
+        figures,
+        force=config.force,
+        report=report,
+        schedules=[place_of(name) for name in schedules],
+    )
     with results.claimed(), alone(config.out, "out"):
         # Again, now that nobody else writes there.
         results.check()

@@ -1,6 +1,7 @@
 """Schedules: numbers that change over training time, such as a learning rate or a temperature."""
 
 from esljax.schedules.base import AbstractSchedule
+from esljax.schedules.record import is_schedule
 from esljax.schedules.saved import from_dict, load_schedule
 from esljax.schedules.shapes import (
     Constant,
@@ -27,5 +28,6 @@ __all__ = [
     "WarmupStableDecay",
     "as_schedule",
     "from_dict",
+    "is_schedule",
     "load_schedule",
 ]
