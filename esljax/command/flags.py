@@ -32,6 +32,7 @@ from esljax.experiment import (
     REQUIRED,
     Source,
     choices,
+    choices_or,
     converted,
     enable,
     read_toml,
@@ -262,9 +263,12 @@ def _flag(field: dataclasses.Field, words: str | None) -> Any:
     """The annotation of a field with its choices as a `Literal`, and without its group's name."""
     named = choices(field.type)
     kind: Any = field.type
+    metavar = None
+    if others := choices_or(field.type):
+        metavar = f"{{{','.join(others)},...}}"
     if named:
         kind = tuple[Literal[named], ...] if isinstance(field.default, tuple) else Literal[named]
-    return Annotated[kind, tyro.conf.arg(prefix_name=False, help=words)]
+    return Annotated[kind, tyro.conf.arg(prefix_name=False, help=words, metavar=metavar)]
 
 
 def _documented(kind: Any) -> dict[str, str]:

@@ -9,6 +9,7 @@ from esljax.experiment.bounds import (
     Positive,
     check_fields,
     choices,
+    choices_or,
     convert,
     converted,
 )
@@ -16,11 +17,13 @@ from esljax.experiment.comparison import Comparison, Watcher, compare
 from esljax.experiment.families import Family, bounded, unbounded, usual_families
 from esljax.experiment.fronts import Front, front, gradients_of_front, name_of_point
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
+from esljax.experiment.learning import OWN, own_files, potential_of
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import Plan, plan_memory
 from esljax.experiment.problem import Metric, Outcome, Problem
 from esljax.experiment.runs import (
     NUMBERS,
+    OPTIONAL,
     QUANTITIES,
     WITH_ERROR,
     Quantity,
@@ -76,6 +79,8 @@ __all__ = [
     "DTYPES",
     "MODEL_DTYPES",
     "NUMBERS",
+    "OPTIONAL",
+    "OWN",
     "PROJECTIONS",
     "QUANTITIES",
     "REQUIRED",
@@ -119,6 +124,7 @@ __all__ = [
     "check_fields",
     "check_given",
     "choices",
+    "choices_or",
     "compare",
     "convert",
     "converted",
@@ -136,9 +142,11 @@ __all__ = [
     "memory_of_a_run",
     "name_of_point",
     "number_names",
+    "own_files",
     "place_of",
     "plain",
     "plan_memory",
+    "potential_of",
     "ratio",
     "read_toml",
     "run",

@@ -381,13 +381,19 @@ def _match_usual(
         rate = float(jnp.asarray(stable_rate(problem, keys[0], watcher.trial)))
     if known is not None:
         target = float(known[1])
+    found = target is None
     if target is None:
         watcher.stage("target")
         target = _target(problem, rate, keys)
     match = Match(problem, rate * problem.steps, keys, watcher.trial)
     for name, shape in list(shapes.items())[done:]:
         watcher.stage(f"matching {name}")
-        matched.append(match(shape, name, target))
+        try:
+            matched.append(match(shape, name, target))
+        except InputError:
+            if found:
+                _check_stable(problem, rate, target, keys)
+            raise
         saved.offer(
             len(matched),
             lambda: (jnp.asarray([rate, target]), matched),
@@ -412,6 +418,19 @@ def _target(problem: Problem, rate: float, keys: Keys) -> float:
             f"ends at {target:g} with the constant schedule",
         )
     return target
+
+
+def _check_stable(problem: Problem, rate: float, target: float, keys: Keys) -> None:
+    """Reject a rate at which the constant schedule, the source of the target, diverges."""
+    starts = [problem.positions(jax.random.split(key)[0]) for key in keys]
+    potential: Any = problem.potential.at_end()
+    start = float(np.mean([potential(positions) for positions in starts]))
+    if not target < start:
+        raise refuse(
+            "rate",
+            "leave the constant schedule stable",
+            f"is {rate:g}: the loss goes from {start:.4g} to {target:.4g} (lower the rate)",
+        )
 
 
 def _sigma(judgments: Mapping[str, Judgment]) -> Callable[[str], float]:

@@ -22,12 +22,15 @@ from esljax._types import Array, ScalarLike
 from esljax.experiment.bounds import (
     AtLeast,
     Below,
+    NameOr,
     Nonnegative,
     OneOf,
     Positive,
     check_fields,
     is_manner,
 )
+from esljax.experiment.learning import FILES, LOSSES, MODELS, PLACES, is_place
+from esljax.files import holds_examples, is_table
 from esljax.potentials import datasets
 from esljax.schedules import (
     AbstractSchedule,
@@ -74,8 +77,12 @@ def _transport_velocity(transport: AbstractTransport) -> AbstractVelocity:
 
 DATASETS: dict[str, Callable[[], datasets.Dataset]] = {
     "digits": datasets.digits,
+    "wine": datasets.wine,
+    "breast_cancer": datasets.breast_cancer,
+    "diabetes": datasets.diabetes,
     "moons": datasets.two_moons,
     "teacher": datasets.teacher,
+    "modular_addition": datasets.modular_addition,
 }
 
 TRANSPORTS: dict[str, Callable[[TransportNumbers], AbstractTransport]] = {
@@ -188,10 +195,18 @@ class EnsembleConfig:
 class LossConfig:
     """The settings of the built-in problem's loss: data, network, batches and decay."""
 
-    data: Annotated[str, OneOf(DATASETS)] = "digits"
-    """Data set: scikit-learn's digits, two moons, or a random teacher network."""
+    data: Annotated[str, NameOr(DATASETS, FILES, holds_examples)] = "digits"
+    """Data set: digits, wine, breast_cancer, diabetes, moons, teacher, modular_addition, or your
+    own: an .npz of `inputs` and `labels`, or a table .csv."""
+    label: str = ""
+    """The column of the labels, of a table."""
+    model: Annotated[str, NameOr(MODELS, PLACES, is_place)] = "mlp"
+    """Network: mlp, or a factory (inputs, outputs) -> Flax model, as my_file.py:name."""
     hidden: tuple[Annotated[int, AtLeast(1)], ...] = (32,)
     """Widths of the hidden layers of the network."""
+    loss: Annotated[str, NameOr(LOSSES, PLACES, is_place)] = "auto"
+    """Loss: cross_entropy, squared_error, or a function (outputs, labels) -> (m,), as
+    my_file.py:name; auto: by the labels, the first for classes, the second for numbers."""
     batch_size: Annotated[int, AtLeast(0)] = 256
     """Examples per step and member, drawn with replacement; 0 for all of them."""
     l2: Annotated[float, Nonnegative()] = 1e-4
@@ -200,8 +215,16 @@ class LossConfig:
     """Floating-point type that the network computes in; everything else uses `dtype`."""
 
     def load_data(self) -> datasets.Dataset:
-        """The data set of that name."""
-        return DATASETS[self.data]()
+        """The data set of that name, or of that file."""
+        if self.data in DATASETS:
+            return DATASETS[self.data]()
+        # A loss of the user's own has the labels as they are.
+        return datasets.read(
+            self.data,
+            self.label,
+            classes=LOSSES.get(self.loss),
+            standardize_labels=self.loss in LOSSES,
+        )
 
 
 # Fields come in the order of the bases from last to first.
@@ -214,6 +237,11 @@ class ProblemConfig(EnsembleConfig, LossConfig):
         check_fields(self)
         if self.steps % self.snapshots:
             raise refuse("snapshots", f"divide the {self.steps} steps", f"is {self.snapshots}")
+        if self.label and not is_table(self.data):
+            must = "be given with a table .csv or .tsv alone"
+            raise refuse("label", must, f"is {self.label!r} for data {self.data!r}")
+        if is_table(self.data) and not self.label:
+            raise refuse("label", f"name the column of the labels of {self.data}", "is not given")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ The keywords of a function are settings: flags of a command, keys of a TOML file
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import enum
 import functools
@@ -438,6 +439,38 @@ _NEIGHBORS: dict[Path, dict[str, types.ModuleType]] = {}
 _PREFIX = "_problem_"
 
 
+class _Asked(NamedTuple):
+    """What a place is given for."""
+
+    argument: str
+    must: str
+    kinds: tuple[type, ...]
+    """The kinds of objects, besides problems, that a module may offer for it."""
+
+
+_OF_A_PROBLEM = _Asked("problem", _PLACE, (types.FunctionType,))
+_ASKED = contextvars.ContextVar("asked", default=_OF_A_PROBLEM)
+
+
+def load(argument: str, place: str, must: str) -> Any:
+    """The object at a place, "my_file.py:name" or "package.module:name".
+
+    **Args:** `argument`: the setting that names the place. `must`: what it must be, for messages.
+    **Raises:** `InputError` for a place without such an object, and whatever goes wrong in the
+    user's file, with its line.
+    """
+    token = _ASKED.set(_Asked(argument, must, (types.FunctionType, type)))
+    try:
+        return _load(place)[1]
+    finally:
+        _ASKED.reset(token)
+
+
+def _refused(was: str) -> InputError:
+    asked = _ASKED.get()
+    return refuse(asked.argument, asked.must, was)
+
+
 def _wide() -> bool:
     return bool(jax.config.read("jax_enable_x64"))
 
@@ -452,17 +485,17 @@ def _load(place: str) -> tuple[str, Any]:
     if not where or not name.isidentifier():
         where = where if where.endswith(".py") else place.rstrip(":")
         known = f" (it has {_offers(_run(_file(where)))})" if where.endswith(".py") else ""
-        raise refuse("problem", _PLACE, f"is {place!r}{known}")
+        raise _refused(f"is {place!r}{known}")
     module = _run(_file(where)) if _is_file(where) else _imported(where)
     if not hasattr(module, name):
-        raise refuse("problem", _PLACE, f"{where} has no {name!r}; it has {_offers(module)}")
+        raise _refused(f"{where} has no {name!r}; it has {_offers(module)}")
     full = str(_file(where)) if _is_file(where) else where
     return f"{full}:{name}", getattr(module, name)
 
 
 def _imported(where: str) -> types.ModuleType:
     if not all(part.isidentifier() for part in where.split(".")):
-        raise refuse("problem", _PLACE, f"names the module {where!r}")
+        raise _refused(f"names the module {where!r}")
     with _on_path(Path.cwd()), _blamed(where):
         return importlib.import_module(where)
 
@@ -472,11 +505,11 @@ def _file(where: str) -> Path:
         file = Path(where).expanduser().resolve()
         found = file.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise refuse("problem", _PLACE, f"{where} gives {_said(error)}") from error
+        raise _refused(f"{where} gives {_said(error)}") from error
     if not found:
-        raise refuse("problem", _PLACE, f"there is no file {file}")
+        raise _refused(f"there is no file {file}")
     if file.suffix != ".py":
-        raise refuse("problem", _PLACE, f"{file} is no file of Python, whose name ends in .py")
+        raise _refused(f"{file} is no file of Python, whose name ends in .py")
     return file
 
 
@@ -485,7 +518,7 @@ def _run(file: Path) -> types.ModuleType:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise refuse("problem", _PLACE, f"{file} gives: {error.strerror}") from error
+        raise _refused(f"{file} gives: {error.strerror}") from error
     before = _LOADED.get((file, _wide()))
     if before is not None and before.content == content and before.stamps == _stamps(before.stamps):
         return before.module
@@ -566,7 +599,7 @@ def _offers(module: types.ModuleType) -> str:
         if not name.startswith("_")
         and (
             isinstance(value, Problem)
-            or (isinstance(value, types.FunctionType) and value.__module__ == module.__name__)
+            or (isinstance(value, _ASKED.get().kinds) and value.__module__ == module.__name__)
         )
     ]
     return ", ".join(names) or "no function and no Problem"
@@ -597,7 +630,7 @@ def _blamed(what: str) -> Iterator[None]:
         if isinstance(error, InputError):
             raise InputError(f"{str(error).rstrip('.')} ({where}{shown}).") from error
         raise InputError(
-            f"Argument `problem` must be code without an error, but {where} raises "
+            f"Argument `{_ASKED.get().argument}` must be code without an error, but {where} raises "
             f"{_said(error)}{f' ({code})' if code else ''}."
         ) from error
 
