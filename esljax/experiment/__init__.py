@@ -15,7 +15,7 @@ from esljax.experiment.bounds import (
 )
 from esljax.experiment.comparison import Comparison, Watcher, compare
 from esljax.experiment.families import Family, bounded, unbounded, usual_families
-from esljax.experiment.fronts import Front, front, gradients_of_front
+from esljax.experiment.fronts import Front, front, gradients_of_front, name_of_point
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
 from esljax.experiment.learning import OWN, own_files, potential_of
 from esljax.experiment.matching import match_endpoint, stable_rate
@@ -38,7 +38,7 @@ from esljax.experiment.runs import (
     shape_of,
     work,
 )
-from esljax.experiment.saving import Leaves
+from esljax.experiment.saving import Leaves, place_of
 from esljax.experiment.settings import (
     DATASETS,
     DTYPES,
@@ -140,8 +140,10 @@ __all__ = [
     "make_transport",
     "match_endpoint",
     "memory_of_a_run",
+    "name_of_point",
     "number_names",
     "own_files",
+    "place_of",
     "plain",
     "plan_memory",
     "potential_of",

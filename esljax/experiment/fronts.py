@@ -183,7 +183,11 @@ class Front:
         )
 
     def __str__(self) -> str:
-        return "\n".join([self._table(), *self._sentences()])
+        return "\n".join(itertools.chain(*self.lines()))
+
+    def lines(self) -> tuple[list[str], list[str]]:
+        """The rows of the table that `print` shows, and the sentences below it."""
+        return self._table().splitlines(), list(self._sentences())
 
     def _table(self) -> str:
         errors: Any = self.standard_error
@@ -274,7 +278,7 @@ class Front:
 
     def leaves(self) -> Leaves:
         """The files of this front: front.json, a figure, and the schedules."""
-        schedules = {f"point_{i}": schedule for i, schedule in enumerate(self.schedules)}
+        schedules = {name_of_point(i): schedule for i, schedule in enumerate(self.schedules)}
         return leaves("front.json", self.as_dict(), {FIGURE: self.plot}, schedules)
 
 
@@ -555,6 +559,11 @@ class _Search:
                 f"ended its search early: a gradient was not finite, and the last "
                 f"{float(point.lost):.0%} of the search were not done."
             )
+
+
+def name_of_point(i: int) -> str:
+    """The name of a point's schedule in the files of a front."""
+    return f"point_{i}"
 
 
 def gradients_of_front(points: int, iterations: int, families: int) -> list[list[int]]:

@@ -1,6 +1,7 @@
 """Schedules: numbers that change over training time, such as a learning rate or a temperature."""
 
 from esljax.schedules.base import AbstractSchedule
+from esljax.schedules.record import is_schedule
 from esljax.schedules.saved import from_dict, load_schedule
 from esljax.schedules.scaled import Scaled
 from esljax.schedules.shapes import (
@@ -29,5 +30,6 @@ __all__ = [
     "WarmupStableDecay",
     "as_schedule",
     "from_dict",
+    "is_schedule",
     "load_schedule",
 ]
