@@ -24,10 +24,15 @@ SCRIPTS = sorted(
 # of doing one thing.
 LONG = {
     "check_wheel",
+    "benchmark_assignment",
     "benchmark_device",
     "benchmark_gradient",
     "benchmark_simulation",
     "count_coverage",
+    "experiment_curriculum",
+    "experiment_gap",
+    "experiment_size",
+    "experiment_toy",
     "free_energy_balance",
     "which_schedule",
     "large_model",

@@ -70,11 +70,16 @@ class Source:
     **Example:**
 
         >>> import esljax as esl
+        >>> import jax
         >>> from esljax.experiment import Source
         >>> def line(members: int = 8, noise: float = 0.1):
         ...     '''Members on a line.'''
         ...     return esl.Problem(
-        ...         esl.Quadratic(1.0), members=members, steps=10, snapshots=5, temperature=noise,
+        ...         esl.Quadratic(1.0),
+        ...         members=members,
+        ...         steps=10,
+        ...         snapshots=5,
+        ...         temperature=noise,
         ...         start=lambda key: jax.random.normal(key, (members, 1)),
         ...     )
         >>> source = Source.of(line)
@@ -210,6 +215,23 @@ def settings_class(base: Any, source: Source | None) -> Any:
     keyword without a default is `REQUIRED` until it is given. Without a source it is `base`.
 
     **Raises:** `InputError` for a keyword that has the name of a setting of `base`.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> import jax
+        >>> from esljax.experiment import GeneralConfig, Source, settings_class
+        >>> def line(members: int = 8):
+        ...     return esl.Problem(
+        ...         esl.Quadratic(1.0),
+        ...         members=members,
+        ...         steps=10,
+        ...         snapshots=5,
+        ...         start=lambda key: jax.random.normal(key, (members, 1)),
+        ...     )
+        >>> kind = settings_class(GeneralConfig, Source.of(line))
+        >>> kind(members=4, rate=0.5)
+        GeneralConfig(seed=0, dtype='float32', rate=0.5, members=4)
     """
     return base if source is None else _settings_class(base, source)
 

@@ -3,6 +3,7 @@
 from esljax.potentials import datasets, models
 from esljax.potentials.analytic import DoubleWell, FromFunction, Mixture, Quadratic
 from esljax.potentials.base import AbstractPotential, check_potential
+from esljax.potentials.curriculum import Curriculum
 from esljax.potentials.driven import Driven
 from esljax.potentials.flax import FlaxLoss
 from esljax.potentials.models import mlp
@@ -11,6 +12,7 @@ from esljax.potentials.splits import Dataset, Examples
 
 __all__ = [
     "AbstractPotential",
+    "Curriculum",
     "Dataset",
     "DoubleWell",
     "Driven",
