@@ -61,7 +61,7 @@ def _compare(config: ComparisonConfig, kept: Kept, console: rich.console.Console
         problem = spread(problem_of(config, jax.random.split(key, 4)[0]), config)
         return compare(
             problem,
-            rate=config.rate,
+            rate=config.known_rate,
             key=key,
             target=config.target,
             knots=config.knots,

@@ -196,10 +196,9 @@ class LossConfig:
     """The settings of the built-in problem's loss: data, network, batches and decay."""
 
     data: Annotated[str, NameOr(DATASETS, FILES, holds_examples)] = "digits"
-    """Data set: digits, wine, breast_cancer, diabetes, moons, teacher, modular_addition, or your
-    own: an .npz of `inputs` and `labels`, or a table .csv."""
+    """Data set by name, or your own: an .npz of `inputs` and `labels`, or a table .csv."""
     label: str = ""
-    """The column of the labels, of a table."""
+    """With a table: the column of the labels."""
     model: Annotated[str, NameOr(MODELS, PLACES, is_place)] = "mlp"
     """Network: mlp, or a factory (inputs, outputs) -> Flax model, as my_file.py:name."""
     hidden: tuple[Annotated[int, AtLeast(1)], ...] = (32,)
