@@ -15,6 +15,7 @@ import re
 import shutil
 import time
 import tomllib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -24,15 +25,16 @@ import numpy as np
 
 from esljax._checks import InputError, first_sentence, memory_of_the_machine, refuse, size
 from esljax.experiment import (
-    QUANTITIES,
-    WITH_ERROR,
-    Quantity,
+    Columns,
     Rows,
-    RunConfig,
-    memory_of_a_run,
+    knot_name,
+    memory_of_a_task,
     number_names,
+    program_of,
+    task_of,
 )
 from esljax.files import storage
+from esljax.study.columns import MOST_MADE, columns_of
 from esljax.study.description import Slice, Study
 from esljax.study.integrity import (
     CHECKSUM,
@@ -58,7 +60,10 @@ _VERSION = 2
 _LOST = -1
 # The space that a file of a Zarr chunk takes on a usual disk, however short it is.
 _BLOCK = 4096
+# The attribute of the `Columns`, as JSON: none in stores of earlier versions.
+_COLUMNS = "columns"
 _UNITS = {
+    "target": "loss",
     "temperature": "loss",
     "rate": "squared parameters per unit of loss and step",
     "epsilon": "squared parameters",
@@ -87,7 +92,8 @@ class StudyStore:
         self.path, self.attributes, self._argument = path, group.attrs, argument
         self.study = _study(path, group, argument)
         self._shape = tuple(self.study.dimensions.values())
-        self._names = number_names(self.study.has_errors)
+        self.columns = _columns(path, group.attrs, self.study, argument)
+        self._names = self.columns.names()
         kinds = dict.fromkeys(self._names, "f") | {"converged": "b", "reason": "TO", "done": "i"}
         if CHECKSUMS in group.attrs:
             kinds[CHECKSUM] = "u"
@@ -192,7 +198,7 @@ class StudyStore:
             if name == "noise_floor":
                 pairs = [self.study.point(int(i)).transport == "exact" for i in ended]
                 wrong[ended] |= (done[ended] == DONE) & pairs & np.isnan(content[name][ended])
-            elif _is_finite(name):
+            elif self._is_finite(name):
                 wrong |= (done == DONE) & ~np.isfinite(content[name])
         return wrong | ((done == FAILED) & (content["reason"] == ""))
 
@@ -209,7 +215,7 @@ class StudyStore:
         numbers = [
             name
             for name in self._names
-            if finished and _is_finite(name) and not np.isfinite(found[name].values[first])
+            if finished and self._is_finite(name) and not np.isfinite(found[name].values[first])
         ]
         for name in ("done", *numbers, *({CHECKSUM} & set(self._arrays))):
             file = chunk_of(self.path, name, self._arrays[name], first)
@@ -222,6 +228,11 @@ class StudyStore:
             for name, i in zip(self.study.dimensions, places, strict=True)
         )
         return f"{self.path} does not hold what was written of the run at {at}"
+
+    def _is_finite(self, name: str) -> bool:
+        """Whether a number is finite in every finished run."""
+        sometimes = ("noise_floor", "rate", *self.columns.metrics)
+        return name not in sometimes and not name.endswith("_error") and "knot_" not in name
 
     def check(self, lock: Path | None = None) -> dict[str, np.ndarray]:
         """Return the content of all arrays, each flat.
@@ -260,8 +271,10 @@ class StudyStore:
 
     def shared(self, study: Study) -> dict[int, int]:
         """The runs of another study that are done here: their indices there, and here."""
-        done = {self.study.point(int(i)): int(i) for i in np.flatnonzero(self.done == DONE)}
-        return {i: done[point] for i in range(study.size) if (point := study.point(i)) in done}
+        if self.study.content != study.content:
+            return {}
+        done = {_key(self.study, int(i)): int(i) for i in np.flatnonzero(self.done == DONE)}
+        return {i: done[key] for i in range(study.size) if (key := _key(study, i)) in done}
 
     def adopt(self, other: "StudyStore") -> int:
         """Copy runs that are unfinished here and done in another store; return their number."""
@@ -282,6 +295,14 @@ class StudyStore:
         self._arrays["done"].set_coordinate_selection(
             np.unravel_index(indices, self._shape), np.full(len(indices), TO_DO, np.int8)
         )
+
+
+def _key(study: Study, index: int) -> frozenset:
+    """The settings of a run, in a form that two descriptions of one problem have in common."""
+    settings = vars(study.point(index)).items()
+    return frozenset(
+        (name, str(value) if isinstance(value, Path) else value) for name, value in settings
+    )
 
 
 def lock_path(path: Path) -> Path:
@@ -321,7 +342,8 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
 
 def _remove_leftovers(path: Path, study: Study) -> None:
     """Remove what a killed writer has left half-made: nothing but files that it can have made."""
-    ours = {*number_names(True), *study.coordinates, "converged", "reason", "done", CHECKSUM}
+    ours = {*study.columns.names(), *number_names(True), *study.coordinates}
+    ours |= {"converged", "reason", "done", CHECKSUM}
     for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         known = re.fullmatch(r"\d+", part.name.removeprefix(f"{path.name}.").removesuffix(".part"))
         if known and part.is_dir() and not part.is_symlink():
@@ -340,11 +362,24 @@ def make_store(path: Path, study: Study, task_size: int) -> StudyStore:
 
     **Raises:** `InputError` if the disk or the memory has too little room for the results.
     """
-    _check_room(path, study, task_size)
+    columns = columns_of(study)
+    _check_room(path, study, task_size, columns)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    _make(_zarr(), part, study, task_size)
+    _make(_zarr(), part, study, task_size, columns)
     part.rename(path)
     return StudyStore(path, _open(path, "r+"))
+
+
+def finish(path: Path) -> None:
+    """Write the metadata of all arrays of a complete store into that of the store itself.
+
+    `xarray.open_zarr` then reads one file in place of one for each array.
+    """
+    zarr = _zarr()
+    with warnings.catch_warnings():
+        # Zarr 3 has it by convention, not yet by its specification.
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(str(path), zarr_format=3)
 
 
 def store_to_reuse(path: Path, study: Study) -> StudyStore:
@@ -419,23 +454,38 @@ def open_study(path: str | Path) -> Any:
     store = StudyStore(path, _open(path, "r"))
     content = store.check(lock_path(path))
     study, layout = store.study, store.study.dimensions
-    names = (*number_names(study.has_errors), "converged", "done", "reason")
+    knots = [knot_name(i) for i in range(store.columns.knots)]
+    names = [name for name in store.columns.names() if name not in knots]
+    shape = tuple(layout.values())
     # As objects, the type of string that every selection by label accepts.
     variables = {
-        name: (tuple(layout), content[name].reshape(tuple(layout.values())), store.about(name))
-        for name in names
+        name: (tuple(layout), content[name].reshape(shape), store.about(name))
+        for name in (*names, "converged", "done", "reason")
     }
+    if knots:
+        values = np.stack([content[name].reshape(shape) for name in knots], axis=-1)
+        about = store.about(knots[0]) | {"long_name": "log-linear knots of the optimized schedule"}
+        variables["knots"] = ((*layout, "knot"), values, about)
     coordinates = {
         name: (dimension, _labels(values), store.about(name))
         for name, (dimension, values) in study.coordinates.items()
     }
-    attributes = {k: v for k, v in store.attributes.asdict().items() if k != CHECKSUMS}
+    attributes = {
+        k: v for k, v in store.attributes.asdict().items() if k not in (CHECKSUMS, _COLUMNS)
+    }
     return xarray.Dataset(variables, coordinates, attributes)
 
 
-def _is_finite(name: str) -> bool:
-    """Whether a number is finite in every finished run."""
-    return name != "noise_floor" and not name.endswith("_error")
+def _columns(path: Path, attributes: Any, study: Study, argument: str) -> Columns:
+    """The numbers that a store has of each run."""
+    if _COLUMNS not in attributes:
+        return Columns(study.has_errors)
+    try:
+        content = json.loads(attributes[_COLUMNS])
+        return Columns(**content | {"metrics": tuple(content["metrics"])})
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{path}/zarr.json holds no description of its numbers"
+        raise damaged(argument, what) from error
 
 
 def _study(path: Path, group: Any, argument: str = "path") -> Study:
@@ -491,7 +541,7 @@ def _open(path: Path, mode: Any, argument: str = "path") -> Any:
         raise refuse(argument, "be the store of a study", f"{path} is none{why}") from error
 
 
-def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
+def _make(zarr: ModuleType, path: Path, study: Study, task_size: int, columns: Columns) -> None:
     """Lay out a store: its attributes, and arrays filled with "to do" and NaN."""
     about = {
         "version": _VERSION,
@@ -500,6 +550,7 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": json.dumps(storage.versions()),
         "commit": storage.commit() or "",
+        _COLUMNS: json.dumps(columns._asdict()),
     }
     group = zarr.create_group(str(path), zarr_format=3, attributes=about)
     # Explicit, because a damaged list of codecs may not look like another default.
@@ -516,7 +567,7 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
             name, dtype=dtype, fill_value=fill, attributes={"long_name": words, **more}, **layout
         )
 
-    for quantity in _quantities(study):
+    for quantity in columns.quantities():
         variable(quantity.name, "float64", np.nan, quantity.words, units=quantity.units)
     variable("converged", "bool", False, "whether every transport problem of the run was solved")
     variable("reason", "string", "", "why the run failed")
@@ -558,29 +609,17 @@ def _add_coordinate(group: Any, name: str, dimension: str, values: tuple, codecs
     array[...] = labels
 
 
-def _quantities(study: Study) -> list[Quantity]:
-    """The numbers stored of each run, with standard errors if some run has them."""
-    if not study.has_errors:
-        return list(QUANTITIES)
-    errors = [
-        Quantity(f"{q.name}_error", q.units, f"standard error of {q.words}")
-        for q in QUANTITIES
-        if q.name in WITH_ERROR
-    ]
-    return [*QUANTITIES, *errors]
-
-
 def _labels(values: tuple) -> np.ndarray:
     if isinstance(values[0], tuple):
         return np.array([",".join(map(str, value)) for value in values], dtype=object)
     return np.array(values, dtype=object if isinstance(values[0], str) else None)
 
 
-def _check_room(path: Path, study: Study, task_size: int) -> None:
+def _check_room(path: Path, study: Study, task_size: int, columns: Columns) -> None:
     """Reject results that would not fit, by an estimate, before anything is written."""
     if not path.parent.is_dir():
         raise refuse("out", "be in a folder that exists", f"{path.parent} does not")
-    variables = len(number_names(study.has_errors)) + 4
+    variables = len(columns.names()) + 4
     lengths = zip(study.dimensions.values(), study.chunks(task_size), strict=True)
     chunks = math.prod(-(-length // step) for length, step in lengths)
     on_disk = variables * max(8 * study.size, _BLOCK * chunks)
@@ -607,16 +646,28 @@ def check_memory(study: Study, slices: list[Slice]) -> None:
 
     **Raises:** `InputError`, naming the run and the memory that it needs.
     """
-    available = memory_of_the_machine()
+    available, seen = memory_of_the_machine(), set()
     for part in slices:
-        config: RunConfig = study.point(int(part.indices[0]))
-        needed = memory_of_a_run(config)
+        config = study.point(int(part.indices[0]))
+        if study.problem is not None:
+            if len(seen) >= MOST_MADE:
+                return
+            # Of an own problem each kind is made once: that may take its time.
+            if (program := program_of(config)) in seen:
+                continue
+            seen.add(program)
+        needed = memory_of_a_task(task_of((config,), 1, 1, study.problem))
         if needed > available:
-            raise refuse(
-                "members",
-                f"fit in the {size(available)} of memory of this machine",
+            what = (
                 f"{config.members} members of hidden {config.hidden} over {config.snapshots} "
-                f"snapshots need about {size(needed)}",
+                "snapshots need"
+                if study.problem is None
+                else f"a run of {study.problem} needs"
+            )
+            raise refuse(
+                "members" if study.problem is None else "problem",
+                f"fit in the {size(available)} of memory of this machine",
+                f"{what} about {size(needed)}",
             )
 
 
