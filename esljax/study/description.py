@@ -62,7 +62,8 @@ class Study:
     by the problem itself.
 
     **Args:**
-    - `base`: the settings that all runs share: a `RunConfig`, or a mapping of settings to values.
+    - `base`: the settings that all runs share: a `RunConfig`, and of another `problem` a mapping of
+      settings to values.
     - `grid`: settings and the values of each. The runs are all combinations, and the settings are
       the dimensions of the result.
     - `points`: instead of a grid, one mapping of settings to values for each run, no two the same.
@@ -307,10 +308,10 @@ class Study:
             {'rate': (0.1, 0.2, 0.4)}
         """
         for key in content:
-            if key not in ("problem", "base", "grid", "points"):
+            if key not in ("base", "grid", "points", "problem"):
                 raise InputError(
-                    f"Key `{key}` of {place} is unknown; the known keys are problem, base, grid, "
-                    "points."
+                    f"Key `{key}` of {place} is unknown; the known keys are base, grid, points, "
+                    "problem."
                 )
         for key, kind, phrase in (
             ("base", Mapping, "a table"),
@@ -322,7 +323,7 @@ class Study:
         problem: Any = content.get("problem")
         if isinstance(problem, Mapping):
             problem = Recorded.of(content, place)
-        elif problem is not None and not isinstance(problem, str):
+        elif problem is not None and not isinstance(problem, str | Source):
             must = f"be a string such as 'my_file.py:name' in {place}"
             raise refuse("problem", must, f"is {problem!r}")
         elif problem is not None:
@@ -336,14 +337,19 @@ class Study:
         return cls(kind(**base), grid, content.get("points", ()), problem)
 
     @classmethod
-    def from_toml(cls, path: str | Path) -> "Study":
+    def from_toml(cls, path: str | Path, *, problem: Any = None) -> "Study":
         """Make a study from a TOML file, laid out as `from_dict` describes.
 
-        A `problem` in a file, such as "my_file.py:name", is beside the TOML file.
+        A `problem` that the file names, such as "my_file.py:name", is beside it.
+
+        **Args:** `path`: of the file. `problem`: as of `Study`, in place of the one in the file.
 
         **Raises:** `InputError` if the file cannot be read or its content is wrong.
         """
         content = read_toml(Path(path))
+        if problem is not None:
+            content["problem"] = problem if isinstance(problem, str) else Source.of(problem)
+            return cls.from_dict(content, str(path))
         problem = content.get("problem")
         if isinstance(problem, str) and problem.rpartition(":")[0].endswith(".py"):
             content["problem"] = str(Path(path).resolve().parent / Path(problem).expanduser())
@@ -375,7 +381,7 @@ class Study:
             return kind()
         if isinstance(base, kind):
             return base
-        if isinstance(base, Mapping):
+        if self.problem is not None and isinstance(base, Mapping):
             for name in base:
                 self._check_name(place, name)
             given = {name: self._value(name, value, place) for name, value in base.items()}
@@ -388,8 +394,8 @@ class Study:
                 if getattr(base, field.name) != field.default
             }
             return self._settings(given)
-        must = "be a RunConfig or a mapping of settings to values"
-        raise refuse("base", must, f"is {base!r}")
+        must = "a RunConfig" if self.problem is None else "a mapping of settings to values"
+        raise refuse("base", f"be {must}", f"is {base!r}")
 
     def _check_name(self, argument: str, name: Any) -> None:
         """Reject a setting that this study does not have."""
@@ -537,7 +543,7 @@ class Study:
 
     def _value(self, name: str, value: Any, place: str) -> Any:
         """One value of a setting, from Python, NumPy or TOML, in the type of its field."""
-        return _value(self._fields[name], value, place, outside=self.problem is not None)
+        return _value(self._fields[name], value, place, self.problem is not None)
 
 
 def _ends(values: Sequence[Any]) -> list[Any]:
@@ -570,7 +576,7 @@ def _check_size(grid: Mapping[str, Any], points: int) -> None:
         )
 
 
-def _value(field: dataclasses.Field, value: Any, place: str, *, outside: bool) -> Any:
+def _value(field: dataclasses.Field, value: Any, place: str, outside: bool) -> Any:
     if value is None:
         # No file of settings holds it; a keyword has it by default.
         raise refuse(field.name, f"be a value in {place}", "is None: leave it out for the default")
