@@ -42,7 +42,8 @@ class RunStudyConfig:
     """Run the unfinished runs of a study: a TOML file with [base] and [grid], or [[points]].
 
     `problem = "my_file.py:name"` in the file, or --problem, makes it a study of a problem of your
-    own, whose keywords are settings. It may be interrupted or killed at any time; the same command resumes it.
+    own, whose keywords are settings. It may be interrupted or killed at any time; the same command
+    resumes it.
 
     Exit codes: 0 done; 1 some runs failed or have unsolved transport problems, or the workers or
     the disk failed; 2 bad input; 130 interrupted; 143 ended by SIGTERM or SIGHUP.
@@ -136,11 +137,12 @@ def study(config: StudyConfig) -> int:
     """Run one of the commands and return its exit code."""
     command = config.command
     check_fields(command)
-    if isinstance(command, RunStudyConfig):
-        return _run(command)
-    if isinstance(command, StudyStatusConfig):
-        return _status(command)
-    return _show(command) if isinstance(command, ShowStudyConfig) else _plot(command)
+    with _warnings_as_lines():
+        if isinstance(command, RunStudyConfig):
+            return _run(command)
+        if isinstance(command, StudyStatusConfig):
+            return _status(command)
+        return _show(command) if isinstance(command, ShowStudyConfig) else _plot(command)
 
 
 def _run(config: RunStudyConfig) -> int:
@@ -159,7 +161,6 @@ def _run(config: RunStudyConfig) -> int:
     console = rich.console.Console(quiet=config.quiet)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_Bar(console))
-        stack.enter_context(_warnings_as_lines())
         try:
             with _executor(config) as executor:
                 run_study(

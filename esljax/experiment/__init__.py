@@ -50,6 +50,7 @@ from esljax.experiment.settings import (
     OPTIMIZED,
     PROJECTIONS,
     RISING,
+    RUN_SCHEDULES,
     SCHEDULES,
     SEEDS,
     TRANSPORTS,
@@ -78,6 +79,7 @@ from esljax.experiment.sources import (
     settings_class,
     source_of,
 )
+from esljax.experiment.spelling import spelled
 
 __all__ = [
     "DATASETS",
@@ -89,6 +91,7 @@ __all__ = [
     "QUANTITIES",
     "REQUIRED",
     "RISING",
+    "RUN_SCHEDULES",
     "SCHEDULES",
     "SEEDS",
     "TRANSPORTS",
@@ -158,6 +161,7 @@ __all__ = [
     "settings_class",
     "shape_of",
     "source_of",
+    "spelled",
     "stable_rate",
     "task_of",
     "telling",

@@ -34,6 +34,7 @@ from esljax.experiment.judging import Judgment, final_loss, judge, outcome_of
 from esljax.experiment.matching import Match, stable_rate
 from esljax.experiment.problem import Problem
 from esljax.experiment.settings import RISING, usual_shapes
+from esljax.experiment.spelling import spelled
 from esljax.files import Checkpoints, session, storage, writing
 from esljax.measures import (
     MinibatchNoise,
@@ -114,6 +115,7 @@ class Comparison:
 
         **Raises:** `InputError` for a name that was not judged.
         """
+        name = spelled(name, self.judgments)
         check_choice("name", name, tuple(self.judgments))
         return self.judgments[name].schedule
 

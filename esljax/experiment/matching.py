@@ -88,8 +88,10 @@ def match_endpoint(
         watch(loss)
         if not np.isfinite(loss):
             return np.inf
-        if loss <= 0:
+        if loss < 0:
             raise _Unreachable
+        if loss == 0:
+            return -np.inf
         return 0.0 if abs(loss / target - 1) < tolerance else float(np.log(loss / target))
 
     try:

@@ -25,6 +25,8 @@ class Parcel(NamedTuple):
     """Where it is; "" for an object."""
     content: str
     """Its `content_of`."""
+    keywords: tuple[str, ...]
+    """The names of its keywords."""
     made: bytes
     """The pickled object; empty beside a place."""
 
@@ -39,11 +41,11 @@ def parcel(source: Source) -> Parcel:
 
     **Raises:** `InputError` that names what cannot travel.
     """
-    content = content_of(source)
+    about = str(source), source.place, content_of(source), tuple(source.keywords)
     if source.place:
-        return Parcel(str(source), source.place, content, b"")
+        return Parcel(*about, made=b"")
     try:
-        return Parcel(str(source), "", content, _pickled(source.made))
+        return Parcel(*about, made=_pickled(source.made))
     except Exception as error:
         part, why = _stuck(source.made, error)
         raise refuse(

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from esljax._checks import InputError, door
-from esljax._types import Array, Float
+from esljax._types import Array
 from esljax.experiment.found import Found, find_schedule
 from esljax.experiment.parcels import opened
 from esljax.experiment.problem import ACCURACY, Outcome, Problem
@@ -338,11 +338,12 @@ class _Numbers(NamedTuple):
     Temperature, l2 and ε are None for a problem from outside, which has its own.
     """
 
-    rates: Float[Array, "*runs knots"] | None
+    rates: Any
+    """Of each step and the end, (*runs, K+1)."""
     keys: Array
-    temperature: Float[Array, "*runs"] | None = None
-    l2: Float[Array, "*runs"] | None = None
-    epsilon: Float[Array, "*runs"] | None = None
+    temperature: Any = None
+    l2: Any = None
+    epsilon: Any = None
 
 
 def _numbers(problem: Problem, points: tuple[Any, ...]) -> _Numbers:

@@ -29,6 +29,7 @@ from esljax.experiment.bounds import (
     check_fields,
     is_manner,
 )
+from esljax.experiment.spelling import Spelled, spelled
 from esljax.potentials import datasets
 from esljax.schedules import (
     AbstractSchedule,
@@ -107,7 +108,7 @@ def usual_shapes() -> dict[str, AbstractSchedule]:
         >>> print(esl.usual_shapes()["cosine"])
         Cosine: peak 1, end 0
     """
-    return {name: make() for name, make in SCHEDULES.items()}
+    return Spelled({name: make() for name, make in SCHEDULES.items()})
 
 
 # Not in common use: a search that ends at a rising rate is held against what a rise gains alone.
@@ -231,6 +232,9 @@ class ScheduleConfig:
     """Gradient steps of the search for the optimized schedule."""
     match_runs: Annotated[int, AtLeast(1)] = 2
     """Runs, on keys of their own, whose mean final loss is brought to the target."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "schedule", spelled(self.schedule, RUN_SCHEDULES))
 
 
 @dataclasses.dataclass(frozen=True)

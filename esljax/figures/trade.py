@@ -115,7 +115,8 @@ def plot_study(
         raise refuse("study", "have runs that are done", "has none with finite numbers yet")
     panels = _panels(known, choice)
     shown = _some(list(panels), _MOST_PANELS)
-    hues = sorted({value for panel in panels.values() for value in panel}, key=_order)
+    values = dict.fromkeys(group.settings[choice.hue] if choice.hue else None for group in known)
+    hues = sorted(values, key=_order)
     lines = _some(hues, MOST_LINES)
     figure = Figure(figsize=_size(len(shown)), layout="constrained")
     columns = min(3, len(shown))
@@ -276,7 +277,7 @@ def _draw(
     axes: Any, points: list[_Point], color: Any, choice: _Choice, setting: Setting | None
 ) -> set[str]:
     """Draw one line and return the marks of its points."""
-    places = {} if setting is None else setting.places
+    places: Any = {} if setting is None else setting.places
     points = sorted(points, key=lambda point: places.get(point.x, point.x))
     x = np.array([places.get(point.x, point.x) for point in points], float)
     y = np.array([point.y for point in points], float)
@@ -349,11 +350,11 @@ def left_out(
     facet: str,
     panels: tuple[int, int],
 ) -> list[str]:
-    """What a figure does not show, in words."""
+    """What error bars are and what a figure does not show, in words."""
     failed = sum(group.failed for group in groups)
     to_do = sum(getattr(group, "asked", group.runs) - group.runs - group.failed for group in groups)
     lost = sum(group.runs for group in groups) - sum(group.runs for group in known)
-    words = []
+    words = ["error bars: standard errors over the seeds"]
     if failed:
         words.append(f"left out: {failed} failed run{'s' * (failed > 1)}")
     if to_do:

@@ -21,6 +21,7 @@ from esljax._checks import size as in_bytes
 from esljax.experiment import (
     NUMBERS,
     OPTIMIZED,
+    RUN_SCHEDULES,
     Columns,
     OutsideConfig,
     RunConfig,
@@ -31,6 +32,7 @@ from esljax.experiment import (
     program_of,
     read_toml,
     settings_class,
+    spelled,
 )
 from esljax.study.recorded import Recorded, recorded
 
@@ -580,6 +582,8 @@ def _value(field: dataclasses.Field, value: Any, place: str, outside: bool) -> A
     if value is None:
         # No file of settings holds it; a keyword has it by default.
         raise refuse(field.name, f"be a value in {place}", "is None: leave it out for the default")
+    if field.name == "schedule":
+        value = spelled(value, RUN_SCHEDULES)
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Path):
@@ -602,7 +606,12 @@ def _converted(
             raise InputError(
                 f"Key `{key}` of {place} is unknown{fixed}; the known keys are {', '.join(fields)}."
             )
-    return {key: convert(key, value, fields[key], place) for key, value in content.items()}
+    return {
+        key: convert(
+            key, spelled(value, RUN_SCHEDULES) if key == "schedule" else value, fields[key], place
+        )
+        for key, value in content.items()
+    }
 
 
 def _plain_kind(field: dataclasses.Field) -> Any:

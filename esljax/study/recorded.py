@@ -28,8 +28,8 @@ class Recorded:
 
         **Raises:** `InputError` if that is no such description.
         """
-        texts = [content["problem"].get(key) for key in ("name", "place", "content")]
-        if not all(isinstance(text, str) for text in texts):
+        name, place, digest = (content["problem"].get(key) for key in ("name", "place", "content"))
+        if not all(isinstance(text, str) for text in (name, place, digest)):
             raise refuse("problem", f"be described in {where}", f"is {content['problem']!r}")
         base, grid = content.get("base", {}), content.get("grid", {})
         known = OutsideConfig.__dataclass_fields__
@@ -41,10 +41,10 @@ class Recorded:
         varying = {name: values for name, values in grid.items() if isinstance(values, list)}
         for point in content.get("points", ()):
             varying |= {name: [value] for name, value in point.items()}
-        for name, values in (varying | {k: [0] for k in grid.keys() - varying.keys()}).items():
-            if name not in known and name not in keywords:
-                keywords[name] = Keyword(_annotation(values[0]) | None, None)
-        return Recorded(*texts, keywords)
+        for key, values in (varying | {k: [0] for k in grid.keys() - varying.keys()}).items():
+            if key not in known and key not in keywords:
+                keywords[key] = Keyword(_annotation(values[0]) | None, None)
+        return Recorded(name, place, digest, keywords)
 
     def __str__(self) -> str:
         return self.name

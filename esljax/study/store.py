@@ -42,6 +42,7 @@ from esljax.study.integrity import (
     Contents,
     check_array,
     check_attributes,
+    check_consolidated,
     check_labels,
     chunk_of,
     damaged,
@@ -507,6 +508,7 @@ def _study(path: Path, group: Any, argument: str = "path") -> Study:
         )
     if version == _VERSION or CHECKSUMS in group.attrs:
         check_attributes(argument, path, group.attrs)
+        check_consolidated(argument, path, group.attrs)
     if type(task_size) is not int or task_size < 1 or not all(type(x) is str for x in texts):
         raise damaged(argument, f"{path}/zarr.json has attributes of other types than were made")
     return Study.from_dict(content, str(path))
