@@ -83,7 +83,7 @@ def test_keywords_are_axes_and_metrics_are_numbers(tmp_path):
         ("size", outcome.metrics["size"]),
     ):
         np.testing.assert_allclose(float(one[name]), float(value), rtol=2e-5, err_msg=name)
-    alone = esl.run(study.point(7), problem=bowl)
+    alone = esl.run(study.point(7))
     assert float(one["entropy_production"]) == float(alone.report.entropy_production)
     assert esl.study.summarize(results)[0].means["size"] > 0
 
@@ -157,33 +157,36 @@ def test_what_cannot_reach_the_target_has_failed(tmp_path):
     assert np.isnan(float(results["rate"][1, 0]))
 
 
+def still() -> esl.Problem:
+    """Members that always start at the same places."""
+    start = 1 + jax.random.normal(jax.random.key(5), (4, 2))
+    return esl.Problem(esl.Quadratic(1.0), members=4, steps=10, snapshots=10, start=start)
+
+
 def test_an_optimized_schedule_is_found_and_taken_home(tmp_path):
-    """Its Σ is the least of all at the target; its knots are those of the run."""
-    base = {"target": 0.1, "iterations": 15, "knots": 4, "noise": 0.0}
-    study = esl.study.Study(
-        base, {"schedule": ["constant", "linear_decay", "optimized"]}, problem=bowl
-    )
+    """Its Σ is the least at the target; its knots are those of the run."""
+    base = {"target": 0.1, "iterations": 15, "knots": 3, "match_runs": 1}
+    study = esl.study.Study(base, {"schedule": ["constant", "optimized"]}, problem=still)
     results = esl.study.run_study(study, tmp_path / "study.zarr").load()
     assert (results["done"] == 1).all()
-    sigma = results["entropy_production"]
-    assert float(sigma[2]) < float(sigma[:2].min())
-    assert np.isnan(results["knots"].values[:2]).all()
+    sigma = results["entropy_production"].values
+    assert sigma[1] < 0.95 * sigma[0]
+    np.testing.assert_allclose(results["final_loss"], 0.1, rtol=2e-3)
+    assert np.isnan(results["knots"].values[0]).all()
     schedule = esl.study.schedule_of(results.sel(schedule="optimized"))
-    np.testing.assert_allclose(schedule.values, results["knots"].values[2], rtol=1e-6)
-    outcome = bowl(noise=0.0).run(schedule, jax.random.split(jax.random.key(0))[0])
-    np.testing.assert_allclose(float(sigma[2]), float(outcome.report.entropy_production), rtol=1e-4)
-    assert abs(float(outcome.final_loss) / 0.1 - 1) < 0.2
-    shown = schedule.to_optax(10)
-    assert float(shown(0)) > 0
-    assert float(results["rate"][2]) == max(results["knots"].values[2])
+    np.testing.assert_allclose(schedule.values, results["knots"].values[1], rtol=1e-6)
+    outcome = still().run(schedule, jax.random.split(jax.random.key(0))[0])
+    np.testing.assert_allclose(sigma[1], float(outcome.report.entropy_production), rtol=1e-4)
+    assert float(results["rate"][1]) == results["knots"].values[1].max()
+    assert schedule.to_optax(10)(0) > 0
 
 
 def test_searches_of_one_shape_share_a_program(tmp_path):
     """The target, the seed and the arrays of the problem are data of the search."""
     from esljax.optimization import lagrangian
 
-    base = {"iterations": 2, "knots": 3, "schedule": "optimized", "members": 6}
-    grid = {"stiffness": [1.0, 2.0], "target": [0.2, 0.3], "seed": [0]}
+    base = {"iterations": 2, "knots": 2, "schedule": "optimized", "members": 6, "match_runs": 1}
+    grid = {"stiffness": [1.0, 2.0], "target": [0.2], "seed": [0, 1]}
     before = lagrangian.Compiled.step._cached._cache_size()
     esl.study.run_study(esl.study.Study(base, grid, problem=bowl), tmp_path / "study.zarr")
     assert lagrangian.Compiled.step._cached._cache_size() - before == 1

@@ -16,10 +16,10 @@ import rich.table
 import rich.text
 import tyro
 
-from esljax._checks import refuse
+from esljax._checks import InputError, refuse
 from esljax.command.settings import DONE, FAILED, INTERRUPTED, NOT_WRITTEN
 from esljax.command.streams import legible, print_whole
-from esljax.experiment import AtLeast, check_fields, in_words
+from esljax.experiment import AtLeast, check_fields, in_words, read_toml
 from esljax.files import TERMINATED, Terminated, storage, uninterrupted, writing
 from esljax.results import concise
 from esljax.study import (
@@ -385,7 +385,15 @@ def _existing(path: Path) -> Path:
         return path
     store = _store(path)
     if store.exists() and path.exists():
-        differs = Study.from_toml(path).difference(read_study(store))
+        stored = read_study(store)
+        try:
+            named = "problem" in read_toml(path) or stored.problem is None
+            problem = None if named else stored.problem.place
+            differs = Study.from_toml(path, problem=problem).difference(stored)
+        except InputError as error:
+            # The results are there, whatever has become of what they are from.
+            print(f"esljax: {path} is not compared with {store}: {error}", file=sys.stderr)
+            differs = None
         if differs is not None:
             print(
                 f"esljax: {path} has changed since, in {differs}; {store} holds the old study.",

@@ -10,6 +10,8 @@ import pickle
 import sys
 from typing import Any, NamedTuple
 
+import jax
+
 from esljax._checks import InputError, first_sentence, in_words, refuse
 from esljax.experiment.problem import Problem
 from esljax.experiment.sources import Source
@@ -27,6 +29,8 @@ class Parcel(NamedTuple):
     """Its `content_of`."""
     keywords: tuple[str, ...]
     """The names of its keywords."""
+    wide: bool
+    """Whether jax had numbers of 64 bits when it was loaded."""
     made: bytes
     """The pickled object; empty beside a place."""
 
@@ -41,7 +45,8 @@ def parcel(source: Source) -> Parcel:
 
     **Raises:** `InputError` that names what cannot travel.
     """
-    about = str(source), source.place, content_of(source), tuple(source.keywords)
+    keywords = tuple(source.keywords)
+    about = str(source), source.place, content_of(source), keywords, source.wide
     if source.place:
         return Parcel(*about, made=b"")
     try:
@@ -55,18 +60,20 @@ def parcel(source: Source) -> Parcel:
         ) from error
 
 
-def opened(given: Source | Parcel) -> Source:
+def opened(given: Any) -> Any:
     """The source in a parcel, or a source itself.
 
     **Raises:** `InputError` if its content is not what was wrapped up, or cannot be loaded.
     """
-    return given if isinstance(given, Source) else _opened(given)
+    return _opened(given) if isinstance(given, Parcel) else given
 
 
 @functools.lru_cache(maxsize=8)
 def _opened(given: Parcel) -> Source:
     try:
-        source = Source.of(given.place or pickle.loads(given.made))
+        # What it is made from has the type of the numbers then, and so its digest.
+        with jax.enable_x64(given.wide):
+            source = Source.of(given.place or pickle.loads(given.made))
     except InputError:
         raise
     except Exception as error:

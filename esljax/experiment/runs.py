@@ -33,7 +33,7 @@ from esljax.experiment.settings import (
     TrainingConfig,
     make_transport,
 )
-from esljax.experiment.sources import Source, given_of
+from esljax.experiment.sources import check_given, given_of, source_of
 from esljax.files import describe
 from esljax.potentials import FlaxLoss, mlp
 from esljax.schedules import Constant, Knots
@@ -185,11 +185,10 @@ def make_problem(
 
 
 @door
-def run(config: Any, problem: Any = None) -> Outcome:
+def run(config: Any) -> Outcome:
     """Make one run alone, in its own floating type: a `Study` stores the numbers of such runs.
 
-    **Args:** `config`: a `RunConfig`, or a point of a study of a problem. `problem`: what that
-    study has as its `problem`, for a point of one.
+    **Args:** `config`: a `RunConfig`, or the `point` of a study of any problem.
     **Returns:** `Outcome`: the `SpeedLimit` report, the final loss and the metrics.
     **Raises:** `InputError` for settings that cannot run.
 
@@ -201,9 +200,10 @@ def run(config: Any, problem: Any = None) -> Outcome:
         >>> bool(outcome.report.holds)
         True
     """
-    task = task_of((config,), 1, 1, None if problem is None else Source.of(problem))
-    config = task.points[0]
+    check_given(config)
     config.check()
+    task = task_of((config,), 1, 1, source_of(config))
+    config = task.points[0]
     with jax.enable_x64(DTYPES[config.dtype]):
         made, shape = _made(task)
         numbers = jax.tree.map(lambda x: x[0], _numbers(made, task.points))
