@@ -33,7 +33,8 @@ extensions = [
 ]
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+# What the scripts of the experiments print, which the pages include.
+exclude_patterns = ["_build", "**/.ipynb_checkpoints", "experiments/results"]
 # `setup` below makes this file's functions part of the configuration.
 suppress_warnings = ["config.cache"]
 

@@ -219,7 +219,10 @@ def test_a_setting_without_default_is_to_be_given(mine):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"depth": 1}, r"`depth` must be a keyword of mine.py:net.*\(its keywords: width, batch,"),
+        (
+            {"depth": 1},
+            r"`depth` must be left out with mine.py:net, whose settings are width, batch, ",
+        ),
         ({"width": 0.5}, r"`width` must be an integer, but is 0.5"),
         ({"width": True}, r"`width` must be an integer, but is True"),
         ({"batch": "8"}, r"`batch` must be an integer, but is '8'"),
@@ -271,7 +274,7 @@ def test_a_keyword_with_the_name_of_a_setting_beside_it_is_refused(mine, name):
 
 
 def test_a_problem_has_no_settings_and_a_function_must_return_one(mine):
-    with pytest.raises(esl.InputError, match="`width` must be left to the problem"):
+    with pytest.raises(esl.InputError, match=r"`width` must be left out with mine.py:fixed"):
         Source.of(f"{mine}:fixed").problem(width=3)
     with pytest.raises(esl.InputError, match=r"returns a dict \(.*mine.py, line 42\)"):
         Source.of(f"{mine}:dictionary").problem(width=3)

@@ -9,19 +9,22 @@ from esljax.experiment.bounds import (
     Positive,
     check_fields,
     choices,
+    choices_or,
     convert,
     converted,
 )
 from esljax.experiment.comparison import Comparison, Watcher, compare
 from esljax.experiment.families import Family, bounded, unbounded, usual_families
-from esljax.experiment.fronts import Front, front
+from esljax.experiment.fronts import Front, front, gradients_of_front
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
+from esljax.experiment.learning import OWN, own_files, potential_of
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import Plan, plan_memory
 from esljax.experiment.parcels import Parcel, content_of, parcel
 from esljax.experiment.problem import Metric, Outcome, Problem
 from esljax.experiment.runs import (
     NUMBERS,
+    OPTIONAL,
     QUANTITIES,
     WITH_ERROR,
     Columns,
@@ -43,6 +46,7 @@ from esljax.experiment.runs import (
     width_of_a_task,
     work,
 )
+from esljax.experiment.saving import Leaves
 from esljax.experiment.settings import (
     DATASETS,
     DTYPES,
@@ -58,7 +62,9 @@ from esljax.experiment.settings import (
     EnsembleConfig,
     GeneralConfig,
     LossConfig,
+    NumbersConfig,
     OutsideConfig,
+    ProblemConfig,
     RunConfig,
     ScheduleConfig,
     TrainingConfig,
@@ -87,6 +93,8 @@ __all__ = [
     "MODEL_DTYPES",
     "NUMBERS",
     "OPTIMIZED",
+    "OPTIONAL",
+    "OWN",
     "PROJECTIONS",
     "QUANTITIES",
     "REQUIRED",
@@ -107,10 +115,12 @@ __all__ = [
     "GeneralConfig",
     "Judgment",
     "Keyword",
+    "Leaves",
     "LossConfig",
     "Manner",
     "Metric",
     "Nonnegative",
+    "NumbersConfig",
     "OneOf",
     "Outcome",
     "OutsideConfig",
@@ -118,6 +128,7 @@ __all__ = [
     "Plan",
     "Positive",
     "Problem",
+    "ProblemConfig",
     "Quantity",
     "Rows",
     "RunConfig",
@@ -132,6 +143,7 @@ __all__ = [
     "check_fields",
     "check_given",
     "choices",
+    "choices_or",
     "compare",
     "content_of",
     "convert",
@@ -141,6 +153,7 @@ __all__ = [
     "fitting_width",
     "front",
     "given_of",
+    "gradients_of_front",
     "in_words",
     "judge",
     "knot_name",
@@ -151,9 +164,11 @@ __all__ = [
     "memory_of_a_run",
     "memory_of_a_task",
     "number_names",
+    "own_files",
     "parcel",
     "plain",
     "plan_memory",
+    "potential_of",
     "program_of",
     "ratio",
     "read_toml",

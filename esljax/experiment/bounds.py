@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
@@ -92,6 +92,23 @@ class OneOf:
         check_choice(argument, value, tuple(self.registry))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class NameOr:
+    """One of the names of a registry, or something of the user's, described by `words`."""
+
+    registry: Mapping[str, Any]
+    words: str
+    recognizes: Callable[[Any], bool]
+    """Whether a value looks like that; whether it is there is seen when it is read."""
+
+    def check(self, argument: str, value: Any) -> None:
+        """**Raises:** `InputError` for anything else."""
+        known = isinstance(value, str) and (value in self.registry or self.recognizes(value))
+        if not known:
+            names = ", ".join(map(repr, self.registry))
+            raise refuse(argument, f"be one of {names}, or {self.words}", f"is {value!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Manner:
     """A setting of how a command runs, not of what it computes: reports leave it out."""
@@ -119,8 +136,17 @@ def check_fields(config: Any) -> None:
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
-    """The names that a field with this annotation may hold; none if it has no registry."""
-    registries = [rule.registry for rule in _anatomy(annotation).rules if isinstance(rule, OneOf)]
+    """The names that a field with this annotation, or each item of it, may hold; none if it has no
+    registry."""
+    anatomy = _anatomy(annotation)
+    rules = anatomy.rules if anatomy.item is None else anatomy.item.rules
+    registries = [rule.registry for rule in rules if isinstance(rule, OneOf)]
+    return tuple(registries[0]) if registries else ()
+
+
+def choices_or(annotation: Any) -> tuple[str, ...]:
+    """The names that a field with this annotation knows beside things of the user's, if any."""
+    registries = [rule.registry for rule in _anatomy(annotation).rules if isinstance(rule, NameOr)]
     return tuple(registries[0]) if registries else ()
 
 
@@ -157,7 +183,7 @@ def convert(key: str, value: Any, field: dataclasses.Field, place: str) -> Any:
         for item in value if isinstance(value, list) else (value,):
             _check_length(key, item)
     for rule in anatomy.rules:
-        if isinstance(rule, OneOf):
+        if isinstance(rule, OneOf | NameOr):
             rule.check(key, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:
@@ -223,7 +249,7 @@ def _anatomy(annotation: Any) -> _Anatomy:
     return _Anatomy(annotation)
 
 
-_Rule = AtLeast | Below | Positive | Nonnegative | OneOf | Manner
+_Rule = AtLeast | Below | Positive | Nonnegative | OneOf | NameOr | Manner
 
 
 def _check(name: str, value: Any, anatomy: _Anatomy) -> None:

@@ -22,20 +22,20 @@ from jax.sharding import Mesh
 from esljax._checks import InputError, door
 from esljax._types import Array
 from esljax.experiment.found import Found, find_schedule
+from esljax.experiment.learning import OWN, own_files, potential_of
 from esljax.experiment.parcels import opened
 from esljax.experiment.problem import ACCURACY, Outcome, Problem
 from esljax.experiment.settings import (
     DTYPES,
     MODEL_DTYPES,
     OutsideConfig,
+    ProblemConfig,
     RunConfig,
     ScheduleConfig,
-    TrainingConfig,
     make_transport,
 )
 from esljax.experiment.sources import check_given, given_of, source_of
 from esljax.files import describe
-from esljax.potentials import FlaxLoss, mlp
 from esljax.schedules import Constant, Knots
 from esljax.simulation import HessianAdjoint
 from esljax.transport import AbstractTransport
@@ -65,10 +65,12 @@ QUANTITIES = (
     Quantity("temporal", _SQUARED, "temporal part of the gap"),
     Quantity("geometric", _SQUARED, "geometric part of the gap"),
     Quantity("learning_time", "squared parameters per unit of loss", "learning time U"),
-    Quantity("final_loss", "nats per example", "final training loss, mean of the members"),
+    Quantity("final_loss", "units of the loss", "final training loss, mean of the members"),
     Quantity("test_accuracy", "1", "test accuracy, mean of the members"),
     Quantity("noise_floor", _SQUARED, "noise floor of Σ, for the exact transport"),
 )
+# Only some transports have a noise floor, and only classes an accuracy.
+OPTIONAL = ("noise_floor", ACCURACY)
 # The jackknife over members gives these an error.
 WITH_ERROR = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric")
 _WORDS = {ACCURACY: ("1", "test accuracy, mean of the members")}
@@ -149,7 +151,7 @@ class Task:
 
 
 def make_problem(
-    config: TrainingConfig,
+    config: ProblemConfig,
     transport: AbstractTransport,
     jackknife: int = 0,
     mesh: Mesh | None = None,
@@ -161,18 +163,10 @@ def make_problem(
     `jackknife`: most groups for the standard errors of one run. `mesh`: the devices that share the
     members. `recompute`: whether the gradient keeps few states and recomputes the others.
     """
-    data = config.load_data()
-    classes = int(max(data.train.labels.max(), data.test.labels.max())) + 1
-    model = mlp(data.train.inputs.shape[1], *config.hidden, classes)
+    potential, test = potential_of(config, config.load_data(), MODEL_DTYPES[config.model_dtype])
     return Problem(
-        FlaxLoss(
-            model,
-            data.train,
-            batch_size=config.batch_size or None,
-            l2=config.l2,
-            dtype=MODEL_DTYPES[config.model_dtype],
-        ),
-        test=data.test,
+        potential,
+        test=test,
         temperature=config.temperature,
         transport=transport,
         members=config.members,
@@ -285,7 +279,12 @@ def program_of(config: Any) -> Any:
 
 def memory_of_a_run(config: RunConfig) -> int:
     """The bytes that one run takes, about, from its shapes alone; 0 if it cannot be made."""
-    return _memory(shape_of(config))
+    shape = shape_of(config)
+    try:
+        return _memory(shape, _present(shape))
+    except InputError:
+        # Its task will report why.
+        return 0
 
 
 def memory_of_a_task(task: Task) -> int:
@@ -465,11 +464,10 @@ def _answer(outcome: Outcome, errors: bool) -> dict[str, Array]:
 
 def _reason(numbers: dict[str, float]) -> str:
     """Why a point has failed, "" if it has not."""
-    # Only some transports have a noise floor.
     bad = [
         name
         for name, value in numbers.items()
-        if not np.isfinite(value) and name != "noise_floor" and not name.endswith("_error")
+        if not np.isfinite(value) and name not in OPTIONAL and not name.endswith("_error")
     ]
     if not bad:
         return ""
@@ -486,7 +484,7 @@ def _made(task: Task) -> tuple[Problem, RunConfig | None]:
     config = task.points[0]
     if task.source is None:
         shape = shape_of(config)
-        return _problem(shape, config.dtype), shape
+        return _problem(shape, config.dtype, _present(shape)), shape
     source = opened(task.source)
     key = (id(source), tuple(task.keywords.items()), config.dtype)
     if key not in _MADE:
@@ -519,20 +517,26 @@ def _alike(problem: Problem) -> Problem:
     return eqx.combine(structure.unflatten(jax.tree.leaves(arrays)), known)
 
 
+def _present(shape: RunConfig) -> tuple:
+    """What the user's files of a run hold now."""
+    named = {name: [getattr(shape, name)] for name in OWN}
+    return tuple(own_files(named).items())
+
+
 @functools.lru_cache(maxsize=1024)
-def _memory(shape: RunConfig) -> int:
+def _memory(shape: RunConfig, files: tuple) -> int:
     try:
         with jax.enable_x64(DTYPES[shape.dtype]):
-            return _problem(shape, shape.dtype).plan_memory(differentiated=False).total
+            return _problem(shape, shape.dtype, files).plan_memory(differentiated=False).total
     except Exception:
         # The problem cannot be made: its task will report why.
         return 0
 
 
 @functools.lru_cache(maxsize=16)
-def _problem(shape: RunConfig, dtype: str) -> Problem:
+def _problem(shape: RunConfig, dtype: str, files: tuple) -> Problem:
     """A problem of that shape, whose numbers are replaced run by run.
 
-    jax computes in `dtype` already; the argument is only a key of the cache.
+    jax computes in `dtype` already, and `files` are `_present`; both are only keys of the cache.
     """
     return make_problem(shape, shape.make_transport(jax.random.key(0)), shape.jackknife)

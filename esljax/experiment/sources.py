@@ -11,6 +11,7 @@ The keywords of a function are settings: flags of a command, keys of a TOML file
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import enum
 import functools
@@ -29,6 +30,7 @@ import jax
 from esljax._checks import InputError, in_words, own_frame, refuse
 from esljax.experiment.bounds import OneOf, check_fields
 from esljax.experiment.problem import Problem
+from esljax.files import Terminated
 
 _MUST = "be a Problem, or a function of keywords that returns one"
 _PLACE = f"{_MUST}, as 'my_file.py:name' or 'package.module:name'"
@@ -68,11 +70,16 @@ class Source:
     **Example:**
 
         >>> import esljax as esl
+        >>> import jax
         >>> from esljax.experiment import Source
         >>> def line(members: int = 8, noise: float = 0.1):
         ...     '''Members on a line.'''
         ...     return esl.Problem(
-        ...         esl.Quadratic(1.0), members=members, steps=10, snapshots=5, temperature=noise,
+        ...         esl.Quadratic(1.0),
+        ...         members=members,
+        ...         steps=10,
+        ...         snapshots=5,
+        ...         temperature=noise,
         ...         start=lambda key: jax.random.normal(key, (members, 1)),
         ...     )
         >>> source = Source.of(line)
@@ -99,17 +106,16 @@ class Source:
         """
         if isinstance(given, Source):
             return given
-        made: Any = given
-        place = ""
-        if isinstance(given, str | Path):
-            place, made = _load(str(given))
+        given_object: tuple[str, Any] = "", given
+        place, made = _load(str(given)) if isinstance(given, str | Path) else given_object
         if isinstance(made, Problem):
             return Source(place, made, types.MappingProxyType({}), _wide())
         if isinstance(made, type) or not callable(made):
             named = f"{_brief(place)} is" if place else "is"
-            raise refuse("problem", _MUST if made is given else _PLACE, f"{named} {in_words(made)}")
+            raise refuse("problem", _PLACE if place else _MUST, f"{named} {in_words(made)}")
+        function: Callable[..., Any] = made
         name = _brief(place) if place else in_words(made)
-        return Source(place, made, types.MappingProxyType(_keywords(made, name)), _wide())
+        return Source(place, function, types.MappingProxyType(_keywords(function, name)), _wide())
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Source) and (self.place, id(self.made)) == (
@@ -147,7 +153,7 @@ class Source:
         for name, value in given.items():
             if self.keywords[name].as_list and value is not None:
                 given[name] = list(value)
-        with self.blamed():
+        with self.blamed(str(self)):
             problem = made(**given)
         if not isinstance(problem, Problem):
             code: Any = getattr(inspect.unwrap(made), "__code__", None)
@@ -176,23 +182,23 @@ class Source:
         if isinstance(self.made, Problem):
             return refuse(
                 name,
-                "be left to the problem that is given, which has no settings (a function of "
+                f"be left out with {self}, a Problem, which has no settings (a function of "
                 "keywords that returns a Problem has)",
-                f"is given beside {self}",
+                "is given",
             )
         known = ", ".join(self.keywords) or "none"
-        return refuse(
-            name,
-            f"be a keyword of {self} to be set beside it (its keywords: {known})",
-            "is none",
-        )
+        return refuse(name, f"be left out with {self}, whose settings are {known}", "is given")
 
     @contextlib.contextmanager
-    def blamed(self) -> Iterator[None]:
-        """Turn whatever is raised in the user's code into one sentence with its file and line."""
+    def blamed(self, what: str = "") -> Iterator[None]:
+        """Turn whatever is raised in the user's code into one sentence with its file and line.
+
+        **Args:** `what`: what to name in the place of a line, if none of the user has raised; ""
+        to let that error pass.
+        """
         where = self.place.rpartition(":")[0]
         file = Path(where) if _is_file(where) else None
-        with _beside(file), _blamed(str(self)):
+        with _beside(file), _blamed(what):
             yield
 
 
@@ -209,13 +215,30 @@ def settings_class(base: Any, source: Source | None) -> Any:
     keyword without a default is `REQUIRED` until it is given. Without a source it is `base`.
 
     **Raises:** `InputError` for a keyword that has the name of a setting of `base`.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> import jax
+        >>> from esljax.experiment import GeneralConfig, Source, settings_class
+        >>> def line(members: int = 8):
+        ...     return esl.Problem(
+        ...         esl.Quadratic(1.0),
+        ...         members=members,
+        ...         steps=10,
+        ...         snapshots=5,
+        ...         start=lambda key: jax.random.normal(key, (members, 1)),
+        ...     )
+        >>> kind = settings_class(GeneralConfig, Source.of(line))
+        >>> kind(members=4, rate=0.5)
+        GeneralConfig(seed=0, dtype='float32', rate=0.5, members=4)
     """
     return base if source is None else _settings_class(base, source)
 
 
 def source_of(settings: Any) -> Source | None:
-    """The source that the class of some settings was made for; None for the built-in problem."""
-    return getattr(type(settings), "source", None)
+    """The source that settings, or their class, were made for; None for the built-in problem."""
+    return getattr(settings if isinstance(settings, type) else type(settings), "source", None)
 
 
 def given_of(settings: Any) -> dict[str, Any]:
@@ -416,6 +439,38 @@ _NEIGHBORS: dict[Path, dict[str, types.ModuleType]] = {}
 _PREFIX = "_problem_"
 
 
+class _Asked(NamedTuple):
+    """What a place is given for."""
+
+    argument: str
+    must: str
+    kinds: tuple[type, ...]
+    """The kinds of objects, besides problems, that a module may offer for it."""
+
+
+_OF_A_PROBLEM = _Asked("problem", _PLACE, (types.FunctionType,))
+_ASKED = contextvars.ContextVar("asked", default=_OF_A_PROBLEM)
+
+
+def load(argument: str, place: str, must: str) -> Any:
+    """The object at a place, "my_file.py:name" or "package.module:name".
+
+    **Args:** `argument`: the setting that names the place. `must`: what it must be, for messages.
+    **Raises:** `InputError` for a place without such an object, and whatever goes wrong in the
+    user's file, with its line.
+    """
+    token = _ASKED.set(_Asked(argument, must, (types.FunctionType, type)))
+    try:
+        return _load(place)[1]
+    finally:
+        _ASKED.reset(token)
+
+
+def _refused(was: str) -> InputError:
+    asked = _ASKED.get()
+    return refuse(asked.argument, asked.must, was)
+
+
 def _wide() -> bool:
     return bool(jax.config.read("jax_enable_x64"))
 
@@ -430,17 +485,17 @@ def _load(place: str) -> tuple[str, Any]:
     if not where or not name.isidentifier():
         where = where if where.endswith(".py") else place.rstrip(":")
         known = f" (it has {_offers(_run(_file(where)))})" if where.endswith(".py") else ""
-        raise refuse("problem", _PLACE, f"is {place!r}{known}")
+        raise _refused(f"is {place!r}{known}")
     module = _run(_file(where)) if _is_file(where) else _imported(where)
     if not hasattr(module, name):
-        raise refuse("problem", _PLACE, f"{where} has no {name!r}; it has {_offers(module)}")
+        raise _refused(f"{where} has no {name!r}; it has {_offers(module)}")
     full = str(_file(where)) if _is_file(where) else where
     return f"{full}:{name}", getattr(module, name)
 
 
 def _imported(where: str) -> types.ModuleType:
     if not all(part.isidentifier() for part in where.split(".")):
-        raise refuse("problem", _PLACE, f"names the module {where!r}")
+        raise _refused(f"names the module {where!r}")
     with _on_path(Path.cwd()), _blamed(where):
         return importlib.import_module(where)
 
@@ -450,11 +505,11 @@ def _file(where: str) -> Path:
         file = Path(where).expanduser().resolve()
         found = file.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise refuse("problem", _PLACE, f"{where} gives {_said(error)}") from error
+        raise _refused(f"{where} gives {_said(error)}") from error
     if not found:
-        raise refuse("problem", _PLACE, f"there is no file {file}")
+        raise _refused(f"there is no file {file}")
     if file.suffix != ".py":
-        raise refuse("problem", _PLACE, f"{file} is no file of Python, whose name ends in .py")
+        raise _refused(f"{file} is no file of Python, whose name ends in .py")
     return file
 
 
@@ -463,7 +518,7 @@ def _run(file: Path) -> types.ModuleType:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise refuse("problem", _PLACE, f"{file} gives: {error.strerror}") from error
+        raise _refused(f"{file} gives: {error.strerror}") from error
     before = _LOADED.get((file, _wide()))
     if before is not None and before.content == content and before.stamps == _stamps(before.stamps):
         return before.module
@@ -544,7 +599,7 @@ def _offers(module: types.ModuleType) -> str:
         if not name.startswith("_")
         and (
             isinstance(value, Problem)
-            or (isinstance(value, types.FunctionType) and value.__module__ == module.__name__)
+            or (isinstance(value, _ASKED.get().kinds) and value.__module__ == module.__name__)
         )
     ]
     return ", ".join(names) or "no function and no Problem"
@@ -558,9 +613,11 @@ def _blamed(what: str) -> Iterator[None]:
     """Turn an exception of the user's code into one sentence with its file and line."""
     try:
         yield
+    except Terminated:
+        raise
     except (Exception, SystemExit) as error:
         own = own_frame(error)
-        if own is None and isinstance(error, InputError):
+        if own is None and (isinstance(error, InputError) or not what):
             raise
         if isinstance(error, SyntaxError) and error.filename and error.lineno:
             where, code = f"{error.filename}, line {error.lineno}", (error.text or "").strip()
@@ -573,7 +630,7 @@ def _blamed(what: str) -> Iterator[None]:
         if isinstance(error, InputError):
             raise InputError(f"{str(error).rstrip('.')} ({where}{shown}).") from error
         raise InputError(
-            f"Argument `problem` must be loaded and made without an error, but {where} raises "
+            f"Argument `{_ASKED.get().argument}` must be code without an error, but {where} raises "
             f"{_said(error)}{f' ({code})' if code else ''}."
         ) from error
 

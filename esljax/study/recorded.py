@@ -4,7 +4,7 @@ Results are read without it, and so without any code of a user. It is loaded to 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from esljax._checks import refuse
@@ -53,12 +53,13 @@ class Recorded:
         """The settings, which were checked before they were recorded."""
         return dict(settings)
 
-    def problem(self, **settings: Any) -> Problem:
-        """The problem, from where it was.
+    @property
+    def problem(self) -> Callable[..., Problem]:
+        """What makes the problem, from where it was.
 
         **Raises:** `InputError` if it is not there any more.
         """
-        return self.loaded().problem(**settings)
+        return self.loaded().problem
 
     def loaded(self) -> Source:
         """The source of the problem.

@@ -9,7 +9,6 @@ What is read is checked against the checksums of `study.integrity`.
 import datetime
 import glob
 import json
-import math
 import os
 import re
 import shutil
@@ -23,19 +22,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esljax._checks import InputError, first_sentence, memory_of_the_machine, refuse, size
+from esljax._checks import InputError, first_sentence, refuse
 from esljax.experiment import (
+    OWN,
     Columns,
     Rows,
     knot_name,
-    memory_of_a_task,
     number_names,
-    program_of,
-    task_of,
+    own_files,
 )
 from esljax.files import storage
-from esljax.study.columns import MOST_MADE, columns_of
-from esljax.study.description import Slice, Study
+from esljax.study.columns import columns_of
+from esljax.study.description import Study
 from esljax.study.integrity import (
     CHECKSUM,
     CHECKSUMS,
@@ -52,6 +50,7 @@ from esljax.study.integrity import (
     run_checksums,
     runs_of,
 )
+from esljax.study.room import check_room
 
 TO_DO, DONE, FAILED = 0, 1, 2
 
@@ -59,8 +58,6 @@ TO_DO, DONE, FAILED = 0, 1, 2
 _VERSION = 2
 # What `done` holds where its chunk is lost: none of the states.
 _LOST = -1
-# The space that a file of a Zarr chunk takes on a usual disk, however short it is.
-_BLOCK = 4096
 # The attribute of the `Columns`, as JSON: none in stores of earlier versions.
 _COLUMNS = "columns"
 _UNITS = {
@@ -335,6 +332,7 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
             f"by --reuse {path.name}",
         )
     _check_versions("out", store)
+    _check_sources("out", store, study)
     commits, now = store.attributes["commit"].split(", "), storage.commit() or ""
     if now not in commits:
         store.record({"commit": ", ".join([*commits, now])})
@@ -364,7 +362,7 @@ def make_store(path: Path, study: Study, task_size: int) -> StudyStore:
     **Raises:** `InputError` if the disk or the memory has too little room for the results.
     """
     columns = columns_of(study)
-    _check_room(path, study, task_size, columns)
+    check_room(path, study, task_size, columns)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     _make(_zarr(), part, study, task_size, columns)
     part.rename(path)
@@ -391,6 +389,7 @@ def store_to_reuse(path: Path, study: Study) -> StudyStore:
     """
     store = StudyStore(path, _open(path, "r", "reuse"), "reuse")
     _check_versions("reuse", store)
+    _check_sources("reuse", store, study)
     store.check(lock_path(path))
     if not store.shared(study):
         difference = study.difference(store.study) if np.any(store.done == DONE) else None
@@ -422,8 +421,9 @@ def open_study(path: str | Path) -> Any:
     - `entropy_production` Σ, `length_squared` L², `w2_squared` W2², `gap` Σ - W2², and its parts
       `temporal` and `geometric`: in r².
     - `learning_time` U: in r² per unit of loss.
-    - `final_loss`: in nats per example; `test_accuracy`: a share between 0 and 1. Both are means
-      over the members at the end of the run.
+    - `final_loss`: in units of the loss, nats per example for a cross entropy; `test_accuracy`: a
+      share between 0 and 1, NaN unless the labels are classes. Both are means over the members at
+      the end of the run.
     - `noise_floor`: the part of Σ that the noise of the steps adds, in r²; NaN unless the transport
       pairs members, as the exact one does.
     - `entropy_production_error` and so on, for the six numbers of the first line: standard errors
@@ -433,7 +433,8 @@ def open_study(path: str | Path) -> Any:
 
     Its attributes are strings and integers: `study` (the description, as TOML), `task_size`,
     `created` (the time), `versions` (as JSON), `commit` (of every writer), `version` (of the
-    layout), and `reused` (as JSON) for the stores that runs were copied from.
+    layout), `sources` (as JSON) for digests of your files that the runs read, and `reused` (as
+    JSON) for the stores that runs were copied from.
 
     **Raises:** `InputError` if there is no such store, if it is damaged (the message names the
     place), or if xarray is not installed.
@@ -531,6 +532,34 @@ def _check_versions(argument: str, store: StudyStore) -> None:
         )
 
 
+def sources(study: Study) -> dict[str, str]:
+    """The user's files that the runs of a study read, and a digest of what each holds now.
+
+    **Raises:** `InputError` for one that cannot be read.
+    """
+    if study.problem is not None:
+        return {}
+    base, varied = study.base, study.coordinates
+    held = {name: varied[name][1] for name in OWN if name in varied}
+    fixed = {name: [getattr(base, name)] for name in OWN if hasattr(base, name)}
+    return own_files(fixed | held)
+
+
+def _check_sources(argument: str, store: StudyStore, study: Study) -> None:
+    """Reject a store whose runs have read other files than those that are there now."""
+    try:
+        theirs = dict(json.loads(store.attributes.get("sources", "{}")))
+    except (TypeError, ValueError) as error:
+        raise damaged(argument, f"{store.path}/zarr.json holds no sources") from error
+    for file, digest in sources(study).items():
+        if theirs.get(file, digest) != digest:
+            raise refuse(
+                argument,
+                "be a store made with the files that are there now",
+                f"{file} has changed since {store.path} was made (start a new store)",
+            )
+
+
 def _open(path: Path, mode: Any, argument: str = "path") -> Any:
     zarr = _zarr()
     if not path.exists():
@@ -554,6 +583,8 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int, columns: C
         "commit": storage.commit() or "",
         _COLUMNS: json.dumps(columns._asdict()),
     }
+    if files := sources(study):
+        about["sources"] = json.dumps(files)
     group = zarr.create_group(str(path), zarr_format=3, attributes=about)
     # Explicit, because a damaged list of codecs may not look like another default.
     codecs = (zarr.codecs.ZstdCodec(), zarr.codecs.Crc32cCodec())
@@ -615,62 +646,6 @@ def _labels(values: tuple) -> np.ndarray:
     if isinstance(values[0], tuple):
         return np.array([",".join(map(str, value)) for value in values], dtype=object)
     return np.array(values, dtype=object if isinstance(values[0], str) else None)
-
-
-def _check_room(path: Path, study: Study, task_size: int, columns: Columns) -> None:
-    """Reject results that would not fit, by an estimate, before anything is written."""
-    if not path.parent.is_dir():
-        raise refuse("out", "be in a folder that exists", f"{path.parent} does not")
-    variables = len(columns.names()) + 4
-    lengths = zip(study.dimensions.values(), study.chunks(task_size), strict=True)
-    chunks = math.prod(-(-length // step) for length, step in lengths)
-    on_disk = variables * max(8 * study.size, _BLOCK * chunks)
-    free = shutil.disk_usage(path.parent).free
-    if on_disk > free:
-        raise refuse(
-            "out",
-            f"have room for {study.size:,} runs, about {size(on_disk)}",
-            f"{path.parent} has {size(free)} left",
-        )
-    # The numbers when they are read, and the list of tasks.
-    in_memory = variables * 8 * study.size + 200 * study.size
-    available = memory_of_the_machine()
-    if in_memory > available:
-        raise refuse(
-            "grid",
-            f"fit in the {size(available)} of memory of this machine",
-            f"the results of {study.size:,} runs need about {size(in_memory)}",
-        )
-
-
-def check_memory(study: Study, slices: list[Slice]) -> None:
-    """Reject a run that this machine cannot hold, by an estimate from its shapes.
-
-    **Raises:** `InputError`, naming the run and the memory that it needs.
-    """
-    available, seen = memory_of_the_machine(), set()
-    for part in slices:
-        config = study.point(int(part.indices[0]))
-        if study.problem is not None:
-            if len(seen) >= MOST_MADE:
-                return
-            # Of an own problem each kind is made once: that may take its time.
-            if (program := program_of(config)) in seen:
-                continue
-            seen.add(program)
-        needed = memory_of_a_task(task_of((config,), 1, 1, study.problem))
-        if needed > available:
-            what = (
-                f"{config.members} members of hidden {config.hidden} over {config.snapshots} "
-                "snapshots need"
-                if study.problem is None
-                else f"a run of {study.problem} needs"
-            )
-            raise refuse(
-                "members" if study.problem is None else "problem",
-                f"fit in the {size(available)} of memory of this machine",
-                f"{what} about {size(needed)}",
-            )
 
 
 def _zarr() -> ModuleType:
