@@ -288,7 +288,7 @@ def test_long_spacings_have_the_digits_of_short_ones(monkeypatch):
         {"start": 0.1, "stop": 3.7, "num": 999, "scale": "log"},
         {"start": -1, "stop": 1, "num": 1000},
     ):
-        short = description._spaced("x", given)
+        short = axes._spaced("x", given)
         with monkeypatch.context() as patched:
             patched.setattr(axes, "LONG", 1)
-            assert description._spaced("x", given) == short
+            assert axes._spaced("x", given) == short
