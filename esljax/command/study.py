@@ -388,7 +388,7 @@ def _existing(path: Path) -> Path:
         stored = read_study(store)
         try:
             named = "problem" in read_toml(path) or stored.problem is None
-            problem = None if named else stored.problem.place
+            problem = None if named else getattr(stored.problem, "place", "")
             differs = Study.from_toml(path, problem=problem).difference(stored)
         except InputError as error:
             # The results are there, whatever has become of what they are from.
