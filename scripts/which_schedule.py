@@ -37,14 +37,16 @@ def problems(smoke: bool) -> dict[str, esl.Problem]:
         "digits, batch 64": _problem(digits, 10, 64, smoke),
         "digits, all examples": _problem(digits, 10, None, smoke),
         "moons, batch 8": _problem(moons, 2, 8, smoke),
-        "diabetes, batch 8": _problem(diabetes, 1, 8, smoke),
+        "diabetes, batch 8": _problem(diabetes, 1, 8, smoke, loss="squared_error"),
     }
 
 
-def _problem(data: Any, outputs: int, batch: int | None, smoke: bool) -> esl.Problem:
+def _problem(
+    data: Any, outputs: int, batch: int | None, smoke: bool, loss: str = "cross_entropy"
+) -> esl.Problem:
     width, members, steps = (4, 3, 20) if smoke else (16, 8, 200)
     model = esl.models.mlp(data.train.inputs.shape[1], width, outputs)
-    potential = esl.FlaxLoss(model, data.train, batch_size=batch)
+    potential = esl.FlaxLoss(model, data.train, loss=loss, batch_size=batch)
     return esl.Problem(potential, members=members, steps=steps, test=data.test)
 
 
