@@ -228,7 +228,7 @@ def _status(config: StudyStatusConfig) -> int:
         "failed": int(np.sum(done == 2)),
         "to do": int(np.sum(done == 0)),
     }
-    dimensions = " × ".join(f"{name} {length}" for name, length in dataset.sizes.items())
+    dimensions = " × ".join(f"{name} {length}" for name, length in dataset["done"].sizes.items())
     lines = [
         f"{path}: {done.size} runs ({dimensions})",
         ", ".join(f"{count} {name}" for name, count in counts.items()),
