@@ -16,8 +16,8 @@ every key until the final loss is `TARGET` within 1e-3. Σ, L², W2² are those 
 
 Hypothesis: easy first lowers Σ. Statistic: log(Σ/Σ of none) for each of 8 keys, paired, with a 95 %
 t-interval. *Confirmed* if both easy-first intervals lie below 0; *refuted* if none does and both
-lie above -.02; else *undecided*. Also W2², the gap, U, the work W of the drive and the heat Q, which
-balance the change of the loss: ΔΦ = W + Q for every member, and -Q is dissipated.
+lie above -.02; else *undecided*. Also W2², the gap, U, the work W of the drive and the heat Q: they
+balance the change of the loss, ΔΦ = W + Q for every member, and -Q is dissipated.
 
 *The best drive.* Rate (8 knots) alone, and rate and drive (8 knots each, margin), minimize log Σ at
 the target by gradient, 60 iterations, two searches each, on keys of their own; then the rate is
