@@ -1,6 +1,7 @@
 """Do schedules found on a small run serve where nobody searched?
 
-    python scripts/transfer.py [--smoke] [--out FILE.json] [--folder FOLDER]
+    python scripts/transfer.py [--smoke] [--out FILE.json] [--folder FOLDER] [--keys N]
+        [--processes N]
 
 The front and the tuned family are searched once, at home: digits, networks 64-16-10, batches of 8,
 200 steps. Their shapes, scaled only, and the usual shapes are then used elsewhere: more steps,
@@ -9,6 +10,7 @@ wider networks, larger batches, other data. There each shape gets its own best p
 Ratios to the front's shape are paired by key, with t-intervals of 95 %. All keys count.
 """
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,6 +95,22 @@ def judged(problem: esl.Problem, shape: Any, rate: float, keys: Any) -> dict[str
     }
 
 
+def of_place(place: str, front: esl.Front, judging: int, smoke: bool) -> dict[str, Any]:
+    """Every shape judged in one place."""
+    places = settings()
+    data, width, batch, steps = places[place]
+    sizes = (4, 8, 20) if smoke else (width, batch, steps)
+    problem = problem_of(data, *sizes, 3 if smoke else 8)
+    key = jax.random.key(100 + list(places).index(place))
+    of_rate, of_tuning, of_judging = jax.random.split(key, 3)
+    keys = {
+        "tuning": jax.random.split(of_tuning, 1 if smoke else 3),
+        "judging": jax.random.split(of_judging, 2 if smoke else judging),
+    }
+    rate = float(stable_rate(problem, of_rate))
+    return {name: judged(problem, shape, rate, keys) for name, shape in shapes_of(front).items()}
+
+
 def interval(values: Any) -> tuple[float, float]:
     """Mean and half of the 95 % t-interval over the keys."""
     values = np.asarray(values)
@@ -149,11 +167,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = timing.parser("Schedules found on a small run, used elsewhere.")
     parser.add_argument("--folder", type=Path, help="where to save the figure and the tables")
     parser.add_argument("--keys", type=int, default=8, help="held-out runs that judge a shape")
+    parser.add_argument("--processes", type=int, default=1, help="places side by side")
     arguments = parser.parse_args(argv)
     smoke, started = arguments.smoke, time.perf_counter()
-    places, members = settings(), 3 if smoke else 8
+    places = settings()
     first = next(iter(places.values()))
-    home = problem_of(*((first[0], 4, 8, 20) if smoke else first), members)
+    home = problem_of(*((first[0], 4, 8, 20, 3) if smoke else (*first, 8)))
     family = "warmup_stable_decay_tuned"
     front = esl.front(
         home,
@@ -162,23 +181,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         **(_SMALL if smoke else {}),
     )
     print(front)
-    results: dict[str, Any] = {}
-    tables = []
-    for i, (place, (data, width, batch, steps)) in enumerate(places.items()):
-        problem = problem_of(data, *((4, 8, 20) if smoke else (width, batch, steps)), members)
-        of_rate, of_tuning, of_judging = jax.random.split(jax.random.key(100 + i), 3)
-        keys = {
-            "tuning": jax.random.split(of_tuning, 1 if smoke else 3),
-            "judging": jax.random.split(of_judging, 2 if smoke else arguments.keys),
-        }
-        rate = float(stable_rate(problem, of_rate))
-        results[place] = {
-            name: judged(problem, shape, rate, keys) for name, shape in shapes_of(front).items()
-        }
-        tables.append(table(place, results[place]))
-        print(f"\n{tables[-1]}\n{time.perf_counter() - started:.0f} s", flush=True)
-        if smoke and i:
-            break
+    names = list(places)[: 2 if smoke else None]
+    judge = functools.partial(of_place, front=front, judging=arguments.keys, smoke=smoke)
+    results = dict(zip(names, timing.in_processes(judge, names, arguments.processes), strict=True))
+    tables = [table(place, rows) for place, rows in results.items()]
+    print("\n\n".join(tables))
     numbers = {"places": results, "wall_seconds": time.perf_counter() - started}
     if arguments.folder is not None:
         arguments.folder.mkdir(parents=True, exist_ok=True)

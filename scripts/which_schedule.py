@@ -1,6 +1,7 @@
 """Which schedule? The front of loss and Σ on five problems, with every usual family at its best.
 
     python scripts/which_schedule.py [--smoke] [--out FILE.json] [--folder FOLDER] [--only NAME ...]
+        [--processes N]
 
 Eight networks with 16 hidden units, 200 steps, without injected noise: handwritten digits with
 batches of 8 and 64 and with all examples, two moons with batches of 8, and a regression (diabetes)
@@ -10,6 +11,7 @@ batches along the schedule of its knee, as the temperature whose injected noise 
 members as fast. `--folder` takes each front, its figure and its schedules, and one figure of all.
 """
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,14 +37,16 @@ def problems(smoke: bool) -> dict[str, esl.Problem]:
         "digits, batch 64": _problem(digits, 10, 64, smoke),
         "digits, all examples": _problem(digits, 10, None, smoke),
         "moons, batch 8": _problem(moons, 2, 8, smoke),
-        "diabetes, batch 8": _problem(diabetes, 1, 8, smoke),
+        "diabetes, batch 8": _problem(diabetes, 1, 8, smoke, loss="squared_error"),
     }
 
 
-def _problem(data: Any, outputs: int, batch: int | None, smoke: bool) -> esl.Problem:
+def _problem(
+    data: Any, outputs: int, batch: int | None, smoke: bool, loss: str = "cross_entropy"
+) -> esl.Problem:
     width, members, steps = (4, 3, 20) if smoke else (16, 8, 200)
     model = esl.models.mlp(data.train.inputs.shape[1], width, outputs)
-    potential = esl.FlaxLoss(model, data.train, batch_size=batch)
+    potential = esl.FlaxLoss(model, data.train, loss=loss, batch_size=batch)
     return esl.Problem(potential, members=members, steps=steps, test=data.test)
 
 
@@ -54,6 +58,18 @@ def noise_at_knee(problem: esl.Problem, front: esl.Front, key: Any) -> list[floa
     noise = esl.minibatch_noise(path, problem.potential, key=jax.random.fold_in(key, 1))
     temperature: Any = noise.temperature
     return [float(jnp.min(temperature)), float(jnp.max(temperature))]
+
+
+def of_problem(name: str, smoke: bool) -> tuple[esl.Front, list[float] | None, float]:
+    """The front of a problem, the noise at its knee, and the seconds that they took."""
+    started, problem, families = time.perf_counter(), problems(smoke)[name], esl.usual_families()
+    settings: dict[str, Any] = {}
+    if smoke:
+        families = {"cosine": families["cosine"]}
+        settings = {"points": 2, "knots": 3, "iterations": 3, "judge_runs": 2, "rate": 0.3}
+    front = esl.front(problem, key=jax.random.key(0), families=families, **settings)
+    noise = noise_at_knee(problem, front, jax.random.key(1))
+    return front, noise, time.perf_counter() - started
 
 
 def row(name: str, front: esl.Front, noise: list[float] | None) -> str:
@@ -93,22 +109,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = timing.parser("The front of loss and Σ on five problems.")
     parser.add_argument("--folder", type=Path, help="where to save the fronts")
     parser.add_argument("--only", nargs="+", help="the names of some problems, such as moons")
+    parser.add_argument("--processes", type=int, default=1, help="problems side by side")
     arguments = parser.parse_args(argv)
-    families = esl.usual_families()
-    settings: dict[str, Any] = {}
-    if arguments.smoke:
-        families = {"cosine": families["cosine"]}
-        settings = {"points": 2, "knots": 3, "iterations": 3, "judge_runs": 2, "rate": 0.3}
+    names = [
+        name
+        for name in problems(arguments.smoke)
+        if not arguments.only or any(word in name for word in arguments.only)
+    ]
     fronts, rows, numbers = {}, [], {}
-    for name, problem in problems(arguments.smoke).items():
-        if arguments.only and not any(word in name for word in arguments.only):
-            continue
-        started = time.perf_counter()
-        front = esl.front(problem, key=jax.random.key(0), families=families, **settings)
-        noise = noise_at_knee(problem, front, jax.random.key(1))
+    solve = functools.partial(of_problem, smoke=arguments.smoke)
+    for name, (front, noise, seconds) in zip(
+        names, timing.in_processes(solve, names, arguments.processes), strict=True
+    ):
         fronts[name] = front
         rows.append(row(name, front, noise))
-        seconds = time.perf_counter() - started
         numbers[name] = {**front.as_dict(), "noise_temperature": noise, "seconds": seconds}
         print(f"{name}\n{front}\n{rows[-1]}\n{seconds:.0f} s\n", flush=True)
         if arguments.folder is not None:
