@@ -54,6 +54,7 @@ from esljax.measures import (
 from esljax.optimization import Equality, Optimum, optimize
 from esljax.potentials import (
     AbstractPotential,
+    Curriculum,
     DoubleWell,
     Driven,
     FlaxLoss,
@@ -138,6 +139,7 @@ __all__ = [
     "Comparison",
     "Constant",
     "Cosine",
+    "Curriculum",
     "DoubleWell",
     "Driven",
     "Equality",

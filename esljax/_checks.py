@@ -76,13 +76,18 @@ def failure(error: BaseException) -> str:
     reason = first_sentence(error)
     if not isinstance(error, TypeError | ValueError) and reason != type(error).__name__:
         reason = f"{type(error).__name__}: {reason}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not _of_a_library(frame)]
-    if not own:
+    own = own_frame(error)
+    if own is None:
         return reason
-    line = (own[-1].line or "").strip().replace(". ", ".")
+    line = (own.line or "").strip().replace(". ", ".")
     code = f": {line}" if line else ""
-    return f"{reason} ({Path(own[-1].filename).name}, line {own[-1].lineno}{code})"
+    return f"{reason} ({Path(own.filename).name}, line {own.lineno}{code})"
+
+
+def own_frame(error: BaseException) -> traceback.FrameSummary | None:
+    """Return where code of the user raised an error or called what did; None if none did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame for frame in reversed(frames) if not _of_a_library(frame)), None)
 
 
 def as_array(argument: str, x: Any, must: str = "be an array of numbers") -> Any:

@@ -7,10 +7,12 @@ no step has a length and no number an error of it.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -180,13 +182,20 @@ def _simpson(y: np.ndarray) -> float:
     return float(weights @ y / (len(y) - 1))
 
 
-def truth(name: str, duration: float, links: int, kind: str) -> dict[str, float]:
+def relaxation(d: int) -> System:
+    """The Ornstein-Uhlenbeck process of `ou1` and `ou5` in d dimensions."""
+    return _trap(0.1, 2 * np.eye(d)[0])
+
+
+def truth(name: str | System, duration: float, links: int, kind: str) -> dict[str, float]:
     """The numbers that an estimator should give on the average.
 
-    **Args:** `kind`: "affine" for the best affine field, "field" for the velocity itself, "chain"
-    for the chain of `links` links between the laws. W2² is that of the moments.
+    **Args:** `name`: of `SYSTEMS`, or a system. `kind`: "affine" for the best affine field, "field"
+    for the velocity itself, "chain" for the chain of `links` links between the laws. W2² is that of
+    the moments.
     """
-    system, s = SYSTEMS[name], np.linspace(0, 1, _TIMES + 1)
+    system = name if isinstance(name, System) else SYSTEMS[name]
+    s = np.linspace(0, 1, _TIMES + 1)
     k, (shrunk, variance) = system.stiffness(duration, s), system.laws(duration, s)
     moments = [system.moments(*law) for law in zip(shrunk, variance, strict=True)]
     distance = bures(moments[0], moments[-1])
@@ -209,3 +218,22 @@ def truth(name: str, duration: float, links: int, kind: str) -> dict[str, float]
     }
     # A difference of equal numbers is 0.
     return {number: round(value, 12) for number, value in numbers.items()}
+
+
+def members_of(law: esl.gaussian.Law, n: int, key: Any) -> Any:
+    """n independent members of a Gaussian law, shape (n, d)."""
+    values, vectors = np.linalg.eigh(np.asarray(law.covariance, float))
+    root = jnp.asarray(vectors * np.sqrt(np.maximum(values, 0)), jnp.float32)
+    return law.mean + jax.random.normal(key, (n, law.mean.size)) @ root.T
+
+
+def over_keys(
+    one: Callable[[Any], dict[str, Any]], seed: Sequence[int], keys: int
+) -> dict[str, list[float]]:
+    """The numbers of `one(key)` for every key, one run after the other in one program.
+
+    **Args:** `seed`: whole numbers that make the first key; runs with the same are paired.
+    """
+    key = functools.reduce(jax.random.fold_in, seed, jax.random.key(20))
+    rows = eqx.filter_jit(lambda keys: jax.lax.map(one, keys))(jax.random.split(key, keys))
+    return {name: np.asarray(values, float).tolist() for name, values in rows.items()}

@@ -1,12 +1,15 @@
-"""Measure for every benchmark here: compile first, block, interleave, last .1 s, take medians."""
+"""What the scripts here share: fair measurements (compile first, block, interleave, last .1 s, take
+medians), arguments, processes and files."""
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,19 @@ def medians(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, fl
         jax.block_until_ready(call())
     measured = [{name: seconds(call) for name, call in calls.items()} for _ in range(rounds)]
     return {name: statistics.median(row[name] for row in measured) for name in calls}
+
+
+def in_processes(
+    function: Callable[[Any], Any], items: Sequence[Any], processes: int
+) -> Iterator[Any]:
+    """The function of each item, in order; side by side in new processes if there are several."""
+    if processes < 2:
+        yield from map(function, items)
+        return
+    # A forked copy of a process that runs jax may wait forever.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+        yield from pool.map(function, items)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

@@ -72,8 +72,18 @@ def commands(text):
     return [match.group(1).split() for match in matches if match]
 
 
+def problem_of(words):
+    """The flags that give a command its problem, whose keywords are flags too."""
+    place = words.index("--problem") if "--problem" in words else len(words)
+    return words[place : place + 2]
+
+
 @pytest.mark.parametrize("page", PRESENT)
-def test_commands_exist(page):
+def test_commands_exist(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for code in blocks(PRESENT[page], "python"):
+        if match := re.match(r"# (\w+\.py)\n", code):
+            (tmp_path / match[1]).write_text(code)
     for words in commands(PRESENT[page]):
         if words == ["--version"]:
             continue
@@ -81,7 +91,7 @@ def test_commands_exist(page):
         for level in range(depth):
             (choices,) = re.findall(r"^usage: .*\{([\w,-]+)\}", helps(tuple(words[:level])))
             assert words[level] in choices.split(","), f"{page}: esljax {' '.join(words)}"
-        known = flags(tuple(words[:depth]))
+        known = flags((*words[:depth], *problem_of(words)))
         named = {word.split("=")[0] for word in words if word.startswith("--")}
         assert named <= known | {"--help"}, f"{page}: esljax {' '.join(words)}"
 
@@ -89,6 +99,7 @@ def test_commands_exist(page):
 def test_the_check_of_commands_sees_a_wrong_one():
     assert commands("`esljax optimize --knobs 3`") == [["optimize", "--knobs", "3"]]
     assert "--knobs" not in flags(("optimize",))
+    assert problem_of(["optimize", "--out", "a", "--problem", "b.py:c", "--d"])[1:] == ["b.py:c"]
     assert "--knots" in flags(("optimize",))
     assert commands("```sh\nsrun -n 2 esljax check \\\n  --quiet\n```\n") == [["check", "--quiet"]]
 

@@ -24,15 +24,21 @@ SCRIPTS = sorted(
 # of doing one thing.
 LONG = {
     "check_wheel",
+    "benchmark_assignment",
     "benchmark_device",
     "benchmark_gradient",
     "benchmark_simulation",
     "count_coverage",
+    "experiment_curriculum",
+    "experiment_gap",
+    "experiment_size",
+    "experiment_toy",
     "free_energy_balance",
-    "front_digits",
+    "which_schedule",
     "large_model",
     "measure_digits",
     "study_scaling",
+    "transfer",
     "velocity_accuracy",
 }
 # The line that `esljax measure` prints about its input, and how many times it runs.

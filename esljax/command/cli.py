@@ -1,15 +1,15 @@
 """The commands: the library with files, a progress bar and exit codes around it."""
 
-import dataclasses
 import os
 import sys
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, get_args
 
 import tyro
 
 from esljax._checks import InputError
 from esljax.command.check import run_checks
+from esljax.command.flags import flat, subcommand
+from esljax.command.front import front_command
 from esljax.command.measure import measure_command
 from esljax.command.optimize import optimize_command, plan_command
 from esljax.command.settings import (
@@ -18,14 +18,14 @@ from esljax.command.settings import (
     FAILED,
     INTERRUPTED,
     CheckConfig,
+    ComparisonConfig,
     MeasureConfig,
-    OptimizeConfig,
+    OutsideFrontConfig,
+    OutsidePlanConfig,
     PlanConfig,
-    from_toml,
 )
 from esljax.command.streams import patient
 from esljax.command.study import StudyConfig, study
-from esljax.experiment import choices
 from esljax.files import TERMINATED, Terminated, deaf, ended, storage
 
 
@@ -72,10 +72,12 @@ def _run(arguments: list[str]) -> int:
         print(f"esljax {storage.versions()['esljax']}")
         return DONE
     config = _parse(arguments)
-    if isinstance(config, PlanConfig):
+    if isinstance(config, PlanConfig | OutsidePlanConfig):
         return plan_command(config)
-    if isinstance(config, OptimizeConfig):
+    if isinstance(config, ComparisonConfig):
         return optimize_command(config)
+    if isinstance(config, OutsideFrontConfig):
+        return front_command(config)
     if isinstance(config, StudyConfig):
         return study(config)
     return measure_command(config) if isinstance(config, MeasureConfig) else _check(config)
@@ -88,23 +90,17 @@ def _without_devices(error: RuntimeError) -> str:
     return f"jax cannot use {asked}: {reason}."
 
 
-def _parse(
-    arguments: list[str],
-) -> OptimizeConfig | PlanConfig | MeasureConfig | StudyConfig | CheckConfig:
-    kinds = {"optimize": OptimizeConfig, "plan": PlanConfig, "measure": MeasureConfig}
-    flags = {command: _flags(kind) for command, kind in kinds.items()}
-    defaults = {command: kind() for command, kind in flags.items()}
-    command = next((argument for argument in arguments if not argument.startswith("-")), "")
-    path = _config(arguments) if command in flags else None
-    if path is not None:
-        defaults[command] = _as(flags[command], from_toml(path, kinds[command]))
+def _parse(arguments: list[str]) -> Any:
+    """The settings of the command that the arguments give."""
+    kinds = {}
     commands: Any = (
         Annotated[StudyConfig, tyro.conf.subcommand("study")]
         | Annotated[CheckConfig, tyro.conf.subcommand("check", default=CheckConfig())]
     )
-    for command in reversed(flags):
-        marker = tyro.conf.subcommand(command, default=defaults[command])
-        commands = Annotated[flags[command], marker] | commands
+    for command in ("measure", "plan", "front", "optimize"):
+        parsed, kind = subcommand(command, arguments)
+        kinds[get_args(parsed)[0]] = kind
+        commands = parsed | commands
     config = tyro.cli(
         commands,
         prog="esljax",
@@ -115,44 +111,7 @@ def _parse(
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
-    settings = {flags[command]: kind for command, kind in kinds.items()}
-    return _as(settings[type(config)], config) if type(config) in settings else config
-
-
-def _config(arguments: list[str]) -> Path | None:
-    """The TOML file that the flags name: its settings are the defaults of the other flags."""
-    path = None
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            path = Path(arguments[i + 1])
-        elif argument.startswith("--config="):
-            path = Path(argument.removeprefix("--config="))
-    return path
-
-
-Settings = TypeVar("Settings", bound=OptimizeConfig | MeasureConfig)
-
-
-def _flags(kind: type[Settings]) -> type[Settings]:
-    """The same settings with the choices of each registry as a `Literal`, which tyro reads.
-
-    Made at each call, because a registry may have grown since the class was declared.
-    """
-    fields: list[tuple[str, Any, Any]] = [
-        (field.name, Literal[choices(field.type)], dataclasses.field(default=field.default))
-        for field in dataclasses.fields(kind)
-        if choices(field.type)
-    ]
-    namespace = {"__doc__": kind.__doc__}
-    return dataclasses.make_dataclass(
-        kind.__name__, fields, bases=(kind,), namespace=namespace, frozen=True
-    )
-
-
-def _as(kind: type[Settings], settings: OptimizeConfig | MeasureConfig) -> Settings:
-    """The same settings as an instance of another class with the same fields."""
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(kind)}
-    return kind(**values)
+    return flat(kinds[type(config)], config) if type(config) in kinds else config
 
 
 def _check(config: CheckConfig) -> int:

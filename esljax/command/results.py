@@ -13,6 +13,7 @@ from typing import Any
 
 from esljax._checks import InputError
 from esljax.files import storage, uninterrupted, writing
+from esljax.schedules import AbstractSchedule
 
 SETTINGS, REPORT = "config.toml", "report.json"
 
@@ -22,13 +23,20 @@ class Results:
 
     **Args:** `folder`: where they go. `settings`: of the run, as `as_dict` gives them.
     `figures`: the names of its figures. `force`: whether files that esljax wrote for other
-    settings are replaced.
+    settings are replaced. `report`: the name of the report.
     """
 
     def __init__(
-        self, folder: Path, settings: Mapping[str, Any], figures: tuple[str, ...], *, force: bool
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        figures: tuple[str, ...],
+        *,
+        force: bool,
+        report: str = REPORT,
     ):
         self.folder, self.settings, self.figures = folder, settings, figures
+        self.report = report
         self.force = force
         self.troubles: list[str] = []
         self.written: list[str] = []
@@ -48,21 +56,28 @@ class Results:
 
     def check(self) -> None:
         """**Raises:** `InputError` if the files would replace what is not their own."""
-        names = (SETTINGS, REPORT, *self.figures)
+        names = (SETTINGS, self.report, *self.figures)
         writing.claim([self.folder / name for name in names], self.settings, force=self.force)
 
-    def write(self, report: Mapping[str, Any], figures: Mapping[str, Callable[[], Any]]) -> None:
-        """Write the report, the settings and the figures, each whether or not the others fail.
+    def write(
+        self,
+        report: Mapping[str, Any],
+        figures: Mapping[str, Callable[[], Any]],
+        schedules: Mapping[str, AbstractSchedule] | None = None,
+    ) -> None:
+        """Write the report, the settings, figures and schedules, whichever of the others fail.
 
         **Args:** `report`: the numbers; the settings and the versions are added. `figures`: what
-        draws each figure, by the name of its file.
+        draws each figure, by the name of its file. `schedules`: by their places in the folder.
         """
         content = {**report, "config": self.settings, "versions": storage.versions()}
         with uninterrupted():
-            self._try(REPORT, lambda path: writing.write_json(path, content))
+            self._try(self.report, lambda path: writing.write_json(path, content))
             self._try(SETTINGS, lambda path: writing.write_toml(path, self.settings))
             for name, draw in figures.items():
                 self._draw(name, draw)
+            for name, schedule in (schedules or {}).items():
+                self._try(name, schedule.save)
 
     def say(self) -> None:
         """Print what could not be done, a line each, on standard error."""
@@ -71,7 +86,10 @@ class Results:
 
     def places(self) -> str:
         """Where the files are, in words."""
-        *names, last = self.written or [""]
+        inner = [name for name in self.written if "/" in name]
+        folders = {name.rpartition("/")[0] for name in inner}
+        shown = [name for name in self.written if name not in inner]
+        *names, last = [*shown, *(f"{folder}/" for folder in sorted(folders))] or [""]
         listed = f"{', '.join(names)} and {last}" if names else last
         one = f"{listed} is" if not names else f"{listed} are"
         return f"{one} in {self.folder}/" if last else f"nothing is in {self.folder}/"

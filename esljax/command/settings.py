@@ -1,8 +1,9 @@
 """The settings of each command: dataclasses whose fields are flags and keys of a TOML file."""
 
 import dataclasses
+import itertools
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -17,14 +18,15 @@ from esljax.experiment import (
     AtLeast,
     Manner,
     Nonnegative,
+    NumbersConfig,
     OneOf,
     Positive,
-    TrainingConfig,
+    ProblemConfig,
     check_fields,
-    converted,
+    check_given,
     make_transport,
     plain,
-    read_toml,
+    usual_families,
 )
 from esljax.files import Selection, patterns
 from esljax.transport import AbstractTransport
@@ -35,37 +37,26 @@ DONE, FAILED, BAD_INPUT, NOT_WRITTEN, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizeConfig(TrainingConfig):
-    """Compare the usual learning-rate schedules with one found by gradient.
+class JobConfig(NumbersConfig):
+    """The settings of a command that searches schedules, beside those of its learning problem.
 
-    All are scaled to the same final loss and held against the epistemic speed limit.
-
-    Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input; 3 the numbers
-    are printed, but not all files could be written; 130 interrupted (once the search has begun, the
-    best schedule so far is judged and written first); 143 ended by SIGTERM or SIGHUP, after saving;
-    or 75 another process of the run is gone. In the last four cases --resume finishes the run.
+    They are of the search, of devices and of files; `groups` tells which in the help.
     """
 
-    out: Path = Path("esljax-optimize")
-    """Folder for report.json, config.toml and the figures; made if it does not exist."""
-    target: Annotated[float, Positive()] | None = None
-    """Mean final training loss of all schedules; by default that of the constant one at `rate`."""
-    knots: Annotated[int, AtLeast(2)] = 12
-    """Knots of the optimized log learning rate."""
-    iterations: Annotated[int, AtLeast(1)] = 40
-    """Gradient steps of the search."""
-    judge_runs: Annotated[int, AtLeast(2)] = 5
-    """Held-out runs (initializations, batches and noise) that judge each schedule."""
-    recompute: bool = False
-    """Keep only about 2√steps states for the gradient and recompute the others: saves memory."""
-    match_runs: Annotated[int, AtLeast(1)] = 2
-    """Runs whose mean final loss is matched to the target."""
+    problem: str | None = None
+    """Your own Problem, or a function whose keywords become flags: my_file.py:name, module:name."""
+    rate: Annotated[float, Positive()] | None = None
+    """Learning rate per step clear of the stability limit; found by default."""
+    out: Path = Path("esljax")
+    """Folder for the results; made if it does not exist."""
     resume: Annotated[bool, Manner()] = False
     """Finish the interrupted run in `out`, with the results of a run never interrupted."""
     force: Annotated[bool, Manner()] = False
     """Replace what esljax wrote into `out` for another configuration, or of an unfinished run."""
     checkpoint_every: Annotated[float, Nonnegative(infinite=True)] = 60.0
     """Least time in seconds between two checkpoints, kept in `out` until the run is done."""
+    recompute: bool = False
+    """Keep only about 2√steps states for the gradient and recompute the others: saves memory."""
     devices: Annotated[int, AtLeast(1), Manner()] | None = None
     """Devices that share the members; by default all of them."""
     distributed: Annotated[bool, Manner()] = False
@@ -81,14 +72,16 @@ class OptimizeConfig(TrainingConfig):
     quiet: bool = False
     """Print nothing but errors."""
 
-    def check(self) -> "OptimizeConfig":
+    def check(self) -> None:
         """**Raises:** `InputError`, before any computation, for settings that cannot run."""
-        self.check_training()
+        check_fields(self)
+        check_given(self)
+        if isinstance(self, ProblemConfig):
+            self.check_training()
         for name in ("coordinator", "processes", "process"):
             if getattr(self, name) is not None and not self.distributed:
                 raise refuse(name, "come with --distributed", "is given alone")
         _check_out(self.out)
-        return self
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as TOML and JSON hold them; reading them back gives the same run."""
@@ -96,14 +89,130 @@ class OptimizeConfig(TrainingConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanConfig(OptimizeConfig):
+class ComparisonConfig(JobConfig):
+    """Compare the usual learning-rate schedules with one found by gradient.
+
+    All are scaled to the same final loss and held against the epistemic speed limit.
+
+    Exit codes: 0 done; 1 the optimized schedule misses the target loss; 2 bad input; 3 the numbers
+    are printed, but not all files could be written; 130 interrupted (once the search has begun, the
+    best schedule so far is judged and written first); 143 ended by SIGTERM or SIGHUP, after saving;
+    or 75 another process of the run is gone. In the last four cases --resume finishes the run.
+
+    Example: esljax optimize --data moons --hidden 8 --members 16 --out moons
+    """
+
+    out: Path = Path("esljax-optimize")
+    """Folder for report.json, config.toml, figures and schedules; made if it does not exist."""
+    target: Annotated[float, Positive()] | None = None
+    """Mean final training loss of all schedules; by default that of the constant one at `rate`."""
+    knots: Annotated[int, AtLeast(2)] = 12
+    """Knots of the optimized log learning rate."""
+    iterations: Annotated[int, AtLeast(1)] = 40
+    """Gradient steps of the search."""
+    judge_runs: Annotated[int, AtLeast(2)] = 5
+    """Held-out runs (initializations, batches and noise) that judge each schedule."""
+    match_runs: Annotated[int, AtLeast(1)] = 2
+    """Runs whose mean final loss is matched to the target."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizeConfig(ComparisonConfig, ProblemConfig):
+    """The settings of `esljax optimize` for the built-in problem."""
+
+    __doc__ = ComparisonConfig.__doc__
+
+    rate: Annotated[float, Positive()] = 0.25
+    """Learning rate per step: all of a constant schedule, the peak of any other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanSettings:
     """Predict the memory of `esljax optimize` with these settings on each device, without a run.
 
     Exit codes: 0 it fits; 2 it does not, with the change that would help, or bad input.
+
+    Example: esljax plan --members 4096 --devices 256 --memory 16 --recompute
     """
 
     memory: Annotated[float, Positive(infinite=True), Manner()] | None = None
     """Memory of each device in gigabytes; by default that of the devices here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutsidePlanConfig(PlanSettings, ComparisonConfig):
+    """The settings of `esljax plan` for a problem from outside."""
+
+    __doc__ = PlanSettings.__doc__
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig(PlanSettings, OptimizeConfig):
+    """The settings of `esljax plan` for the built-in problem."""
+
+    __doc__ = PlanSettings.__doc__
+
+
+# The families that are held against a front, by the names of their flag.
+FAMILIES = {**usual_families(), "none": None}
+
+
+@dataclasses.dataclass(frozen=True)
+class OutsideFrontConfig(JobConfig):
+    """Find the trade of loss and entropy production: the least Σ at each final loss.
+
+    Beside the front of free schedules stand families of usual ones, each at its best, all judged on
+    runs that no search has seen. The schedules are saved, for use at any number of steps.
+
+    Exit codes: 0 done; 2 bad input; 3 the numbers are printed, but not all files could be written;
+    130 interrupted; 143 ended by SIGTERM or SIGHUP; or 75 another process of the run is gone. In
+    the last three cases --resume finishes the run from the points that are saved.
+
+    Example: esljax front --data moons --steps 100 --families cosine --out moons
+    """
+
+    out: Path = Path("esljax-front")
+    """Folder for front.json, config.toml, the figure and the schedules; made if not there."""
+    points: Annotated[int, AtLeast(1)] = 5
+    """Points of the front, from little entropy production to a low loss."""
+    targets: tuple[Annotated[float, Positive()], ...] = ()
+    """Final losses of the points, from high to low; by default their slopes are fixed instead."""
+    knots: Annotated[int, AtLeast(2)] = 10
+    """Knots of the searched learning rate."""
+    families: tuple[Annotated[str, OneOf(FAMILIES)], ...] = tuple(usual_families())
+    """Usual schedules to hold against the front, by name; 'none' for none."""
+    iterations: Annotated[int, AtLeast(2)] = 40
+    """Gradients of each point; half as many more at the first, .6 times as many for families."""
+    judge_runs: Annotated[int, AtLeast(2)] = 6
+    """Held-out runs (initializations, batches and noise) that judge each point."""
+
+    def check(self) -> None:
+        """**Raises:** `InputError`, before any computation, for settings that cannot run."""
+        super().check()
+        if "none" in self.families and len(self.families) > 1:
+            raise refuse("families", "be names, or 'none' alone", f"is {' '.join(self.families)}")
+        falling = all(a > b for a, b in itertools.pairwise(self.targets))
+        if not falling:
+            given = " ".join(f"{target:g}" for target in self.targets)
+            raise refuse("targets", "be final losses from high to low", f"is {given}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FrontConfig(OutsideFrontConfig, ProblemConfig):
+    """The settings of `esljax front` for the built-in problem."""
+
+    __doc__ = OutsideFrontConfig.__doc__
+
+    hidden: tuple[Annotated[int, AtLeast(1)], ...] = (16,)
+    """Widths of the hidden layers of the network."""
+    batch_size: Annotated[int, AtLeast(0)] = 8
+    """Examples per step and member, drawn with replacement; 0 for all of them."""
+    l2: Annotated[float, Nonnegative()] = 0.0
+    """Weight decay: the loss has l2/2 times the squared norm of the parameters added."""
+    members: Annotated[int, AtLeast(2)] = 8
+    """Members of the ensemble, each with its own initialization, batches and noise."""
+    temperature: Annotated[float, Nonnegative()] = 0.0
+    """Temperature of the injected noise, in units of the loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +227,8 @@ class MeasureConfig:
     Exit codes: 0 done; 1 the numbers are written but not to be trusted (a transport problem did
     not converge, or Σ is below W2²); 2 bad input; 3 the numbers are printed, but not all files
     could be written; 130 interrupted or 143 ended by SIGTERM or SIGHUP, with nothing written.
+
+    Example: esljax measure checkpoints --only 'params/*' --project pca
     """
 
     recording: Annotated[Path | None, tyro.conf.Positional] = None
@@ -193,23 +304,12 @@ class CheckConfig:
 
     Exit codes: 0 all pass; 1 a failure; 2 bad input; 130 interrupted; 143 ended by SIGTERM or
     SIGHUP.
+
+    Example: esljax check --quiet
     """
 
     quiet: bool = False
     """Print failures only."""
-
-
-Config = TypeVar("Config", OptimizeConfig, PlanConfig, MeasureConfig)
-
-
-def from_toml(path: Path, kind: type[Config]) -> Config:
-    """The settings of a TOML file over the defaults of one command.
-
-    **Raises:** `InputError` for a file that cannot be read, an unknown key, or a wrong type.
-    """
-    content = read_toml(path)
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.name != "config"}
-    return kind(**converted(content, fields, str(path)), config=path)
 
 
 def _check_out(out: Path) -> None:

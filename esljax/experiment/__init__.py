@@ -9,18 +9,21 @@ from esljax.experiment.bounds import (
     Positive,
     check_fields,
     choices,
+    choices_or,
     convert,
     converted,
 )
 from esljax.experiment.comparison import Comparison, Watcher, compare
 from esljax.experiment.families import Family, bounded, unbounded, usual_families
-from esljax.experiment.fronts import Front, front
+from esljax.experiment.fronts import Front, front, gradients_of_front
 from esljax.experiment.judging import Agreement, Judgment, agreement, judge, ratio
+from esljax.experiment.learning import OWN, own_files, potential_of
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.memory import Plan, plan_memory
 from esljax.experiment.problem import Metric, Outcome, Problem
 from esljax.experiment.runs import (
     NUMBERS,
+    OPTIONAL,
     QUANTITIES,
     WITH_ERROR,
     Quantity,
@@ -35,6 +38,7 @@ from esljax.experiment.runs import (
     shape_of,
     work,
 )
+from esljax.experiment.saving import Leaves
 from esljax.experiment.settings import (
     DATASETS,
     DTYPES,
@@ -45,6 +49,11 @@ from esljax.experiment.settings import (
     SEEDS,
     TRANSPORTS,
     VELOCITIES,
+    EnsembleConfig,
+    GeneralConfig,
+    LossConfig,
+    NumbersConfig,
+    ProblemConfig,
     RunConfig,
     TrainingConfig,
     TransportNumbers,
@@ -55,14 +64,26 @@ from esljax.experiment.settings import (
     read_toml,
     usual_shapes,
 )
+from esljax.experiment.sources import (
+    REQUIRED,
+    Keyword,
+    Source,
+    check_given,
+    given_of,
+    settings_class,
+    source_of,
+)
 
 __all__ = [
     "DATASETS",
     "DTYPES",
     "MODEL_DTYPES",
     "NUMBERS",
+    "OPTIONAL",
+    "OWN",
     "PROJECTIONS",
     "QUANTITIES",
+    "REQUIRED",
     "RISING",
     "SCHEDULES",
     "SEEDS",
@@ -72,20 +93,28 @@ __all__ = [
     "Agreement",
     "AtLeast",
     "Comparison",
+    "EnsembleConfig",
     "Family",
     "Front",
+    "GeneralConfig",
     "Judgment",
+    "Keyword",
+    "Leaves",
+    "LossConfig",
     "Manner",
     "Metric",
     "Nonnegative",
+    "NumbersConfig",
     "OneOf",
     "Outcome",
     "Plan",
     "Positive",
     "Problem",
+    "ProblemConfig",
     "Quantity",
     "Rows",
     "RunConfig",
+    "Source",
     "Task",
     "TrainingConfig",
     "TransportNumbers",
@@ -93,7 +122,9 @@ __all__ = [
     "agreement",
     "bounded",
     "check_fields",
+    "check_given",
     "choices",
+    "choices_or",
     "compare",
     "convert",
     "converted",
@@ -101,6 +132,8 @@ __all__ = [
     "failed",
     "fitting_width",
     "front",
+    "given_of",
+    "gradients_of_front",
     "in_words",
     "judge",
     "make_problem",
@@ -108,12 +141,16 @@ __all__ = [
     "match_endpoint",
     "memory_of_a_run",
     "number_names",
+    "own_files",
     "plain",
     "plan_memory",
+    "potential_of",
     "ratio",
     "read_toml",
     "run",
+    "settings_class",
     "shape_of",
+    "source_of",
     "stable_rate",
     "telling",
     "unbounded",

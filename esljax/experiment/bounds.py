@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
@@ -92,6 +92,23 @@ class OneOf:
         check_choice(argument, value, tuple(self.registry))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class NameOr:
+    """One of the names of a registry, or something of the user's, described by `words`."""
+
+    registry: Mapping[str, Any]
+    words: str
+    recognizes: Callable[[Any], bool]
+    """Whether a value looks like that; whether it is there is seen when it is read."""
+
+    def check(self, argument: str, value: Any) -> None:
+        """**Raises:** `InputError` for anything else."""
+        known = isinstance(value, str) and (value in self.registry or self.recognizes(value))
+        if not known:
+            names = ", ".join(map(repr, self.registry))
+            raise refuse(argument, f"be one of {names}, or {self.words}", f"is {value!r}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Manner:
     """A setting of how a command runs, not of what it computes: reports leave it out."""
@@ -119,8 +136,17 @@ def check_fields(config: Any) -> None:
 
 
 def choices(annotation: Any) -> tuple[str, ...]:
-    """The names that a field with this annotation may hold; none if it has no registry."""
-    registries = [rule.registry for rule in _anatomy(annotation).rules if isinstance(rule, OneOf)]
+    """The names that a field with this annotation, or each item of it, may hold; none if it has no
+    registry."""
+    anatomy = _anatomy(annotation)
+    rules = anatomy.rules if anatomy.item is None else anatomy.item.rules
+    registries = [rule.registry for rule in rules if isinstance(rule, OneOf)]
+    return tuple(registries[0]) if registries else ()
+
+
+def choices_or(annotation: Any) -> tuple[str, ...]:
+    """The names that a field with this annotation knows beside things of the user's, if any."""
+    registries = [rule.registry for rule in _anatomy(annotation).rules if isinstance(rule, NameOr)]
     return tuple(registries[0]) if registries else ()
 
 
@@ -157,7 +183,7 @@ def convert(key: str, value: Any, field: dataclasses.Field, place: str) -> Any:
         for item in value if isinstance(value, list) else (value,):
             _check_length(key, item)
     for rule in anatomy.rules:
-        if isinstance(rule, OneOf):
+        if isinstance(rule, OneOf | NameOr):
             rule.check(key, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         try:
@@ -168,8 +194,10 @@ def convert(key: str, value: Any, field: dataclasses.Field, place: str) -> Any:
         # In the encoding of names here, whatever that is: the file is UTF-8.
         return Path(os.fsdecode(value.encode()))
     item = None if anatomy.item is None else anatomy.item.kind
-    if item is not None and isinstance(value, list) and all(type(one) is item for one in value):
-        return tuple(value)
+    if item is not None and isinstance(value, list):
+        allowed = (int, float) if item is float else (item,)
+        if all(type(one) in allowed for one in value):
+            return tuple(item(one) for one in value)
     if type(value) is not kind:
         must = _IN_TOML[kind] if item is None else f"a list of {_ITEMS[item]}"
         raise refuse(key, f"be {must} in {place}", f"is {_shown(value)}")
@@ -198,7 +226,8 @@ _IN_TOML = {
     str: "a string",
     Path: "a string",
 }
-_ITEMS = {int: "integers", str: "strings"}
+_ITEMS = {int: "integers", float: "numbers", str: "strings", bool: "values true or false"}
+_IN_PYTHON = {bool: "True or False", int: "an integer", str: "a string", Path: "a path"}
 
 
 @functools.cache
@@ -220,7 +249,7 @@ def _anatomy(annotation: Any) -> _Anatomy:
     return _Anatomy(annotation)
 
 
-_Rule = AtLeast | Below | Positive | Nonnegative | OneOf | Manner
+_Rule = AtLeast | Below | Positive | Nonnegative | OneOf | NameOr | Manner
 
 
 def _check(name: str, value: Any, anatomy: _Anatomy) -> None:
@@ -228,6 +257,11 @@ def _check(name: str, value: Any, anatomy: _Anatomy) -> None:
         return
     if anatomy.kind is float and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise refuse(name, "be a number", f"is {value!r}")
+    # A rule has a sentence of its own, and takes the integers of NumPy.
+    plain = anatomy.kind in _IN_PYTHON and not anatomy.rules
+    boolean = isinstance(value, bool) and anatomy.kind is not bool
+    if plain and (boolean or not isinstance(value, anatomy.kind)):
+        raise refuse(name, f"be {_IN_PYTHON[anatomy.kind]}", f"is {value!r}")
     if anatomy.item is not None:
         if not isinstance(value, tuple):
             raise refuse(name, f"be a tuple of {_ITEMS[anatomy.item.kind]}", f"is {value!r}")

@@ -33,8 +33,9 @@ from esljax.experiment import telling
 from esljax.experiment.judging import Judgment, final_loss, judge, outcome_of
 from esljax.experiment.matching import Match, stable_rate
 from esljax.experiment.problem import Problem
+from esljax.experiment.saving import Leaves, leaves, save
 from esljax.experiment.settings import RISING, usual_shapes
-from esljax.files import Checkpoints, session, storage, writing
+from esljax.files import Checkpoints, session
 from esljax.measures import (
     MinibatchNoise,
     average,
@@ -48,6 +49,7 @@ from esljax.results import table as text_table
 from esljax.schedules import AbstractSchedule, Constant, Knots
 from esljax.sharding import replicate
 
+FIGURES = ("schedules.png", "speed_limit.png")
 _OPTIMIZED, _RETIMED = "optimized", "retimed"
 _MADE = (_OPTIMIZED, _RETIMED)
 
@@ -149,20 +151,13 @@ class Comparison:
         **Raises:** `InputError` for a folder that cannot be written, and where a file would replace
         one that this package did not write.
         """
-        from esljax.figures import rendered
+        save(self.leaves(), folder, {"rate": self.rate})
 
-        folder = Path(folder)
-        report = folder / "report.json"
-        figures = [folder / name for name in ("schedules.png", "speed_limit.png")]
-        with writing.prepared(folder / "schedules", "folder"):
-            writing.claim([report, *figures], {}, force=True)
-        content = {"config": {"rate": self.rate}, "versions": storage.versions()}
-        writing.write_json(report, {**telling.numbers(self), **content}, "folder")
-        for name, judgment in self.judgments.items():
-            judgment.schedule.save(folder / "schedules" / f"{name}.json")
-        for i, path in enumerate(figures):
-            drawn = rendered(lambda i=i: self.plot()[i], "png", writing.signature({}))[0]
-            writing.replace(path, drawn, argument="folder")
+    def leaves(self) -> Leaves:
+        """The files of this comparison: report.json, two figures, and the schedules."""
+        figures = {name: lambda i=i: self.plot()[i] for i, name in enumerate(FIGURES)}
+        schedules = {name: judgment.schedule for name, judgment in self.judgments.items()}
+        return leaves("report.json", telling.numbers(self), figures, schedules)
 
     def __str__(self) -> str:
         lines = [telling.title(self), text_table(telling.rows(self)), *telling.sentences(self)]
@@ -386,13 +381,19 @@ def _match_usual(
         rate = float(jnp.asarray(stable_rate(problem, keys[0], watcher.trial)))
     if known is not None:
         target = float(known[1])
+    found = target is None
     if target is None:
         watcher.stage("target")
         target = _target(problem, rate, keys)
     match = Match(problem, rate * problem.steps, keys, watcher.trial)
     for name, shape in list(shapes.items())[done:]:
         watcher.stage(f"matching {name}")
-        matched.append(match(shape, name, target))
+        try:
+            matched.append(match(shape, name, target))
+        except InputError:
+            if found:
+                _check_stable(problem, rate, target, keys)
+            raise
         saved.offer(
             len(matched),
             lambda: (jnp.asarray([rate, target]), matched),
@@ -417,6 +418,19 @@ def _target(problem: Problem, rate: float, keys: Keys) -> float:
             f"ends at {target:g} with the constant schedule",
         )
     return target
+
+
+def _check_stable(problem: Problem, rate: float, target: float, keys: Keys) -> None:
+    """Reject a rate at which the constant schedule, the source of the target, diverges."""
+    starts = [problem.positions(jax.random.split(key)[0]) for key in keys]
+    potential: Any = problem.potential.at_end()
+    start = float(np.mean([potential(positions) for positions in starts]))
+    if not target < start:
+        raise refuse(
+            "rate",
+            "leave the constant schedule stable",
+            f"is {rate:g}: the loss goes from {start:.4g} to {target:.4g} (lower the rate)",
+        )
 
 
 def _sigma(judgments: Mapping[str, Judgment]) -> Callable[[str], float]:

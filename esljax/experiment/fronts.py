@@ -31,8 +31,9 @@ from esljax.experiment.families import Family, knots_of, usual_families
 from esljax.experiment.judging import Judgment, judge
 from esljax.experiment.matching import match_endpoint, stable_rate
 from esljax.experiment.problem import Problem
+from esljax.experiment.saving import Leaves, leaves, save
 from esljax.experiment.settings import in_words
-from esljax.files import Checkpoints, session, storage, writing
+from esljax.files import Checkpoints, session
 from esljax.results import StandardErrors, concise
 from esljax.results import table as text_table
 from esljax.schedules import AbstractSchedule, Knots
@@ -53,6 +54,7 @@ _RAGGED = 0.5
 # A loss of more than this share of that at the start.
 _HARDLY = 0.95
 _MADE = "front"
+FIGURE = "front.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +250,7 @@ class Front:
             "learning_rates": [
                 np.asarray(each.schedule.values).tolist() for each in self.judgments
             ],
+            "schedules": [schedule.as_dict() for schedule in self.schedules],
             "rate": self.rate,
             "cap": self.cap,
             "knee": self.knee,
@@ -262,20 +265,12 @@ class Front:
         **Raises:** `InputError` for a folder that cannot be written, and where a file would replace
         one that this package did not write.
         """
-        from esljax.figures import rendered
+        save(self.leaves(), folder, {"rate": self.rate, "cap": self.cap})
 
-        folder = Path(folder)
-        schedules = folder / "schedules"
-        names = [schedules / f"point_{i}.json" for i in range(len(self.schedules))]
-        report, figure = folder / "front.json", folder / "front.png"
-        with writing.prepared(schedules, "folder"):
-            writing.claim([report, figure], {}, force=True)
-        content = {"config": {"rate": self.rate, "cap": self.cap}, "versions": storage.versions()}
-        writing.write_json(report, {**self.as_dict(), **content}, "folder")
-        for path, schedule in zip(names, self.schedules, strict=True):
-            schedule.save(path)
-        drawn = rendered(self.plot, "png", writing.signature({}))[0]
-        writing.replace(figure, drawn, argument="folder")
+    def leaves(self) -> Leaves:
+        """The files of this front: front.json, a figure, and the schedules."""
+        schedules = {f"point_{i}": schedule for i, schedule in enumerate(self.schedules)}
+        return leaves("front.json", self.as_dict(), {FIGURE: self.plot}, schedules)
 
 
 @door
@@ -464,8 +459,7 @@ class _Search:
         self.watcher.stage(f"{name} {p + 1}/{len(self.slopes)}")
         x = family.start(self.rate / _CAP, self.cap) if before is None else before
         x = _floating(x)
-        count = self.iterations if before is not None else self.iterations * _FIRST // _LATER
-        count = count if name == _MADE else max(2, int(_OF_FAMILIES * count))
+        count = _gradients(self.iterations, first=before is None, made=name == _MADE)
         # Few iterations must move the logarithm of a rate by 1 or 2.
         optimizer = optax.adam(optax.cosine_decay_schedule(0.15, count), b1=0.8, b2=0.95)
         memory, trace, weight = optimizer.init(x), _Trace(), float(self.slopes[p])
@@ -556,6 +550,19 @@ class _Search:
                 f"ended its search early: a gradient was not finite, and the last "
                 f"{float(point.lost):.0%} of the search were not done."
             )
+
+
+def gradients_of_front(points: int, iterations: int, families: int) -> list[list[int]]:
+    """How many gradients each point of the front and then of each family takes."""
+    return [
+        [_gradients(iterations, first=p == 0, made=i == 0) for p in range(points)]
+        for i in range(1 + families)
+    ]
+
+
+def _gradients(iterations: int, *, first: bool, made: bool) -> int:
+    count = iterations * _FIRST // _LATER if first else iterations
+    return count if made else max(2, int(_OF_FAMILIES * count))
 
 
 def raggedness(schedule: AbstractSchedule, steps: int) -> float:

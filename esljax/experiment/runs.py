@@ -17,18 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from esljax._checks import door
+from esljax._checks import InputError, door
 from esljax._types import Array, Float
-from esljax.experiment.problem import Outcome, Problem
+from esljax.experiment.learning import OWN, own_files, potential_of
+from esljax.experiment.problem import ACCURACY, Outcome, Problem
 from esljax.experiment.settings import (
     DTYPES,
     MODEL_DTYPES,
+    ProblemConfig,
     RunConfig,
-    TrainingConfig,
     make_transport,
     usual_shapes,
 )
-from esljax.potentials import FlaxLoss, mlp
 from esljax.schedules import Constant, Knots
 from esljax.simulation import HessianAdjoint
 from esljax.transport import AbstractTransport
@@ -57,10 +57,12 @@ QUANTITIES = (
     Quantity("temporal", _SQUARED, "temporal part of the gap"),
     Quantity("geometric", _SQUARED, "geometric part of the gap"),
     Quantity("learning_time", "squared parameters per unit of loss", "learning time U"),
-    Quantity("final_loss", "nats per example", "final training loss, mean of the members"),
+    Quantity("final_loss", "units of the loss", "final training loss, mean of the members"),
     Quantity("test_accuracy", "1", "test accuracy, mean of the members"),
     Quantity("noise_floor", _SQUARED, "noise floor of Σ, for the exact transport"),
 )
+# Only some transports have a noise floor, and only classes an accuracy.
+OPTIONAL = ("noise_floor", ACCURACY)
 # The jackknife over members gives these an error.
 WITH_ERROR = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric")
 
@@ -88,7 +90,7 @@ class Task:
 
 
 def make_problem(
-    config: TrainingConfig,
+    config: ProblemConfig,
     transport: AbstractTransport,
     jackknife: int = 0,
     mesh: Mesh | None = None,
@@ -100,18 +102,10 @@ def make_problem(
     `jackknife`: most groups for the standard errors of one run. `mesh`: the devices that share the
     members. `recompute`: whether the gradient keeps few states and recomputes the others.
     """
-    data = config.load_data()
-    classes = int(max(data.train.labels.max(), data.test.labels.max())) + 1
-    model = mlp(data.train.inputs.shape[1], *config.hidden, classes)
+    potential, test = potential_of(config, config.load_data(), MODEL_DTYPES[config.model_dtype])
     return Problem(
-        FlaxLoss(
-            model,
-            data.train,
-            batch_size=config.batch_size or None,
-            l2=config.l2,
-            dtype=MODEL_DTYPES[config.model_dtype],
-        ),
-        test=data.test,
+        potential,
+        test=test,
         temperature=config.temperature,
         transport=transport,
         members=config.members,
@@ -141,7 +135,7 @@ def run(config: RunConfig) -> Outcome:
     config.check()
     with jax.enable_x64(DTYPES[config.dtype]):
         shape = shape_of(config)
-        problem = _problem(shape, config.dtype)
+        problem = _problem(shape, config.dtype, _present(shape))
         return _alone(problem, shape, jax.tree.map(lambda x: x[0], _numbers(problem, (config,))))
 
 
@@ -156,7 +150,7 @@ def work(task: Task) -> Rows:
     try:
         with jax.enable_x64(DTYPES[config.dtype]):
             shape = shape_of(config)
-            problem = _problem(shape, config.dtype)
+            problem = _problem(shape, config.dtype, _present(shape))
             length = -(-task.length // task.width) * task.width
             padded = (*task.points, *itertools.repeat(config, length - len(task.points)))
             wanted = np.arange(length) < len(task.points)
@@ -199,7 +193,12 @@ def shape_of(config: RunConfig) -> RunConfig:
 
 def memory_of_a_run(config: RunConfig) -> int:
     """The bytes that one run takes, about, from its shapes alone; 0 if it cannot be made."""
-    return _memory(shape_of(config))
+    shape = shape_of(config)
+    try:
+        return _memory(shape, _present(shape))
+    except InputError:
+        # Its task will report why.
+        return 0
 
 
 def fitting_width(config: RunConfig, length: int, budget: float | None = None) -> int:
@@ -307,11 +306,10 @@ def _answer(outcome: Outcome, errors: bool) -> dict[str, Array]:
 
 def _reason(numbers: dict[str, float]) -> str:
     """Why a point has failed, "" if it has not."""
-    # Only some transports have a noise floor.
     bad = [
         name
         for name, value in numbers.items()
-        if not np.isfinite(value) and name != "noise_floor" and not name.endswith("_error")
+        if not np.isfinite(value) and name not in OPTIONAL and not name.endswith("_error")
     ]
     if not bad:
         return ""
@@ -323,20 +321,26 @@ def _reason(numbers: dict[str, float]) -> str:
     return f"not finite: {', '.join(bad)}"
 
 
+def _present(shape: RunConfig) -> tuple:
+    """What the user's files of a run hold now."""
+    named = {name: [getattr(shape, name)] for name in OWN}
+    return tuple(own_files(named).items())
+
+
 @functools.lru_cache(maxsize=1024)
-def _memory(shape: RunConfig) -> int:
+def _memory(shape: RunConfig, files: tuple) -> int:
     try:
         with jax.enable_x64(DTYPES[shape.dtype]):
-            return _problem(shape, shape.dtype).plan_memory(differentiated=False).total
+            return _problem(shape, shape.dtype, files).plan_memory(differentiated=False).total
     except Exception:
         # The problem cannot be made: its task will report why.
         return 0
 
 
 @functools.lru_cache(maxsize=16)
-def _problem(shape: RunConfig, dtype: str) -> Problem:
+def _problem(shape: RunConfig, dtype: str, files: tuple) -> Problem:
     """A problem of that shape, whose numbers are replaced run by run.
 
-    jax computes in `dtype` already; the argument is only a key of the cache.
+    jax computes in `dtype` already, and `files` are `_present`; both are only keys of the cache.
     """
     return make_problem(shape, shape.make_transport(jax.random.key(0)), shape.jackknife)

@@ -22,12 +22,15 @@ from esljax._types import Array, ScalarLike
 from esljax.experiment.bounds import (
     AtLeast,
     Below,
+    NameOr,
     Nonnegative,
     OneOf,
     Positive,
     check_fields,
     is_manner,
 )
+from esljax.experiment.learning import FILES, LOSSES, MODELS, PLACES, is_place
+from esljax.files import holds_examples, is_table
 from esljax.potentials import datasets
 from esljax.schedules import (
     AbstractSchedule,
@@ -74,8 +77,12 @@ def _transport_velocity(transport: AbstractTransport) -> AbstractVelocity:
 
 DATASETS: dict[str, Callable[[], datasets.Dataset]] = {
     "digits": datasets.digits,
+    "wine": datasets.wine,
+    "breast_cancer": datasets.breast_cancer,
+    "diabetes": datasets.diabetes,
     "moons": datasets.two_moons,
     "teacher": datasets.teacher,
+    "modular_addition": datasets.modular_addition,
 }
 
 TRANSPORTS: dict[str, Callable[[TransportNumbers], AbstractTransport]] = {
@@ -137,30 +144,39 @@ SEEDS = Below(2**32, "2**32", "where the keys of single precision repeat themsel
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """The settings of every training run: data, network, ensemble, steps, noise and geometry.
+class NumbersConfig:
+    """The settings of random and other numbers.
 
-    `check` reads the bounds in the annotations; the line below a field gives its meaning and unit.
+    `check_fields` reads the bounds in the annotations; the line below a field gives its meaning and
+    unit.
     """
 
-    data: Annotated[str, OneOf(DATASETS)] = "digits"
-    """Data set: scikit-learn's digits, two moons, or a random teacher network."""
-    hidden: tuple[Annotated[int, AtLeast(1)], ...] = (32,)
-    """Widths of the hidden layers of the network."""
+    seed: Annotated[int, AtLeast(0), SEEDS] = 0
+    """Seed of all random numbers; on one machine and versions it fixes every result."""
+    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
+    """Floating-point type."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneralConfig(NumbersConfig):
+    """The settings of a training run beside its learning problem, whichever that is."""
+
+    rate: Annotated[float, Positive()] = 0.25
+    """Learning rate per step: all of a constant schedule, the peak of any other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EnsembleConfig:
+    """The settings of the built-in problem's ensemble: its steps, noise and geometry."""
+
     members: Annotated[int, AtLeast(2)] = 32
     """Members of the ensemble, each with its own initialization, batches and noise."""
     steps: Annotated[int, AtLeast(1)] = 200
     """Training steps."""
     snapshots: Annotated[int, AtLeast(1)] = 20
     """Links between the snapshots of a run; must divide the steps."""
-    batch_size: Annotated[int, AtLeast(0)] = 256
-    """Examples per step and member, drawn with replacement; 0 for all of them."""
     temperature: Annotated[float, Nonnegative()] = 1e-7
     """Temperature of the injected noise, in units of the loss."""
-    l2: Annotated[float, Nonnegative()] = 1e-4
-    """Weight decay: the loss has l2/2 times the squared norm of the parameters added."""
-    rate: Annotated[float, Positive()] = 0.25
-    """Learning rate per step: all of a constant schedule, the peak of any other."""
     transport: Annotated[str, OneOf(TRANSPORTS)] = "exact"
     """Optimal transport that defines entropy production and distance."""
     epsilon: Annotated[float, Positive()] = 1.0
@@ -169,26 +185,68 @@ class TrainingConfig:
     """Random directions of the sliced transport."""
     chunk: Annotated[int, AtLeast(0)] = 0
     """Members whose distances sinkhorn holds at a time; 0 for all, an n × n matrix in memory."""
-    seed: Annotated[int, AtLeast(0), SEEDS] = 0
-    """Seed of all random numbers; on one machine and versions it fixes every result."""
-    dtype: Annotated[str, OneOf(DTYPES)] = "float32"
-    """Floating-point type."""
+
+    def make_transport(self, key: Array) -> AbstractTransport:
+        """The transport of that name; `key` is of its random directions, if it has any."""
+        return make_transport(self.transport, self.epsilon, self.directions, self.chunk, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The settings of the built-in problem's loss: data, network, batches and decay."""
+
+    data: Annotated[str, NameOr(DATASETS, FILES, holds_examples)] = "digits"
+    """Data set: digits, wine, breast_cancer, diabetes, moons, teacher, modular_addition, or your
+    own: an .npz of `inputs` and `labels`, or a table .csv."""
+    label: str = ""
+    """The column of the labels, of a table."""
+    model: Annotated[str, NameOr(MODELS, PLACES, is_place)] = "mlp"
+    """Network: mlp, or a factory (inputs, outputs) -> Flax model, as my_file.py:name."""
+    hidden: tuple[Annotated[int, AtLeast(1)], ...] = (32,)
+    """Widths of the hidden layers of the network."""
+    loss: Annotated[str, NameOr(LOSSES, PLACES, is_place)] = "auto"
+    """Loss: cross_entropy, squared_error, or a function (outputs, labels) -> (m,), as
+    my_file.py:name; auto: by the labels, the first for classes, the second for numbers."""
+    batch_size: Annotated[int, AtLeast(0)] = 256
+    """Examples per step and member, drawn with replacement; 0 for all of them."""
+    l2: Annotated[float, Nonnegative()] = 1e-4
+    """Weight decay: the loss has l2/2 times the squared norm of the parameters added."""
     model_dtype: Annotated[str, OneOf(MODEL_DTYPES)] = "same"
     """Floating-point type that the network computes in; everything else uses `dtype`."""
+
+    def load_data(self) -> datasets.Dataset:
+        """The data set of that name, or of that file."""
+        if self.data in DATASETS:
+            return DATASETS[self.data]()
+        # A loss of the user's own has the labels as they are.
+        return datasets.read(
+            self.data,
+            self.label,
+            classes=LOSSES.get(self.loss),
+            standardize_labels=self.loss in LOSSES,
+        )
+
+
+# Fields come in the order of the bases from last to first.
+@dataclasses.dataclass(frozen=True)
+class ProblemConfig(EnsembleConfig, LossConfig):
+    """The settings of the built-in problem."""
 
     def check_training(self) -> None:
         """**Raises:** `InputError`, before any computation, for settings that cannot run."""
         check_fields(self)
         if self.steps % self.snapshots:
             raise refuse("snapshots", f"divide the {self.steps} steps", f"is {self.snapshots}")
+        if self.label and not is_table(self.data):
+            must = "be given with a table .csv or .tsv alone"
+            raise refuse("label", must, f"is {self.label!r} for data {self.data!r}")
+        if is_table(self.data) and not self.label:
+            raise refuse("label", f"name the column of the labels of {self.data}", "is not given")
 
-    def load_data(self) -> datasets.Dataset:
-        """The data set of that name."""
-        return DATASETS[self.data]()
 
-    def make_transport(self, key: Array) -> AbstractTransport:
-        """The transport of that name; `key` is of its random directions, if it has any."""
-        return make_transport(self.transport, self.epsilon, self.directions, self.chunk, key)
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig(GeneralConfig, ProblemConfig):
+    """The settings of a training run of the built-in problem."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +313,7 @@ def plain(config: Any) -> dict[str, Any]:
         if isinstance(x, Path):
             # A name that is not text in this locale is text in a file, which is UTF-8.
             return os.fsencode(x).decode(errors="replace")
-        return list(x) if isinstance(x, tuple) else x
+        return [value(one) for one in x] if isinstance(x, tuple) else x
 
     return {
         field.name: value(getattr(config, field.name))

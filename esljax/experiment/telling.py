@@ -56,6 +56,7 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
         "identity_fraction": known(report.identity_fraction),
         "transport_converged": bool(report.converged),
         "learning_rates": [float(rate) for rate in rates],
+        "schedule": judgment.schedule.as_dict(),
         "standard_error": {
             **{name: float(getattr(errors, name)) for name in WITH_ERROR},
             "dissipation": known(errors.dissipation),

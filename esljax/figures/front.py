@@ -5,7 +5,7 @@ from typing import Any, Protocol, runtime_checkable
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from numpy.typing import ArrayLike
 
 from esljax.figures.style import COLORS, clean, in_words
@@ -80,7 +80,11 @@ def plot_front(front: FrontLike) -> Figure:
         xscale="log",
         yscale="log",
     )
-    trade.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+    for axis in (trade.xaxis, trade.yaxis):
+        # A front spans less than a power of ten.
+        axis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(NullFormatter())
     trade.legend(frameon=False, fontsize="small")
     losses = np.asarray(front.final_loss, float)
     shades = mpl.colormaps["cividis_r"](np.linspace(0.15, 1.0, len(losses)))

@@ -7,8 +7,11 @@ from esljax.files.names import patterns
 from esljax.files.processes import LOST_PROCESS, watch_processes
 from esljax.files.recordings import read, read_matrix
 from esljax.files.signals import TERMINATED, Terminated, deaf, ended, uninterrupted
+from esljax.files.storage import digest
+from esljax.files.tables import EXAMPLES, holds_examples, is_table, read_examples
 
 __all__ = [
+    "EXAMPLES",
     "LOST_PROCESS",
     "TERMINATED",
     "Checkpoints",
@@ -17,10 +20,14 @@ __all__ = [
     "alone",
     "deaf",
     "described",
+    "digest",
     "ended",
+    "holds_examples",
     "is_ours",
+    "is_table",
     "patterns",
     "read",
+    "read_examples",
     "read_matrix",
     "recordings",
     "remove_ours",

@@ -1,6 +1,7 @@
 """What is behind the results on disk: versions, and the locks of their writers."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 import tomli_w
 
-from esljax._checks import InputError, refuse
+from esljax._checks import InputError, first_sentence, refuse
 
 _PACKAGES = (
     "esljax",
@@ -84,6 +85,19 @@ def commit() -> str | None:
         outputs.append(done.stdout.strip())
     head, changes = outputs
     return head + "+" * bool(changes)
+
+
+def digest(argument: str, path: str | Path) -> str:
+    """A digest of what a file holds.
+
+    **Raises:** `InputError`, about `argument`, for a file that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_sentence(error)
+        raise refuse(argument, "be a readable file", f"{path} gives: {reason}") from error
 
 
 def make_folder(folder: Path, argument: str) -> None:

@@ -22,7 +22,7 @@ from esljax.measures.evidence import evidence_of
 from esljax.measures.report import SpeedLimit
 from esljax.sharding import map_pairs, replicate
 from esljax.simulation import Trajectory
-from esljax.transport import AbstractTransport, pairing_of, solution_of
+from esljax.transport import AbstractTransport, pairing_of, solution_of, subset_solutions_of
 
 _CHAIN = (
     "A chain of laws is a lower bound of Σ (coarse snapshots and circulation are invisible); a "
@@ -114,6 +114,8 @@ def of_pairs(
         transport, subsets = shared
         if subsets is None:
             return function(transport, x, y)
+        if function is solution_of:
+            return subset_solutions_of(transport, x, y, subsets)
         return jax.lax.map(lambda kept: function(transport, x[kept], y[kept]), subsets)
 
     # Members leave where two whole snapshots already lie together: elsewhere the history would be

@@ -3,13 +3,17 @@
 from esljax.potentials import datasets, models
 from esljax.potentials.analytic import DoubleWell, FromFunction, Mixture, Quadratic
 from esljax.potentials.base import AbstractPotential, check_potential
-from esljax.potentials.datasets import Examples
+from esljax.potentials.curriculum import Curriculum
 from esljax.potentials.driven import Driven
 from esljax.potentials.flax import FlaxLoss
 from esljax.potentials.models import mlp
+from esljax.potentials.own_models import Sizes, own_model, takes
+from esljax.potentials.splits import Dataset, Examples
 
 __all__ = [
     "AbstractPotential",
+    "Curriculum",
+    "Dataset",
     "DoubleWell",
     "Driven",
     "Examples",
@@ -17,8 +21,11 @@ __all__ = [
     "FromFunction",
     "Mixture",
     "Quadratic",
+    "Sizes",
     "check_potential",
     "datasets",
     "mlp",
     "models",
+    "own_model",
+    "takes",
 ]

@@ -32,7 +32,7 @@ from esljax.potentials.network import Network, floating_as, trace
 
 
 class FlaxLoss(AbstractPotential):
-    """Φ = mean over examples of loss(model_θ(input), label) + ½ l2 ‖θ‖², for a Flax model.
+    """Φ = mean over examples of w · loss(model_θ(input), label) + ½ l2 ‖θ‖², for a Flax model.
 
     **Args:**
     - `model`: a function `rngs -> nnx.Module` (every member is then built from random numbers of
@@ -56,14 +56,17 @@ class FlaxLoss(AbstractPotential):
       the positions otherwise. Positions, noise, loss, weight decay, work and transport are of at
       least single precision in any case: the model sees rounded copies of the parameters and
       inputs, and its outputs and gradients are widened again.
+    - `weights`: w, one number of at least 0 for each example, shape (m,); None for 1. They are not
+      normalized: with mean 1, Φ is a weighted average, and so without bias is that of a batch,
+      whose examples are drawn alike. `Curriculum` lets a drive move them.
     - `trainable`: the nnx filter of the variables that move, such as `nnx.LoRAParam`; the other
       parameters are frozen. Pass an `nnx.Module` then: a function would draw them anew.
 
     **Raises:** `InputError` for a model of another library, one that draws random numbers or
-    depends on state that no step updates, labels out of range, NaN in the data, or a model that
-    does not accept the inputs.
-    **Differentiation:** in the position, to any order that the model allows, and in `l2` and
-    `inputs`.
+    depends on state that no step updates, labels out of range, NaN in the data, weights of another
+    shape or below 0, or a model that does not accept the inputs.
+    **Differentiation:** in the position, to any order that the model allows, and in `l2`, `inputs`
+    and `weights`.
 
     **Example:**
 
@@ -83,6 +86,8 @@ class FlaxLoss(AbstractPotential):
     """Their labels: class indices, targets, or a pytree of arrays (m, ...)."""
     l2: Scalar
     """Weight decay, in units of Φ per θ²."""
+    weights: Float[Array, " m"] | None
+    """What the loss of each example counts, shape (m,), without units; None for 1."""
     constants: tuple[Array, ...]
     """What the model holds besides the position: frozen and integer parameters, and its state."""
     network: Network = eqx.field(static=True)
@@ -106,9 +111,11 @@ class FlaxLoss(AbstractPotential):
         l2: float = 0.0,
         batch_size: int | None = None,
         dtype: Any = None,
+        weights: Any = None,
         trainable: Any = nnx.Param,
     ):
         self.inputs, self.labels = _examples(data)
+        self.weights = None if weights is None else _weights(weights, _count(self.inputs))
         self.l2 = as_float(l2, "l2")
         check_nonnegative("l2", self.l2)
         self.batch_size = None if batch_size is None else as_count("batch_size", batch_size)
@@ -143,11 +150,12 @@ class FlaxLoss(AbstractPotential):
 
     @door
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
-        inputs, labels = self.inputs, self.labels
+        inputs, labels, weights = self.inputs, self.labels, self.weights
         if batch is not None:
-            inputs, labels = jax.tree.map(lambda x: x[batch], (inputs, labels))
+            inputs, labels, weights = jax.tree.map(lambda x: x[batch], (inputs, labels, weights))
         losses = self.loss(self._outputs(position, inputs), floating_as(position.dtype, labels))
-        misfit = jnp.mean(losses.astype(position.dtype))
+        losses = losses.astype(position.dtype)
+        misfit = jnp.mean(losses if weights is None else weights.astype(position.dtype) * losses)
         return misfit + self.l2.astype(position.dtype) / 2 * jnp.sum(position**2)
 
     @door
@@ -291,6 +299,17 @@ def _rows(argument: str, part: Any) -> Any:
     if not several:
         return as_jax(argument, part)
     return structure.unflatten([as_jax(argument, leaf) for leaf in leaves])
+
+
+def _weights(weights: Any, count: int) -> Float[Array, " m"]:
+    weights = as_float(weights, "weights")
+    if weights.shape != (count,):
+        raise refuse(
+            "weights", f"have shape ({count},), one for each example", f"has shape {weights.shape}"
+        )
+    check_finite("weights", weights)
+    check_nonnegative("weights", weights)
+    return weights
 
 
 def _count(tree: Any) -> int:

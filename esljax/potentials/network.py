@@ -9,7 +9,7 @@ it draws anew.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -296,12 +296,24 @@ def _built(model: Any, seed: int) -> nnx.Module:
     return made
 
 
+def parameters_of(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters that a function or a class may still be given, by name."""
+    # The metaclass of nnx hides those of its classes.
+    if isinstance(factory, functools.partial):
+        inner, given, named = factory.func, factory.args, factory.keywords
+    else:
+        inner, given, named = factory, (), {}
+    if isinstance(inner, type) and issubclass(inner, nnx.Module):
+        factory = functools.partial(inner.__init__, None, *given, **named)
+    try:
+        return inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return {}
+
+
 def _called(factory: Callable[..., Any], rngs: nnx.Rngs) -> Any:
     """`factory(rngs)`, by name where it takes them by name alone, as the layers of nnx do."""
-    try:
-        parameter = inspect.signature(factory).parameters.get("rngs")
-    except (TypeError, ValueError):  # a callable without a signature
-        parameter = None
+    parameter = parameters_of(factory).get("rngs")
     by_name = parameter is not None and parameter.kind is parameter.KEYWORD_ONLY
     return factory(rngs=rngs) if by_name else factory(rngs)
 

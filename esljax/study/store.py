@@ -24,6 +24,8 @@ import numpy as np
 
 from esljax._checks import InputError, first_sentence, memory_of_the_machine, refuse, size
 from esljax.experiment import (
+    OPTIONAL,
+    OWN,
     QUANTITIES,
     WITH_ERROR,
     Quantity,
@@ -31,6 +33,7 @@ from esljax.experiment import (
     RunConfig,
     memory_of_a_run,
     number_names,
+    own_files,
 )
 from esljax.files import storage
 from esljax.study.description import Slice, Study
@@ -313,6 +316,7 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
             f"by --reuse {path.name}",
         )
     _check_versions("out", store)
+    _check_sources("out", store, study)
     commits, now = store.attributes["commit"].split(", "), storage.commit() or ""
     if now not in commits:
         store.record({"commit": ", ".join([*commits, now])})
@@ -355,6 +359,7 @@ def store_to_reuse(path: Path, study: Study) -> StudyStore:
     """
     store = StudyStore(path, _open(path, "r", "reuse"), "reuse")
     _check_versions("reuse", store)
+    _check_sources("reuse", store, study)
     store.check(lock_path(path))
     if not store.shared(study):
         difference = study.difference(store.study) if np.any(store.done == DONE) else None
@@ -386,8 +391,9 @@ def open_study(path: str | Path) -> Any:
     - `entropy_production` Σ, `length_squared` L², `w2_squared` W2², `gap` Σ - W2², and its parts
       `temporal` and `geometric`: in r².
     - `learning_time` U: in r² per unit of loss.
-    - `final_loss`: in nats per example; `test_accuracy`: a share between 0 and 1. Both are means
-      over the members at the end of the run.
+    - `final_loss`: in units of the loss, nats per example for a cross entropy; `test_accuracy`: a
+      share between 0 and 1, NaN unless the labels are classes. Both are means over the members at
+      the end of the run.
     - `noise_floor`: the part of Σ that the noise of the steps adds, in r²; NaN unless the transport
       pairs members, as the exact one does.
     - `entropy_production_error` and so on, for the six numbers of the first line: standard errors
@@ -397,7 +403,8 @@ def open_study(path: str | Path) -> Any:
 
     Its attributes are strings and integers: `study` (the description, as TOML), `task_size`,
     `created` (the time), `versions` (as JSON), `commit` (of every writer), `version` (of the
-    layout), and `reused` (as JSON) for the stores that runs were copied from.
+    layout), `sources` (as JSON) for digests of your files that the runs read, and `reused` (as
+    JSON) for the stores that runs were copied from.
 
     **Raises:** `InputError` if there is no such store, if it is damaged (the message names the
     place), or if xarray is not installed.
@@ -435,7 +442,7 @@ def open_study(path: str | Path) -> Any:
 
 def _is_finite(name: str) -> bool:
     """Whether a number is finite in every finished run."""
-    return name != "noise_floor" and not name.endswith("_error")
+    return name not in OPTIONAL and not name.endswith("_error")
 
 
 def _study(path: Path, group: Any, argument: str = "path") -> Study:
@@ -479,6 +486,32 @@ def _check_versions(argument: str, store: StudyStore) -> None:
         )
 
 
+def sources(study: Study) -> dict[str, str]:
+    """The user's files that the runs of a study read, and a digest of what each holds now.
+
+    **Raises:** `InputError` for one that cannot be read.
+    """
+    base, varied = study.base, study.coordinates
+    held = {name: varied[name][1] for name in OWN if name in varied}
+    fixed = {name: [getattr(base, name)] for name in OWN if hasattr(base, name)}
+    return own_files(fixed | held)
+
+
+def _check_sources(argument: str, store: StudyStore, study: Study) -> None:
+    """Reject a store whose runs have read other files than those that are there now."""
+    try:
+        theirs = dict(json.loads(store.attributes.get("sources", "{}")))
+    except (TypeError, ValueError) as error:
+        raise damaged(argument, f"{store.path}/zarr.json holds no sources") from error
+    for file, digest in sources(study).items():
+        if theirs.get(file, digest) != digest:
+            raise refuse(
+                argument,
+                "be a store made with the files that are there now",
+                f"{file} has changed since {store.path} was made (start a new store)",
+            )
+
+
 def _open(path: Path, mode: Any, argument: str = "path") -> Any:
     zarr = _zarr()
     if not path.exists():
@@ -501,6 +534,8 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
         "versions": json.dumps(storage.versions()),
         "commit": storage.commit() or "",
     }
+    if files := sources(study):
+        about["sources"] = json.dumps(files)
     group = zarr.create_group(str(path), zarr_format=3, attributes=about)
     # Explicit, because a damaged list of codecs may not look like another default.
     codecs = (zarr.codecs.ZstdCodec(), zarr.codecs.Crc32cCodec())

@@ -7,6 +7,7 @@ from esljax.transport.base import (
     check_transport,
     pairing_of,
     solution_of,
+    subset_solutions_of,
 )
 from esljax.transport.coordinates import (
     AbstractWrappedTransport,
@@ -17,12 +18,14 @@ from esljax.transport.coordinates import (
 )
 from esljax.transport.exact import ExactTransport
 from esljax.transport.gaussian import GaussianTransport
+from esljax.transport.pairing import Assignment, assignment
 from esljax.transport.sinkhorn import SinkhornTransport
 from esljax.transport.sliced import SlicedTransport
 
 __all__ = [
     "AbstractTransport",
     "AbstractWrappedTransport",
+    "Assignment",
     "ExactTransport",
     "GaussianTransport",
     "MappedTransport",
@@ -30,10 +33,12 @@ __all__ = [
     "SinkhornTransport",
     "SlicedTransport",
     "Solution",
+    "assignment",
     "check_room",
     "check_transport",
     "pairing_of",
     "principal_directions",
     "random_directions",
     "solution_of",
+    "subset_solutions_of",
 ]

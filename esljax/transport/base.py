@@ -50,6 +50,7 @@ class AbstractTransport(eqx.Module):
     - `in_units`, if no distance changes where both ensembles are moved together, for reports of
       members of any size and place;
     - `paired`, if the distance pairs members one to one, for the parameters that hold it;
+    - `solve_subsets`, if the problem of all members helps with those of some, for errors;
     - `coarser`, if it has an ε, so that a diagnosis can test whether ε is small enough;
     - `rounding`, if the distance is a difference of larger numbers;
     - `in_turn`, if several problems run slower together than one after the other on a CPU;
@@ -161,6 +162,16 @@ class AbstractTransport(eqx.Module):
         """
         return self.solve(x, y), None
 
+    def solve_subsets(
+        self, x: Float[Array, "n d"], y: Float[Array, "m d"], subsets: Int[Array, "subsets kept"]
+    ) -> Solution:
+        """Return `solve(x[kept], y[kept])` for each subset of the members, stacked.
+
+        By default one after the other. Override it where the problem of all members helps with
+        those of some.
+        """
+        return jax.lax.map(lambda kept: self.solve(x[kept], y[kept]), subsets)
+
     def coarser(self) -> "AbstractTransport | None":
         """Return the same transport at twice its ε; None if it has no ε."""
         return None
@@ -249,12 +260,27 @@ def pairing_of(
     transport: AbstractTransport, x: Float[Array, "n d"], y: Float[Array, "m d"]
 ) -> tuple[Solution, Int[Array, " n"] | None]:
     """Return the checked solution, and the partners that it found; None if it pairs no members."""
-    # A subclass that solves another problem has other partners than its base.
-    first = next(each for each in type(transport).__mro__ if {"solve", "paired"} & set(vars(each)))
-    if "paired" not in vars(first):
+    if not _belongs(transport, "paired"):
         return solution_of(transport, x, y), None
     solved, places = transport.paired(x, y)
     return _checked(transport, solved), places
+
+
+def subset_solutions_of(
+    transport: AbstractTransport, x: Float[Array, "n d"], y: Float[Array, "m d"], subsets: Array
+) -> Solution:
+    """Return the checked solution for each of the subsets (subsets, m) of the members, stacked."""
+    if not _belongs(transport, "solve_subsets"):
+        return jax.lax.map(lambda kept: solution_of(transport, x[kept], y[kept]), subsets)
+    check_room(transport, len(x), x.shape[1], x.dtype)
+    return transport.solve_subsets(x, y, subsets)
+
+
+def _belongs(transport: AbstractTransport, method: str) -> bool:
+    """Whether a method is of the problem that `solve` is: a subclass that solves another one has
+    other partners than its base."""
+    first = next(each for each in type(transport).__mro__ if {"solve", method} & set(vars(each)))
+    return method in vars(first)
 
 
 def check_is_transport(argument: str, value: Any) -> None:

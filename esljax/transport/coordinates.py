@@ -21,7 +21,12 @@ from esljax._checks import (
 )
 from esljax._numerics import product
 from esljax._types import Array, ArrayLike, Float, Int, Key, Scalar
-from esljax.transport.base import AbstractTransport, Solution, check_is_transport
+from esljax.transport.base import (
+    AbstractTransport,
+    Solution,
+    check_is_transport,
+    subset_solutions_of,
+)
 
 
 class AbstractWrappedTransport(AbstractTransport):
@@ -33,9 +38,9 @@ class AbstractWrappedTransport(AbstractTransport):
     **Recipe of a subclass:** define `solve`, which calls `self.transport.solve`. Override what the
     wrapper changes: `coordinates` if it measures in other coordinates, with `linear` and
     `projection` if that is a linear map; `pairs_members`, `moments_only` or `is_metric` if the
-    answer no longer has the property; `in_units` and `paired`, which are not those of the inner
-    transport, if you know them; `numbers_held` if it holds more than the coordinates of both
-    ends besides the inner problem.
+    answer no longer has the property; `in_units`, `paired` and `solve_subsets`, which are not those
+    of the inner transport, if you know them; `numbers_held` if it holds more than the coordinates
+    of both ends besides the inner problem.
 
     **Args:** `transport`: the inner transport.
     **Raises:** `InputError` if `transport` is none.
@@ -148,6 +153,11 @@ class MappedTransport(AbstractWrappedTransport):
     ) -> tuple[Solution, Int[Array, " n"] | None]:
         return self.transport.paired(self._features(x), self._features(y))
 
+    def solve_subsets(
+        self, x: Float[Array, "n d"], y: Float[Array, "m d"], subsets: Int[Array, "subsets kept"]
+    ) -> Solution:
+        return subset_solutions_of(self.transport, self._features(x), self._features(y), subsets)
+
     def rounding(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar | None:
         return self.transport.rounding(self._features(x), self._features(y))
 
@@ -208,6 +218,11 @@ class ProjectedTransport(AbstractWrappedTransport):
         self, x: Float[Array, "n d"], y: Float[Array, "m d"]
     ) -> tuple[Solution, Int[Array, " n"] | None]:
         return self.transport.paired(self._projected(x), self._projected(y))
+
+    def solve_subsets(
+        self, x: Float[Array, "n d"], y: Float[Array, "m d"], subsets: Int[Array, "subsets kept"]
+    ) -> Solution:
+        return subset_solutions_of(self.transport, self._projected(x), self._projected(y), subsets)
 
     def rounding(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Scalar | None:
         return self.transport.rounding(self._projected(x), self._projected(y))

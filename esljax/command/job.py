@@ -1,0 +1,87 @@
+"""What the commands that search schedules share: their problem, devices and other processes."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from esljax._checks import first_sentence, memory_of_a_device, refuse
+from esljax.command.settings import JobConfig
+from esljax.experiment import Problem, given_of, make_problem, source_of
+from esljax.files import watch_processes
+from esljax.sharding import member_mesh
+from esljax.simulation import HessianAdjoint
+
+
+def join(config: JobConfig) -> None:
+    """Find the other processes, if there are any and they have not been found."""
+    if not config.distributed or jax.distributed.is_initialized():
+        return
+    settings = {
+        "coordinator_address": config.coordinator,
+        "num_processes": config.processes,
+        "process_id": config.process,
+    }
+    try:
+        jax.distributed.initialize(
+            **{name: value for name, value in settings.items() if value is not None}
+        )
+    except (RuntimeError, ValueError) as error:
+        raise refuse(
+            "distributed",
+            "find the other processes from the environment or the flags",
+            f"fails: {first_sentence(error)}",
+        ) from error
+    watch_processes()
+
+
+def problem_of(config: Any, key: Any) -> Problem:
+    """The learning problem of the settings, built in or from outside, on no devices yet.
+
+    **Args:** `key`: of the random directions of the built-in problem's transport.
+    """
+    source = source_of(config)
+    if source is None:
+        transport = config.make_transport(key)
+        return make_problem(config, transport, recompute=config.recompute)
+    problem = source.problem(**given_of(config))
+    if config.recompute:
+        return dataclasses.replace(problem, gradient=HessianAdjoint(recompute=True))
+    return problem
+
+
+def spread(problem: Problem, config: JobConfig) -> Problem:
+    """The same problem on the devices of the settings, after a look at their memory.
+
+    **Raises:** `InputError` if they cannot share its members, or if it does not fit.
+    """
+    if problem.mesh is None or config.devices is not None:
+        problem = dataclasses.replace(problem, mesh=_mesh(config, problem.members))
+    plan = problem.plan_memory(devices=1 if problem.mesh is None else problem.mesh.size)
+    plan.check(memory_of_a_device())
+    return problem
+
+
+@contextlib.contextmanager
+def blamed(config: Any) -> Iterator[None]:
+    """Let an exception of the user's own problem end the command in a sentence with its line."""
+    source = source_of(config)
+    with contextlib.nullcontext() if source is None else source.blamed():
+        yield
+
+
+def _mesh(config: JobConfig, members: int) -> Mesh | None:
+    """The devices of the settings, by default all there are; None for one."""
+    if config.devices is None and jax.device_count() == 1:
+        return None
+    mesh = member_mesh(config.devices)
+    if members % mesh.size:
+        raise refuse(
+            "members",
+            f"be a multiple of the {mesh.size} devices that share them",
+            f"is {members}",
+        )
+    return mesh

@@ -1,0 +1,205 @@
+"""Exact assignment against SciPy's, and by the proof that it brings."""
+
+import functools
+from typing import Any, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+import esljax as esl
+from esljax.transport import assignment
+
+
+def _random(generator, n):
+    return generator.normal(size=(n, n))
+
+
+def _tied(generator, n):
+    return generator.integers(0, 3, size=(n, n)).astype(float)
+
+
+def _equal(generator, n):
+    return np.full((n, n), generator.normal())
+
+
+def _matched(generator, n):
+    x = generator.normal(size=(n, 4))
+    return _squares(x, x + 0.05 * generator.normal(size=(n, 4)))
+
+
+def _turned(generator, n):
+    # Every member's own partner is the next one's: the identity is not the cheapest.
+    x = generator.normal(size=(n, 4))
+    return _squares(x, np.roll(x, 1, axis=0))
+
+
+def _clustered(generator, n):
+    x, y = (
+        generator.integers(0, 2, (n, 1)) + 1e-6 * generator.normal(size=(n, 3)) for _ in range(2)
+    )
+    return _squares(x, y)
+
+
+def _far(generator, n):
+    return 1e6 + generator.normal(size=(n, n))
+
+
+def _low_rank(generator, n):
+    # Products of weights: the worst kind for augmenting paths.
+    return np.outer(np.arange(1, n + 1), np.arange(1, n + 1)) / n
+
+
+def _squares(x, y):
+    return ((x[:, None] - y) ** 2).sum(-1)
+
+
+KINDS = [_random, _tied, _equal, _matched, _turned, _clustered, _far, _low_rank]
+
+
+@functools.cache
+def _many():
+    return jax.jit(lambda costs: jax.lax.map(assignment, costs))
+
+
+def _check(costs, solved, tolerance):
+    for i, cost in enumerate(costs):
+        columns = np.asarray(solved.columns[i])
+        rows = np.arange(len(cost))
+        assert len(set(columns.tolist())) == len(rows)
+        assert columns.min() >= 0
+        best = cost[linear_sum_assignment(cost)].sum()
+        scale = np.abs(cost[rows, columns]).sum() + 1e-300
+        assert cost[rows, columns].sum() - best <= tolerance * scale
+        assert abs(float(solved.cost[i]) - best) <= tolerance * scale
+        u, v = np.asarray(solved.row_duals[i]), np.asarray(solved.column_duals[i])
+        slack = cost - u[:, None] - v
+        size = np.abs(cost).max() + 1e-300
+        assert slack.min() >= -len(rows) * tolerance * size
+        np.testing.assert_allclose(slack[rows, columns], 0, atol=len(rows) * tolerance * size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_are_those_of_scipy(kind, x64):
+    generator = np.random.default_rng(0)
+    for n, count in ((1, 5), (2, 60), (5, 60), (9, 60), (40, 4)):
+        costs = np.stack([kind(generator, n) for _ in range(count)])
+        _check(costs, _many()(jnp.asarray(costs)), 1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_costs_are_those_of_scipy_in_ten_thousand_problems(kind, x64):
+    generator = np.random.default_rng(1)
+    for n, count in ((3, 500), (8, 500), (17, 250)):
+        costs = np.stack([kind(generator, n) for _ in range(count)])
+        _check(costs, _many()(jnp.asarray(costs)), 1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 3, 6])
+def test_rows_choose_among_more_columns(n, x64):
+    generator = np.random.default_rng(n)
+    costs = generator.normal(size=(40, n, 7))
+    solved = _many()(jnp.asarray(costs))
+    _check(costs, solved, 1e-12)
+    for columns, v in zip(np.asarray(solved.columns), np.asarray(solved.column_duals), strict=True):
+        unpaired = np.setdiff1d(np.arange(7), columns)
+        np.testing.assert_array_equal(v[unpaired], 0)
+        assert v.max() <= 1e-12
+
+
+def test_side_by_side_it_finds_what_it_finds_alone():
+    costs = np.stack([kind(np.random.default_rng(2), 12) for kind in KINDS]).astype(np.float32)
+    together = jax.jit(jax.vmap(assignment))(costs)
+    for i, cost in enumerate(costs):
+        alone = assignment(cost)
+        np.testing.assert_array_equal(together.columns[i], alone.columns)
+
+
+def test_the_identity_is_found_where_it_is_cheapest():
+    cost = _matched(np.random.default_rng(3), 50).astype(np.float32)
+    np.testing.assert_array_equal(assignment(cost).columns, np.arange(50))
+    np.testing.assert_array_equal(assignment(np.zeros((4, 4))).columns, np.arange(4))
+
+
+def test_the_derivative_is_the_pairing(x64):
+    cost = jnp.asarray(_random(np.random.default_rng(4), 6))
+    columns = assignment(cost).columns
+    pairing = np.zeros((6, 6))
+    pairing[np.arange(6), columns] = 1
+    np.testing.assert_array_equal(jax.grad(lambda c: assignment(c).cost)(cost), pairing)
+    moved = jax.jvp(lambda c: assignment(c).cost, (cost,), (jnp.ones((6, 6)),))[1]
+    assert float(moved) == 6
+    # A finite difference, which knows nothing of pairings.
+    step = 1e-6 * _random(np.random.default_rng(5), 6)
+    difference = float(assignment(cost + step).cost - assignment(cost - step).cost) / 2
+    assert abs(difference - float(np.sum(pairing * step))) < 1e-12
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_costs_that_are_no_numbers_end_without_a_pairing(bad):
+    cost = np.ones((5, 5), np.float32)
+    cost[2, 3] = bad
+    assert np.isnan(jax.jit(lambda c: assignment(c).cost)(cost))
+    with pytest.raises(esl.InputError, match="`cost` must be finite, but has 1 entries"):
+        assignment(cost)
+
+
+@pytest.mark.parametrize(
+    ("cost", "message"),
+    [
+        (np.ones(3), r"`cost` must have shape \(n, m\), but has shape \(3,\)"),
+        (np.ones((0, 3)), r"`cost` must have shape \(n, m\), but has shape \(0, 3\)"),
+        (np.ones((3, 2)), r"`cost` must have no more rows than columns, but has shape \(3, 2\)"),
+        (np.ones((2, 2)) * 1j, "`cost` must hold real numbers"),
+        ("costs", "`cost` must be a number or an array of numbers"),
+    ],
+)
+def test_wrong_costs_are_refused(cost, message):
+    with pytest.raises(esl.InputError, match=message):
+        assignment(cost)
+
+
+@pytest.mark.parametrize("kind", ["matched", "apart"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda exact, d: exact,
+        lambda exact, d: esl.ProjectedTransport(exact, jnp.eye(d)[:, :2]),
+        lambda exact, d: esl.MappedTransport(exact, lambda x: x**3),
+    ],
+    ids=["exact", "projected", "mapped"],
+)
+def test_subsets_of_members_have_their_own_cheapest_pairs(kind, wrap, x64):
+    """Found from the duals of all members; here against each problem solved anew by SciPy."""
+    generator = np.random.default_rng(6)
+    n, d = 24, 3
+    x = generator.normal(size=(n, d))
+    y = x + 0.01 * generator.normal(size=x.shape) if kind == "matched" else x[::-1] ** 2 + 0.3
+    transport = wrap(esl.ExactTransport(), d)
+    subsets = np.stack([np.setdiff1d(np.arange(n), range(i, i + 3)) for i in range(0, n, 3)])
+    found = eqx.filter_jit(transport.solve_subsets)(x, y, jnp.asarray(subsets))
+    assert bool(found.converged.all())
+    there, back = transport.coordinates(jnp.asarray(x)), transport.coordinates(jnp.asarray(y))
+    for kept, squared in zip(subsets, np.asarray(found.squared), strict=True):
+        cost = _squares(np.asarray(there)[kept], np.asarray(back)[kept])
+        best = cost[linear_sum_assignment(cost)].mean()
+        np.testing.assert_allclose(squared, best, rtol=1e-12)
+
+
+def test_a_subclass_that_solves_another_problem_solves_it_for_subsets_too():
+    class Doubled(esl.ExactTransport):
+        def solve(self, x, y):
+            solved = super().solve(x, y)
+            return esl.Solution(2 * solved.squared, solved.converged)
+
+    x = np.random.default_rng(7).normal(size=(3, 16, 2)).astype(np.float32)
+    path = esl.from_snapshots(x)
+    plain, twice = (
+        cast(Any, esl.speed_limit(path, transport=transport, jackknife=8).standard_error)
+        for transport in (esl.ExactTransport(), Doubled())
+    )
+    np.testing.assert_allclose(twice.w2_squared, 2 * plain.w2_squared, rtol=1e-5)
