@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     seconds = time.perf_counter() - began
     print(f"{modulus}² pairs, rate {comparison.rate:.3g}, {seconds:.0f} s")
-    return timing.save({"rate": comparison.rate, "schedules": rows}, arguments.out)
+    numbers = {"rate": comparison.rate, "seconds": seconds, "schedules": rows}
+    timing.write(arguments.out, numbers)
+    return numbers
 
 
 if __name__ == "__main__":
