@@ -9,9 +9,10 @@ weigh more at λ > 0; at the end all count alike (`after=0`), so the final loss 
 
 Drives, from 1.5 (or -1.5) to 0 linearly: *easy first*, by the margin of a reference of the same
 size, and by the loss of a wider and longer trained teacher (Hacohen and Weinshall, ICML 2019);
-*hard first*; *random*, the same weights in an order of chance, another for each key; *none*.
-Difficulties are ranks, scaled to mean 0 and variance 1. Every drive has a constant rate, scaled for
-every key until the final loss is `TARGET` within 1e-3. Σ, L², W2² are those of the members' paths
+*hard first*; *random*, the same weights in an order of chance, another for each key; *none*. Beside
+them, and not judged, a third of the strength. Difficulties are ranks, scaled to mean 0 and variance
+1. Every drive has a constant rate, scaled for every key until the final loss is `TARGET` within
+1e-3. Σ, L², W2² are those of the members' paths
 (exact chain, 20 links): the endpoints agree in loss, start and steps, not in law.
 
 Hypothesis: easy first lowers Σ. Statistic: log(Σ/Σ of none) for each of 8 keys, paired, with a 95 %
@@ -47,6 +48,8 @@ DRIVES = {
     "easy first, teacher": (STRENGTH, "teacher"),
     "hard first, margin": (-STRENGTH, "margin"),
     "random order": (STRENGTH, "chance"),
+    "easy first, a third": (STRENGTH / 3, "margin"),
+    "hard first, a third": (-STRENGTH / 3, "margin"),
 }
 
 
