@@ -282,7 +282,8 @@ def test_one_line_adds_a_data_set(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(DATASETS, "mine", mine)
 
     assert cli.main(["optimize", "--help"]) == 0
-    assert "{digits,moons,teacher,mine}" in capsys.readouterr().out
+    shown = re.sub(r"[\s│]", "", capsys.readouterr().out)
+    assert f"{{{','.join(DATASETS)},...}}" in shown
     (tmp_path / "mine.toml").write_text("data = 'mine'")
     for given in (["--data", "mine"], ["--config", str(tmp_path / "mine.toml")]):
         assert cli.main(["plan", *given, *small]) == 0

@@ -25,6 +25,8 @@ DATASETS = {
         7,
         4,
     ),
+    "wine": (esl.datasets.wine, 178, 13, 3),
+    "breast_cancer": (esl.datasets.breast_cancer, 569, 30, 2),
 }
 every = pytest.mark.parametrize("name", DATASETS)
 
@@ -96,6 +98,48 @@ def test_splits_are_disjoint_and_complete(name, fraction):
     )
     np.testing.assert_array_equal(rows(together), rows(again))
     assert len({tuple(row) for row in rows(together)}) == DATASETS[name][1]
+
+
+@pytest.mark.parametrize("name", ["wine", "breast_cancer", "diabetes"])
+def test_real_columns_are_all_there_once_and_standardized(name):
+    """Up to one affine map for each column, known from the training split, as sklearn has them."""
+    loader = getattr(sklearn.datasets, f"load_{name}")
+    options = {"scaled": False} if name == "diabetes" else {}
+    raw, labels = loader(return_X_y=True, **options)
+    data = getattr(esl.datasets, name)(seed=2, test_fraction=0.3)
+    columns = np.asarray(data.train.inputs, np.float64)
+    np.testing.assert_allclose(columns.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(columns.std(axis=0), 1, rtol=1e-5)
+    together = jax.tree.map(lambda *parts: np.concatenate(parts), data.train, data.test)
+    raw = np.column_stack([raw, labels]) if name == "diabetes" else raw
+    if name == "diabetes":
+        assert data.classes is None
+        predicted = np.asarray(data.train.labels, np.float64)
+        np.testing.assert_allclose([predicted.mean(), predicted.var()], [0, 1], atol=1e-5)
+        shown = np.column_stack(together)
+    else:
+        shown = together.inputs
+    shown = np.asarray(shown, np.float64)
+    # Each row of ours has one row of theirs with the same ranks and the same label.
+    scaled = (raw - raw.mean(axis=0)) / raw.std(axis=0)
+    again = (shown - shown.mean(axis=0)) / shown.std(axis=0)
+    nearest = ((again[:, None] - scaled) ** 2).sum(-1).argmin(axis=1)
+    assert sorted(nearest) == list(range(len(raw)))
+    np.testing.assert_allclose(again, scaled[nearest], atol=1e-4)
+    if name != "diabetes":
+        np.testing.assert_array_equal(together.labels, labels[nearest])
+
+
+def test_modular_addition_has_every_pair_once():
+    data = esl.datasets.modular_addition(modulus=7, test_fraction=0.4, seed=3)
+    assert (len(data.train.labels), len(data.test.labels)) == (29, 20)
+    pairs = np.concatenate([part.inputs for part in data])
+    assert sorted(map(tuple, pairs.tolist())) == [(a, b) for a in range(7) for b in range(7)]
+    labels = np.concatenate([part.labels for part in data])
+    assert all((a + b - c) % 7 == 0 for (a, b), c in zip(pairs, labels, strict=True))
+    assert all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(data))
+    other = esl.datasets.modular_addition(modulus=7, test_fraction=0.4, seed=4)
+    assert not np.array_equal(data.test.inputs, other.test.inputs)
 
 
 def test_moons_are_two_half_circles():
@@ -171,6 +215,18 @@ def test_the_teacher_can_be_learned_and_its_inputs_are_standard_normal():
         (
             lambda: esl.datasets.teacher(hidden=0),
             r"`hidden` must be an integer of at least 1, but is 0\.",
+        ),
+        (
+            lambda: esl.datasets.modular_addition(modulus=1),
+            r"`modulus` must be an integer of at least 2, but is 1\.",
+        ),
+        (
+            lambda: esl.datasets.modular_addition(modulus=10**7),
+            r"`modulus` must fit in the .* \(take a smaller modulus\)",
+        ),
+        (
+            lambda: esl.datasets.wine(test_fraction=1.5),
+            r"`test_fraction` must leave both splits of 178 examples non-empty, but is 1\.5\.",
         ),
         (
             lambda: esl.datasets.teacher(seed=-1),

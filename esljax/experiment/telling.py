@@ -12,16 +12,6 @@ from esljax.experiment.settings import in_words
 from esljax.results import concise
 
 _SQUARED = "squared parameters"
-# Of the numbers in a report beyond those of every run.
-UNITS = {quantity.name: quantity.units for quantity in QUANTITIES} | {
-    "efficiency": "1",
-    "dissipation": "nats per example",
-    "identity_fraction": "1",
-    "learning_rates": "squared parameters per nat and step",
-    "debiased_w2_squared": _SQUARED,
-    "batch_temperature": "nats per example",
-    "batch_floor": _SQUARED,
-}
 _HEADINGS = {ACCURACY: "accuracy"}
 
 
@@ -37,7 +27,7 @@ def numbers(comparison: Any) -> dict[str, Any]:
         "schedules": {name: _schedule(judgment) for name, judgment in judgments.items()},
         "optimized": _examined(comparison),
         "paths": agreement(judgments)._asdict() if len(judgments) > 1 else None,
-        "units": UNITS,
+        "units": units(comparison),
     }
 
 
@@ -82,6 +72,22 @@ def _examined(comparison: Any) -> dict[str, Any]:
             "debiased_w2_squared": None if debiased is None else debiased[1],
             "batch_floor": None if batches is None else float(batches.standard_error.floor),
         },
+    }
+
+
+def units(comparison: Any) -> dict[str, str]:
+    """The unit of each number in a report."""
+    nats = unit_of_loss(comparison) == "nats"
+    loss, one = ("nats per example", "nat") if nats else ("units of the loss", "unit of loss")
+    return {quantity.name: quantity.units for quantity in QUANTITIES} | {
+        "efficiency": "1",
+        "dissipation": loss,
+        "final_loss": loss,
+        "identity_fraction": "1",
+        "learning_rates": f"squared parameters per {one} and step",
+        "debiased_w2_squared": _SQUARED,
+        "batch_temperature": loss,
+        "batch_floor": _SQUARED,
     }
 
 

@@ -9,12 +9,12 @@ What is read is checked against the checksums of `study.integrity`.
 import datetime
 import glob
 import json
-import math
 import os
 import re
 import shutil
 import time
 import tomllib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -22,27 +22,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esljax._checks import InputError, first_sentence, memory_of_the_machine, refuse, size
+from esljax._checks import InputError, first_sentence, refuse
 from esljax.experiment import (
-    OPTIONAL,
     OWN,
-    QUANTITIES,
-    WITH_ERROR,
-    Quantity,
+    Columns,
     Rows,
-    RunConfig,
-    memory_of_a_run,
+    knot_name,
     number_names,
     own_files,
 )
 from esljax.files import storage
-from esljax.study.description import Slice, Study
+from esljax.study.columns import columns_of
+from esljax.study.description import Study
 from esljax.study.integrity import (
     CHECKSUM,
     CHECKSUMS,
     Contents,
     check_array,
     check_attributes,
+    check_consolidated,
     check_labels,
     chunk_of,
     damaged,
@@ -52,6 +50,7 @@ from esljax.study.integrity import (
     run_checksums,
     runs_of,
 )
+from esljax.study.room import check_room
 
 TO_DO, DONE, FAILED = 0, 1, 2
 
@@ -59,9 +58,10 @@ TO_DO, DONE, FAILED = 0, 1, 2
 _VERSION = 2
 # What `done` holds where its chunk is lost: none of the states.
 _LOST = -1
-# The space that a file of a Zarr chunk takes on a usual disk, however short it is.
-_BLOCK = 4096
+# The attribute of the `Columns`, as JSON: none in stores of earlier versions.
+_COLUMNS = "columns"
 _UNITS = {
+    "target": "loss",
     "temperature": "loss",
     "rate": "squared parameters per unit of loss and step",
     "epsilon": "squared parameters",
@@ -90,7 +90,8 @@ class StudyStore:
         self.path, self.attributes, self._argument = path, group.attrs, argument
         self.study = _study(path, group, argument)
         self._shape = tuple(self.study.dimensions.values())
-        self._names = number_names(self.study.has_errors)
+        self.columns = _columns(path, group.attrs, self.study, argument)
+        self._names = self.columns.names()
         kinds = dict.fromkeys(self._names, "f") | {"converged": "b", "reason": "TO", "done": "i"}
         if CHECKSUMS in group.attrs:
             kinds[CHECKSUM] = "u"
@@ -195,7 +196,7 @@ class StudyStore:
             if name == "noise_floor":
                 pairs = [self.study.point(int(i)).transport == "exact" for i in ended]
                 wrong[ended] |= (done[ended] == DONE) & pairs & np.isnan(content[name][ended])
-            elif _is_finite(name):
+            elif self._is_finite(name):
                 wrong |= (done == DONE) & ~np.isfinite(content[name])
         return wrong | ((done == FAILED) & (content["reason"] == ""))
 
@@ -212,7 +213,7 @@ class StudyStore:
         numbers = [
             name
             for name in self._names
-            if finished and _is_finite(name) and not np.isfinite(found[name].values[first])
+            if finished and self._is_finite(name) and not np.isfinite(found[name].values[first])
         ]
         for name in ("done", *numbers, *({CHECKSUM} & set(self._arrays))):
             file = chunk_of(self.path, name, self._arrays[name], first)
@@ -225,6 +226,11 @@ class StudyStore:
             for name, i in zip(self.study.dimensions, places, strict=True)
         )
         return f"{self.path} does not hold what was written of the run at {at}"
+
+    def _is_finite(self, name: str) -> bool:
+        """Whether a number is finite in every finished run."""
+        sometimes = ("noise_floor", "rate", *self.columns.metrics)
+        return name not in sometimes and not name.endswith("_error") and "knot_" not in name
 
     def check(self, lock: Path | None = None) -> dict[str, np.ndarray]:
         """Return the content of all arrays, each flat.
@@ -263,8 +269,10 @@ class StudyStore:
 
     def shared(self, study: Study) -> dict[int, int]:
         """The runs of another study that are done here: their indices there, and here."""
-        done = {self.study.point(int(i)): int(i) for i in np.flatnonzero(self.done == DONE)}
-        return {i: done[point] for i in range(study.size) if (point := study.point(i)) in done}
+        if self.study.content != study.content:
+            return {}
+        done = {_key(self.study, int(i)): int(i) for i in np.flatnonzero(self.done == DONE)}
+        return {i: done[key] for i in range(study.size) if (key := _key(study, i)) in done}
 
     def adopt(self, other: "StudyStore") -> int:
         """Copy runs that are unfinished here and done in another store; return their number."""
@@ -285,6 +293,14 @@ class StudyStore:
         self._arrays["done"].set_coordinate_selection(
             np.unravel_index(indices, self._shape), np.full(len(indices), TO_DO, np.int8)
         )
+
+
+def _key(study: Study, index: int) -> frozenset:
+    """The settings of a run, in a form that two descriptions of one problem have in common."""
+    settings = vars(study.point(index)).items()
+    return frozenset(
+        (name, str(value) if isinstance(value, Path) else value) for name, value in settings
+    )
 
 
 def lock_path(path: Path) -> Path:
@@ -325,7 +341,8 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
 
 def _remove_leftovers(path: Path, study: Study) -> None:
     """Remove what a killed writer has left half-made: nothing but files that it can have made."""
-    ours = {*number_names(True), *study.coordinates, "converged", "reason", "done", CHECKSUM}
+    ours = {*study.columns.names(), *number_names(True), *study.coordinates}
+    ours |= {"converged", "reason", "done", CHECKSUM}
     for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         known = re.fullmatch(r"\d+", part.name.removeprefix(f"{path.name}.").removesuffix(".part"))
         if known and part.is_dir() and not part.is_symlink():
@@ -344,11 +361,24 @@ def make_store(path: Path, study: Study, task_size: int) -> StudyStore:
 
     **Raises:** `InputError` if the disk or the memory has too little room for the results.
     """
-    _check_room(path, study, task_size)
+    columns = columns_of(study)
+    check_room(path, study, task_size, columns)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    _make(_zarr(), part, study, task_size)
+    _make(_zarr(), part, study, task_size, columns)
     part.rename(path)
     return StudyStore(path, _open(path, "r+"))
+
+
+def finish(path: Path) -> None:
+    """Write the metadata of all arrays of a complete store into that of the store itself.
+
+    `xarray.open_zarr` then reads one file in place of one for each array.
+    """
+    zarr = _zarr()
+    with warnings.catch_warnings():
+        # Zarr 3 has it by convention, not yet by its specification.
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(str(path), zarr_format=3)
 
 
 def store_to_reuse(path: Path, study: Study) -> StudyStore:
@@ -426,23 +456,38 @@ def open_study(path: str | Path) -> Any:
     store = StudyStore(path, _open(path, "r"))
     content = store.check(lock_path(path))
     study, layout = store.study, store.study.dimensions
-    names = (*number_names(study.has_errors), "converged", "done", "reason")
+    knots = [knot_name(i) for i in range(store.columns.knots)]
+    names = [name for name in store.columns.names() if name not in knots]
+    shape = tuple(layout.values())
     # As objects, the type of string that every selection by label accepts.
     variables = {
-        name: (tuple(layout), content[name].reshape(tuple(layout.values())), store.about(name))
-        for name in names
+        name: (tuple(layout), content[name].reshape(shape), store.about(name))
+        for name in (*names, "converged", "done", "reason")
     }
+    if knots:
+        values = np.stack([content[name].reshape(shape) for name in knots], axis=-1)
+        about = store.about(knots[0]) | {"long_name": "log-linear knots of the optimized schedule"}
+        variables["knots"] = ((*layout, "knot"), values, about)
     coordinates = {
         name: (dimension, _labels(values), store.about(name))
         for name, (dimension, values) in study.coordinates.items()
     }
-    attributes = {k: v for k, v in store.attributes.asdict().items() if k != CHECKSUMS}
+    attributes = {
+        k: v for k, v in store.attributes.asdict().items() if k not in (CHECKSUMS, _COLUMNS)
+    }
     return xarray.Dataset(variables, coordinates, attributes)
 
 
-def _is_finite(name: str) -> bool:
-    """Whether a number is finite in every finished run."""
-    return name not in OPTIONAL and not name.endswith("_error")
+def _columns(path: Path, attributes: Any, study: Study, argument: str) -> Columns:
+    """The numbers that a store has of each run."""
+    if _COLUMNS not in attributes:
+        return Columns(study.has_errors)
+    try:
+        content = json.loads(attributes[_COLUMNS])
+        return Columns(**content | {"metrics": tuple(content["metrics"])})
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{path}/zarr.json holds no description of its numbers"
+        raise damaged(argument, what) from error
 
 
 def _study(path: Path, group: Any, argument: str = "path") -> Study:
@@ -464,6 +509,7 @@ def _study(path: Path, group: Any, argument: str = "path") -> Study:
         )
     if version == _VERSION or CHECKSUMS in group.attrs:
         check_attributes(argument, path, group.attrs)
+        check_consolidated(argument, path, group.attrs)
     if type(task_size) is not int or task_size < 1 or not all(type(x) is str for x in texts):
         raise damaged(argument, f"{path}/zarr.json has attributes of other types than were made")
     return Study.from_dict(content, str(path))
@@ -491,6 +537,8 @@ def sources(study: Study) -> dict[str, str]:
 
     **Raises:** `InputError` for one that cannot be read.
     """
+    if study.problem is not None:
+        return {}
     base, varied = study.base, study.coordinates
     held = {name: varied[name][1] for name in OWN if name in varied}
     fixed = {name: [getattr(base, name)] for name in OWN if hasattr(base, name)}
@@ -524,7 +572,7 @@ def _open(path: Path, mode: Any, argument: str = "path") -> Any:
         raise refuse(argument, "be the store of a study", f"{path} is none{why}") from error
 
 
-def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
+def _make(zarr: ModuleType, path: Path, study: Study, task_size: int, columns: Columns) -> None:
     """Lay out a store: its attributes, and arrays filled with "to do" and NaN."""
     about = {
         "version": _VERSION,
@@ -533,6 +581,7 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": json.dumps(storage.versions()),
         "commit": storage.commit() or "",
+        _COLUMNS: json.dumps(columns._asdict()),
     }
     if files := sources(study):
         about["sources"] = json.dumps(files)
@@ -551,7 +600,7 @@ def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
             name, dtype=dtype, fill_value=fill, attributes={"long_name": words, **more}, **layout
         )
 
-    for quantity in _quantities(study):
+    for quantity in columns.quantities():
         variable(quantity.name, "float64", np.nan, quantity.words, units=quantity.units)
     variable("converged", "bool", False, "whether every transport problem of the run was solved")
     variable("reason", "string", "", "why the run failed")
@@ -593,66 +642,10 @@ def _add_coordinate(group: Any, name: str, dimension: str, values: tuple, codecs
     array[...] = labels
 
 
-def _quantities(study: Study) -> list[Quantity]:
-    """The numbers stored of each run, with standard errors if some run has them."""
-    if not study.has_errors:
-        return list(QUANTITIES)
-    errors = [
-        Quantity(f"{q.name}_error", q.units, f"standard error of {q.words}")
-        for q in QUANTITIES
-        if q.name in WITH_ERROR
-    ]
-    return [*QUANTITIES, *errors]
-
-
 def _labels(values: tuple) -> np.ndarray:
     if isinstance(values[0], tuple):
         return np.array([",".join(map(str, value)) for value in values], dtype=object)
     return np.array(values, dtype=object if isinstance(values[0], str) else None)
-
-
-def _check_room(path: Path, study: Study, task_size: int) -> None:
-    """Reject results that would not fit, by an estimate, before anything is written."""
-    if not path.parent.is_dir():
-        raise refuse("out", "be in a folder that exists", f"{path.parent} does not")
-    variables = len(number_names(study.has_errors)) + 4
-    lengths = zip(study.dimensions.values(), study.chunks(task_size), strict=True)
-    chunks = math.prod(-(-length // step) for length, step in lengths)
-    on_disk = variables * max(8 * study.size, _BLOCK * chunks)
-    free = shutil.disk_usage(path.parent).free
-    if on_disk > free:
-        raise refuse(
-            "out",
-            f"have room for {study.size:,} runs, about {size(on_disk)}",
-            f"{path.parent} has {size(free)} left",
-        )
-    # The numbers when they are read, and the list of tasks.
-    in_memory = variables * 8 * study.size + 200 * study.size
-    available = memory_of_the_machine()
-    if in_memory > available:
-        raise refuse(
-            "grid",
-            f"fit in the {size(available)} of memory of this machine",
-            f"the results of {study.size:,} runs need about {size(in_memory)}",
-        )
-
-
-def check_memory(study: Study, slices: list[Slice]) -> None:
-    """Reject a run that this machine cannot hold, by an estimate from its shapes.
-
-    **Raises:** `InputError`, naming the run and the memory that it needs.
-    """
-    available = memory_of_the_machine()
-    for part in slices:
-        config: RunConfig = study.point(int(part.indices[0]))
-        needed = memory_of_a_run(config)
-        if needed > available:
-            raise refuse(
-                "members",
-                f"fit in the {size(available)} of memory of this machine",
-                f"{config.members} members of hidden {config.hidden} over {config.snapshots} "
-                f"snapshots need about {size(needed)}",
-            )
 
 
 def _zarr() -> ModuleType:
