@@ -109,7 +109,7 @@ ratios = bends / law(exponents)[1]
 half = student.ppf(0.975, ratios.size - 1) * ratios.std(ddof=1) / np.sqrt(ratios.size)
 low, high = ratios.mean() - half, ratios.mean() + half
 word = "undecided"
-if 0.95 < low and high < 1.05:
+if low > 0.95 and high < 1.05:
     word = "confirmed"
 elif high < 0.95 or low > 1.05:
     word = "refuted"
