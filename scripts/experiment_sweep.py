@@ -139,7 +139,7 @@ def tables(results: dict[Any, Any]) -> dict[str, list[list[str]]]:
             gap = column(keys, name)
             slow, fast = (effect(gap[:, i] / gap[:, j]) for i, j in ((-3, 0), (-1, -3)))
             verdicts.append([*group, words, verdict(slow, 2, 1.1), verdict(fast, 1, 1)])
-        whole = np.isfinite(relative).all(axis=0)
+        whole = np.atleast_1d(np.isfinite(relative).all(axis=0))
         for words, few in {"all": len(RATES), "below .5": -1}.items():
             fitted = np.flatnonzero(whole[:few])
             fits = [
