@@ -37,6 +37,7 @@ LONG = {
     "which_schedule",
     "large_model",
     "measure_digits",
+    "modular_addition",
     "study_scaling",
     "transfer",
     "velocity_accuracy",
