@@ -25,7 +25,7 @@ import tempfile
 from pathlib import Path
 
 import esljax as esl
-from esljax.figures import plot_study
+from esljax.figures import plot_settings, plot_study
 
 smoke = bool(os.environ.get("ESLJAX_SMOKE"))  # the tests run this notebook in a small size
 folder = Path(tempfile.mkdtemp())
@@ -86,6 +86,12 @@ for group in esl.study.summarize(results)[:4]:
 # %%
 efficiency = (results.w2_squared / results.entropy_production).mean("seed")
 efficiency.sel(schedule="constant").to_series().unstack("rate").round(3)
+
+# %%
+plot_settings(esl.study.summarize(results))
+
+# %% [markdown]
+# What a schedule pays for a loss: Σ against the final loss, a line for each schedule.
 
 # %%
 plot_study(esl.study.summarize(results))

@@ -24,8 +24,8 @@ import esljax as esl
 SHAPES: dict[str, Callable[[Any], esl.AbstractSchedule]] = {
     "constant": esl.Constant,
     "cosine": esl.Cosine,
-    "linear": lambda peak: esl.Linear(peak, 0.0),
-    "WSD": esl.WarmupStableDecay,
+    "linear_decay": lambda peak: esl.Linear(peak, 0.0),
+    "warmup_stable_decay": esl.WarmupStableDecay,
 }
 
 

@@ -122,11 +122,11 @@ def judged(system: str, name: str, z: Any) -> bool | None:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = experiments.parser("Members against exact laws.").parse_args(argv)
     page = experiments.Page("toy", arguments, seed=20)
-    keys = {100: 300, 1000: 300, 10_000: 120} if not arguments.smoke else {40: 8}
+    keys = {100: 300, 1000: 300, 10_000: 240} if not arguments.smoke else {40: 8}
     steps = 1000 if not arguments.smoke else 40
     cells = [(system, n) for system in SYSTEMS for n in keys]
     # Long cells in parts, and first, so that processes end together.
-    parts = {n: 4 if n >= 10_000 else 1 for n in keys}
+    parts = {n: 8 if n >= 10_000 else 1 for n in keys}
     tasks = [
         {"system": system, "n": n, "keys": keys[n] // parts[n], "part": part, "steps": steps}
         for n in sorted(keys, reverse=True)

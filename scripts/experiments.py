@@ -48,6 +48,8 @@ class Effect(NamedTuple):
     keys: int
 
     def __str__(self) -> str:
+        if np.isnan(self.mean):
+            return "none"
         return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
     @property

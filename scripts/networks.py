@@ -12,10 +12,10 @@ import esljax as esl
 
 
 class SmallCNN(nnx.Module):
-    """A convolution 3 × 3 of 8 channels, tanh, a mean over 2 × 2 pixels, a linear layer: d = 810.
+    """A convolution 3 × 3 of stride 2 with 8 channels, tanh, and a linear layer: d = 810.
 
-    The convolution is a product with the 3 × 3 patches of the image: that is the same function, and
-    a tenth of the time on a CPU, where convolutions whose kernels differ by member are slow.
+    The convolution is a product with the patches of the image: that is the same function, and a
+    tenth of the time on a CPU, where convolutions whose kernels differ by member are slow.
     """
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
@@ -24,10 +24,9 @@ class SmallCNN(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         image = x.reshape(-1, 8, 8)
-        patches = [image[:, i : i + 6, j : j + 6] for i in range(3) for j in range(3)]
+        patches = [image[:, i : i + 5 : 2, j : j + 5 : 2] for i in range(3) for j in range(3)]
         hidden = jnp.tanh(self.convolution(jnp.stack(patches, axis=-1)))
-        pooled = hidden.reshape(len(image), 3, 2, 3, 2, -1).mean(axis=(2, 4))
-        return self.readout(pooled.reshape(len(image), -1))
+        return self.readout(hidden.reshape(len(image), -1))
 
 
 MODELS: Mapping[str, Callable[[nnx.Rngs], nnx.Module]] = {

@@ -14,6 +14,7 @@ import pytest
 TYPICAL = {
     "01_quickstart": 40.0,
     "02_study": 40.0,
+    "03_experiments": 40.0,
     "test_bfloat16": 10.0,
     "test_cli": 3.0,
     "test_diagnosis": 3.0,

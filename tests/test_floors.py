@@ -72,6 +72,7 @@ FENCES = {
     "xarray": {"study"},
     "distributed": {"study"},
     "dask_jobqueue": {"study"},
+    "cloudpickle": {"experiment"},
 }
 # Names to install, where they differ.
 DISTRIBUTIONS = {
@@ -87,6 +88,7 @@ EXTRAS = {
     "xarray": ("studies",),
     "distributed": ("cluster",),
     "dask-jobqueue": ("cluster",),
+    "cloudpickle": ("cluster",),
 }
 
 # Lines of a module; a longer one becomes a folder.

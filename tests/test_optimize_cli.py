@@ -188,7 +188,8 @@ def test_ended_by_sigterm_it_exits_with_its_own_code_and_leaves_what_is_theirs(f
     finish(folder, "ended", environment, "--resume")
     assert report(folder, "ended") == report(folder, "undisturbed")
     assert still_there(before, out)
-    ours = {"report.json", "config.toml", "schedules.png", "speed_limit.png"}
+    ours = {"report.json", "config.toml", "schedules.png", "speed_limit.png", "schedules"}
+    ours |= {f"schedules/{name}.json" for name in report(folder, "ended")["schedules"]}
     assert seen(out).keys() - before.keys() == ours
 
 
@@ -244,6 +245,14 @@ def test_what_cannot_run_leaves_nothing_to_finish(folder, capsys):
         assert "be a loss that" in capsys.readouterr().err
         assert still_there(before, out)
         assert seen(out).keys() == before.keys()
+
+
+def test_a_file_of_others_in_the_place_of_a_schedule_is_refused_and_stays(tmp_path, capsys):
+    plant(tmp_path / "schedules" / "optimized.json")
+    before = seen(tmp_path)
+    assert cli.main(["optimize", "--out", str(tmp_path), "--quiet", "--force"]) == 2
+    assert "optimized.json is there" in capsys.readouterr().err
+    assert seen(tmp_path) == before
 
 
 def test_two_commands_do_not_write_one_folder(tmp_path, capsys):

@@ -50,6 +50,10 @@ SCHEDULES = {
         lambda: esl.Warmup(esl.Linear(0.7, 0.1), 0.2, 0.05),
         lambda s: np.interp(s, [0, 0.2, 1], [0.05, 0.7, 0.1]),
     ),
+    "scaled": (
+        lambda: esl.Scaled(esl.Linear(0.2, 0.4), 1.5),
+        lambda s: 0.3 + 0.3 * s,
+    ),
     "log-linear knots": (
         lambda: esl.Knots(TABLE),
         lambda s: np.exp(np.interp(s, np.linspace(0, 1, 4), np.log(TABLE))),
@@ -153,6 +157,7 @@ def test_gradient_is_the_central_difference(name, x64):
         "wsd": 5,
         "wsd with a root": 5,
         "warmup": 4,
+        "scaled": 3,
         "optax": 0,
     }.get(name, 1)
     times, weights = (
@@ -293,6 +298,7 @@ def test_the_exact_law_splits_its_panels_at_corners(name, x64):
     integral = {
         "wsd with a root": (0.05 + 0.7) / 2 * 0.13 + 0.7 * 0.58 + (0.02 + 0.68 / 3) * 0.29,
         "piecewise": 0.3 * 0.13 + 0.7 * 0.58 + 0.1 * 0.29,
+        "scaled": 0.45,
         "warmup": (0.05 + 0.7) / 2 * 0.2 + (0.7 + 0.1) / 2 * 0.8,
         "linear knots": (0.3 / 2 + 0.7 + 0.1 + 0.2 / 2) / 3,
     }[name]

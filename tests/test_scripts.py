@@ -32,6 +32,8 @@ LONG = {
     "experiment_curriculum",
     "experiment_gap",
     "experiment_size",
+    "experiment_speed_limits",
+    "experiment_sweep",
     "experiment_toy",
     "free_energy_balance",
     "which_schedule",
@@ -59,7 +61,7 @@ def test_there_is_something_to_run():
         "measure_numpy",
         *LONG,
     }
-    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_study"]
+    assert [path.stem for path in NOTEBOOKS] == ["01_quickstart", "02_study", "03_experiments"]
 
 
 @pytest.mark.parametrize(

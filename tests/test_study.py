@@ -17,7 +17,7 @@ from studies import BASE, GRID, Idle
 
 import esljax as esl
 from esljax.experiment import choices, runs
-from esljax.figures import plot_study
+from esljax.figures import plot_settings
 from esljax.study import store as study_store
 
 DIMENSIONS = {"rate": 3, "members": 2, "schedule": 2, "seed": 2}
@@ -217,7 +217,7 @@ def test_double_precision_stays_within_its_runs(tmp_path):
 
 def test_schedules_are_those_that_are_compared():
     field = next(field for field in dataclasses.fields(esl.RunConfig) if field.name == "schedule")
-    assert choices(field.type) == tuple(esl.usual_shapes())
+    assert choices(field.type) == (*esl.usual_shapes(), "optimized")
 
 
 @pytest.mark.slow
@@ -228,8 +228,9 @@ def test_memory_is_estimated_within_a_factor_of_three():
         BASE,
         dataclasses.replace(BASE, data="teacher", hidden=(32,), members=16, batch_size=0),
     ):
-        problem = runs._problem(runs.shape_of(config), config.dtype)
+        problem = runs._problem(runs.shape_of(config), config.dtype, ())
         numbers = jax.tree.map(lambda x: x[0], runs._numbers(problem, (config,)))
+        numbers = numbers._replace(rates=problem.table(esl.Constant(0.1)).values)
         needed = (
             runs._alone.lower(problem, runs.shape_of(config), numbers)
             .compile()
@@ -635,7 +636,7 @@ def test_figures(grid, rows, scales, grid_store, tmp_path):
     some = results.sel({name: values for name, values in grid.items()}).sel(
         {name: fixed[name] for name in fixed if name not in grid}, drop=True
     )
-    figure = plot_study(esl.study.summarize(some))
+    figure = plot_settings(esl.study.summarize(some))
     figure.savefig(tmp_path / "figure.png")
     panels = figure.axes
     assert len(panels) == 3 * rows

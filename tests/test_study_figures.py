@@ -7,7 +7,7 @@ import pytest
 from matplotlib.text import Text
 
 import esljax as esl
-from esljax.figures import plot_schedules, plot_speed_limit, plot_study
+from esljax.figures import plot_schedules, plot_settings, plot_speed_limit
 from esljax.figures.schedules import ReportLike
 from esljax.figures.study import GroupLike
 
@@ -40,7 +40,7 @@ def one_at_a_time(base, **values):
 
 def drawn(groups):
     """A figure whose text lies within it, and whose tick labels do not overlap."""
-    figure = plot_study(groups)
+    figure = plot_settings(groups)
     figure.draw_without_rendering()
     inside = figure.bbox.padded(1)
     for text in figure.findobj(
@@ -310,7 +310,7 @@ def test_a_study_of_names_alone():
         )
     )
     axes = rows(figure)[0]
-    assert words(axes.xaxis)[-2:] == ["warmup–stable–decay", "exponential decay"]
+    assert words(axes.xaxis)[-2:] == ["warmup stable decay", "exponential decay"]
     assert axes.get_legend() is None
     figure = drawn(grid(data=["moons", "digits"], schedule=["constant", "cosine", "linear_decay"]))
     assert words(rows(figure)[0].xaxis) == ["moons", "digits"]
@@ -361,9 +361,9 @@ def test_only_marks_that_occur_are_explained():
 
 
 def test_an_empty_study_is_rejected(refused):
-    refused(lambda: plot_study([]), "Argument `study` must have runs that are done")
+    refused(lambda: plot_settings([]), "Argument `study` must have runs that are done")
     refused(
-        lambda: plot_study([group({"rate": 0.1}, gap=np.nan)]),
+        lambda: plot_settings([group({"rate": 0.1}, gap=np.nan)]),
         "Argument `study` must have runs that are done",
     )
 

@@ -354,8 +354,8 @@ def test_no_digit_is_cut_off(folder, capsys):
     _, shown, error = output("show", folder, capsys)
     title, heading, row, *_ = shown.splitlines()
     assert "dtype float64: digits in parentheses" in title
-    assert heading.split()[:5] == ["data", "members", "steps", "batch", "size"]
-    assert row.split()[:6] == ["moons", "6", "10", "8", "0.1", "0.1"]
+    assert heading.split()[:5] == ["data", "batch", "size", "l2", "model"]
+    assert row.split()[:6] == ["moons", "8", "0.1", "same", "6", "10"]
     assert "0.1234567 " in row
     assert "…" not in row + heading
     assert "has changed" in error

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -235,17 +236,22 @@ def _nested(kind: Any, values: Mapping[str, Any], *, documented: bool) -> Any:
         default = values.get(field.name, field.default)
         group = rest if field.name in keywords else place.get(field.name, rest)
         of[group].append((field.name, _flag(field, words.get(field.name)), _default(default)))
+    about = {group: each.words for group, each in groups.items()}
+    text = inspect.cleandoc(kind.__doc__ or "")
+    if source:
+        about[rest] = f"What is learned: {source}, made from its keywords."
+        text = re.sub(r"(Example: esljax \w+) .*", rf"\1 --problem {source}", text)
     nested = [
         (
             group,
             dataclasses.make_dataclass(
-                group, fields, namespace={"__doc__": groups[group].words}, frozen=True, kw_only=True
+                group, fields, namespace={"__doc__": about[group]}, frozen=True, kw_only=True
             ),
         )
         for group, fields in of.items()
         if fields
     ]
-    namespace = {"__doc__": inspect.cleandoc(kind.__doc__ or "")}
+    namespace = {"__doc__": text}
     return dataclasses.make_dataclass(kind.__name__, nested, namespace=namespace, frozen=True)
 
 

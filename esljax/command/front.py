@@ -5,10 +5,10 @@ import rich.console
 
 from esljax.command.job import problem_of, spread
 from esljax.command.progress import FrontBar
-from esljax.command.running import Finished, run_command
+from esljax.command.running import Finished, Whole, run_command
 from esljax.command.settings import FAMILIES, OutsideFrontConfig
 from esljax.command.unfinished import Kept
-from esljax.experiment import Front, front, gradients_of_front
+from esljax.experiment import Front, front, gradients_of_front, name_of_point, place_of
 from esljax.files import Checkpoints
 
 _STAGE = "points"
@@ -19,9 +19,18 @@ def front_command(config: OutsideFrontConfig) -> int:
 
     def work(kept: Kept, console: rich.console.Console) -> Finished:
         found = _front(config, kept, console)
-        return Finished(found.leaves(), (*str(found).splitlines(), _use(config, found)))
+        rows, sentences = found.lines()
+        printed = (*map(Whole, rows), *sentences, Whole(_use(config, found)))
+        return Finished(found.leaves(), printed)
 
-    return run_command(config, work, report="front.json", figures=("front.png",), stages=(_STAGE,))
+    return run_command(
+        config,
+        work,
+        report="front.json",
+        figures=("front.png",),
+        schedules=[name_of_point(i) for i in range(len(config.targets) or config.points)],
+        stages=(_STAGE,),
+    )
 
 
 def _front(config: OutsideFrontConfig, kept: Kept, console: rich.console.Console) -> Front:
@@ -54,7 +63,7 @@ def _front(config: OutsideFrontConfig, kept: Kept, console: rich.console.Console
 
 def _use(config: OutsideFrontConfig, found: Front) -> str:
     """How to use a schedule of the front elsewhere."""
-    path = config.out / "schedules" / f"point_{found.knee}.json"
+    path = config.out / place_of(name_of_point(found.knee))
     return (
         f"Use one at any length, here that of the knee: "
         f"esljax.load_schedule({str(path)!r}).to_optax(steps)"

@@ -23,9 +23,14 @@ def optimize_command(config: ComparisonConfig) -> int:
         printed = (_table(found), *telling.sentences(found))
         return Finished(found.leaves(), printed, found.interrupted, found.misses_target)
 
-    figures = ("schedules.png", "speed_limit.png")
-    stages = ("matching", "search")
-    return run_command(config, work, report="report.json", figures=figures, stages=stages)
+    return run_command(
+        config,
+        work,
+        report="report.json",
+        figures=("schedules.png", "speed_limit.png"),
+        schedules=[*usual_shapes(), "retimed", "optimized"],
+        stages=("matching", "search"),
+    )
 
 
 def plan_command(config: PlanConfig | OutsidePlanConfig) -> int:

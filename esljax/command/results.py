@@ -7,13 +7,13 @@ still is, and the numbers are printed.
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from esljax._checks import InputError
 from esljax.files import storage, uninterrupted, writing
-from esljax.schedules import AbstractSchedule
+from esljax.schedules import AbstractSchedule, is_schedule
 
 SETTINGS, REPORT = "config.toml", "report.json"
 
@@ -23,7 +23,8 @@ class Results:
 
     **Args:** `folder`: where they go. `settings`: of the run, as `as_dict` gives them.
     `figures`: the names of its figures. `force`: whether files that esljax wrote for other
-    settings are replaced. `report`: the name of the report.
+    settings are replaced. `report`: the name of the report. `schedules`: the places of those that
+    it may save.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class Results:
         *,
         force: bool,
         report: str = REPORT,
+        schedules: Sequence[str] = (),
     ):
         self.folder, self.settings, self.figures = folder, settings, figures
-        self.report = report
+        self.report, self.schedules = report, schedules
         self.force = force
         self.troubles: list[str] = []
         self.written: list[str] = []
@@ -58,6 +60,8 @@ class Results:
         """**Raises:** `InputError` if the files would replace what is not their own."""
         names = (SETTINGS, self.report, *self.figures)
         writing.claim([self.folder / name for name in names], self.settings, force=self.force)
+        places = [self.folder / name for name in self.schedules]
+        writing.claim(places, {}, force=True, ours=is_schedule)
 
     def write(
         self,

@@ -14,8 +14,12 @@ from esljax.command.results import Results
 from esljax.command.settings import DONE, FAILED, INTERRUPTED, NOT_WRITTEN, JobConfig
 from esljax.command.streams import wide
 from esljax.command.unfinished import Kept, unfinished_run
-from esljax.experiment import Leaves, enable
+from esljax.experiment import Leaves, enable, place_of
 from esljax.files import Terminated, alone
+
+
+class Whole(str):
+    """A line that is printed whole on any terminal, so that it can be copied."""
 
 
 class Finished(NamedTuple):
@@ -24,7 +28,7 @@ class Finished(NamedTuple):
     leaves: Leaves
     """Its files."""
     printed: Sequence[Any]
-    """What it prints: tables, and sentences as lines of text."""
+    """What it prints: tables, sentences, and lines that stay whole."""
     interrupted: bool = False
     """Whether it was ended early, and has judged what there was."""
     failed: bool = False
@@ -37,12 +41,14 @@ def run_command(
     *,
     report: str,
     figures: tuple[str, ...],
+    schedules: Sequence[str],
     stages: tuple[str, ...],
 ) -> int:
     """Check the settings, protect the folder, do the work, write, print; return the exit code.
 
     **Args:** `work`: computes, with checkpoints in the folder of `Kept`. `report` and `figures`:
-    names of the files. `stages`: names of the folders of checkpoints.
+    names of the files. `schedules`: names of those that it may save. `stages`: names of the folders
+    of checkpoints.
     """
     started = time.perf_counter()
     config.check()
@@ -52,7 +58,14 @@ def run_command(
     first = jax.process_index() == 0
     # A table may have eleven columns.
     console = wide(rich.console.Console(quiet=config.quiet or not first), 136)
-    results = Results(config.out, config.as_dict(), figures, force=config.force, report=report)
+    results = Results(
+        config.out,
+        config.as_dict(),
+        figures,
+        force=config.force,
+        report=report,
+        schedules=[place_of(name) for name in schedules],
+    )
     with results.claimed(), alone(config.out, "out"):
         # Again, now that nobody else writes there.
         results.check()
@@ -74,7 +87,7 @@ def run_command(
             results.write(content, leaves.figures, leaves.schedules)
         for each in (*finished.printed, f"{wall:.0f} s; {results.places()}"):
             text = rich.markup.escape(each) if isinstance(each, str) else each
-            console.print(text, highlight=False, soft_wrap=isinstance(each, str))
+            console.print(text, highlight=False, soft_wrap=isinstance(each, Whole))
         results.say()
         if finished.interrupted:
             return INTERRUPTED

@@ -16,10 +16,10 @@ import rich.table
 import rich.text
 import tyro
 
-from esljax._checks import refuse
+from esljax._checks import InputError, refuse
 from esljax.command.settings import DONE, FAILED, INTERRUPTED, NOT_WRITTEN
 from esljax.command.streams import legible, print_whole
-from esljax.experiment import AtLeast, check_fields, in_words
+from esljax.experiment import AtLeast, check_fields, in_words, read_toml
 from esljax.files import TERMINATED, Terminated, storage, uninterrupted, writing
 from esljax.results import concise
 from esljax.study import (
@@ -41,7 +41,9 @@ _Where = Annotated[Path, tyro.conf.Positional]
 class RunStudyConfig:
     """Run the unfinished runs of a study: a TOML file with [base] and [grid], or [[points]].
 
-    It may be interrupted or killed at any time; the same command resumes it.
+    `problem = "my_file.py:name"` in the file, or --problem, makes it a study of a problem of your
+    own, whose keywords are settings. It may be interrupted or killed at any time; the same command
+    resumes it.
 
     Exit codes: 0 done; 1 some runs failed or have unsolved transport problems, or the workers or
     the disk failed; 2 bad input; 130 interrupted; 143 ended by SIGTERM or SIGHUP.
@@ -51,14 +53,17 @@ class RunStudyConfig:
     """The TOML file of the study, or a store to resume."""
     out: Path | None = None
     """Zarr store of the results; by default the TOML file with the ending .zarr."""
+    problem: str = ""
+    """A `Problem`, or a function of keywords that returns one, in place of the built-in problem:
+    my_file.py:name or package.module:name."""
     processes: Annotated[int, AtLeast(0)] = 0
     """Worker processes on this machine; 0 to run in the process of the command."""
     scheduler: str = ""
     """Address of a dask scheduler whose workers do the runs, such as tcp://10.0.0.1:8786."""
     slurm: Annotated[int, AtLeast(0)] = 0
     """SLURM jobs to run in, as ~/.config/dask/jobqueue.yaml describes them; 0 for none."""
-    task_size: Annotated[int, AtLeast(1)] = 32
-    """Most runs in a task; results are saved task by task."""
+    task_size: Annotated[int | None, AtLeast(1)] = None
+    """Runs in a task; results are saved task by task. By default as many as take a few seconds."""
     width: Annotated[int, AtLeast(0)] = 0
     """Runs side by side in one program; 0 for 1 on a CPU, as many as fit on an accelerator."""
     retry: bool = False
@@ -89,9 +94,10 @@ class ShowStudyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PlotStudyConfig:
-    """Plot Σ, W2² and the gap of a study against each of its numeric settings.
+    """Plot a study: Σ against the final loss, a line for each schedule.
 
-    Points are means over the seeds, with their standard errors.
+    --x, --y, --hue and --facet choose other numbers and settings; --panels draws Σ, W2² and the gap
+    against each numeric setting. Points are means over the seeds, with their standard errors.
 
     Exit codes: 0 done; 2 bad input; 3 the figure could not be written; 130 interrupted; 143 ended
     by SIGTERM or SIGHUP.
@@ -101,6 +107,16 @@ class PlotStudyConfig:
     """The store, or the TOML file beside it."""
     out: Path | None = None
     """The figure; by default the store with the ending .png."""
+    x: str = "final_loss"
+    """A number of the study, or a setting that varies."""
+    y: str = "entropy_production"
+    """A number of the study."""
+    hue: str = ""
+    """The setting of the colors; by default the schedule where it varies. "none" for one color."""
+    facet: str = ""
+    """The setting of the panels; by default one that is left with few values. "none" for one."""
+    panels: bool = False
+    """Draw Σ, W2² and the gap against each numeric setting instead."""
     force: bool = False
     """Replace a figure that esljax drew of another study."""
 
@@ -121,11 +137,12 @@ def study(config: StudyConfig) -> int:
     """Run one of the commands and return its exit code."""
     command = config.command
     check_fields(command)
-    if isinstance(command, RunStudyConfig):
-        return _run(command)
-    if isinstance(command, StudyStatusConfig):
-        return _status(command)
-    return _show(command) if isinstance(command, ShowStudyConfig) else _plot(command)
+    with _warnings_as_lines():
+        if isinstance(command, RunStudyConfig):
+            return _run(command)
+        if isinstance(command, StudyStatusConfig):
+            return _status(command)
+        return _show(command) if isinstance(command, ShowStudyConfig) else _plot(command)
 
 
 def _run(config: RunStudyConfig) -> int:
@@ -133,19 +150,24 @@ def _run(config: RunStudyConfig) -> int:
     if len(places) > 1:
         raise refuse(places[1], f"be given without {places[0]}", "both are given")
     is_store = config.study.is_dir()
-    description = read_study(config.study) if is_store else Study.from_toml(config.study)
+    if is_store and config.problem:
+        raise refuse("problem", "be left out beside a store, which names it", "is given")
+    description = (
+        read_study(config.study)
+        if is_store
+        else Study.from_toml(config.study, problem=config.problem or None)
+    )
     out = config.out or (config.study if is_store else _store(config.study))
     console = rich.console.Console(quiet=config.quiet)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(_Bar(console))
-        stack.enter_context(_warnings_as_lines())
         try:
             with _executor(config) as executor:
                 run_study(
                     description,
                     out,
                     executor=executor,
-                    task_size=None if is_store else config.task_size,
+                    task_size=config.task_size,
                     width=config.width or None,
                     retry=config.retry,
                     reuse=config.reuse,
@@ -206,7 +228,7 @@ def _status(config: StudyStatusConfig) -> int:
         "failed": int(np.sum(done == 2)),
         "to do": int(np.sum(done == 0)),
     }
-    dimensions = " × ".join(f"{name} {length}" for name, length in dataset.sizes.items())
+    dimensions = " × ".join(f"{name} {length}" for name, length in dataset["done"].sizes.items())
     lines = [
         f"{path}: {done.size} runs ({dimensions})",
         ", ".join(f"{count} {name}" for name, count in counts.items()),
@@ -247,17 +269,19 @@ def _show(config: ShowStudyConfig) -> int:
     )
     for name in fields:
         table.add_column(legible(in_words(name)), justify="left", no_wrap=True)
-    for heading in ("runs", *_NUMBERS.values()):
+    numbers = _numbers(groups[0].means)
+    texts = {name: _texts([group.settings[name] for group in groups]) for name in fields}
+    for heading in ("runs", *numbers.values()):
         table.add_column(legible(heading), justify="right", no_wrap=True)
     for group in groups[: config.rows]:
         floor = {"noise_floor": f"{group.means['noise_floor']:.2g}"}
         cells = (
-            floor.get(name) or concise(group.means[name], group.errors[name]) for name in _NUMBERS
+            floor.get(name) or concise(group.means[name], group.errors[name]) for name in numbers
         )
         runs = str(group.runs) if group.runs == group.asked else f"{group.runs}/{group.asked}"
-        shown = cells if group.runs else ["-"] * len(_NUMBERS)
+        shown = cells if group.runs else ["-"] * len(numbers)
         table.add_row(
-            *(_value(group.settings[name]) for name in fields),
+            *(texts[name][group.settings[name]] for name in fields),
             runs + "*" * bool(group.unconverged),
             *shown,
         )
@@ -270,6 +294,7 @@ def _show(config: ShowStudyConfig) -> int:
 
 
 _NUMBERS = {
+    "rate": "rate",
     "entropy_production": "Σ",
     "length_squared": "L²",
     "w2_squared": "W2²",
@@ -282,9 +307,24 @@ _NUMBERS = {
 }
 
 
+def _numbers(means: Any) -> dict[str, str]:
+    """The numbers of the table and their headings, with the metrics of the problem at the end."""
+    usual = {name: words for name, words in _NUMBERS.items() if name in means}
+    return usual | {name: in_words(name) for name in means if name not in (*usual, "learning_time")}
+
+
 def _value(value: Any) -> str:
-    # Enough digits to distinguish any two values of a study.
-    return f"{value:.12g}" if isinstance(value, float) else in_words(str(value))
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else in_words(str(value))
+
+
+def _texts(values: list[Any]) -> dict[Any, str]:
+    """The values of a setting with four significant digits, or as many as distinguish them."""
+    if not all(isinstance(value, float) for value in values):
+        return {value: _value(value) for value in values}
+    tries = ({value: f"{value:.{digits}g}" for value in values} for digits in range(4, 18))
+    return next(texts for texts in tries if len(set(texts.values())) == len(texts))
 
 
 def _plot(config: PlotStudyConfig) -> int:
@@ -292,7 +332,9 @@ def _plot(config: PlotStudyConfig) -> int:
     dataset = open_study(path)
     out = config.out or path.with_suffix(".png")
     out = out if out.suffix else out.with_suffix(".png")
-    settings = {"study": read_study(path).as_dict()}
+    names = ("x", "y", "hue", "facet", "panels")
+    drawn = {name: getattr(config, name) for name in names}
+    settings = {"study": read_study(path).as_dict(), "figure": drawn}
     if not out.parent.is_dir():
         reason = f"{out} gives: there is no folder {out.parent}"
         raise refuse("out", "be a figure that can be written", reason)
@@ -302,9 +344,12 @@ def _plot(config: PlotStudyConfig) -> int:
 
     def draw() -> Any:
         # Imported here, because loading matplotlib takes its time and may fail.
-        from esljax.figures import plot_study
+        from esljax.figures import plot_settings, plot_study
 
-        return plot_study(groups)
+        if config.panels:
+            return plot_settings(groups)
+        hue, facet = config.hue or None, config.facet or None
+        return plot_study(groups, x=config.x, y=config.y, hue=hue, facet=facet)
 
     content, remark = _rendered(draw, out, settings)
     try:
@@ -313,7 +358,11 @@ def _plot(config: PlotStudyConfig) -> int:
     except OSError as error:
         print(f"esljax: {out} could not be written: {error.strerror}", file=sys.stderr)
         return NOT_WRITTEN
-    print(f"{out} shows {int((dataset['done'] == 1).sum())} runs of {path}")
+    state = dataset["done"].values
+    missing = [f"{int(np.sum(state == 2))} failed"] if (state == 2).any() else []
+    missing += [f"{int(np.sum(state == 0))} not done"] if (state == 0).any() else []
+    without = f", without {' and '.join(missing)}" if missing else ""
+    print(f"{out} shows {int(np.sum(state == 1))} runs of {path}{without}")
     if remark:
         print(f"esljax: it is {remark}.", file=sys.stderr)
     return DONE
@@ -336,7 +385,15 @@ def _existing(path: Path) -> Path:
         return path
     store = _store(path)
     if store.exists() and path.exists():
-        differs = Study.from_toml(path).difference(read_study(store))
+        stored = read_study(store)
+        try:
+            named = "problem" in read_toml(path) or stored.problem is None
+            problem = None if named else getattr(stored.problem, "place", "")
+            differs = Study.from_toml(path, problem=problem).difference(stored)
+        except InputError as error:
+            # The results are there, whatever has become of what they are from.
+            print(f"esljax: {path} is not compared with {store}: {error}", file=sys.stderr)
+            differs = None
         if differs is not None:
             print(
                 f"esljax: {path} has changed since, in {differs}; {store} holds the old study.",

@@ -35,6 +35,7 @@ from esljax.experiment.matching import Match, stable_rate
 from esljax.experiment.problem import Problem
 from esljax.experiment.saving import Leaves, leaves, save
 from esljax.experiment.settings import RISING, usual_shapes
+from esljax.experiment.spelling import spelled
 from esljax.files import Checkpoints, session
 from esljax.measures import (
     MinibatchNoise,
@@ -116,6 +117,7 @@ class Comparison:
 
         **Raises:** `InputError` for a name that was not judged.
         """
+        name = spelled(name, self.judgments)
         check_choice("name", name, tuple(self.judgments))
         return self.judgments[name].schedule
 

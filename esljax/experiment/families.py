@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from esljax._types import Array
+from esljax.experiment.spelling import Spelled
 from esljax.schedules import (
     AbstractSchedule,
     Constant,
@@ -86,9 +87,10 @@ def _exponential(x: Any, cap: float) -> AbstractSchedule:
 def usual_families() -> dict[str, Family]:
     """The families in common use, by name.
 
-    Constant, linear decay, cosine, and warmup-stable-decay with 10 % warmup and 20 % decay have a
-    peak to tune; an exponential has both ends; `warmup_stable_decay_tuned` has its peak, the shares
-    of warmup and decay (up to a third of the run each), and the rates at both ends.
+    Constant, linear decay, cosine, and warmup stable decay with 10 % warmup and 20 % decay have a
+    peak to tune; `exponential_tuned` has both ends, and so may decay or rise;
+    `warmup_stable_decay_tuned` has its peak, the shares of warmup and decay (up to a third of the
+    run each), and the rates at both ends.
 
     **Example:**
 
@@ -97,11 +99,11 @@ def usual_families() -> dict[str, Family]:
         >>> round(float(cosine.make(cosine.start(0.25, 1.0), 1.0)(0.0)), 4)
         0.25
     """
-    return {
+    families = {
         "constant": scaled(Constant),
         "linear_decay": scaled(lambda peak: Linear(peak, 0.0)),
         "cosine": scaled(Cosine),
-        "exponential": Family(
+        "exponential_tuned": Family(
             start=lambda rate, cap: dict.fromkeys(("first", "last"), unbounded(rate, cap)),
             make=_exponential,
         ),
@@ -117,3 +119,4 @@ def usual_families() -> dict[str, Family]:
             make=_tuned_decay,
         ),
     }
+    return Spelled(families, {"exponential": "exponential_tuned"})

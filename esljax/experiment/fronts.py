@@ -183,7 +183,11 @@ class Front:
         )
 
     def __str__(self) -> str:
-        return "\n".join([self._table(), *self._sentences()])
+        return "\n".join(itertools.chain(*self.lines()))
+
+    def lines(self) -> tuple[list[str], list[str]]:
+        """The rows of the table that `print` shows, and the sentences below it."""
+        return self._table().splitlines(), list(self._sentences())
 
     def _table(self) -> str:
         errors: Any = self.standard_error
@@ -213,6 +217,11 @@ class Front:
             f"Held-out means over {self.judgments[0].entropy_productions.size} runs; digits in "
             "parentheses: standard error of the last digits. Σ and W2² in squared parameters."
         )
+        if len(self.judgments) > 2:
+            yield (
+                f"Its knee is at loss {self.final_loss[self.knee]:.4g}: the point farthest below "
+                "the straight line from the first to the last in log loss and log Σ."
+            )
         yield self.verdict()
         best = np.min(self.final_loss)
         for name, family in self.families.items():
@@ -269,7 +278,7 @@ class Front:
 
     def leaves(self) -> Leaves:
         """The files of this front: front.json, a figure, and the schedules."""
-        schedules = {f"point_{i}": schedule for i, schedule in enumerate(self.schedules)}
+        schedules = {name_of_point(i): schedule for i, schedule in enumerate(self.schedules)}
         return leaves("front.json", self.as_dict(), {FIGURE: self.plot}, schedules)
 
 
@@ -550,6 +559,11 @@ class _Search:
                 f"ended its search early: a gradient was not finite, and the last "
                 f"{float(point.lost):.0%} of the search were not done."
             )
+
+
+def name_of_point(i: int) -> str:
+    """The name of a point's schedule in the files of a front."""
+    return f"point_{i}"
 
 
 def gradients_of_front(points: int, iterations: int, families: int) -> list[list[int]]:

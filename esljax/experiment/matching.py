@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,37 +69,145 @@ def match_endpoint(
     **Returns:** the scaled schedule as a table of `Knots`.
     **Raises:** `InputError` if no scale reaches the target before the run leaves the stable range
     of its step.
-    """
-    # Imported here because it takes a sixth of the time of `import esljax`.
-    from scipy.optimize import root_scalar
 
+    A secant search comes first. Where it leaves the range in which the loss falls with the scale,
+    as from a start near the least loss, the target is bracketed from below and bisected.
+    """
     table = problem.table(shape)
     time = float(jnp.sum(table.rates(problem.steps)))
     if not time > 0:
         raise refuse(name, "have a positive sum of rates", f"has the sum {time:g}")
-    first = np.log(learning_time / time)
-    trials: list[tuple[float, float]] = []
+    first = float(np.log(learning_time / time))
+    trials: dict[float, float] = {}
 
     @functools.cache
     def excess(log_scale: float) -> float:
+        """log(loss/target), and exactly 0 within the tolerance, which ends a search at once."""
         loss = final_loss(problem, Knots(table.values * np.exp(log_scale), "linear"), keys)
-        trials.append((log_scale, loss))
+        trials[float(log_scale)] = loss
         watch(loss)
-        if not np.isfinite(loss) or loss <= 0 or abs(log_scale - first) > 5:
-            raise _unreachable(name, target, trials)
-        # Zero within the tolerance ends the secant search at once.
-        return 0.0 if abs(loss / target - 1) < tolerance else np.log(loss / target)
+        if not np.isfinite(loss):
+            return np.inf
+        if loss < 0:
+            raise _Unreachable
+        if loss == 0:
+            return -np.inf
+        return 0.0 if abs(loss / target - 1) < tolerance else float(np.log(loss / target))
 
-    at_start = excess(first)
-    # Late in training the loss falls about as U to the power -1/2: the second point of the secant.
-    result = (
-        root_scalar(excess, x0=first, x1=first + np.clip(2 * at_start, -1, 1) + 1e-3, maxiter=12)
-        if at_start
-        else None
-    )
-    if result is not None and not abs(trials[-1][1] / target - 1) < tolerance:
-        raise _unreachable(name, target, trials)
-    return Knots(table.values * np.exp(trials[-1][0]), "linear")
+    try:
+        log_scale = _by_secant(excess, first)
+        if log_scale is None or _rises(trials):
+            log_scale = _by_bracket(excess, list(trials))
+    except _Unreachable:
+        raise _unreachable(name, target, list(trials.items())) from None
+    return Knots(table.values * np.exp(log_scale), "linear")
+
+
+def _rises(trials: dict[float, float]) -> bool:
+    """Whether some loss is higher at a larger scale, beyond noise: the run was not stable there,
+    and a root may be on the wrong side of the least loss."""
+    losses = [loss for _, loss in sorted(trials.items())]
+    return any(later > 1.01 * earlier for earlier, later in itertools.pairwise(losses))
+
+
+class _Unreachable(Exception):
+    """No scale leads to the target."""
+
+
+# Secant searches that stray further than this, in log scale, are lost.
+_FAR = 5.0
+# The most trials of a search for a bracket, and within it.
+_MOST_TRIALS = 16
+
+
+def _by_secant(excess: Callable[[float], float], first: float) -> float | None:
+    """The root of the excess; None where the secant leaves the range of a falling loss."""
+    # Imported here because it takes a sixth of the time of `import esljax`.
+    from scipy.optimize import root_scalar
+
+    last = first
+
+    def within(log_scale: float) -> float:
+        nonlocal last
+        if not abs(log_scale - first) <= _FAR:
+            raise _Lost
+        last, value = log_scale, excess(log_scale)
+        if not np.isfinite(value):
+            raise _Lost
+        return value
+
+    try:
+        at_start = within(first)
+        if not at_start:
+            return first
+        # Late in training the loss falls about as U to the power -1/2: the second point.
+        second = first + np.clip(2 * at_start, -1, 1) + 1e-3
+        root_scalar(within, x0=first, x1=second, maxiter=12)
+    except _Lost:
+        return None
+    return last if excess(last) == 0 else None
+
+
+class _Lost(Exception):
+    """A search has left the range where it can succeed."""
+
+
+def _walked(excess: Callable[[float], float], tried: list[float]) -> float:
+    """A scale below the target: the loss falls with the scale, and rises where the run is no longer
+    stable, so walk to its least value.
+
+    **Raises:** `_Unreachable` if that is above the target.
+    """
+    double = float(np.log(2))
+    best, step = min(tried, key=excess), double
+    if not np.isfinite(excess(best)):
+        # Beyond all stable scales: from the other side of their edge.
+        high, step = min(tried), double
+        while not np.isfinite(excess(high - step)):
+            high, step = high - step, 2 * step
+            if step > 32 * _FAR:
+                raise _Unreachable
+        best = high - step
+        while high - best > 2 * double:
+            middle = (best + high) / 2
+            best, high = (middle, high) if np.isfinite(excess(middle)) else (best, middle)
+        step = double
+    for _ in range(_MOST_TRIALS):
+        if excess(best) <= 0:
+            return best
+        near = min((best - step, best + step), key=excess)
+        if excess(near) < excess(best):
+            best = near
+        elif step < 0.2:
+            break
+        else:
+            step /= 2
+    raise _Unreachable
+
+
+def _by_bracket(excess: Callable[[float], float], tried: list[float]) -> float:
+    """The root of the excess between a scale above the target and the next one below it.
+
+    **Raises:** `_Unreachable` if no scale leads below the target, or none above it.
+    """
+    below = [scale for scale in tried if excess(scale) <= 0]
+    if not below:
+        below = [_walked(excess, tried)]
+    high = min(below)
+    above = [scale for scale in tried if scale < high and excess(scale) > 0]
+    low, step = max(above, default=high), float(np.log(2))
+    while excess(low) <= 0:
+        high, low = low, low - step
+        step *= 2
+        if step > 32 * _FAR:
+            raise _Unreachable
+    for _ in range(2 * _MOST_TRIALS):
+        middle = (low + high) / 2
+        value = excess(middle)
+        if value == 0:
+            return middle
+        low, high = (middle, high) if value > 0 else (low, middle)
+    raise _Unreachable
 
 
 @door

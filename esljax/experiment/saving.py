@@ -30,8 +30,13 @@ def leaves(
     schedules: Mapping[str, AbstractSchedule],
 ) -> Leaves:
     """The files of a result whose schedules have names."""
-    places = {f"{SCHEDULES}/{name}.json": schedule for name, schedule in schedules.items()}
+    places = {place_of(name): schedule for name, schedule in schedules.items()}
     return Leaves(report, numbers, figures, places)
+
+
+def place_of(name: str) -> str:
+    """Where the schedule of that name goes."""
+    return f"{SCHEDULES}/{name}.json"
 
 
 def save(result: Leaves, folder: str | Path, settings: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ commands, the check of TOML files and the construction all read it, so one line 
     TRANSPORTS["mine"] = lambda numbers: MyTransport(numbers.epsilon)
 """
 
+import collections
 import dataclasses
 import math
 import os
@@ -30,6 +31,7 @@ from esljax.experiment.bounds import (
     is_manner,
 )
 from esljax.experiment.learning import FILES, LOSSES, MODELS, PLACES, is_place
+from esljax.experiment.spelling import Spelled, spelled
 from esljax.files import holds_examples, is_table
 from esljax.potentials import datasets
 from esljax.schedules import (
@@ -113,7 +115,7 @@ def usual_shapes() -> dict[str, AbstractSchedule]:
         >>> print(esl.usual_shapes()["cosine"])
         Cosine: peak 1, end 0
     """
-    return {name: make() for name, make in SCHEDULES.items()}
+    return Spelled({name: make() for name, make in SCHEDULES.items()})
 
 
 # Not in common use: a search that ends at a rising rate is held against what a rise gains alone.
@@ -248,11 +250,36 @@ class TrainingConfig(GeneralConfig, ProblemConfig):
     """The settings of a training run of the built-in problem."""
 
 
+# What the schedule of a run may be: a usual shape, or the one that a search by gradient finds.
+OPTIMIZED = "optimized"
+RUN_SCHEDULES = collections.ChainMap({OPTIMIZED: None}, SCHEDULES)
+
+
 @dataclasses.dataclass(frozen=True)
-class RunConfig(TrainingConfig):
+class ScheduleConfig:
+    """The settings of the schedule of one run, and of how its rate is found."""
+
+    schedule: Annotated[str, OneOf(RUN_SCHEDULES)] = "constant"
+    """Shape of the learning rate over training time; `rate` is its peak. "optimized" is the shape
+    of least Σ at the target, or at the loss of the constant schedule, found by gradient."""
+    target: Annotated[float, Nonnegative()] = 0.0
+    """Final training loss to reach in place of a given rate, which is found; 0 for none."""
+    knots: Annotated[int, AtLeast(2)] = 12
+    """Knots of the log learning rate of the optimized schedule."""
+    iterations: Annotated[int, AtLeast(1)] = 40
+    """Gradient steps of the search for the optimized schedule."""
+    match_runs: Annotated[int, AtLeast(1)] = 2
+    """Runs, on keys of their own, whose mean final loss is brought to the target."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "schedule", spelled(self.schedule, RUN_SCHEDULES))
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(ScheduleConfig, TrainingConfig):
     """One training run to compare with the speed limit: a point of a `Study`.
 
-    The fields are those of `TrainingConfig` and the two below.
+    The fields are those of `TrainingConfig` and `ScheduleConfig`, and the one below.
 
     **Example:**
 
@@ -261,8 +288,6 @@ class RunConfig(TrainingConfig):
         32
     """
 
-    schedule: Annotated[str, OneOf(SCHEDULES)] = "constant"
-    """Shape of the learning rate over training time; `rate` is its peak."""
     jackknife: Annotated[int, AtLeast(0)] = 0
     """Most groups of members left out in turn for the standard errors of one run; 0 for none."""
 
@@ -274,6 +299,24 @@ class RunConfig(TrainingConfig):
     def as_dict(self) -> dict[str, Any]:
         """The settings as TOML and JSON hold them; reading them back gives the same run."""
         return plain(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutsideConfig(ScheduleConfig, GeneralConfig):
+    """The settings of one run of a problem from outside, beside the keywords of its function."""
+
+    rate: Annotated[float, Nonnegative()] = 0.0
+    """Learning rate per step: all of a constant schedule, the peak of any other; 0 for the largest
+    of a few that leaves the constant schedule stable."""
+
+    def check(self) -> "OutsideConfig":
+        """**Raises:** `InputError`, before any computation, for settings that cannot run."""
+        check_fields(self)
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as TOML and JSON hold them; reading them back gives the same run."""
+        return {name: value for name, value in plain(self).items() if value is not None}
 
 
 # A device such as /dev/zero has no end. Lists of points, one by one, take tens of bytes a point.

@@ -4,11 +4,13 @@
 from esljax.figures.engine import rendered
 from esljax.figures.front import plot_front
 from esljax.figures.schedules import plot_schedules, plot_speed_limit
-from esljax.figures.study import plot_study
+from esljax.figures.study import plot_settings
+from esljax.figures.trade import plot_study
 
 __all__ = [
     "plot_front",
     "plot_schedules",
+    "plot_settings",
     "plot_speed_limit",
     "plot_study",
     "rendered",

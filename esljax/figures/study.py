@@ -1,4 +1,4 @@
-"""The figure of a study: each number against each setting that varies.
+"""The figure of the settings of a study: each number against each setting that varies.
 
 The figure first chooses what to draw (rows of panels, their lines, settings held at one value),
 then lays each setting out on an axis (its scale and labels), and then draws.
@@ -25,7 +25,7 @@ _PANELS = {
 }
 
 # More lines than these cannot be distinguished.
-_MOST_LINES = 8
+MOST_LINES = 8
 
 # Settings whose value 0 means all.
 _ZERO_IS_ALL = ("batch_size", "chunk")
@@ -33,7 +33,7 @@ _ZERO_IS_ALL = ("batch_size", "chunk")
 
 @runtime_checkable
 class GroupLike(Protocol):
-    """Anything that `plot_study` can draw, such as an `esl.study.Group`.
+    """Anything that `plot_settings` can draw, such as an `esl.study.Group`.
 
     A group is a set of runs that differ in their seed alone.
     """
@@ -69,7 +69,7 @@ class GroupLike(Protocol):
         ...
 
 
-def plot_study(groups: Sequence[GroupLike]) -> Figure:
+def plot_settings(groups: Sequence[GroupLike]) -> Figure:
     """Plot Σ, W2² and the gap, with standard errors, against each numeric setting of a study.
 
     Each setting has a row of three panels. The lines of a panel are the values of one other
@@ -87,14 +87,14 @@ def plot_study(groups: Sequence[GroupLike]) -> Figure:
     **Example:**
 
         >>> import esljax as esl
-        >>> from esljax.figures import plot_study
+        >>> from esljax.figures import plot_settings
         >>> means = [{"entropy_production": 3 + i, "w2_squared": 2, "gap": 1 + i} for i in range(3)]
         >>> errors = {"entropy_production": 0.2, "w2_squared": 0.1, "gap": 0.1}
         >>> groups = [
         ...     esl.study.Group({"rate": 0.1 * 2**i}, 4, 4, 0, 0, means[i], errors)
         ...     for i in range(3)
         ... ]
-        >>> [axes.get_xlabel() for axes in plot_study(groups).axes]
+        >>> [axes.get_xlabel() for axes in plot_settings(groups).axes]
         ['rate', 'rate', 'rate']
     """
     known = [
@@ -105,7 +105,7 @@ def plot_study(groups: Sequence[GroupLike]) -> Figure:
     if not known:
         raise refuse("study", "have runs that are done", "has none with finite numbers yet")
     settings = {
-        name: _setting(name, [group.settings[name] for group in known])
+        name: setting_of(name, [group.settings[name] for group in known])
         for name in known[0].settings
     } or {"": _SEEDS}
     rows = _rows(known, settings)
@@ -114,7 +114,7 @@ def plot_study(groups: Sequence[GroupLike]) -> Figure:
         _draw(row, settings, panels)
     _explain(
         figure,
-        {_mark(group) for row in rows for line in row.lines.values() for group in line},
+        {mark_of(group) for row in rows for line in row.lines.values() for group in line},
         len(groups) - len(known),
         len(groups),
     )
@@ -124,7 +124,7 @@ def plot_study(groups: Sequence[GroupLike]) -> Figure:
 # Choice of what is drawn
 
 
-class _Setting(NamedTuple):
+class Setting(NamedTuple):
     """The places of a setting's values on an axis, in order, and their labels there."""
 
     places: dict[Any, float | int]
@@ -134,7 +134,7 @@ class _Setting(NamedTuple):
 
 
 # The axis of a study whose runs differ in their seed alone.
-_SEEDS = _Setting({None: 0.0}, {None: "all seeds"}, "names")
+_SEEDS = Setting({None: 0.0}, {None: "all seeds"}, "names")
 
 
 class _Row(NamedTuple):
@@ -147,7 +147,7 @@ class _Row(NamedTuple):
     title: str
 
 
-def _rows(groups: list[GroupLike], settings: Mapping[str, _Setting]) -> list[_Row]:
+def _rows(groups: list[GroupLike], settings: Mapping[str, Setting]) -> list[_Row]:
     varying = [name for name, setting in settings.items() if len(setting.places) > 1] or list(
         settings
     )[:1]
@@ -159,7 +159,7 @@ def _rows(groups: list[GroupLike], settings: Mapping[str, _Setting]) -> list[_Ro
 
 
 def _row(
-    along: str, others: list[str], groups: list[GroupLike], settings: Mapping[str, _Setting]
+    along: str, others: list[str], groups: list[GroupLike], settings: Mapping[str, Setting]
 ) -> _Row:
     # The setting with the fewest values makes the lines; the others are held.
     by, *rest = sorted(others, key=lambda name: len(settings[name].places)) or [""]
@@ -183,7 +183,7 @@ def _row(
 
 
 def _held(
-    along: str, names: list[str], groups: list[GroupLike], settings: Mapping[str, _Setting]
+    along: str, names: list[str], groups: list[GroupLike], settings: Mapping[str, Setting]
 ) -> dict[str, Any]:
     """The combination of values with the most groups to draw; of equals, the one in the middle.
 
@@ -212,30 +212,31 @@ def _goes_along(along: str, groups: list[GroupLike]) -> bool:
 def _clearest(along: str, lines: Mapping[Any, list[GroupLike]]) -> dict[Any, list[GroupLike]]:
     """The lines that are not empty; if there are too many, an even choice of the longer ones."""
     drawn = {value: groups for value, groups in lines.items() if groups}
-    if len(drawn) <= _MOST_LINES:
+    if len(drawn) <= MOST_LINES:
         return drawn
     values = [value for value, groups in drawn.items() if _goes_along(along, groups)]
-    chosen = np.linspace(0, len(values) - 1, min(len(values), _MOST_LINES)).round().astype(int)
+    chosen = np.linspace(0, len(values) - 1, min(len(values), MOST_LINES)).round().astype(int)
     return {values[i]: drawn[values[i]] for i in chosen}
 
 
 # Settings on axes
 
 
-def _setting(name: str, seen: list) -> _Setting:
+def setting_of(name: str, seen: list) -> Setting:
+    """The axis of a setting with the values that were seen."""
     values = list(dict.fromkeys(seen))
     if isinstance(values[0], str):
-        return _Setting(
+        return Setting(
             {value: float(i) for i, value in enumerate(values)},
             {value: in_words(value) for value in values},
             "names",
         )
     values = sorted(values)
     if not (name in _ZERO_IS_ALL and values[0] == 0):
-        return _Setting(dict(zip(values, values, strict=True)), _texts(values), _scale(values))
+        return Setting(dict(zip(values, values, strict=True)), _texts(values), _scale(values))
     counts = values[1:]
     scale = _scale(counts)
-    return _Setting(
+    return Setting(
         {**dict(zip(counts, counts, strict=True)), 0: _beyond(counts, scale)},
         {**_texts(counts), 0: "all"},
         scale,
@@ -295,7 +296,7 @@ def _number(value: float | int, digits: int, powers: bool) -> str:
     return power if mantissa == "1" else f"{mantissa}·{power}"
 
 
-def _labeled(setting: _Setting, slanted: bool) -> list:
+def _labeled(setting: Setting, slanted: bool) -> list:
     """The values to label, as many as do not touch each other.
 
     Zero has priority, because it cannot be guessed from the others; then ends and short labels.
@@ -321,7 +322,7 @@ def _labeled(setting: _Setting, slanted: bool) -> list:
 
 
 # The marks of points and their explanations, the worst last; an ordinary point needs none.
-_MARKS = {
+MARKS = {
     "": ({"marker": "o", "markersize": 3.5}, ""),
     "alone": (
         {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"},
@@ -338,7 +339,8 @@ _MARKS = {
 }
 
 
-def _mark(group: GroupLike) -> str:
+def mark_of(group: GroupLike) -> str:
+    """The mark of a point, by the worst of what there is to say about it."""
     if group.unconverged:
         return "unconverged"
     if group.failed:
@@ -346,15 +348,15 @@ def _mark(group: GroupLike) -> str:
     return "" if np.isfinite(group.errors["gap"]) else "alone"
 
 
-def _draw(row: _Row, settings: Mapping[str, _Setting], panels: Any) -> None:
+def _draw(row: _Row, settings: Mapping[str, Setting], panels: Any) -> None:
     setting = settings[row.along]
-    colors = _shades(list(row.lines))
+    colors = shades_of(list(row.lines))
     width = 1.3 if row.joined else 0.0
     # Over a name, lines are drawn side by side.
     apart = 0.6 / max(len(colors), 5) if setting.scale == "names" else 0.0
     for axes, (name, title) in zip(panels, _PANELS.items(), strict=True):
         # Laid out before the lines, whose margins depend on the scale.
-        _lay(axes, setting)
+        lay(axes, setting)
         for i, (line, color) in enumerate(zip(row.lines.values(), colors, strict=True)):
             shift = apart * (i - (len(colors) - 1) / 2)
             _draw_line(
@@ -394,15 +396,15 @@ def _draw_line(
     )
     errors = np.array([group.errors[name] for _, group in points])
     axes.errorbar(x, y, yerr=errors, color=color, linewidth=width, elinewidth=1, capsize=2)
-    marks = np.array([_mark(group) for _, group in points])
+    marks = np.array([mark_of(group) for _, group in points])
     for mark in np.unique(marks):
         axes.plot(
-            x[marks == mark], y[marks == mark], linestyle="none", color=color, **_MARKS[mark][0]
+            x[marks == mark], y[marks == mark], linestyle="none", color=color, **MARKS[mark][0]
         )
 
 
 def _name_lines(
-    axes: Axes, row: _Row, setting: _Setting, colors: Sequence[Any], width: float | int
+    axes: Axes, row: _Row, setting: Setting, colors: Sequence[Any], width: float | int
 ) -> None:
     handles = [
         Line2D(
@@ -411,7 +413,7 @@ def _name_lines(
             color=color,
             linewidth=width,
             label=textwrap.fill(setting.texts[value], 24),
-            **_MARKS[""][0],
+            **MARKS[""][0],
         )
         for value, color in zip(row.lines, colors, strict=True)
     ]
@@ -428,7 +430,8 @@ def _name_lines(
     )
 
 
-def _lay(axes: Axes, setting: _Setting) -> None:
+def lay(axes: Axes, setting: Setting) -> None:
+    """Scale and label the horizontal axis of a setting."""
     labeled, names = _labeled(setting, False), setting.scale == "names"
     slanted = names and len(labeled) < len(setting.places)
     if slanted:
@@ -476,7 +479,8 @@ def _scale_heights(axes: Axes, means: np.ndarray, errors: np.ndarray) -> None:
         axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
 
 
-def _shades(lines: Sequence[Any]) -> list:
+def shades_of(lines: Sequence[Any]) -> list:
+    """A color for each line: of a few names distinct ones, of numbers in their order."""
     if len(lines) <= 1:
         return [COLORS[0]] * len(lines)
     if isinstance(lines[0], str) and len(lines) <= len(COLORS):
@@ -486,7 +490,7 @@ def _shades(lines: Sequence[Any]) -> list:
 
 def _explain(figure: Figure, marks: set[str], missing: int, total: int) -> None:
     """Explain the marks, and count the missing groups, below the panels."""
-    explained = [_MARKS[mark] for mark in _MARKS if mark and mark in marks]
+    explained = [MARKS[mark] for mark in MARKS if mark and mark in marks]
     handles = [
         Line2D([], [], linestyle="none", color="black", label=words, **style)
         for style, words in explained

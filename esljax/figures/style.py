@@ -8,7 +8,7 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 
 def in_words(name: str) -> str:
     """The name of a setting or a schedule, for a label."""
-    return name.replace("_", " ").replace("warmup stable decay", "warmup–stable–decay")
+    return name.replace("_", " ")
 
 
 def clean(*all_axes: Any) -> None:

@@ -3,6 +3,7 @@
 from esljax.files import recordings, storage, writing
 from esljax.files.checkpoints import Checkpoints, alone, is_ours, remove_ours, session
 from esljax.files.companions import Selection, described
+from esljax.files.description import describe
 from esljax.files.names import patterns
 from esljax.files.processes import LOST_PROCESS, watch_processes
 from esljax.files.recordings import read, read_matrix
@@ -19,6 +20,7 @@ __all__ = [
     "Terminated",
     "alone",
     "deaf",
+    "describe",
     "described",
     "digest",
     "ended",

@@ -110,25 +110,32 @@ def prepared(folder: Path, argument: str) -> Iterator[None]:
         raise
 
 
-def claim(paths: Iterable[Path], settings: Mapping[str, Any], *, force: bool = False) -> None:
+def claim(
+    paths: Iterable[Path],
+    settings: Mapping[str, Any],
+    *,
+    force: bool = False,
+    ours: Callable[[bytes], bool] | None = None,
+) -> None:
     """Refuse places where a run would replace what is not its own.
 
     **Args:** `paths`: the files that the run will write. `settings`: of the run. `force`: whether
-    files that this program wrote for other settings may be replaced.
+    files that this program wrote for other settings may be replaced. `ours`: recognizes the content
+    of files of this program, as in `replace`.
     **Raises:** `InputError`, about `out`, for a file that this program did not write, and, without
     `force`, for one of other settings.
     """
     paths = list(paths)
     for path in paths:
-        if _is_foreign(path):
+        if _is_foreign(path, ours):
             raise _foreign("out", path)
-    ours = _compared(settings)
+    here = _compared(settings)
     for path in paths if not force else ():
         about = _about(path)
         if isinstance(about, str):
             differs = "which shows something else" if about != identity(settings) else ""
         else:
-            differs = "" if about is None else _difference(_compared(about), ours)
+            differs = "" if about is None else _difference(_compared(about), here)
         if differs:
             raise refuse(
                 "out",

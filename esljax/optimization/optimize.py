@@ -9,6 +9,7 @@ Reference: Hestenes (1969); Powell (1969); Nocedal and Wright, Numerical Optimiz
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -194,6 +195,8 @@ def optimize(
     )
 
 
+# One for all searches of a length: a program is compiled for each optimizer.
+@functools.cache
 def _default_optimizer(iterations: int) -> optax.GradientTransformation:
     # Adam's usual β₂ = .999 remembers the first, largest gradients through a search of tens of
     # iterations and brakes its end.

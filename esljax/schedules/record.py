@@ -120,7 +120,7 @@ def write(path: Any, content: dict[str, Any]) -> None:
         raise refuse("schedule", "be finite to be saved", "has numbers that are not")
     with writing.prepared(path.parent, "path"):
         try:
-            writing.replace(path, writing.as_json(content), argument="path", ours=_is_schedule)
+            writing.replace(path, writing.as_json(content), argument="path", ours=is_schedule)
         except InputError:
             raise
         except (OSError, ValueError) as error:
@@ -130,7 +130,7 @@ def write(path: Any, content: dict[str, Any]) -> None:
             ) from error
 
 
-def _is_schedule(content: bytes) -> bool:
+def is_schedule(content: bytes) -> bool:
     """Whether `write` wrote this: the kind of a schedule, laid out as it lays files out.
 
     An empty file, as `tempfile` leaves one, holds nothing to lose.

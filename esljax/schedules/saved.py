@@ -7,6 +7,7 @@ from typing import Any
 from esljax._checks import check_choice, door, in_words, refuse
 from esljax.schedules import record
 from esljax.schedules.base import AbstractSchedule
+from esljax.schedules.scaled import Scaled
 from esljax.schedules.shapes import (
     Constant,
     Cosine,
@@ -26,6 +27,7 @@ _KINDS: tuple[type[AbstractSchedule], ...] = (
     Exponential,
     WarmupStableDecay,
     Warmup,
+    Scaled,
     Piecewise,
     Knots,
 )

@@ -3,6 +3,7 @@
 from esljax.study import executors
 from esljax.study.description import Study
 from esljax.study.run import LostWorkersError, Progress, run_study
+from esljax.study.schedules import schedule_of
 from esljax.study.store import lock_path, open_study, read_study
 from esljax.study.summary import Group, summarize
 
@@ -16,5 +17,6 @@ __all__ = [
     "open_study",
     "read_study",
     "run_study",
+    "schedule_of",
     "summarize",
 ]

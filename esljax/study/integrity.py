@@ -62,6 +62,24 @@ def check_attributes(argument: str, path: Path, attributes: Mapping[str, Any]) -
         raise damaged(argument, what)
 
 
+def check_consolidated(argument: str, path: Path, attributes: Mapping[str, Any]) -> None:
+    """Compare the metadata of all arrays that a complete store holds with those of each.
+
+    **Raises:** `InputError`, about `argument`, if they are not those that were written.
+    """
+    place = path / _METADATA
+    try:
+        content = json.loads(place.read_bytes()).get("consolidated_metadata")
+    except (OSError, ValueError) as error:
+        raise damaged(argument, f"{place} cannot be read ({first_sentence(error)})") from error
+    recorded = {k: v for k, v in _recorded(attributes).items() if k != "."}
+    if content is None or not recorded:
+        return
+    held = content.get("metadata") if isinstance(content, dict) else None
+    if not isinstance(held, dict) or {k: _digest(v) for k, v in held.items()} != recorded:
+        raise damaged(argument, f"{place} has other consolidated metadata than were written")
+
+
 def check_array(
     argument: str,
     path: Path,

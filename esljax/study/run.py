@@ -9,6 +9,7 @@ from concurrent.futures import (
     CancelledError,
     Executor,
     Future,
+    ThreadPoolExecutor,
     wait,
 )
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from esljax._checks import check_positive_int, first_sentence, refuse
-from esljax.experiment import Rows, Task, failed, fitting_width, work
+from esljax.experiment import Rows, Task, failed, parcel, task_of, work
 from esljax.files import storage
 from esljax.study.description import Slice, Study
 from esljax.study.executors import InProcess, capacity
+from esljax.study.pace import Pace, Part
 from esljax.study.store import (
     DONE,
     FAILED,
@@ -28,6 +30,7 @@ from esljax.study.store import (
     StudyStore,
     check_memory,
     find_store,
+    finish,
     lock_path,
     make_store,
     open_study,
@@ -84,8 +87,9 @@ def run_study(
     - `out`: the Zarr store of the results, made if it does not exist.
     - `executor`: where tasks run, from `esl.study.executors` or any `concurrent.futures.Executor`;
       by default in this process.
-    - `task_size`: the most runs in a task. Results are saved task by task. By default the task size
-      of the store, or 32 for a new one.
+    - `task_size`: runs in a task. Results are saved task by task. By default the first task has one
+      run, and the next ones as many as take three seconds by the time of those before, at most the
+      task size of the store, which is 32 for a new one.
     - `width`: the number of runs of a task that go side by side in one program; by default 1 on a
       CPU, and as many as fit the memory of an accelerator (of this process, also on a cluster).
     - `retry`: whether to run again the runs that failed.
@@ -97,7 +101,9 @@ def run_study(
     **Raises:** `InputError`, before anything runs, if `out` is no store of this study or another
     process is writing it, if one of `reuse` is no store or has no run of this study, if either was
     made with other versions, or if the study needs more disk or memory than there is.
-    `LostWorkersError` if the workers end before the study does, or have other versions.
+    Also if the `problem` of the study cannot travel to the executor's processes, or is not what the
+    store was made from. `LostWorkersError` if the workers end before the study does, or have other
+    versions.
 
     **Example:**
 
@@ -112,6 +118,10 @@ def run_study(
     """
     _check(study, executor, task_size, width, reuse)
     executor = InProcess() if executor is None else executor
+    study = study.loaded()
+    source = study.problem
+    if source is not None and not isinstance(executor, InProcess | ThreadPoolExecutor):
+        source = parcel(source)
     # A path such as "." has no name before it is resolved.
     out = Path(out).resolve()
     with storage.locked(lock_path(out), "out") as record:
@@ -119,11 +129,20 @@ def run_study(
         state, fresh = store.done, 0
         record({"started": time.time(), "before": int(np.sum(state != TO_DO))})
         watch(_progress(state, fresh, taken, repaired))
-        for part, task, future in _completed(
-            executor, _left(slices, state == TO_DO), lambda part: _task(study, part, width)
-        ):
-            fresh += _keep(store, state, part, task, future)
-            watch(_progress(state, fresh, taken, repaired))
+        pace = Pace(study, _left(slices, state == TO_DO), fixed=task_size, width=width)
+        running: dict[Future, tuple[Part, Task]] = {}
+        try:
+            for part, task, future in _completed(executor, pace, running, source):
+                fresh += _keep(store, state, pace, part, task, future)
+                watch(_progress(state, fresh, taken, repaired))
+        except (KeyboardInterrupt, SystemExit):
+            # What the workers have sent by now is not lost.
+            for future, (part, task) in running.items():
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    _keep(store, state, pace, part, task, future)
+            raise
+        if np.all(state != TO_DO):
+            finish(out)
     return open_study(out)
 
 
@@ -177,23 +196,17 @@ def _left(slices: list[Slice], wanted: np.ndarray) -> list[Slice]:
     return [part for part in left if part.indices.size]
 
 
-def _task(study: Study, part: Slice, width: int | None) -> Task:
-    points = tuple(study.point(int(i)) for i in part.indices)
-    return Task(points, part.length, width or fitting_width(points[0], part.length))
-
-
 def _completed(
-    executor: Executor, slices: list[Slice], task_of: Callable[[Slice], Task]
-) -> Iterator[tuple[Slice, Task, Future]]:
-    """Slices and their futures in the order of completion.
+    executor: Executor, pace: Pace, running: dict[Future, tuple[Part, Task]], source: Any
+) -> Iterator[tuple[Part, Task, Future]]:
+    """Tasks and their futures in the order of completion.
 
     Only as many tasks are submitted at a time as keep the workers busy.
     """
-    most, left, versions = capacity(executor), iter(slices), storage.versions()
-    running: dict[Future, tuple[Slice, Task]] = {}
+    most, versions = capacity(executor), storage.versions()
     while True:
-        while len(running) < most and (part := next(left, None)) is not None:
-            task = task_of(part)
+        while len(running) < most and (part := pace.next()) is not None:
+            task = task_of(part.points, part.length, part.width, source)
             try:
                 running[executor.submit(work_alike, task, versions)] = (part, task)
             except (BrokenExecutor, RuntimeError) as error:
@@ -204,10 +217,13 @@ def _completed(
             yield *running.pop(future), future
 
 
-def _keep(store: StudyStore, state: np.ndarray, part: Slice, task: Task, future: Future) -> int:
+def _keep(
+    store: StudyStore, state: np.ndarray, pace: Pace, part: Part, task: Task, future: Future
+) -> int:
     """Write the runs of a task and return their number."""
     try:
-        rows = future.result()
+        rows, seconds = future.result()
+        pace.took(part, seconds)
     except (BrokenExecutor, CancelledError, _OtherVersionsError) as error:
         raise _lost(error) from error
     except Exception as error:
@@ -228,12 +244,13 @@ class _OtherVersionsError(RuntimeError):
     """A worker computes with other versions than this process."""
 
 
-def work_alike(task: Task, versions: dict[str, str]) -> Rows:
-    """Run a task, in a worker that must have the versions of the store."""
+def work_alike(task: Task, versions: dict[str, str]) -> tuple[Rows, float]:
+    """Run a task, in a worker that must have the versions of the store, and measure the seconds."""
     difference = storage.difference(storage.versions(), versions)
     if difference is not None:
         raise _OtherVersionsError(f"a worker differs: {difference}")
-    return work(task)
+    began = time.monotonic()
+    return work(task), time.monotonic() - began
 
 
 def _lost(error: BaseException) -> LostWorkersError:

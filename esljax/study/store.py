@@ -6,7 +6,6 @@ as a whole. `done` is written last, so every run that it counts is on disk, howe
 What is read is checked against the checksums of `study.integrity`.
 """
 
-import datetime
 import glob
 import json
 import math
@@ -15,6 +14,7 @@ import re
 import shutil
 import time
 import tomllib
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -24,18 +24,18 @@ import numpy as np
 
 from esljax._checks import InputError, first_sentence, memory_of_the_machine, refuse, size
 from esljax.experiment import (
-    OPTIONAL,
     OWN,
-    QUANTITIES,
-    WITH_ERROR,
-    Quantity,
+    Columns,
     Rows,
-    RunConfig,
-    memory_of_a_run,
+    knot_name,
+    memory_of_a_task,
     number_names,
     own_files,
+    program_of,
+    task_of,
 )
 from esljax.files import storage
+from esljax.study.columns import MOST_MADE, columns_of
 from esljax.study.description import Slice, Study
 from esljax.study.integrity import (
     CHECKSUM,
@@ -43,6 +43,7 @@ from esljax.study.integrity import (
     Contents,
     check_array,
     check_attributes,
+    check_consolidated,
     check_labels,
     chunk_of,
     damaged,
@@ -52,20 +53,12 @@ from esljax.study.integrity import (
     run_checksums,
     runs_of,
 )
+from esljax.study.layout import COLUMNS, TO_DO, VERSION, labels_of, lay_out
 
-TO_DO, DONE, FAILED = 0, 1, 2
+DONE, FAILED = 1, 2
 
-# 2: with checksums. Stores of layout 1 are still read, and resumed without them.
-_VERSION = 2
-# What `done` holds where its chunk is lost: none of the states.
-_LOST = -1
 # The space that a file of a Zarr chunk takes on a usual disk, however short it is.
 _BLOCK = 4096
-_UNITS = {
-    "temperature": "loss",
-    "rate": "squared parameters per unit of loss and step",
-    "epsilon": "squared parameters",
-}
 
 
 class Damage(NamedTuple):
@@ -90,7 +83,8 @@ class StudyStore:
         self.path, self.attributes, self._argument = path, group.attrs, argument
         self.study = _study(path, group, argument)
         self._shape = tuple(self.study.dimensions.values())
-        self._names = number_names(self.study.has_errors)
+        self.columns = _columns(path, group.attrs, self.study, argument)
+        self._names = self.columns.names()
         kinds = dict.fromkeys(self._names, "f") | {"converged": "b", "reason": "TO", "done": "i"}
         if CHECKSUMS in group.attrs:
             kinds[CHECKSUM] = "u"
@@ -101,7 +95,7 @@ class StudyStore:
             for name, kind in kinds.items()
         }
         for name, (dimension, values) in self.study.coordinates.items():
-            labels = _labels(values)
+            labels = labels_of(values)
             kind = "TO" if labels.dtype.kind == "O" else labels.dtype.kind
             array = check_array(argument, path, group, name, labels.shape, (dimension,), kind)
             check_labels(argument, path, name, array, labels)
@@ -195,7 +189,7 @@ class StudyStore:
             if name == "noise_floor":
                 pairs = [self.study.point(int(i)).transport == "exact" for i in ended]
                 wrong[ended] |= (done[ended] == DONE) & pairs & np.isnan(content[name][ended])
-            elif _is_finite(name):
+            elif self._is_finite(name):
                 wrong |= (done == DONE) & ~np.isfinite(content[name])
         return wrong | ((done == FAILED) & (content["reason"] == ""))
 
@@ -212,7 +206,7 @@ class StudyStore:
         numbers = [
             name
             for name in self._names
-            if finished and _is_finite(name) and not np.isfinite(found[name].values[first])
+            if finished and self._is_finite(name) and not np.isfinite(found[name].values[first])
         ]
         for name in ("done", *numbers, *({CHECKSUM} & set(self._arrays))):
             file = chunk_of(self.path, name, self._arrays[name], first)
@@ -225,6 +219,11 @@ class StudyStore:
             for name, i in zip(self.study.dimensions, places, strict=True)
         )
         return f"{self.path} does not hold what was written of the run at {at}"
+
+    def _is_finite(self, name: str) -> bool:
+        """Whether a number is finite in every finished run."""
+        sometimes = ("noise_floor", "rate", *self.columns.metrics)
+        return name not in sometimes and not name.endswith("_error") and "knot_" not in name
 
     def check(self, lock: Path | None = None) -> dict[str, np.ndarray]:
         """Return the content of all arrays, each flat.
@@ -263,8 +262,10 @@ class StudyStore:
 
     def shared(self, study: Study) -> dict[int, int]:
         """The runs of another study that are done here: their indices there, and here."""
-        done = {self.study.point(int(i)): int(i) for i in np.flatnonzero(self.done == DONE)}
-        return {i: done[point] for i in range(study.size) if (point := study.point(i)) in done}
+        if self.study.content != study.content:
+            return {}
+        done = {_key(self.study, int(i)): int(i) for i in np.flatnonzero(self.done == DONE)}
+        return {i: done[key] for i in range(study.size) if (key := _key(study, i)) in done}
 
     def adopt(self, other: "StudyStore") -> int:
         """Copy runs that are unfinished here and done in another store; return their number."""
@@ -285,6 +286,17 @@ class StudyStore:
         self._arrays["done"].set_coordinate_selection(
             np.unravel_index(indices, self._shape), np.full(len(indices), TO_DO, np.int8)
         )
+
+
+def _key(study: Study, index: int) -> frozenset:
+    """The settings of a run, in a form that two descriptions of one problem have in common."""
+    settings = vars(study.point(index)).items()
+    return frozenset(
+        (name, str(value) if isinstance(value, Path) else value)
+        for name, value in settings
+        # A description has no place for None, the default of some keywords.
+        if value is not None
+    )
 
 
 def lock_path(path: Path) -> Path:
@@ -325,7 +337,8 @@ def find_store(path: Path, study: Study) -> StudyStore | None:
 
 def _remove_leftovers(path: Path, study: Study) -> None:
     """Remove what a killed writer has left half-made: nothing but files that it can have made."""
-    ours = {*number_names(True), *study.coordinates, "converged", "reason", "done", CHECKSUM}
+    ours = {*study.columns.names(), *number_names(True), *study.coordinates}
+    ours |= {"converged", "reason", "done", CHECKSUM}
     for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
         known = re.fullmatch(r"\d+", part.name.removeprefix(f"{path.name}.").removesuffix(".part"))
         if known and part.is_dir() and not part.is_symlink():
@@ -344,11 +357,24 @@ def make_store(path: Path, study: Study, task_size: int) -> StudyStore:
 
     **Raises:** `InputError` if the disk or the memory has too little room for the results.
     """
-    _check_room(path, study, task_size)
+    columns = columns_of(study)
+    _check_room(path, study, task_size, columns)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    _make(_zarr(), part, study, task_size)
+    lay_out(_zarr(), part, study, task_size, columns, sources(study))
     part.rename(path)
     return StudyStore(path, _open(path, "r+"))
+
+
+def finish(path: Path) -> None:
+    """Write the metadata of all arrays of a complete store into that of the store itself.
+
+    `xarray.open_zarr` then reads one file in place of one for each array.
+    """
+    zarr = _zarr()
+    with warnings.catch_warnings():
+        # Zarr 3 has it by convention, not yet by its specification.
+        warnings.simplefilter("ignore")
+        zarr.consolidate_metadata(str(path), zarr_format=3)
 
 
 def store_to_reuse(path: Path, study: Study) -> StudyStore:
@@ -426,23 +452,38 @@ def open_study(path: str | Path) -> Any:
     store = StudyStore(path, _open(path, "r"))
     content = store.check(lock_path(path))
     study, layout = store.study, store.study.dimensions
-    names = (*number_names(study.has_errors), "converged", "done", "reason")
+    knots = [knot_name(i) for i in range(store.columns.knots)]
+    names = [name for name in store.columns.names() if name not in knots]
+    shape = tuple(layout.values())
     # As objects, the type of string that every selection by label accepts.
     variables = {
-        name: (tuple(layout), content[name].reshape(tuple(layout.values())), store.about(name))
-        for name in names
+        name: (tuple(layout), content[name].reshape(shape), store.about(name))
+        for name in (*names, "converged", "done", "reason")
     }
+    if knots:
+        values = np.stack([content[name].reshape(shape) for name in knots], axis=-1)
+        about = store.about(knots[0]) | {"long_name": "log-linear knots of the optimized schedule"}
+        variables["knots"] = ((*layout, "knot"), values, about)
     coordinates = {
-        name: (dimension, _labels(values), store.about(name))
+        name: (dimension, labels_of(values), store.about(name))
         for name, (dimension, values) in study.coordinates.items()
     }
-    attributes = {k: v for k, v in store.attributes.asdict().items() if k != CHECKSUMS}
+    attributes = {
+        k: v for k, v in store.attributes.asdict().items() if k not in (CHECKSUMS, COLUMNS)
+    }
     return xarray.Dataset(variables, coordinates, attributes)
 
 
-def _is_finite(name: str) -> bool:
-    """Whether a number is finite in every finished run."""
-    return name not in OPTIONAL and not name.endswith("_error")
+def _columns(path: Path, attributes: Any, study: Study, argument: str) -> Columns:
+    """The numbers that a store has of each run."""
+    if COLUMNS not in attributes:
+        return Columns(study.has_errors)
+    try:
+        content = json.loads(attributes[COLUMNS])
+        return Columns(**content | {"metrics": tuple(content["metrics"])})
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"{path}/zarr.json holds no description of its numbers"
+        raise damaged(argument, what) from error
 
 
 def _study(path: Path, group: Any, argument: str = "path") -> Study:
@@ -456,14 +497,15 @@ def _study(path: Path, group: Any, argument: str = "path") -> Study:
     except (TypeError, AttributeError, ValueError, RecursionError) as error:
         what = f"{path}/zarr.json holds no description of a study ({first_sentence(error)})"
         raise damaged(argument, what) from None
-    if version not in (1, _VERSION) or isinstance(version, bool):
+    if version not in (1, VERSION) or isinstance(version, bool):
         raise refuse(
             argument,
-            f"be a store with layout 1 or {_VERSION}",
+            f"be a store with layout 1 or {VERSION}",
             f"{path} has layout {version}: read it with the esljax that wrote it",
         )
-    if version == _VERSION or CHECKSUMS in group.attrs:
+    if version == VERSION or CHECKSUMS in group.attrs:
         check_attributes(argument, path, group.attrs)
+        check_consolidated(argument, path, group.attrs)
     if type(task_size) is not int or task_size < 1 or not all(type(x) is str for x in texts):
         raise damaged(argument, f"{path}/zarr.json has attributes of other types than were made")
     return Study.from_dict(content, str(path))
@@ -491,6 +533,8 @@ def sources(study: Study) -> dict[str, str]:
 
     **Raises:** `InputError` for one that cannot be read.
     """
+    if study.problem is not None:
+        return {}
     base, varied = study.base, study.coordinates
     held = {name: varied[name][1] for name in OWN if name in varied}
     fixed = {name: [getattr(base, name)] for name in OWN if hasattr(base, name)}
@@ -524,98 +568,11 @@ def _open(path: Path, mode: Any, argument: str = "path") -> Any:
         raise refuse(argument, "be the store of a study", f"{path} is none{why}") from error
 
 
-def _make(zarr: ModuleType, path: Path, study: Study, task_size: int) -> None:
-    """Lay out a store: its attributes, and arrays filled with "to do" and NaN."""
-    about = {
-        "version": _VERSION,
-        "study": storage.toml(study.as_dict()),
-        "task_size": task_size,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": json.dumps(storage.versions()),
-        "commit": storage.commit() or "",
-    }
-    if files := sources(study):
-        about["sources"] = json.dumps(files)
-    group = zarr.create_group(str(path), zarr_format=3, attributes=about)
-    # Explicit, because a damaged list of codecs may not look like another default.
-    codecs = (zarr.codecs.ZstdCodec(), zarr.codecs.Crc32cCodec())
-    layout = {
-        "shape": tuple(study.dimensions.values()),
-        "chunks": study.chunks(task_size),
-        "dimension_names": tuple(study.dimensions),
-        "compressors": codecs,
-    }
-
-    def variable(name: str, dtype: str, fill: Any, words: str, **more: str) -> Any:
-        return group.create_array(
-            name, dtype=dtype, fill_value=fill, attributes={"long_name": words, **more}, **layout
-        )
-
-    for quantity in _quantities(study):
-        variable(quantity.name, "float64", np.nan, quantity.words, units=quantity.units)
-    variable("converged", "bool", False, "whether every transport problem of the run was solved")
-    variable("reason", "string", "", "why the run failed")
-    variable(CHECKSUM, "uint32", 0, "CRC-32 of the place, state, numbers and reason of the run")
-    flags = {"flag_values": "0 1 2", "flag_meanings": "to_do done failed"}
-    _fill(path, "done", variable("done", "int8", _LOST, "state of the run", **flags))
-    for name, (dimension, values) in study.coordinates.items():
-        _add_coordinate(group, name, dimension, values, codecs)
-    names = tuple(group.array_keys())
-    group.attrs[CHECKSUMS] = digests(path, group.attrs.asdict(), names)
-
-
-def _fill(path: Path, name: str, array: Any) -> None:
-    """Mark all runs as to do: a chunk that is missing later is damage.
-
-    Zarr keeps chunks at the edge in full, so that all files hold the same bytes, and copies of one
-    take a tenth of the time.
-    """
-    first = (0,) * array.ndim
-    array.blocks[first] = np.full(array.blocks[first].shape, TO_DO, array.dtype)
-    content = file_of(path, name, first).read_bytes()
-    for block in np.ndindex(array.cdata_shape):
-        file = file_of(path, name, block)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-
-
-def _add_coordinate(group: Any, name: str, dimension: str, values: tuple, codecs: Any) -> None:
-    labels = _labels(values)
-    units = {"units": _UNITS[name]} if name in _UNITS else {}
-    array = group.create_array(
-        name,
-        shape=labels.shape,
-        dtype="string" if labels.dtype == object else labels.dtype,
-        dimension_names=(dimension,),
-        attributes={"long_name": name.replace("_", " "), **units},
-        compressors=codecs,
-    )
-    array[...] = labels
-
-
-def _quantities(study: Study) -> list[Quantity]:
-    """The numbers stored of each run, with standard errors if some run has them."""
-    if not study.has_errors:
-        return list(QUANTITIES)
-    errors = [
-        Quantity(f"{q.name}_error", q.units, f"standard error of {q.words}")
-        for q in QUANTITIES
-        if q.name in WITH_ERROR
-    ]
-    return [*QUANTITIES, *errors]
-
-
-def _labels(values: tuple) -> np.ndarray:
-    if isinstance(values[0], tuple):
-        return np.array([",".join(map(str, value)) for value in values], dtype=object)
-    return np.array(values, dtype=object if isinstance(values[0], str) else None)
-
-
-def _check_room(path: Path, study: Study, task_size: int) -> None:
+def _check_room(path: Path, study: Study, task_size: int, columns: Columns) -> None:
     """Reject results that would not fit, by an estimate, before anything is written."""
     if not path.parent.is_dir():
         raise refuse("out", "be in a folder that exists", f"{path.parent} does not")
-    variables = len(number_names(study.has_errors)) + 4
+    variables = len(columns.names()) + 4
     lengths = zip(study.dimensions.values(), study.chunks(task_size), strict=True)
     chunks = math.prod(-(-length // step) for length, step in lengths)
     on_disk = variables * max(8 * study.size, _BLOCK * chunks)
@@ -642,16 +599,28 @@ def check_memory(study: Study, slices: list[Slice]) -> None:
 
     **Raises:** `InputError`, naming the run and the memory that it needs.
     """
-    available = memory_of_the_machine()
+    available, seen = memory_of_the_machine(), set()
     for part in slices:
-        config: RunConfig = study.point(int(part.indices[0]))
-        needed = memory_of_a_run(config)
+        config = study.point(int(part.indices[0]))
+        if study.problem is not None:
+            if len(seen) >= MOST_MADE:
+                return
+            # Of an own problem each kind is made once: that may take its time.
+            if (program := program_of(config)) in seen:
+                continue
+            seen.add(program)
+        needed = memory_of_a_task(task_of((config,), 1, 1, study.problem))
         if needed > available:
-            raise refuse(
-                "members",
-                f"fit in the {size(available)} of memory of this machine",
+            what = (
                 f"{config.members} members of hidden {config.hidden} over {config.snapshots} "
-                f"snapshots need about {size(needed)}",
+                "snapshots need"
+                if study.problem is None
+                else f"a run of {study.problem} needs"
+            )
+            raise refuse(
+                "members" if study.problem is None else "problem",
+                f"fit in the {size(available)} of memory of this machine",
+                f"{what} about {size(needed)}",
             )
 
 

@@ -4,10 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esljax.experiment import QUANTITIES
 from esljax.study.store import DONE, FAILED
-
-_NAMES = tuple(quantity.name for quantity in QUANTITIES)
 
 
 class Group(NamedTuple):
@@ -53,7 +50,20 @@ def summarize(dataset: Any) -> list[Group]:
         {'rate': 0.1} 3 True
         {'rate': 0.2} 3 True
     """
-    fields = [name for name in dataset.coords if name != "seed"]
+    dimensions = set(dataset["done"].dims)
+    fields = [
+        name
+        for name, labels in dataset.coords.items()
+        if name != "seed" and set(labels.dims) <= dimensions
+    ]
+    numbers = [
+        name
+        for name, values in dataset.data_vars.items()
+        if values.dtype.kind == "f" and set(values.dims) <= dimensions
+    ]
+    # The error of a number has its name; a metric may end in "_error" itself.
+    own_names = {f"{name}_error" for name in numbers} & set(numbers)
+    names = [name for name in numbers if name not in own_names]
 
     def flat(name: str) -> np.ndarray:
         return (
@@ -65,8 +75,8 @@ def summarize(dataset: Any) -> list[Group]:
 
     settings = {name: flat(name) for name in fields}
     state, converged = flat("done"), flat("converged")
-    values = {name: flat(name) for name in _NAMES}
-    own = {name: flat(f"{name}_error") for name in _NAMES if f"{name}_error" in dataset}
+    values = {name: flat(name) for name in names}
+    own = {name: flat(f"{name}_error") for name in names if f"{name}_error" in dataset}
     members: dict[tuple, list[int]] = {}
     for i in range(state.size):
         members.setdefault(tuple(settings[name][i] for name in fields), []).append(i)
@@ -85,11 +95,11 @@ def summarize(dataset: Any) -> list[Group]:
                 unconverged=int(np.sum(~converged[rows])),
                 means={
                     name: float(np.mean(values[name][rows])) if rows.size else np.nan
-                    for name in _NAMES
+                    for name in names
                 },
                 errors={
                     name: _error(values[name][rows], own[name][rows] if name in own else None)
-                    for name in _NAMES
+                    for name in names
                 },
             )
         )

@@ -57,9 +57,9 @@ def assignment(cost: Float[ArrayLike, "n m"]) -> Assignment:
 
         >>> import jax.numpy as jnp
         >>> import esljax as esl
-        >>> solved = esl.transport.assignment(jnp.array([[4.0, 1.0, 3.0], [2.0, 0.0, 5.0]]))
+        >>> solved = esl.transport.assignment(jnp.array([[4.0, 1.0, 6.0], [2.0, 0.0, 5.0]]))
         >>> solved.columns.tolist(), float(solved.cost)
-        ([0, 1], 4.0)
+        ([1, 0], 3.0)
     """
     cost = as_float(cost, "cost")
     if cost.ndim != 2 or 0 in cost.shape:
