@@ -37,6 +37,7 @@ FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LONG = {
     "docs/howto/data.md",
     "docs/howto/model.md",
+    "docs/howto/transformer.md",
     "docs/measurement.md",
     "docs/schedules.md",
     "docs/studies.md",
