@@ -87,12 +87,15 @@ def problem(hard: Any, drive: Any, steps: int, members: int) -> esl.Problem:
         esl.Driven(esl.Curriculum(loss, hard), drive, before=0.0, after=0.0),
         members=members,
         steps=steps,
-        start=functools.partial(_start, loss, members),
+        start=fresh(members),
     )
 
 
-def _start(loss: esl.FlaxLoss, members: int, key: Any) -> Any:
-    return loss.init(members=members, key=key)
+@functools.cache
+def fresh(members: int) -> Any:
+    """The initializations of a key; one function, so that all problems share compiled code."""
+    loss = potential()
+    return lambda key: loss.init(members=members, key=key)
 
 
 @eqx.filter_jit

@@ -32,13 +32,15 @@ def test_the_first_page_of_the_site_has_the_same_example():
 
 def test_commands():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/esljax optimize" in README
+    assert "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/esljax front" in README
     assert "python3 -m venv .venv && .venv/bin/pip install '.[test]' && .venv/bin/pytest" in README
     for extra in re.findall(r"'\.\[(\w+)\]'", README):
         assert extra in project["project"]["optional-dependencies"]
 
 
 def test_numbers_of_the_first_lines_are_those_of_the_command():
-    """The claim at the top is printed by the command whose output stands below it."""
-    (ratio,) = re.findall(r"handwritten digits ([\d.]+) times", README)
-    assert f"produces {ratio} ±" in README
+    """The claims at the top are printed by the command whose output stands below them."""
+    claims = re.findall(r"(0\.\d+)\s+times", README.partition("## Two commands")[0])
+    assert len(claims) == 3
+    for ratio in claims:
+        assert f"the front has {ratio} ±" in README
