@@ -207,7 +207,7 @@ class _Nothing:
     """Settings without any field."""
 
 
-def settings_class(base: Any, source: Source | None) -> Any:
+def settings_class(base: Any, source: Any) -> Any:
     """A frozen dataclass with the fields of `base` and one for each keyword of a source.
 
     It is the same class for equal sources, its instances are hashable where their values are, and
@@ -236,7 +236,7 @@ def settings_class(base: Any, source: Source | None) -> Any:
     return base if source is None else _settings_class(base, source)
 
 
-def source_of(settings: Any) -> Source | None:
+def source_of(settings: Any) -> Any:
     """The source that settings, or their class, were made for; None for the built-in problem."""
     return getattr(settings if isinstance(settings, type) else type(settings), "source", None)
 
@@ -255,7 +255,7 @@ def check_given(settings: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _settings_class(base: Any, source: Source) -> Any:
+def _settings_class(base: Any, source: Any) -> Any:
     for name in source.keywords:
         if hasattr(base, name) or name in ("source", "help"):
             raise refuse(
