@@ -351,3 +351,36 @@ def test_files_are_whole_or_absent(tmp_path):
     write_toml(tmp_path / "b.toml", {"a": 1, "b": None})
     assert (tmp_path / "b.toml").read_text().endswith("\na = 1\n")
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.toml"}
+
+
+def bend(time):
+    """The loss of a run at some learning time: it falls, and rises where the run is unstable."""
+    return 0.3 + 0.7 / (1 + time) + max(0.0, time - 8) ** 2
+
+
+@pytest.mark.parametrize("start", [1e-3, 0.1, 1.0, 5.0, 8.0, 12.0, 1e3, 1e200])
+@pytest.mark.parametrize("target", [0.9, 0.6, 0.4])
+def test_a_target_is_found_from_any_start(start, target, problem, monkeypatch):
+    """On the branch where the loss falls with the scale, also from beyond it."""
+    steps = problem.steps
+
+    def loss(problem, table, keys):
+        time = float(table.values[0]) * steps
+        return bend(time) if time < 1e3 else np.nan
+
+    monkeypatch.setattr(matching, "final_loss", loss)
+    start = min(start, 3e37)  # the largest number of single precision
+    found = matching.match_endpoint(
+        problem, esl.Constant(1.0), target=target, learning_time=start, keys=jax.random.key(0)[None]
+    )
+    time = float(found.values[0]) * steps
+    assert abs(bend(time) / target - 1) < 1.1e-3
+    assert time < 8
+    with pytest.raises(esl.InputError, match="must be a loss that shape can reach"):
+        matching.match_endpoint(
+            problem,
+            esl.Constant(1.0),
+            target=0.2,
+            learning_time=start,
+            keys=jax.random.key(0)[None],
+        )

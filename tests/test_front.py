@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -266,3 +267,39 @@ def test_raggedness_is_what_one_rise_and_one_fall_do_not_explain():
 )
 def test_bad_fronts_are_refused(problem, refused, settings, sentence):
     refused(lambda: esl.front(problem, **{"key": KEY, **settings}), sentence)
+
+
+@pytest.mark.slow
+def test_the_front_of_particles_is_the_exact_front():
+    """A noisy quadratic, whose front `esl.gaussian.front` finds without sampling."""
+    spectrum = 1 / jnp.arange(1.0, 7.0)
+    hill = esl.Quadratic(spectrum, gradient_noise=0.02 * spectrum)
+    law = esl.gaussian.Independent(2 * jnp.ones(6), 0.05 * jnp.ones(6))
+    steps, members = 20, 256
+    problem = esl.Problem(
+        hill,
+        members=members,
+        steps=steps,
+        snapshots=steps,
+        transport=esl.GaussianTransport(),
+        start=lambda key: 2 + jnp.sqrt(0.05) * jax.random.normal(key, (members, 6)),
+    )
+    # The loss falls 500 times, so the first point is far from where it starts.
+    found = esl.front(problem, key=KEY, points=3, knots=5, families={}, iterations=120)
+    exact = esl.gaussian.front(
+        law, hill, steps=steps, weights=found.slopes, knots=5, largest_rate=found.cap
+    )
+    assert bool(exact.converged.all())
+    errors: Any = found.standard_error
+    for p, slope in enumerate(found.slopes):
+        run = esl.gaussian.descent(law, hill, esl.Langevin(found.schedules[p]), steps=steps)
+        # What particles measure is what the law of their schedule has.
+        for name in ("final_loss", "entropy_production"):
+            ours, spread = getattr(found, name)[p], getattr(errors, name)[p]
+            # Moments of 256 members in 6 dimensions have a bias of the order d/n.
+            bias = 6 / members * float(getattr(run, name))
+            assert abs(ours - float(getattr(run, name))) < 4 * spread + bias
+        # And the schedule is nearly as good as the best there is.
+        value = float(jnp.log(run.final_loss) + slope * jnp.log(run.entropy_production))
+        best = float(jnp.log(exact.final_loss[p]) + slope * jnp.log(exact.entropy_production[p]))
+        assert best - 1e-4 < value < best + 0.01

@@ -228,8 +228,9 @@ def test_memory_is_estimated_within_a_factor_of_three():
         BASE,
         dataclasses.replace(BASE, data="teacher", hidden=(32,), members=16, batch_size=0),
     ):
-        problem = runs._problem(runs.shape_of(config), config.dtype)
+        problem = runs._problem(runs.shape_of(config), config.dtype, ())
         numbers = jax.tree.map(lambda x: x[0], runs._numbers(problem, (config,)))
+        numbers = numbers._replace(rates=problem.table(esl.Constant(0.1)).values)
         needed = (
             runs._alone.lower(problem, runs.shape_of(config), numbers)
             .compile()

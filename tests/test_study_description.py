@@ -9,7 +9,7 @@ from studies import BASE, GRID
 
 import esljax as esl
 from esljax.experiment import runs
-from esljax.study import axes, description
+from esljax.study import description
 
 
 def test_a_grid_is_every_combination():
@@ -275,7 +275,7 @@ def test_long_ranges_are_held_and_checked_by_their_ends(monkeypatch, refused):
 
 
 def test_a_long_range_is_the_same_study_as_its_list():
-    some = range(3, 3 + description.LONG)
+    some = range(3, 3 + description._LONG)
     listed = esl.study.Study(BASE, grid={"seed": list(some)})
     assert listed == esl.study.Study(BASE, grid={"seed": some})
     # As earlier versions have written it.
@@ -288,7 +288,7 @@ def test_long_spacings_have_the_digits_of_short_ones(monkeypatch):
         {"start": 0.1, "stop": 3.7, "num": 999, "scale": "log"},
         {"start": -1, "stop": 1, "num": 1000},
     ):
-        short = axes._spaced("x", given)
+        short = description._spaced("x", given)
         with monkeypatch.context() as patched:
-            patched.setattr(axes, "LONG", 1)
-            assert axes._spaced("x", given) == short
+            patched.setattr(description, "_LONG", 1)
+            assert description._spaced("x", given) == short

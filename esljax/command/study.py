@@ -62,8 +62,8 @@ class RunStudyConfig:
     """Address of a dask scheduler whose workers do the runs, such as tcp://10.0.0.1:8786."""
     slurm: Annotated[int, AtLeast(0)] = 0
     """SLURM jobs to run in, as ~/.config/dask/jobqueue.yaml describes them; 0 for none."""
-    task_size: Annotated[int, AtLeast(0)] = 0
-    """Runs in a task; results are saved task by task. 0 for as many as take a few seconds."""
+    task_size: Annotated[int | None, AtLeast(1)] = None
+    """Runs in a task; results are saved task by task. By default as many as take a few seconds."""
     width: Annotated[int, AtLeast(0)] = 0
     """Runs side by side in one program; 0 for 1 on a CPU, as many as fit on an accelerator."""
     retry: bool = False
@@ -167,7 +167,7 @@ def _run(config: RunStudyConfig) -> int:
                     description,
                     out,
                     executor=executor,
-                    task_size=config.task_size or None,
+                    task_size=config.task_size,
                     width=config.width or None,
                     retry=config.retry,
                     reuse=config.reuse,

@@ -129,8 +129,10 @@ def _by_secant(excess: Callable[[float], float], first: float) -> float | None:
 
     def within(log_scale: float) -> float:
         nonlocal last
+        if not abs(log_scale - first) <= _FAR:
+            raise _Lost
         last, value = log_scale, excess(log_scale)
-        if not np.isfinite(value) or abs(log_scale - first) > _FAR:
+        if not np.isfinite(value):
             raise _Lost
         return value
 
@@ -150,6 +152,39 @@ class _Lost(Exception):
     """A search has left the range where it can succeed."""
 
 
+def _walked(excess: Callable[[float], float], tried: list[float]) -> float:
+    """A scale below the target: the loss falls with the scale, and rises where the run is no longer
+    stable, so walk to its least value.
+
+    **Raises:** `_Unreachable` if that is above the target.
+    """
+    double = float(np.log(2))
+    best, step = min(tried, key=excess), double
+    if not np.isfinite(excess(best)):
+        # Beyond all stable scales: from the other side of their edge.
+        high, step = min(tried), double
+        while not np.isfinite(excess(high - step)):
+            high, step = high - step, 2 * step
+            if step > 32 * _FAR:
+                raise _Unreachable
+        best = high - step
+        while high - best > 2 * double:
+            middle = (best + high) / 2
+            best, high = (middle, high) if np.isfinite(excess(middle)) else (best, middle)
+        step = double
+    for _ in range(_MOST_TRIALS):
+        if excess(best) <= 0:
+            return best
+        near = min((best - step, best + step), key=excess)
+        if excess(near) < excess(best):
+            best = near
+        elif step < 0.2:
+            break
+        else:
+            step /= 2
+    raise _Unreachable
+
+
 def _by_bracket(excess: Callable[[float], float], tried: list[float]) -> float:
     """The root of the excess between a scale above the target and the next one below it.
 
@@ -157,25 +192,7 @@ def _by_bracket(excess: Callable[[float], float], tried: list[float]) -> float:
     """
     below = [scale for scale in tried if excess(scale) <= 0]
     if not below:
-        # The loss falls with the scale and rises where the run is no longer stable: walk to its
-        # least value.
-        best, step = min(tried, key=excess), float(np.log(2))
-        if not np.isfinite(excess(best)):
-            best = min(tried)
-        for _ in range(_MOST_TRIALS):
-            near = min((best - step, best + step), key=excess)
-            if excess(near) <= 0:
-                below = [near]
-                break
-            if excess(near) < excess(best) or not np.isfinite(excess(best)):
-                # All is infinite far above the stable range.
-                best = near if np.isfinite(excess(near)) else best - step
-            elif step < 0.2:
-                break
-            else:
-                step /= 2
-        if not below:
-            raise _Unreachable
+        below = [_walked(excess, tried)]
     high = min(below)
     above = [scale for scale in tried if scale < high and excess(scale) > 0]
     low, step = max(above, default=high), float(np.log(2))

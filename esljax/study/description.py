@@ -6,7 +6,6 @@ a TOML file; `run_study` runs it and `open_study` reads the results.
 
 import collections
 import dataclasses
-import enum
 import functools
 import itertools
 import math
@@ -34,11 +33,16 @@ from esljax.experiment import (
     settings_class,
     spelled,
 )
-from esljax.study.axes import LONG, MOST, plain_kind, spaced_values
+from esljax.study.fields import converted_table, is_plain, plain_kind
 from esljax.study.recorded import Recorded, recorded
 
 # A dozen numbers and marks of a run.
 _BYTES = 112
+
+# A list of more runs than these would fill the memory of a usual machine by itself.
+_MOST = 10_000_000
+# Whole numbers in a row are held by their ends from this length on.
+_LONG = 10_000
 
 
 class Slice(NamedTuple):
@@ -286,7 +290,7 @@ class Study:
     def _plain_base(self) -> dict[str, Any]:
         """The settings of the base but those that are to be given by the grid or the points."""
         values = plain(self.base)
-        return {name: value for name, value in values.items() if _is_plain(value)}
+        return {name: value for name, value in values.items() if is_plain(value)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], place: str = "the study") -> "Study":
@@ -329,10 +333,9 @@ class Study:
             problem = Source.of(problem)
         kind = RunConfig if problem is None else settings_class(OutsideConfig, problem)
         fields = {field.name: field for field in dataclasses.fields(kind)}
-        base = _converted(content.get("base", {}), fields, problem, f"[base] of {place}")
+        base = converted_table(content.get("base", {}), fields, problem, f"[base] of {place}")
         grid = {
-            name: spaced_values(name, given, fields)
-            for name, given in content.get("grid", {}).items()
+            name: _values(name, given, fields) for name, given in content.get("grid", {}).items()
         }
         return cls(kind(**base), grid, content.get("points", ()), problem)
 
@@ -519,7 +522,7 @@ class Study:
         if isinstance(values, range):
             # The type of all is that of one, and no two are the same.
             self._value(name, values[0], place)
-            if values.step == 1 and len(values) >= LONG and kind is int:
+            if values.step == 1 and len(values) >= _LONG and kind is int:
                 return values
         if kind in (int, float) and set(map(type, values)) == {kind}:
             axis = tuple(values)
@@ -528,7 +531,7 @@ class Study:
         if len(set(axis)) < len(axis):
             twice, _ = collections.Counter(axis).most_common(1)[0]
             raise refuse(place, "hold each value once", f"holds {twice!r} twice")
-        whole = type(axis[0]) is int and len(axis) >= LONG
+        whole = type(axis[0]) is int and len(axis) >= _LONG
         if whole and axis == tuple(range(axis[0], axis[-1] + 1)):
             return range(axis[0], axis[-1] + 1)
         return axis
@@ -566,11 +569,11 @@ def _check_size(grid: Mapping[str, Any], points: int) -> None:
     size = math.prod(
         _length(values) for values in grid.values() if isinstance(values, Sequence | np.ndarray)
     )
-    if max(size, points) > MOST:
+    if max(size, points) > _MOST:
         size = max(size, points)
         raise refuse(
             "points" if points else "grid",
-            f"hold at most {MOST:,} runs",
+            f"hold at most {_MOST:,} runs",
             f"holds {size:,}, whose results need about {in_bytes(_BYTES * size)}: split it into "
             "several studies",
         )
@@ -592,30 +595,6 @@ def _value(field: dataclasses.Field, value: Any, place: str, outside: bool) -> A
     return convert(field.name, value, field, place)
 
 
-def _converted(
-    content: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], problem: Any, place: str
-) -> dict[str, Any]:
-    """The values of a TOML table in the types of the settings."""
-    for key in content:
-        if key not in fields:
-            fixed = ""
-            if problem is not None and key in RunConfig.__dataclass_fields__:
-                fixed = f", and {problem} fixes it itself"
-            raise InputError(
-                f"Key `{key}` of {place} is unknown{fixed}; the known keys are {', '.join(fields)}."
-            )
-    return {
-        key: convert(
-            key, spelled(value, RUN_SCHEDULES) if key == "schedule" else value, fields[key], place
-        )
-        for key, value in content.items()
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    return value is not None and not isinstance(value, enum.Enum)
-
-
 def _lists(values: Iterable[Any]) -> list:
     """The values with lists for tuples, as TOML has them."""
     return [
@@ -626,6 +605,59 @@ def _lists(values: Iterable[Any]) -> list:
         else value
         for value in values
     ]
+
+
+def _values(name: str, given: Any, fields: Mapping[str, dataclasses.Field]) -> Any:
+    """The values that a range or a spacing stands for; anything else unchanged."""
+    if not isinstance(given, Mapping):
+        return given
+    place = f"grid.{name}"
+    if set(given) == {"range"}:
+        return _range(place, given["range"])
+    if not {"start", "stop", "num"} <= set(given) <= {"start", "stop", "num", "scale"}:
+        raise refuse(
+            place,
+            'be a list, {range = [first, end]} or {start, stop, num, scale = "linear" or "log"}',
+            f"has the keys {', '.join(given)}",
+        )
+    whole = name in fields and plain_kind(fields[name]) is int
+    return [
+        int(value) if whole and value.is_integer() else value for value in _spaced(place, given)
+    ]
+
+
+def _range(place: str, ends: Any) -> range:
+    if (
+        not isinstance(ends, list)
+        or len(ends) != 2
+        or not all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+    ):
+        raise refuse(place, "have a range of two integers, [first, end]", f"has {ends!r}")
+    return range(*ends)
+
+
+def _spaced(place: str, given: Mapping[str, Any]) -> list[float]:
+    """`num` values from `start` to `stop`, evenly spaced on the chosen scale."""
+    start, stop, num = (given[key] for key in ("start", "stop", "num"))
+    scale = given.get("scale", "linear")
+    for end in (start, stop):
+        if isinstance(end, bool) or not isinstance(end, int | float) or not math.isfinite(end):
+            raise refuse(place, "have a finite number for start and for stop", f"has {end!r}")
+    check_positive_int(f"{place}.num", num, 2)
+    if num > _MOST:
+        raise refuse(
+            f"{place}.num", f"be at most {_MOST:,}, the most runs of a study", f"is {num:,}"
+        )
+    check_choice(f"{place}.scale", scale, ("linear", "log"))
+    if scale == "log" and not (start > 0 and stop > 0):
+        raise refuse(place, "have positive ends on a log scale", f"has {start!r} and {stop!r}")
+    spaced = (np.geomspace if scale == "log" else np.linspace)(start, stop, num)
+    # Twelve digits are more than any result has, and let a value be selected as it is written.
+    if num < _LONG:
+        return [float(f"{value:.12g}") for value in spaced]
+    # The same by powers of ten, which are exact up to 22.
+    powers = 11 - np.floor(np.log10(np.where(spaced == 0, 1, np.abs(spaced)))).clip(-11, 11)
+    return (np.rint(spaced * 10.0**powers) / 10.0**powers).tolist()
 
 
 def _flat(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from esljax.files import storage
 from esljax.study.description import Slice, Study
 from esljax.study.executors import InProcess, capacity
 from esljax.study.pace import Pace, Part
-from esljax.study.room import check_memory
 from esljax.study.store import (
     DONE,
     FAILED,
     TO_DO,
     StudyStore,
+    check_memory,
     find_store,
     finish,
     lock_path,

@@ -6,9 +6,9 @@ as a whole. `done` is written last, so every run that it counts is on disk, howe
 What is read is checked against the checksums of `study.integrity`.
 """
 
-import datetime
 import glob
 import json
+import math
 import os
 import re
 import shutil
@@ -22,18 +22,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esljax._checks import InputError, first_sentence, refuse
+from esljax._checks import InputError, first_sentence, memory_of_the_machine, refuse, size
 from esljax.experiment import (
     OWN,
     Columns,
     Rows,
     knot_name,
+    memory_of_a_task,
     number_names,
     own_files,
+    program_of,
+    task_of,
 )
 from esljax.files import storage
-from esljax.study.columns import columns_of
-from esljax.study.description import Study
+from esljax.study.columns import MOST_MADE, columns_of
+from esljax.study.description import Slice, Study
 from esljax.study.integrity import (
     CHECKSUM,
     CHECKSUMS,
@@ -50,22 +53,12 @@ from esljax.study.integrity import (
     run_checksums,
     runs_of,
 )
-from esljax.study.room import check_room
+from esljax.study.layout import COLUMNS, TO_DO, VERSION, labels_of, lay_out
 
-TO_DO, DONE, FAILED = 0, 1, 2
+DONE, FAILED = 1, 2
 
-# 2: with checksums. Stores of layout 1 are still read, and resumed without them.
-_VERSION = 2
-# What `done` holds where its chunk is lost: none of the states.
-_LOST = -1
-# The attribute of the `Columns`, as JSON: none in stores of earlier versions.
-_COLUMNS = "columns"
-_UNITS = {
-    "target": "loss",
-    "temperature": "loss",
-    "rate": "squared parameters per unit of loss and step",
-    "epsilon": "squared parameters",
-}
+# The space that a file of a Zarr chunk takes on a usual disk, however short it is.
+_BLOCK = 4096
 
 
 class Damage(NamedTuple):
@@ -102,7 +95,7 @@ class StudyStore:
             for name, kind in kinds.items()
         }
         for name, (dimension, values) in self.study.coordinates.items():
-            labels = _labels(values)
+            labels = labels_of(values)
             kind = "TO" if labels.dtype.kind == "O" else labels.dtype.kind
             array = check_array(argument, path, group, name, labels.shape, (dimension,), kind)
             check_labels(argument, path, name, array, labels)
@@ -299,7 +292,10 @@ def _key(study: Study, index: int) -> frozenset:
     """The settings of a run, in a form that two descriptions of one problem have in common."""
     settings = vars(study.point(index)).items()
     return frozenset(
-        (name, str(value) if isinstance(value, Path) else value) for name, value in settings
+        (name, str(value) if isinstance(value, Path) else value)
+        for name, value in settings
+        # A description has no place for None, the default of some keywords.
+        if value is not None
     )
 
 
@@ -362,9 +358,9 @@ def make_store(path: Path, study: Study, task_size: int) -> StudyStore:
     **Raises:** `InputError` if the disk or the memory has too little room for the results.
     """
     columns = columns_of(study)
-    check_room(path, study, task_size, columns)
+    _check_room(path, study, task_size, columns)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    _make(_zarr(), part, study, task_size, columns)
+    lay_out(_zarr(), part, study, task_size, columns, sources(study))
     part.rename(path)
     return StudyStore(path, _open(path, "r+"))
 
@@ -469,21 +465,21 @@ def open_study(path: str | Path) -> Any:
         about = store.about(knots[0]) | {"long_name": "log-linear knots of the optimized schedule"}
         variables["knots"] = ((*layout, "knot"), values, about)
     coordinates = {
-        name: (dimension, _labels(values), store.about(name))
+        name: (dimension, labels_of(values), store.about(name))
         for name, (dimension, values) in study.coordinates.items()
     }
     attributes = {
-        k: v for k, v in store.attributes.asdict().items() if k not in (CHECKSUMS, _COLUMNS)
+        k: v for k, v in store.attributes.asdict().items() if k not in (CHECKSUMS, COLUMNS)
     }
     return xarray.Dataset(variables, coordinates, attributes)
 
 
 def _columns(path: Path, attributes: Any, study: Study, argument: str) -> Columns:
     """The numbers that a store has of each run."""
-    if _COLUMNS not in attributes:
+    if COLUMNS not in attributes:
         return Columns(study.has_errors)
     try:
-        content = json.loads(attributes[_COLUMNS])
+        content = json.loads(attributes[COLUMNS])
         return Columns(**content | {"metrics": tuple(content["metrics"])})
     except (KeyError, TypeError, ValueError) as error:
         what = f"{path}/zarr.json holds no description of its numbers"
@@ -501,13 +497,13 @@ def _study(path: Path, group: Any, argument: str = "path") -> Study:
     except (TypeError, AttributeError, ValueError, RecursionError) as error:
         what = f"{path}/zarr.json holds no description of a study ({first_sentence(error)})"
         raise damaged(argument, what) from None
-    if version not in (1, _VERSION) or isinstance(version, bool):
+    if version not in (1, VERSION) or isinstance(version, bool):
         raise refuse(
             argument,
-            f"be a store with layout 1 or {_VERSION}",
+            f"be a store with layout 1 or {VERSION}",
             f"{path} has layout {version}: read it with the esljax that wrote it",
         )
-    if version == _VERSION or CHECKSUMS in group.attrs:
+    if version == VERSION or CHECKSUMS in group.attrs:
         check_attributes(argument, path, group.attrs)
         check_consolidated(argument, path, group.attrs)
     if type(task_size) is not int or task_size < 1 or not all(type(x) is str for x in texts):
@@ -572,80 +568,60 @@ def _open(path: Path, mode: Any, argument: str = "path") -> Any:
         raise refuse(argument, "be the store of a study", f"{path} is none{why}") from error
 
 
-def _make(zarr: ModuleType, path: Path, study: Study, task_size: int, columns: Columns) -> None:
-    """Lay out a store: its attributes, and arrays filled with "to do" and NaN."""
-    about = {
-        "version": _VERSION,
-        "study": storage.toml(study.as_dict()),
-        "task_size": task_size,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": json.dumps(storage.versions()),
-        "commit": storage.commit() or "",
-        _COLUMNS: json.dumps(columns._asdict()),
-    }
-    if files := sources(study):
-        about["sources"] = json.dumps(files)
-    group = zarr.create_group(str(path), zarr_format=3, attributes=about)
-    # Explicit, because a damaged list of codecs may not look like another default.
-    codecs = (zarr.codecs.ZstdCodec(), zarr.codecs.Crc32cCodec())
-    layout = {
-        "shape": tuple(study.dimensions.values()),
-        "chunks": study.chunks(task_size),
-        "dimension_names": tuple(study.dimensions),
-        "compressors": codecs,
-    }
-
-    def variable(name: str, dtype: str, fill: Any, words: str, **more: str) -> Any:
-        return group.create_array(
-            name, dtype=dtype, fill_value=fill, attributes={"long_name": words, **more}, **layout
+def _check_room(path: Path, study: Study, task_size: int, columns: Columns) -> None:
+    """Reject results that would not fit, by an estimate, before anything is written."""
+    if not path.parent.is_dir():
+        raise refuse("out", "be in a folder that exists", f"{path.parent} does not")
+    variables = len(columns.names()) + 4
+    lengths = zip(study.dimensions.values(), study.chunks(task_size), strict=True)
+    chunks = math.prod(-(-length // step) for length, step in lengths)
+    on_disk = variables * max(8 * study.size, _BLOCK * chunks)
+    free = shutil.disk_usage(path.parent).free
+    if on_disk > free:
+        raise refuse(
+            "out",
+            f"have room for {study.size:,} runs, about {size(on_disk)}",
+            f"{path.parent} has {size(free)} left",
+        )
+    # The numbers when they are read, and the list of tasks.
+    in_memory = variables * 8 * study.size + 200 * study.size
+    available = memory_of_the_machine()
+    if in_memory > available:
+        raise refuse(
+            "grid",
+            f"fit in the {size(available)} of memory of this machine",
+            f"the results of {study.size:,} runs need about {size(in_memory)}",
         )
 
-    for quantity in columns.quantities():
-        variable(quantity.name, "float64", np.nan, quantity.words, units=quantity.units)
-    variable("converged", "bool", False, "whether every transport problem of the run was solved")
-    variable("reason", "string", "", "why the run failed")
-    variable(CHECKSUM, "uint32", 0, "CRC-32 of the place, state, numbers and reason of the run")
-    flags = {"flag_values": "0 1 2", "flag_meanings": "to_do done failed"}
-    _fill(path, "done", variable("done", "int8", _LOST, "state of the run", **flags))
-    for name, (dimension, values) in study.coordinates.items():
-        _add_coordinate(group, name, dimension, values, codecs)
-    names = tuple(group.array_keys())
-    group.attrs[CHECKSUMS] = digests(path, group.attrs.asdict(), names)
 
+def check_memory(study: Study, slices: list[Slice]) -> None:
+    """Reject a run that this machine cannot hold, by an estimate from its shapes.
 
-def _fill(path: Path, name: str, array: Any) -> None:
-    """Mark all runs as to do: a chunk that is missing later is damage.
-
-    Zarr keeps chunks at the edge in full, so that all files hold the same bytes, and copies of one
-    take a tenth of the time.
+    **Raises:** `InputError`, naming the run and the memory that it needs.
     """
-    first = (0,) * array.ndim
-    array.blocks[first] = np.full(array.blocks[first].shape, TO_DO, array.dtype)
-    content = file_of(path, name, first).read_bytes()
-    for block in np.ndindex(array.cdata_shape):
-        file = file_of(path, name, block)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-
-
-def _add_coordinate(group: Any, name: str, dimension: str, values: tuple, codecs: Any) -> None:
-    labels = _labels(values)
-    units = {"units": _UNITS[name]} if name in _UNITS else {}
-    array = group.create_array(
-        name,
-        shape=labels.shape,
-        dtype="string" if labels.dtype == object else labels.dtype,
-        dimension_names=(dimension,),
-        attributes={"long_name": name.replace("_", " "), **units},
-        compressors=codecs,
-    )
-    array[...] = labels
-
-
-def _labels(values: tuple) -> np.ndarray:
-    if isinstance(values[0], tuple):
-        return np.array([",".join(map(str, value)) for value in values], dtype=object)
-    return np.array(values, dtype=object if isinstance(values[0], str) else None)
+    available, seen = memory_of_the_machine(), set()
+    for part in slices:
+        config = study.point(int(part.indices[0]))
+        if study.problem is not None:
+            if len(seen) >= MOST_MADE:
+                return
+            # Of an own problem each kind is made once: that may take its time.
+            if (program := program_of(config)) in seen:
+                continue
+            seen.add(program)
+        needed = memory_of_a_task(task_of((config,), 1, 1, study.problem))
+        if needed > available:
+            what = (
+                f"{config.members} members of hidden {config.hidden} over {config.snapshots} "
+                "snapshots need"
+                if study.problem is None
+                else f"a run of {study.problem} needs"
+            )
+            raise refuse(
+                "members" if study.problem is None else "problem",
+                f"fit in the {size(available)} of memory of this machine",
+                f"{what} about {size(needed)}",
+            )
 
 
 def _zarr() -> ModuleType:
