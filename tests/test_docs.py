@@ -115,7 +115,7 @@ def test_scripts_take_what_the_page_gives_them(page):
     ):
         source = (ROOT / script).read_text(encoding="utf-8")
         # The flags that scripts share stand in the module that makes their parser.
-        for shared in ("timing", "experiments"):
+        for shared in ("experiments", "timing"):
             if f"\nimport {shared}\n" in source:
                 source += (ROOT / f"scripts/{shared}.py").read_text(encoding="utf-8")
         for flag in re.findall(r"--[a-z-]+", arguments):
