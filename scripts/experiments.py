@@ -113,6 +113,7 @@ def each(
         store.mkdir(parents=True, exist_ok=True)
         files = [store / f"{function.__name__}-{name.hexdigest()[:20]}.json" for name in names]
         left = [i for i, file in enumerate(files) if not file.exists()]
+        arguments.found = getattr(arguments, "found", 0) + len(files) - len(left)
         if arguments.processes == 1:
             for i in left:
                 _keep(files[i], function(**tasks[i]))
@@ -188,20 +189,22 @@ class Page:
             name: value
             for name, value in vars(self.arguments).items()
             # Where files lie changes no number.
-            if not isinstance(value, Path) and value not in (None, False)
+            if not isinstance(value, Path) and name != "found" and value not in (None, False)
         }
         flags = (
             f" --{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             for name, value in given.items()
             if not (name == "processes" and value == 1)
         )
-        wall = time.perf_counter() - self.began
+        wall = f"{time.perf_counter() - self.began:.0f} s"
+        if found := getattr(self.arguments, "found", 0):
+            wall += f" after {found} runs of an earlier call"
         packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "numpy"))
         return [
             f"python scripts/experiment_{self.name}.py{''.join(flags)}",
             f"seed {self.seed}; esljax {esl.__version__}, {packages}, Python "
             f"{platform.python_version()}; {os.cpu_count()} cores, "
-            f"{jax.devices()[0].platform}; {wall:.0f} s",
+            f"{jax.devices()[0].platform}; {wall}",
         ]
 
     def write(
