@@ -223,7 +223,7 @@ def test_the_retimed_shape_is_the_first_one_at_constant_speed(problem, whole):
     np.testing.assert_allclose(judged / judged.sum(), rates / rates.sum(), rtol=1e-4)
     constant, retimed = (result.judgments[name].report for name in ("constant", "retimed"))
     assert retimed.temporal < constant.temporal / 4
-    assert result.left_out == ""
+    assert result.left_out == ()
 
 
 def test_the_optimized_schedule_is_examined_on_its_runs(problem, whole):
@@ -257,7 +257,7 @@ def test_a_retiming_that_fails_is_left_out_with_its_reason(compared, monkeypatch
     monkeypatch.setattr(comparison, "constant_speed", refusing)
     result = compared(iterations=1, shapes={"constant": esl.Constant(1.0)})
     assert set(result.judgments) == {"constant", "optimized"}
-    assert result.left_out == ("The re-timed schedule is left out: Argument `report` must move.")
+    assert result.left_out == ("The re-timed schedule is left out: Argument `report` must move.",)
 
 
 def test_agreement_is_the_chi_squared_of_equal_lengths(whole):
@@ -384,3 +384,55 @@ def test_a_target_is_found_from_any_start(start, target, problem, monkeypatch):
             learning_time=start,
             keys=jax.random.key(0)[None],
         )
+
+
+@pytest.mark.parametrize("gap", [0.005, 0.02])
+def test_a_loss_that_jumps_over_the_target_is_met_nearly(gap, problem, monkeypatch):
+    """Within ten tolerances where none is closer; else it is refused."""
+
+    def loss(problem, table, keys):
+        time = float(table.values[0]) * problem.steps
+        return 0.5 * (1 + gap) + 0.1 / (1 + time) if time < 4 else 0.4 - 0.001 * time
+
+    # From far below: the least loss before the jump is 0.5 (1 + gap) + .02.
+    monkeypatch.setattr(matching, "final_loss", loss)
+
+    def match(target):
+        return matching.match_endpoint(
+            problem,
+            esl.Constant(1.0),
+            target=target,
+            learning_time=1.0,
+            keys=jax.random.key(0)[None],
+        )
+
+    target = 0.5 + 0.02
+    if gap < 0.01:
+        time = float(match(target).values[0]) * problem.steps
+        assert 1e-3 < abs(loss(problem, match(target), None) / target - 1) < 1e-2
+        assert time < 4
+    else:
+        with pytest.raises(esl.InputError, match="must be a loss that shape can reach"):
+            match(target)
+
+
+def test_a_shape_that_cannot_reach_the_target_is_left_out(problem, tmp_path):
+    shapes = {
+        "one step": esl.Piecewise([1.0, 1e-9], [0.03]),
+        "constant": esl.Constant(1.0),
+        "linear": esl.Linear(1.0, 0.5),
+    }
+    settings = {"key": jax.random.key(0), "rate": 0.2, "iterations": 2, "judge_runs": 2}
+    result = esl.compare(
+        problem, shapes=shapes, checkpoints=esl.Checkpoints(tmp_path, every=0.0), **settings
+    )
+    assert set(result.judgments) == {"constant", "linear", "retimed", "optimized"}
+    (why,) = result.left_out
+    assert why == f"No scale of one step reaches the loss {result.target:.4g}: it is left out."
+    assert why in str(result)
+    again = esl.compare(
+        problem, shapes=shapes, checkpoints=esl.Checkpoints(tmp_path, resume=True), **settings
+    )
+    assert again.left_out == result.left_out
+    with pytest.raises(esl.InputError, match="must be a loss that one step can reach"):
+        esl.compare(problem, shapes={"one step": shapes["one step"]}, **settings)

@@ -343,3 +343,13 @@ def test_a_move_within_a_room_does_not_count(monkeypatch):
 def test_checkpoints_of_0_1_are_resumed(thing, digest):
     """Digests made by version 0.1, when each room was a single file."""
     assert describe(thing).endswith(f" {digest}")
+
+
+def test_an_optimizer_is_the_same_after_its_first_use():
+    """The cosine of optax changes what it closes over."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, 20))
+    before = describe(optimizer)
+    start = jnp.ones(2)
+    optimizer.update(start, optimizer.init(start))
+    assert describe(optimizer) == before
+    assert describe(optax.adam(optax.cosine_decay_schedule(0.1, 21))) != before

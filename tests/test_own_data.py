@@ -239,6 +239,10 @@ def test_a_wrong_table_is_one_sentence_with_its_line(here, content, sentence, re
             },
             "have `test_inputs` of the shape of `inputs`",
         ),
+        (
+            {"inputs": [[1.0]], "labels": [1], "test_inputs": [[1.0]], "test_labels": ["a"]},
+            "have `test_labels` of the kind of `labels`",
+        ),
     ],
 )
 def test_wrong_arrays_are_one_sentence(here, arrays, sentence, refused):

@@ -39,6 +39,7 @@ LONG = {
     "which_schedule",
     "large_model",
     "measure_digits",
+    "modular_addition",
     "study_scaling",
     "transfer",
     "velocity_accuracy",

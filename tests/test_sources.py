@@ -185,12 +185,20 @@ def test_a_module_on_the_path_of_the_user_is_found(tmp_path, mine, monkeypatch):
     assert str(tmp_path) not in sys.path
 
 
-def test_arrays_of_the_file_have_the_floating_type_of_the_run(mine):
-    source = Source.of(f"{mine}:net")
-    (mine.parent / "late.py").write_text("import jax.numpy as jnp\nshift = jnp.asarray(1.0) / 3\n")
+def test_arrays_of_the_file_and_its_neighbors_have_the_floating_type_of_the_run(tmp_path):
+    (tmp_path / "third.py").write_text("import jax.numpy as jnp\nTHIRD = jnp.asarray(1.0) / 3\n")
+    (tmp_path / "own.py").write_text(
+        "import jax.numpy as jnp\nimport esljax as esl\nfrom third import THIRD\n"
+        "SIXTH = jnp.asarray(1.0) / 6\n\n\ndef bowl(members: int = 2):\n"
+        "    start = jnp.stack([jnp.full(members, THIRD), jnp.full(members, SIXTH)], axis=1)\n"
+        "    return esl.Problem(esl.Quadratic(1.0), members=members, steps=4, snapshots=2,\n"
+        "        start=start)\n"
+    )
+    source = Source.of(f"{tmp_path / 'own.py'}:bowl")
     with jax.enable_x64(True):
-        start = Source.of(f"{mine}:net").problem().positions(jax.random.key(0))
-        assert start.dtype == source.problem().positions(jax.random.key(0)).dtype == "float64"
+        for each in (source, Source.of(source.place)):
+            start = each.problem().positions(jax.random.key(0))
+            assert start[0].tolist() == [1 / 3, 1 / 6]
 
 
 def test_settings_have_the_fields_of_a_base_and_of_the_keywords(mine):

@@ -132,7 +132,7 @@ def subcommand(command: str, arguments: Sequence[str]) -> tuple[Any, type]:
     path = _value(given, "--config")
     content = {} if path is None else read_toml(Path(path))
     place = _value(given, "--problem") or content.get("problem")
-    if command not in JOBS or not isinstance(place, str):
+    if command not in JOBS or not isinstance(place, str) or place == "None":
         kind: Any = inside
     else:
         kind = _with_keywords(command, inside, outside, content, place, given)

@@ -34,7 +34,7 @@ from esljax.experiment.judging import Judgment, final_loss, judge, outcome_of
 from esljax.experiment.matching import Match, stable_rate
 from esljax.experiment.problem import Problem
 from esljax.experiment.saving import Leaves, leaves, save
-from esljax.experiment.settings import RISING, usual_shapes
+from esljax.experiment.settings import RISING, in_words, usual_shapes
 from esljax.experiment.spelling import spelled
 from esljax.files import Checkpoints, session
 from esljax.measures import (
@@ -69,8 +69,8 @@ class Comparison:
     only the schedules judged by then are here."""
     optimum: Optimum | None
     """The search by gradient and its history; None without a search."""
-    left_out: str = ""
-    """Why the re-timed schedule was not judged, a sentence; "" if it was."""
+    left_out: tuple[str, ...] = ()
+    """Which schedules were not judged and why, in sentences."""
     debiased_w2_squared: tuple[float, float] | None = None
     """W2² of the optimized schedule (without a search: of the one with the least Σ) without its
     sampling bias, in squared parameters, and its standard error over the held-out runs. None below
@@ -249,8 +249,8 @@ def compare(
 
     **Returns:** `Comparison`. `KeyboardInterrupt` during the search ends the search alone, and
     after the first judgment it ends the judging; `optimum.interrupted` is then True.
-    **Raises:** `InputError` if the constant schedule is unstable at `rate`, or if a shape cannot
-    reach the target.
+    **Raises:** `InputError` if the constant schedule is unstable at `rate`, or if no shape can
+    reach the target. Those that cannot, where others can, are left out, and the result says so.
     **Differentiation:** none; this is a loop on the host around compiled runs.
 
     **Example:**
@@ -289,15 +289,20 @@ def compare(
         rate, target, matched = _match_usual(
             problem, match_keys, shapes, rate, target, saved, watcher
         )
+    left_out = [
+        f"No scale of {in_words(name)} reaches the loss {target:.4g}: it is left out."
+        for name in shapes
+        if name not in matched
+    ]
     match = Match(problem, rate * problem.steps, match_keys, watcher.trial)
     first = next(iter(matched.values()))
     start = Knots(jnp.full(knots, jnp.mean(first.values)))
-    left_out, optimum = "", None
+    optimum = None
     try:
         watcher.stage(f"matching {_RETIMED}")
         matched[_RETIMED] = match(_retimed(problem, first, match.keys), _RETIMED, target)
     except InputError as error:
-        left_out = f"The re-timed schedule is left out: {error}"
+        left_out.append(f"The re-timed schedule is left out: {error}")
     if optimize:
         watcher.stage("optimizing")
         optimum = _search(
@@ -331,7 +336,8 @@ def compare(
             raise
         optimum = None if optimum is None else optimum.as_interrupted()
     ordered = {name: judgments[name] for name in sorted(judgments, key=_sigma(judgments))}
-    return Comparison(rate, target, ordered, optimum, left_out, debiased, batches, problem.members)
+    said = tuple(left_out)
+    return Comparison(rate, target, ordered, optimum, said, debiased, batches, problem.members)
 
 
 # --- The stages -----------------------------------------------------------------------------------
@@ -370,7 +376,10 @@ def _match_usual(
     saved: Any,
     watcher: Watcher,
 ) -> tuple[float, float, dict[str, Knots]]:
-    """The rate, the target, and every usual shape scaled to it; saved after each shape."""
+    """The rate, the target, and every usual shape that reaches it, scaled; saved after each.
+
+    **Raises:** `InputError` if none does.
+    """
     # Saved with the target, because computing it again costs as much as matching a shape.
     like = Knots(jnp.ones(problem.steps + 1), "linear")
     restored = saved.restore(lambda done: (jnp.zeros(2), [like] * done))
@@ -388,20 +397,32 @@ def _match_usual(
         watcher.stage("target")
         target = _target(problem, rate, keys)
     match = Match(problem, rate * problem.steps, keys, watcher.trial)
+    unreached: InputError | None = None
     for name, shape in list(shapes.items())[done:]:
         watcher.stage(f"matching {name}")
         try:
             matched.append(match(shape, name, target))
-        except InputError:
+        except InputError as error:
             if found:
                 _check_stable(problem, rate, target, keys)
-            raise
+            unreached = unreached or error
+            # In a checkpoint, a schedule without rates.
+            matched.append(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), like))
         saved.offer(
             len(matched),
             lambda: (jnp.asarray([rate, target]), matched),
             last=len(matched) == len(shapes),
         )
-    return rate, target, dict(zip(shapes, matched, strict=True))
+    reached = {
+        name: schedule
+        for name, schedule in zip(shapes, matched, strict=True)
+        if bool(jnp.all(jnp.isfinite(schedule.values)))
+    }
+    if not reached:
+        raise unreached or refuse(
+            "target", "be a loss that some schedule can reach", f"is {target:g}"
+        )
+    return rate, target, reached
 
 
 def _target(problem: Problem, rate: float, keys: Keys) -> float:

@@ -65,7 +65,9 @@ def match_endpoint(
 
     **Args:** `shape`: any schedule with U > 0. `target`: the loss. `learning_time`: U, in squared
     parameters per unit of loss. `keys`: (R,), common to all trials. `name`: of the shape, for
-    messages. `tolerance`: relative, on the loss. `watch`: called with the loss of each trial.
+    messages. `tolerance`: relative, on the loss; where the loss jumps with the scale, as it does
+    near the stability limit, or is least there, ten times it. `watch`: called with the loss of each
+    trial.
     **Returns:** the scaled schedule as a table of `Knots`.
     **Raises:** `InputError` if no scale reaches the target before the run leaves the stable range
     of its step.
@@ -99,7 +101,9 @@ def match_endpoint(
         if log_scale is None or _rises(trials):
             log_scale = _by_bracket(excess, list(trials))
     except _Unreachable:
-        raise _unreachable(name, target, list(trials.items())) from None
+        log_scale, loss = min(trials.items(), key=lambda trial: _off(trial[1], target))
+        if not _off(loss, target) < _NEARLY * tolerance:
+            raise _unreachable(name, target, list(trials.items())) from None
     return Knots(table.values * np.exp(log_scale), "linear")
 
 
@@ -108,6 +112,15 @@ def _rises(trials: dict[float, float]) -> bool:
     and a root may be on the wrong side of the least loss."""
     losses = [loss for _, loss in sorted(trials.items())]
     return any(later > 1.01 * earlier for earlier, later in itertools.pairwise(losses))
+
+
+def _off(loss: float, target: float) -> float:
+    """How far a loss is from the target, relative to it."""
+    return abs(loss / target - 1) if np.isfinite(loss) else np.inf
+
+
+# Tolerances of a match where none closer exists.
+_NEARLY = 10.0
 
 
 class _Unreachable(Exception):

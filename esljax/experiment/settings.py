@@ -12,7 +12,7 @@ import dataclasses
 import math
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -252,7 +252,7 @@ class TrainingConfig(GeneralConfig, ProblemConfig):
 
 # What the schedule of a run may be: a usual shape, or the one that a search by gradient finds.
 OPTIMIZED = "optimized"
-RUN_SCHEDULES = collections.ChainMap({OPTIMIZED: None}, SCHEDULES)
+RUN_SCHEDULES: Mapping[str, Any] = collections.ChainMap[str, Any]({OPTIMIZED: None}, SCHEDULES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,7 +207,7 @@ class _Nothing:
     """Settings without any field."""
 
 
-def settings_class(base: Any, source: Source | None) -> Any:
+def settings_class(base: Any, source: Any) -> Any:
     """A frozen dataclass with the fields of `base` and one for each keyword of a source.
 
     It is the same class for equal sources, its instances are hashable where their values are, and
@@ -236,7 +236,7 @@ def settings_class(base: Any, source: Source | None) -> Any:
     return base if source is None else _settings_class(base, source)
 
 
-def source_of(settings: Any) -> Source | None:
+def source_of(settings: Any) -> Any:
     """The source that settings, or their class, were made for; None for the built-in problem."""
     return getattr(settings if isinstance(settings, type) else type(settings), "source", None)
 
@@ -255,7 +255,7 @@ def check_given(settings: Any) -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _settings_class(base: Any, source: Source) -> Any:
+def _settings_class(base: Any, source: Any) -> Any:
     for name in source.keywords:
         if hasattr(base, name) or name in ("source", "help"):
             raise refuse(
@@ -434,7 +434,7 @@ class _Loaded(NamedTuple):
 _LOADED: dict[tuple[Path, bool], _Loaded] = {}
 # The modules that the files of a folder import from it. They are in `sys.modules` only while code
 # of that folder runs, so that two folders may have a `model.py` each.
-_NEIGHBORS: dict[Path, dict[str, types.ModuleType]] = {}
+_NEIGHBORS: dict[tuple[Path, bool], dict[str, types.ModuleType]] = {}
 # No other module has such a name, whatever the file is called.
 _PREFIX = "_problem_"
 
@@ -523,7 +523,7 @@ def _run(file: Path) -> types.ModuleType:
     if before is not None and before.content == content and before.stamps == _stamps(before.stamps):
         return before.module
     if before is not None:
-        _NEIGHBORS.pop(file.parent, None)
+        _NEIGHBORS.pop((file.parent, _wide()), None)
     module = types.ModuleType(
         f"{_PREFIX}{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     )
@@ -538,7 +538,7 @@ def _run(file: Path) -> types.ModuleType:
         if replaced is not None:
             sys.modules[module.__name__] = replaced
         raise
-    files = [getattr(each, "__file__", None) for each in _NEIGHBORS[file.parent].values()]
+    files = [getattr(each, "__file__", None) for each in _NEIGHBORS[file.parent, _wide()].values()]
     stamps = _stamps(each for each in files if each)
     _LOADED[file, _wide()] = _Loaded(module, content, stamps)
     return module
@@ -554,7 +554,7 @@ def _beside(file: Path | None) -> Iterator[None]:
     if file is None:
         yield
         return
-    ours = _NEIGHBORS.setdefault(file.parent, {})
+    ours = _NEIGHBORS.setdefault((file.parent, _wide()), {})
     before = dict(sys.modules)
     sys.modules.update(ours)
     try:

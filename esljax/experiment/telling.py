@@ -244,8 +244,7 @@ def _doubts(comparison: Any) -> Iterator[str]:
         if optimum.interrupted or optimum.message != "Ran all iterations.":
             yield optimum.message
         yield from optimum.doubts
-    if comparison.left_out:
-        yield comparison.left_out
+    yield from comparison.left_out
     if optimized is not None and comparison.misses_target:
         yield (
             f"Its held-out final loss {float(optimized.final_loss):.4g} misses the target by more "

@@ -468,15 +468,20 @@ def _scale_heights(axes: Axes, means: np.ndarray, errors: np.ndarray) -> None:
         axes.set_yscale("log")
         # A bar that reaches zero would stretch the axis without end.
         axes.set_ylim(bottom=max(lowest, means.min() / 3) / 1.2)
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        if means.max() < 300 * means.min():
-            # Too few powers of ten to read numbers from.
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(lambda y, _: _number(y, 3, not 1e-3 <= y < 1e5))
+        label_powers(axes.yaxis, float(means.min()), float(means.max()))
     elif lowest >= 0:
         axes.set_ylim(0, None)
     else:
         axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+
+
+def label_powers(axis: Any, least: float, greatest: float) -> None:
+    """Label a logarithmic axis of numbers between two."""
+    axis.set_minor_formatter(NullFormatter())
+    if greatest < 300 * least:
+        # Too few powers of ten to read numbers from.
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(lambda y, _: _number(y, 3, not 1e-3 <= y < 1e5))
 
 
 def shades_of(lines: Sequence[Any]) -> list:

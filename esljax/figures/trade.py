@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter
 
 from esljax._checks import refuse
 from esljax.figures.study import (
@@ -19,6 +18,7 @@ from esljax.figures.study import (
     MOST_LINES,
     GroupLike,
     Setting,
+    label_powers,
     lay,
     setting_of,
     shades_of,
@@ -268,8 +268,8 @@ def _scale(
         values = np.array([_value(group, name)[0] for group in groups], float)
         if values.min() > 0 and values.max() >= 3 * values.min():
             getattr(axes, f"set_{axis}scale")("log")
-            formatter = LogFormatter(minor_thresholds=(2, 0.7))
-            getattr(axes, f"{axis}axis").set_minor_formatter(formatter)
+            least, greatest = float(values.min()), float(values.max())
+            label_powers(getattr(axes, f"{axis}axis"), least, greatest)
             axes.tick_params(which="both", labelsize="small")
 
 

@@ -162,7 +162,15 @@ def _of_function(thing: types.FunctionType) -> _Anatomy:
     closed_over = {
         name: _looked_up(cell.cell_contents, mentioned) for name, cell in held if _filled(cell)
     }
-    loaded = {} if _installed(thing.__globals__.get("__name__")) else _loaded(thing)
+    loaded = {}
+    if _installed(thing.__globals__.get("__name__")):
+        # optax turns the steps of a schedule into a float when it is first used.
+        closed_over = {
+            name: float(value) if type(value) is int and abs(value) < 2**53 else value
+            for name, value in closed_over.items()
+        }
+    else:
+        loaded = _loaded(thing)
     return _Anatomy(
         thing.__qualname__,
         [thing.__code__, closed_over, thing.__defaults__, thing.__kwdefaults__, loaded],

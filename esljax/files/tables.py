@@ -130,7 +130,15 @@ def _arrays(path: Path) -> StoredExamples:
     if len(set(shapes)) > 1:
         must = f"have `test_labels` of the shape of `labels`, {shapes[0]} for each example"
         raise refuse("data", must, f"{path} has {shapes[1]}")
+    if stored.test_labels is not None and _sort(stored.test_labels) != _sort(stored.labels):
+        must = "have `test_labels` of the kind of `labels`: integers, floating numbers, or text"
+        was = f"{path} has {_kind(stored.test_labels)} and {_kind(stored.labels)}"
+        raise refuse("data", must, was)
     return stored
+
+
+def _sort(labels: np.ndarray) -> str:
+    return "i" if labels.dtype.kind in "iub" else labels.dtype.kind
 
 
 def _check_arrays(
@@ -167,7 +175,9 @@ def _kind(values: np.ndarray) -> str:
 # --- Tables ---------------------------------------------------------------------------------------
 
 _SEPARATORS = ",;\t"
-_INTEGER = re.compile(r"[+-]?[0-9]+")
+# Longer ones are the names of something.
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
+_DIGITS = re.compile(r"[+-]?[0-9]+")
 
 
 def _table(path: Path, file: Iterable[str], label: str) -> StoredExamples:
@@ -279,11 +289,9 @@ def _labels(path: Path, name: str, cells: Sequence[str], lines: Sequence[int]) -
             must = "have labels that are all numbers or all text"
             raise refuse("data", must, f"column {name!r} of {path} holds {both}")
         return np.array(cells, dtype=np.str_)
-    if all(_INTEGER.fullmatch(cell) for cell in cells):
-        whole = [int(cell) for cell in cells]
-        if max(map(abs, whole)) < 2**63:
-            return np.array(whole, np.int64)
-        # Numbers of an account, say: names in digits.
+    if all(_DIGITS.fullmatch(cell) for cell in cells):
+        if all(_INTEGER.fullmatch(cell) for cell in cells):
+            return np.array([int(cell) for cell in cells], np.int64)
         return np.array(cells, dtype=np.str_)
     for i, value in enumerate(values):
         if not math.isfinite(value or 0.0):

@@ -97,5 +97,6 @@ def _scaled(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _array(values: np.ndarray) -> Array:
     kind = values.dtype.kind
     if kind == "f":
-        return jnp.asarray(values, jnp.result_type(float))
+        with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+            return jnp.asarray(values, jnp.result_type(float))
     return jnp.asarray(values, jnp.int32 if kind in "iu" and values.itemsize > 1 else None)

@@ -3,6 +3,7 @@
 import functools
 
 import equinox as eqx
+import jax.numpy as jnp
 
 from esljax._checks import as_float
 from esljax._types import Array, Float, Scalar, ScalarLike
@@ -29,13 +30,13 @@ class Scaled(AbstractSchedule):
     factor: Scalar = eqx.field(converter=as_float)
 
     def __call__(self, s: ScalarLike) -> Scalar:
-        return self.factor * self.shape(s)
+        return jnp.asarray(self.factor * self.shape(s))
 
     def over(self, steps: int) -> "Scaled":
         return Scaled(self.shape.over(steps), self.factor)
 
     def corners(self) -> Float[Array, " c"]:
-        return self.shape.corners()
+        return jnp.asarray(self.shape.corners())
 
     def _summary(self) -> str:
         return f"{in_short(self.factor)} times {self.shape}"

@@ -166,7 +166,7 @@ class Study:
         return math.prod(self.dimensions.values())
 
     @property
-    def coordinates(self) -> dict[str, tuple[str, tuple]]:
+    def coordinates(self) -> dict[str, tuple[str, Any]]:
         """The fields that vary: the dimension that each lies along, and its values there."""
         if not self.points:
             return {name: (name, values) for name, values in self.grid.items()}

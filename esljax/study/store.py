@@ -417,9 +417,12 @@ def open_study(path: str | Path) -> Any:
     - `entropy_production` Σ, `length_squared` L², `w2_squared` W2², `gap` Σ - W2², and its parts
       `temporal` and `geometric`: in r².
     - `learning_time` U: in r² per unit of loss.
-    - `final_loss`: in units of the loss, nats per example for a cross entropy; `test_accuracy`: a
-      share between 0 and 1, NaN unless the labels are classes. Both are means over the members at
-      the end of the run.
+    - `final_loss`: in units of the loss, nats per example for a cross entropy; the metrics of the
+      problem under their names, such as `test_accuracy`, a share between 0 and 1; NaN in a run
+      whose problem lacks it. All are means over the members at the end of the run.
+    - `rate`: the peak learning rate, where it is found in some run and no coordinate. `knots`, with
+      a last dimension `knot`: the log-linear knots of an optimized schedule, NaN in other runs;
+      `schedule_of` makes schedules of both.
     - `noise_floor`: the part of Σ that the noise of the steps adds, in r²; NaN unless the transport
       pairs members, as the exact one does.
     - `entropy_production_error` and so on, for the six numbers of the first line: standard errors
