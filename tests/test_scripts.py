@@ -135,6 +135,38 @@ def test_members_of_coverage_follow_their_law(laws, name):
     assert abs(slopes[0] - slopes[1]) < 5 * np.sqrt(2 * last.var() / first.var() / n) + 0.002
 
 
+@pytest.fixture
+def experiments(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return importlib.import_module("experiments")
+
+
+def test_effects_of_experiments_have_t_intervals(experiments):
+    # Differences 1, 1, 1, 2, 1: a spread of √.2, and 2.776445 is the quantile of four degrees.
+    effect = experiments.effect([1.0, 2, 3, 4, 5], [0, 1, 2, 2, 4])
+    half = 2.776445 * np.sqrt(0.2 / 5)
+    np.testing.assert_allclose(effect, [1.2, 1.2 - half, 1.2 + half, 5], rtol=1e-6)
+    x = np.array([[1.0, 2, 4], [1, 3, 9]])
+    np.testing.assert_allclose(experiments.exponent(x, 5 * x**-2)[:3], -2, rtol=1e-12)
+    assert np.isnan(experiments.effect([1.0, np.nan])[:3]).all(), "nothing is dropped"
+
+
+def test_experiments_resume(experiments, tmp_path):
+    arguments = experiments.parser("").parse_args(["--store", str(tmp_path / "store")])
+    tasks = [{"log": str(tmp_path / "log"), "x": x} for x in (1, 2)]
+    for _ in range(2):
+        assert experiments.each(doubled, tasks, arguments) == [{"y": 2}, {"y": 4}]
+    more = [*tasks, {**tasks[0], "x": 3}]
+    assert experiments.each(doubled, more, arguments)[2] == {"y": 6}
+    assert (tmp_path / "log").read_text() == "123", "each task ran once"
+
+
+def doubled(log, x):
+    with open(log, "a") as file:
+        file.write(str(x))
+    return {"y": 2 * x}
+
+
 def dictionaries(numbers, key):
     """Yield every dictionary among nested ones that holds a number under this key."""
     if isinstance(numbers, dict):
