@@ -5,9 +5,9 @@
 
 Eight networks with 16 hidden units, 200 steps, without injected noise: handwritten digits with
 batches of 8 and 64 and with all of 144 examples, two moons with batches of 8, and a regression
-(diabetes) with batches of 8. All searches of a problem see the same initializations and batches, and all
-points are judged on six runs that no search has seen. Beside each front stands the noise of the
-batches along the schedule of its knee, as the temperature whose injected noise would spread the
+(diabetes) with batches of 8. All searches of a problem see the same initializations and batches,
+and all points are judged on six runs that no search has seen. Beside each front stands the noise of
+the batches along the schedule of its knee, as the temperature whose injected noise would spread the
 members as fast. `--folder` takes each front, its figure and its schedules, and one figure of all.
 """
 
