@@ -233,8 +233,8 @@ def draw(checks: dict[Any, Any], groups: dict[Any, Any]) -> matplotlib.figure.Fi
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = experiments.parser(str(__doc__).splitlines()[0]).parse_args(argv)
-    smoke, page = arguments.smoke, experiments.Page("speed_limits", arguments)
-    keys = range(2 if smoke else 8)
+    smoke, page = arguments.smoke, experiments.Page("speed_limits", arguments, seed=20)
+    keys = range(20, 22 if smoke else 28)
     groups = [(m, s) for m in (["MLP"] if smoke else networks.MODELS) for s in (True, False)]
     tasks = [
         {"model": m, "squares": s, "seed": seed, "smoke": smoke} for m, s in groups for seed in keys
