@@ -158,9 +158,8 @@ def test_costs_that_are_no_numbers_end_without_a_pairing(bad):
         ("costs", "`cost` must be a number or an array of numbers"),
     ],
 )
-def test_wrong_costs_are_refused(cost, message):
-    with pytest.raises(esl.InputError, match=message):
-        assignment(cost)
+def test_wrong_costs_are_refused(cost, message, refused):
+    refused(lambda: assignment(cost), message)
 
 
 @pytest.mark.parametrize("kind", ["matched", "apart"])

@@ -10,7 +10,7 @@ from esljax import _checks
 from esljax._numerics import divisors
 
 KEY = jax.random.key(0)
-CLOUD = np.zeros((400, 2), np.float32)
+CLOUD = np.zeros((600, 2), np.float32)
 LAW = esl.gaussian.Law([0.5, 0.5], [[0.1, 0], [0, 0.1]])
 TRAP, RULE = esl.Quadratic(jnp.array([1.0, 2.0])), esl.Langevin(0.1)
 EXACT, SINKHORN = esl.ExactTransport(), esl.SinkhornTransport(1.0)
@@ -24,11 +24,11 @@ def simulated(**more):
 
 
 CALLS = {
-    "squared": (lambda: EXACT.squared(CLOUD, CLOUD), "transport", "400 members of 2 .* 1.3 MB"),
+    "squared": (lambda: EXACT.squared(CLOUD, CLOUD), "transport", "600 members of 2 .* 1.5 MB"),
     "map": (lambda: EXACT.map(jnp.asarray(CLOUD), jnp.asarray(CLOUD)), "transport", "chunk=..."),
-    "sinkhorn": (lambda: SINKHORN.squared(CLOUD, CLOUD), "transport", "3.2 MB"),
-    "sinkhorn map": (lambda: SINKHORN.map(jnp.asarray(CLOUD), CLOUD), "transport", "3.2 MB"),
-    "speed limit": (lambda: esl.speed_limit(PATH, transport=EXACT), "transport", "1.3 MB"),
+    "sinkhorn": (lambda: SINKHORN.squared(CLOUD, CLOUD), "transport", "7.2 MB"),
+    "sinkhorn map": (lambda: SINKHORN.map(jnp.asarray(CLOUD), CLOUD), "transport", "7.2 MB"),
+    "speed limit": (lambda: esl.speed_limit(PATH, transport=EXACT), "transport", "1.5 MB"),
     "projected": (
         lambda: esl.speed_limit(PATH, transport=esl.ProjectedTransport(EXACT, np.eye(2))),
         "transport",
@@ -37,7 +37,7 @@ CALLS = {
     "in jit": (
         lambda: jax.jit(lambda x: esl.speed_limit(x, transport=EXACT).gap)(PATH),
         "transport",
-        "1.3 MB",
+        "1.5 MB",
     ),
     "directions": (
         lambda: esl.SlicedTransport(10**9, KEY).squared(EIGHT, EIGHT),

@@ -397,7 +397,7 @@ def _match_usual(
         watcher.stage("target")
         target = _target(problem, rate, keys)
     match = Match(problem, rate * problem.steps, keys, watcher.trial)
-    unreached: InputError | None = None
+    unreached: list[InputError] = []
     for name, shape in list(shapes.items())[done:]:
         watcher.stage(f"matching {name}")
         try:
@@ -405,23 +405,23 @@ def _match_usual(
         except InputError as error:
             if found:
                 _check_stable(problem, rate, target, keys)
-            unreached = unreached or error
+            unreached.append(error)
             # In a checkpoint, a schedule without rates.
             matched.append(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), like))
-        saved.offer(
-            len(matched),
-            lambda: (jnp.asarray([rate, target]), matched),
-            last=len(matched) == len(shapes),
-        )
+        if len(unreached) < len(matched):
+            # What no shape has reached yet may be refused in the end.
+            saved.offer(
+                len(matched),
+                lambda: (jnp.asarray([rate, target]), matched),
+                last=len(matched) == len(shapes),
+            )
     reached = {
         name: schedule
         for name, schedule in zip(shapes, matched, strict=True)
         if bool(jnp.all(jnp.isfinite(schedule.values)))
     }
     if not reached:
-        raise unreached or refuse(
-            "target", "be a loss that some schedule can reach", f"is {target:g}"
-        )
+        raise unreached[0]
     return rate, target, reached
 
 
