@@ -23,6 +23,7 @@ import numpy as np
 import scipy.stats
 import timing
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 import esljax as esl
 from esljax.experiment import stable_rate
@@ -151,9 +152,10 @@ def plot(results: Mapping[str, Mapping[str, Any]]) -> Figure:
         panel.axvline(1, color="#999999", linewidth=0.8, zorder=0)
         panel.set_title(place.replace(": ", ":\n").replace(", ", ",\n"), fontsize="small")
         panel.set(xscale="log")
+        panel.xaxis.set_major_locator(FixedLocator([0.3, 0.5, 0.7, 1, 1.2, 1.5, 2, 3]))
         panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        panel.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if x in (2, 3, 5, 20, 30) else "")
-        panel.tick_params(labelsize="x-small", which="both")
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.tick_params(labelsize="small")
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     np.atleast_1d(axes)[0].set_yticks(
