@@ -49,6 +49,8 @@ _FIRST, _LATER = 60, 40
 _OF_FAMILIES = 0.6
 # A gradient of more than this many times the usual size is cut to it.
 _CUT = 10.0
+# The part of the way back that a search goes where a gradient is not finite.
+_BACK = 0.25
 # Total variation of log η beyond one rise and one fall: a ragged schedule.
 _RAGGED = 0.5
 # A loss of more than this share of that at the start.
@@ -466,8 +468,8 @@ class _Search:
     def point(self, name: str, family: Family, p: int, before: Any) -> _Point:
         """One point of a family, from the numbers of the point before."""
         self.watcher.stage(f"{name} {p + 1}/{len(self.slopes)}")
-        x = family.start(self.rate / _CAP, self.cap) if before is None else before
-        x = _floating(x)
+        calm = _floating(family.start(self.rate / _CAP, self.cap))
+        x = calm if before is None else _floating(before)
         count = _gradients(self.iterations, first=before is None, made=name == _MADE)
         # Few iterations must move the logarithm of a rate by 1 or 2.
         optimizer = optax.adam(optax.cosine_decay_schedule(0.15, count), b1=0.8, b2=0.95)
@@ -482,7 +484,9 @@ class _Search:
             of_x = pull(gradient)[0]
             norm = float(optax.tree.norm(of_x))
             if not np.isfinite(norm):
-                break
+                # The run has left its stable range: part of the way back to where all is stable.
+                x = jax.tree.map(lambda here, there: here + _BACK * (there - here), x, calm)
+                continue
             self.watcher.trial(float(loss))
             factor = trace.factor(norm)
             updates, memory = optimizer.update(
@@ -556,8 +560,8 @@ class _Search:
             )
         if point.lost > 0:
             yield (
-                f"ended its search early: a gradient was not finite, and the last "
-                f"{float(point.lost):.0%} of the search were not done."
+                f"left the stable range: {float(point.lost):.0%} of its gradients were not finite, "
+                "and the search went part of the way back each time."
             )
 
 
