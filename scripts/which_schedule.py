@@ -8,7 +8,8 @@ batches of 8 and 64 and with all of 144 examples, two moons with batches of 8, a
 (diabetes) with batches of 8. All searches of a problem see the same initializations and batches,
 and all points are judged on six runs that no search has seen. Beside each front stands the noise of
 the batches along the schedule of its knee, as the temperature whose injected noise would spread the
-members as fast. Two problems have targets in place of slopes (`TARGETS`). `--folder` takes each front, its figure and its schedules, and one figure of all.
+members as fast. Two problems have targets in place of slopes (`TARGETS`). `--folder` takes each
+front, its figure and its schedules, and one figure of all.
 """
 
 import functools
@@ -24,7 +25,6 @@ import timing
 from matplotlib.figure import Figure
 
 import esljax as esl
-
 
 # Final losses of the points where slopes have no minimum: a loss that can go to 0 has no floor, and
 # one that a constant rate hardly lowers no slope as steep.
