@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import esljax as esl
-from esljax.experiment import Family, bounded, unbounded
+from esljax.experiment import Family, bounded, fronts, unbounded
 from esljax.experiment.fronts import Front, raggedness
 from esljax.experiment.judging import Judgment
 from esljax.results import StandardErrors
@@ -303,3 +303,24 @@ def test_the_front_of_particles_is_the_exact_front():
         value = float(jnp.log(run.final_loss) + slope * jnp.log(run.entropy_production))
         best = float(jnp.log(exact.final_loss[p]) + slope * jnp.log(exact.entropy_production[p]))
         assert best - 1e-4 < value < best + 0.01
+
+
+def test_a_gradient_that_is_not_finite_sends_the_search_part_of_the_way_back(problem, monkeypatch):
+    calls, plain = [], fronts._gradient
+
+    def sometimes(*given):
+        calls.append(given[1])
+        gradient, loss = plain(*given)
+        return (gradient * jnp.nan if len(calls) % 4 == 0 else gradient), loss
+
+    monkeypatch.setattr(fronts, "_gradient", sometimes)
+    found = esl.front(
+        problem, key=KEY, points=1, knots=3, families={}, iterations=8, judge_runs=2, rate=0.05
+    )
+    assert len(calls) == 12
+    (doubt,) = [doubt for doubt in found.doubts if "left the stable range" in doubt]
+    assert "25% of its gradients were not finite" in doubt
+    # It starts at a constant rate, where nothing moves it but the gradients and the way back.
+    start, before, after = (np.log(np.asarray(calls[i])) for i in (0, 3, 4))
+    assert np.all(np.abs(after - start) < np.abs(before - start))
+    assert np.all(np.isfinite(found.final_loss))
