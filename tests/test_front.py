@@ -324,3 +324,30 @@ def test_a_gradient_that_is_not_finite_sends_the_search_part_of_the_way_back(pro
     start, before, after = (np.log(np.asarray(calls[i])) for i in (0, 3, 4))
     assert np.all(np.abs(after - start) < np.abs(before - start))
     assert np.all(np.isfinite(found.final_loss))
+
+
+def test_what_cannot_reach_a_target_has_fewer_points(problem, monkeypatch):
+    plain = fronts.match_endpoint
+
+    def up_to_two(problem, shape, *, target, name, **more):
+        if name == "shy" and target < 2:
+            raise esl.InputError("out of reach")
+        return plain(problem, shape, target=target, name=name, **more)
+
+    monkeypatch.setattr(fronts, "match_endpoint", up_to_two)
+    settings: Any = {"key": KEY, "knots": 3, "iterations": 10, "judge_runs": 2}
+    settings["families"] = {"shy": Family(unbounded, lambda x, cap: esl.Constant(bounded(x, cap)))}
+    found = esl.front(problem, targets=[3.0, 1.6], **settings)
+    assert len(found.schedules) == 2
+    shy = found.families["shy"]
+    assert len(shy.schedules) == len(shy.slopes) == len(shy.final_loss) == 1
+    assert (
+        "Point 2 of shy is left out: no scale of its schedule reaches the loss 1.6." in shy.doubts
+    )
+    alone = esl.front(problem, targets=[1.6], **settings)
+    assert not alone.families
+    assert "shy is left out: it reaches none of the targets." in str(alone)
+    settings["families"] = {}
+    monkeypatch.setattr(fronts, "_MADE", "shy")
+    with pytest.raises(esl.InputError, match="out of reach"):
+        esl.front(problem, targets=[1.6], **settings)

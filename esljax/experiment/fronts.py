@@ -24,7 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from esljax._checks import check_key, check_kind, check_positive, check_positive_int, door, refuse
+from esljax._checks import (
+    InputError,
+    check_key,
+    check_kind,
+    check_positive,
+    check_positive_int,
+    door,
+    refuse,
+)
 from esljax._types import Array, Float, Key, Scalar
 from esljax.experiment.comparison import Unwatched, Watcher
 from esljax.experiment.families import Family, knots_of, usual_families
@@ -318,7 +326,8 @@ def front(
       bits.
 
     **Returns:** `Front`.
-    **Raises:** `InputError` for a problem whose losses are not above 0, or that has no stable rate.
+    **Raises:** `InputError` for a problem whose losses are not above 0, or that has no stable rate,
+    and where the front reaches none of the targets. What reaches some of them has fewer points.
     **Differentiation:** none; this is a loop on the host around one compiled gradient.
 
     **Example:**
@@ -387,7 +396,8 @@ def front(
         "iterations": iterations,
         "families": families,
     }
-    fronts = {}
+    fronts: dict[str, Front] = {}
+    missing = []
     with session(checkpoints, about) as saved:
         order = [(name, p) for name in all_of for p in range(len(slopes))]
 
@@ -397,17 +407,23 @@ def front(
 
         restored = saved.restore(like)
         done, found = (0, []) if restored is None else restored
-        for name, family in all_of.items():
+        for turn, (name, family) in enumerate(all_of.items()):
             mine = []
             for p in range(len(slopes)):
-                place = len(mine) + len(slopes) * len(fronts)
+                place = len(mine) + len(slopes) * turn
                 if place >= done:
                     before = mine[-1].x if mine else None
                     found.append(search.point(name, family, p, before))
                     saved.offer(len(found), lambda: found, last=len(found) == len(order))
                 mine.append(found[place])
-            fronts[name] = search.judged(name, family, mine)
-    return dataclasses.replace(fronts.pop(_MADE), families=fronts)
+            try:
+                fronts[name] = search.judged(name, family, mine)
+            except InputError:
+                if name == _MADE:
+                    raise
+                missing.append(f"{in_words(name)} is left out: it reaches none of the targets.")
+    front = fronts.pop(_MADE)
+    return dataclasses.replace(front, families=fronts, doubts=(*front.doubts, *missing))
 
 
 class _Point(NamedTuple):
@@ -504,28 +520,44 @@ class _Search:
         return _Point(mean, *(jnp.asarray(number) for number in numbers))
 
     def judged(self, name: str, family: Family, points: list[_Point]) -> Front:
-        """The front of a family, judged on the held-out keys."""
-        schedules, judgments, doubts = [], [], []
+        """The front of a family, judged on the held-out keys, of the points that reach their
+        targets.
+
+        **Raises:** `InputError` if none does.
+        """
+        slopes, schedules, judgments, doubts = [], [], [], []
+        unreached: list[InputError] = []
         for p, point in enumerate(points):
             self.watcher.stage(f"judging {name} {p + 1}/{len(points)}")
             schedule = family.make(point.x, self.cap)
             if self.targets is not None:
-                schedule = match_endpoint(
-                    self.problem,
-                    schedule,
-                    target=self.targets[p],
-                    learning_time=float(jnp.sum(schedule.rates(self.problem.steps))),
-                    keys=self.match_keys,
-                    name=name,
-                    watch=self.watcher.trial,
-                )
+                try:
+                    schedule = match_endpoint(
+                        self.problem,
+                        schedule,
+                        target=self.targets[p],
+                        learning_time=float(jnp.sum(schedule.rates(self.problem.steps))),
+                        keys=self.match_keys,
+                        name=name,
+                        watch=self.watcher.trial,
+                    )
+                except InputError as error:
+                    unreached.append(error)
+                    doubts.append(
+                        f"Point {p + 1} of {in_words(name)} is left out: no scale of its schedule "
+                        f"reaches the loss {self.targets[p]:.4g}."
+                    )
+                    continue
+            slopes.append(float(point.slope))
             schedules.append(schedule)
             judgments.append(judge(self.problem, schedule, self.judge_keys))
             self.watcher.judged(judgments[-1])
             which = f"Point {p + 1} of {name}"
             doubts += [f"{which} {doubt}" for doubt in self._doubts(point, schedule, judgments[-1])]
+        if not judgments:
+            raise unreached[0]
         return Front(
-            slopes=np.array([float(point.slope) for point in points]),
+            slopes=np.array(slopes),
             judgments=tuple(judgments),
             schedules=tuple(schedules),
             rate=self.rate,
