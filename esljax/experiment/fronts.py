@@ -207,7 +207,9 @@ class Front:
             report = judgment.report
             of_report: Any = report.standard_error
             rates = np.asarray(judgment.schedule.values)
-            shown = getattr(schedule, "values", rates[:: max(1, len(rates) // 9)])
+            # A schedule of many numbers, as one that was scaled to its target, at ten of them.
+            own = np.asarray(getattr(schedule, "values", rates))
+            shown = own[np.linspace(0, own.size - 1, min(own.size, 10)).round().astype(int)]
             rows.append(
                 (
                     concise(self.final_loss[i], errors.final_loss[i]),
