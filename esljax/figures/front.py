@@ -81,8 +81,10 @@ def plot_front(front: FrontLike) -> Figure:
         yscale="log",
     )
     for axis in (trade.xaxis, trade.yaxis):
-        # A front spans less than a power of ten.
-        axis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)))
+        # A front often spans less than a power of ten.
+        low, high = axis.get_view_interval()
+        narrow = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7)
+        axis.set_major_locator(LogLocator(subs=narrow if high < 4 * low else (1, 2, 5)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_formatter(NullFormatter())
     trade.legend(frameon=False, fontsize="small")
