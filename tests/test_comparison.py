@@ -436,3 +436,10 @@ def test_a_shape_that_cannot_reach_the_target_is_left_out(problem, tmp_path):
     assert again.left_out == result.left_out
     with pytest.raises(esl.InputError, match="must be a loss that one step can reach"):
         esl.compare(problem, shapes={"one step": shapes["one step"]}, **settings)
+
+
+def test_the_closest_scale_is_none_beyond_the_least_loss():
+    """The nearest loss of all stands where the run is no longer stable."""
+    trials = {-1.0: 0.9, 0.0: 0.52, 1.0: 0.503, 2.0: 0.5, 3.0: np.nan, 4.0: np.inf}
+    assert matching._closest({**trials, 1.5: 0.4}, 0.5) == (1.0, 0.503)
+    assert matching._closest({3.0: np.nan, 4.0: np.inf, 1.0: 0.7}, 0.5) == (1.0, 0.7)

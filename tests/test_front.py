@@ -344,6 +344,7 @@ def test_what_cannot_reach_a_target_has_fewer_points(problem, monkeypatch):
     assert (
         "Point 2 of shy is left out: no scale of its schedule reaches the loss 1.6." in shy.doubts
     )
+    assert "Point 2 of shy is left out" in str(found)
     alone = esl.front(problem, targets=[1.6], **settings)
     assert not alone.families
     assert "shy is left out: it reaches none of the targets." in str(alone)

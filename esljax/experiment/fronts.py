@@ -247,6 +247,8 @@ class Front:
                     f"its Σ at the same loss; it reaches {reached:.4g}, the front {best:.4g}."
                 )
         yield from self.doubts
+        for family in self.families.values():
+            yield from family.doubts
 
     def plot(self) -> Any:
         """Draw Σ against the final loss with all families, and the schedules along the front."""
@@ -424,8 +426,8 @@ def front(
                 if name == _MADE:
                     raise
                 missing.append(f"{in_words(name)} is left out: it reaches none of the targets.")
-    front = fronts.pop(_MADE)
-    return dataclasses.replace(front, families=fronts, doubts=(*front.doubts, *missing))
+    made = fronts.pop(_MADE)
+    return dataclasses.replace(made, families=fronts, doubts=(*made.doubts, *missing))
 
 
 class _Point(NamedTuple):
@@ -530,6 +532,7 @@ class _Search:
         slopes, schedules, judgments, doubts = [], [], [], []
         unreached: list[InputError] = []
         for p, point in enumerate(points):
+            which = f"Point {p + 1} of {in_words(name)}"
             self.watcher.stage(f"judging {name} {p + 1}/{len(points)}")
             schedule = family.make(point.x, self.cap)
             if self.targets is not None:
@@ -546,15 +549,14 @@ class _Search:
                 except InputError as error:
                     unreached.append(error)
                     doubts.append(
-                        f"Point {p + 1} of {in_words(name)} is left out: no scale of its schedule "
-                        f"reaches the loss {self.targets[p]:.4g}."
+                        f"{which} is left out: no scale of its schedule reaches the loss "
+                        f"{self.targets[p]:.4g}."
                     )
                     continue
             slopes.append(float(point.slope))
             schedules.append(schedule)
             judgments.append(judge(self.problem, schedule, self.judge_keys))
             self.watcher.judged(judgments[-1])
-            which = f"Point {p + 1} of {name}"
             doubts += [f"{which} {doubt}" for doubt in self._doubts(point, schedule, judgments[-1])]
         if not judgments:
             raise unreached[0]

@@ -101,7 +101,7 @@ def match_endpoint(
         if log_scale is None or _rises(trials):
             log_scale = _by_bracket(excess, list(trials))
     except _Unreachable:
-        log_scale, loss = min(trials.items(), key=lambda trial: _off(trial[1], target))
+        log_scale, loss = _closest(trials, target)
         if not _off(loss, target) < _NEARLY * tolerance:
             raise _unreachable(name, target, list(trials.items())) from None
     return Knots(table.values * np.exp(log_scale), "linear")
@@ -112,6 +112,14 @@ def _rises(trials: dict[float, float]) -> bool:
     and a root may be on the wrong side of the least loss."""
     losses = [loss for _, loss in sorted(trials.items())]
     return any(later > 1.01 * earlier for earlier, later in itertools.pairwise(losses))
+
+
+def _closest(trials: dict[float, float], target: float) -> tuple[float, float]:
+    """The scale whose loss is closest to the target, among those up to that of the least loss:
+    beyond it the run is not stable."""
+    edge = min(trials, key=lambda scale: (not np.isfinite(trials[scale]), trials[scale]))
+    stable = {scale: loss for scale, loss in trials.items() if scale <= edge}
+    return min(stable.items(), key=lambda trial: _off(trial[1], target))
 
 
 def _off(loss: float, target: float) -> float:
