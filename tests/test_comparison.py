@@ -443,3 +443,24 @@ def test_the_closest_scale_is_none_beyond_the_least_loss():
     trials = {-1.0: 0.9, 0.0: 0.52, 1.0: 0.503, 2.0: 0.5, 3.0: np.nan, 4.0: np.inf}
     assert matching._closest({**trials, 1.5: 0.4}, 0.5) == (1.0, 0.503)
     assert matching._closest({3.0: np.nan, 4.0: np.inf, 1.0: 0.7}, 0.5) == (1.0, 0.7)
+
+
+def test_an_optimized_schedule_that_cannot_be_matched_is_judged_as_it_is(problem, monkeypatch):
+    plain = matching.match_endpoint
+
+    def not_the_optimized(problem, shape, *, name, **more):
+        if name == "optimized":
+            raise esl.InputError("out of reach")
+        return plain(problem, shape, name=name, **more)
+
+    monkeypatch.setattr(matching, "match_endpoint", not_the_optimized)
+    result = esl.compare(
+        problem,
+        key=jax.random.key(0),
+        shapes={"constant": esl.Constant(1.0)},
+        rate=0.2,
+        iterations=2,
+        judge_runs=2,
+    )
+    assert result.optimized is not None
+    assert "The optimized schedule is judged as it is: out of reach" in str(result)

@@ -318,9 +318,13 @@ def compare(
         if optimum is not None:
             searched = optimum.controls
             watcher.stage(f"matching {_OPTIMIZED}")
-            # A schedule that is not finite cannot be scaled to the target; it is judged as it is.
-            finite = bool(np.all(np.isfinite(searched.values)))
-            found = match(searched, _OPTIMIZED, target) if finite else searched
+            found = searched
+            # A schedule that cannot be scaled to the target is judged as it is.
+            if bool(np.all(np.isfinite(searched.values))):
+                try:
+                    found = match(searched, _OPTIMIZED, target)
+                except InputError as error:
+                    left_out.append(f"The optimized schedule is judged as it is: {error}")
             matched = {_OPTIMIZED: found, **matched}
         judge_keys = jax.random.split(judge_key, judge_runs)
         for name, schedule in matched.items():
