@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 import esljax as esl
-from esljax.experiment import Family, bounded, fronts, unbounded
+from esljax.experiment import Family, bounded, fronts, searching, unbounded
+from esljax.experiment.comparison import Unwatched
+from esljax.experiment.families import scaled
 from esljax.experiment.fronts import Front, raggedness
 from esljax.experiment.judging import Judgment
 from esljax.results import StandardErrors
@@ -68,7 +71,7 @@ def test_slopes_are_slopes(found):
     assert np.all(between > found.slopes[1:] / 1.5)
 
 
-def test_a_front_that_is_nowhere_so_steep_is_doubted():
+def test_a_front_that_is_nowhere_so_steep_has_losses_instead(monkeypatch):
     """With a floor of 5 no minimum of log loss + .42 log Σ exists: doing nothing is better."""
     flat = esl.Problem(
         esl.FromFunction(lambda x: jnp.sum(x**2) / 2 + 5),
@@ -78,11 +81,82 @@ def test_a_front_that_is_nowhere_so_steep_is_doubted():
         transport=esl.GaussianTransport(),
         start=lambda key: 3 + jax.random.normal(key, (8, 1)),
     )
-    found = esl.front(
-        flat, key=KEY, points=1, knots=2, families={}, rate=0.2, iterations=80, judge_runs=2
-    )
+    settings: Any = {"key": KEY, "knots": 2, "families": {}, "rate": 0.2, "judge_runs": 2}
+    # Losses instead, from the square root of 9.5 times 5 down to 5, of 8 members a run.
+    found = esl.front(flat, points=2, iterations=20, **settings)
+    assert found.doubts[-1].startswith("Slopes of 0.42 to 0.14 have no minimum here")
+    np.testing.assert_allclose(found.final_loss, [np.sqrt(9.5 * 5), 5], rtol=0.1)
+    # A probe of constant rates may be wrong, and then the search says what it found.
+    monkeypatch.setattr(fronts, "losses_to_reach", lambda *_: None)
+    found = esl.front(flat, points=1, iterations=80, **settings)
     assert found.doubts[0].startswith("Point 1 of front hardly trains (its loss is ")
     assert found.doubts[0] in str(found)
+
+
+@pytest.mark.parametrize(
+    ("trade", "has_slopes"),
+    [
+        # 1/loss = 1 + Σ: as steep as -1 far from the start, and flat at it.
+        pytest.param(lambda rate: 1 / (1 + 100 * rate), True, id="steep"),
+        # At the limit of rates the loss is still as steep, and beyond it rises: no minimum.
+        pytest.param(lambda rate: 1 / (1 + 100 * rate) if rate <= 1 else 9.0, False, id="limited"),
+        # A floor that is reached before the limit.
+        pytest.param(lambda rate: 0.1 + 1 / (1 + 100 * rate), True, id="floor"),
+        # Nowhere steep.
+        pytest.param(lambda rate: 1 / (1 + 100 * rate) ** 0.4, False, id="flat"),
+        pytest.param(lambda rate: 1 / (1 + 100 * rate) if rate <= 1 else np.nan, False, id="nan"),
+    ],
+)
+def test_slopes_are_taken_where_constant_rates_show_a_minimum(
+    problem, monkeypatch, trade, has_slopes
+):
+    """Σ is the rate here, and the loss is given."""
+
+    def outcome_of(problem, table, key):
+        rate = float(table.values[0])
+        return SimpleNamespace(
+            final_loss=trade(rate), report=SimpleNamespace(entropy_production=rate)
+        )
+
+    monkeypatch.setattr(searching, "outcome_of", outcome_of)
+    targets = searching.losses_to_reach(problem, 1.0, 1.0, 3, KEY, Unwatched())
+    if has_slopes:
+        assert targets is None
+    else:
+        best = trade(1.0)
+        np.testing.assert_allclose(targets, np.geomspace(np.sqrt(best), best, 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [None, [2.5, 1.8]])
+@pytest.mark.parametrize("gives_way", [False, True])
+def test_a_front_starts_again_from_a_better_family_or_gives_way_to_it(
+    problem, monkeypatch, gives_way, targets
+):
+    """Searches of knots take two gradients here: what is good comes from the family."""
+    plain = searching.gradients
+
+    def few(iterations, *, first, made):
+        return 2 if made else plain(iterations, first=first, made=made)
+
+    monkeypatch.setattr(searching, "gradients", few)
+    if gives_way:
+        # The search from the family is lost: it starts where the rate falls a hundredfold.
+        lost = unbounded(jnp.array([1.0, 0.01]), 4.0)
+        monkeypatch.setattr(searching, "fitted", lambda *_: lost)
+    settings: Any = {"key": KEY, "points": 2, "knots": 2, "judge_runs": 2, "iterations": 40}
+    # Nearly constant speed, and better than what two gradients from a constant find.
+    families = {"tuned": scaled(lambda peak: esl.Knots(jnp.array([0.3, 1.0]) * peak))}
+    found = esl.front(problem, families=families, targets=targets, **settings)
+    tuned = found.families["tuned"]
+    if gives_way:
+        assert all(f"Point {p} of front is that of tuned" in str(found) for p in (1, 2))
+        np.testing.assert_array_equal(found.entropy_production, tuned.entropy_production)
+        np.testing.assert_array_equal(found.final_loss, tuned.final_loss)
+    else:
+        # Two knots are the same schedule, and two gradients do little to it.
+        better = np.log(found.final_loss) + tuned.slopes * np.log(found.entropy_production)
+        worse = np.log(tuned.final_loss) + tuned.slopes * np.log(tuned.entropy_production)
+        assert np.all(better < worse + 1e-3)
 
 
 def test_it_prints_draws_and_is_saved(found, tmp_path):
@@ -306,14 +380,14 @@ def test_the_front_of_particles_is_the_exact_front():
 
 
 def test_a_gradient_that_is_not_finite_sends_the_search_part_of_the_way_back(problem, monkeypatch):
-    calls, plain = [], fronts._gradient
+    calls, plain = [], searching._gradient
 
     def sometimes(*given):
         calls.append(given[1])
         gradient, loss = plain(*given)
         return (gradient * jnp.nan if len(calls) % 4 == 0 else gradient), loss
 
-    monkeypatch.setattr(fronts, "_gradient", sometimes)
+    monkeypatch.setattr(searching, "_gradient", sometimes)
     found = esl.front(
         problem, key=KEY, points=1, knots=3, families={}, iterations=8, judge_runs=2, rate=0.05
     )
@@ -327,14 +401,14 @@ def test_a_gradient_that_is_not_finite_sends_the_search_part_of_the_way_back(pro
 
 
 def test_what_cannot_reach_a_target_has_fewer_points(problem, monkeypatch):
-    plain = fronts.match_endpoint
+    plain = searching.match_endpoint
 
     def up_to_two(problem, shape, *, target, name, **more):
         if name == "shy" and target < 2:
             raise esl.InputError("out of reach")
         return plain(problem, shape, target=target, name=name, **more)
 
-    monkeypatch.setattr(fronts, "match_endpoint", up_to_two)
+    monkeypatch.setattr(searching, "match_endpoint", up_to_two)
     settings: Any = {"key": KEY, "knots": 3, "iterations": 10, "judge_runs": 2}
     settings["families"] = {"shy": Family(unbounded, lambda x, cap: esl.Constant(bounded(x, cap)))}
     found = esl.front(problem, targets=[3.0, 1.6], **settings)
@@ -350,5 +424,5 @@ def test_what_cannot_reach_a_target_has_fewer_points(problem, monkeypatch):
     assert "shy is left out: it reaches none of the targets." in str(alone)
     settings["families"] = {}
     monkeypatch.setattr(fronts, "_MADE", "shy")
-    with pytest.raises(esl.InputError, match="out of reach"):
+    with pytest.raises(esl.InputError, match="be losses that shy can reach"):
         esl.front(problem, targets=[1.6], **settings)

@@ -188,7 +188,7 @@ def test_results_of_others_and_of_other_settings_stay(folder, printed, capsys):
 def test_the_bar_is_full_at_the_end_and_counts_what_is_restored():
     """The stages of a front with one family, of which two points are restored."""
     console = rich.console.Console(file=io.StringIO(), force_terminal=True)
-    gradients = [[12, 8], [7, 4]]
+    gradients = {"front": [12, 8], "cosine": [7, 4]}
     bar = progress.FrontBar(console, gradients=gradients, judge_runs=2)
     task = bar.bar.tasks[0]
     total = progress.GRADIENT * 31 + progress.JUDGED * 8
@@ -205,17 +205,19 @@ def test_the_bar_is_full_at_the_end_and_counts_what_is_restored():
     bar.stage("rate")
     bar.trial(1.0)
     assert task.completed == 0
-    for i in (1, 2):
-        bar.stage(f"judging front {i}/2")
-        bar.trial(1.0)
-        bar.judged(judged)
-        done = progress.GRADIENT * 20 + i * progress.JUDGED * 2
-        assert task.completed == pytest.approx(done)
-    for i, count in enumerate(gradients[1], 1):
+    for i, count in enumerate(gradients["cosine"], 1):
         bar.stage(f"cosine {i}/2")
+        assert task.completed >= progress.GRADIENT * 20
         for _ in range(count):
             bar.trial(1.0)
-    for i in (1, 2):
-        bar.stage(f"judging cosine {i}/2")
-        bar.judged(judged)
+    for between in ("valuing cosine 2/2", "again front 1/2"):
+        bar.stage(between)
+        bar.trial(1.0)
+    for turn, name in enumerate(gradients):
+        for i in (1, 2):
+            bar.stage(f"judging {name} {i}/2")
+            bar.trial(1.0)
+            bar.judged(judged)
+            done = progress.GRADIENT * 31 + (2 * turn + i) * progress.JUDGED * 2
+            assert task.completed == pytest.approx(done)
     assert task.completed == pytest.approx(total)

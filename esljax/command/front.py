@@ -38,7 +38,7 @@ def _front(config: OutsideFrontConfig, kept: Kept, console: rich.console.Console
     points = len(config.targets) or config.points
     bar = FrontBar(
         console,
-        gradients=gradients_of_front(points, config.iterations, len(names)),
+        gradients=gradients_of_front(points, config.iterations, names),
         judge_runs=config.judge_runs,
     )
     with bar:

@@ -4,7 +4,7 @@ Work is counted in forward runs: a gradient takes about 2.3 of them, and a judge
 it is measured too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -99,44 +99,35 @@ class ComparisonBar(Bar):
 class FrontBar(Bar):
     """The bar of a front and its families.
 
-    **Args:** `gradients`: of each point of each of them, in the order of the search: those of the
-    front first. `judge_runs`: of each point.
+    **Args:** `gradients`: of each point of the front and then of each family, by name.
+    `judge_runs`: of each point.
     """
 
     def __init__(
         self,
         console: rich.console.Console,
         *,
-        gradients: Sequence[Sequence[int]],
+        gradients: Mapping[str, Sequence[int]],
         judge_runs: int,
     ):
         self.judge_runs, self._searching = judge_runs, False
-        # Work that is done when each search of a point, or judging of one, begins.
-        self._starts: list[float] = []
+        # Work that is done when a stage begins: all searches come first.
+        self._starts: dict[str, float] = {}
         done = 0.0
-        for of_points in gradients:
-            for count in of_points:
-                self._starts.append(done)
-                done += GRADIENT * count
-            for _ in of_points:
-                self._starts.append(done)
-                done += JUDGED * judge_runs
-        self._points = len(gradients[0])
-        self._fronts: dict[str, int] = {}
+        for prefix in "", "judging ":
+            for name, counts in gradients.items():
+                for point, count in enumerate(counts, 1):
+                    self._starts[f"{prefix}{name} {point}/{len(counts)}"] = done
+                    done += JUDGED * judge_runs if prefix else GRADIENT * count
         super().__init__(console, done)
 
     def stage(self, name: str) -> None:
-        """A stage begins: "rate", "NAME 2/5" or "judging NAME 2/5"."""
+        """A stage begins: "rate", "NAME 2/5" or "judging NAME 2/5", or one between them."""
         super().stage(name)
-        words, _, place = name.rpartition(" ")
-        self._searching = bool(words) and not words.startswith("judging ")
-        if not words:
-            return
-        front = words.removeprefix("judging ")
-        number = self._fronts.setdefault(front, len(self._fronts))
-        point = int(place.partition("/")[0]) - 1 + (0 if self._searching else self._points)
+        self._searching = name in self._starts and not name.startswith("judging ")
         # A resumed run skips the points that are saved.
-        self.bar.update(self.task, completed=self._starts[2 * self._points * number + point])
+        if name in self._starts:
+            self.bar.update(self.task, completed=self._starts[name])
 
     def trial(self, loss: float) -> None:
         """A gradient of a search, or runs of another stage, have ended with this loss."""

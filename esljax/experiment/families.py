@@ -66,6 +66,13 @@ def knots_of(count: int) -> Family:
     )
 
 
+def fitted(count: int, schedule: Callable[[Array], Array], cap: float) -> Array:
+    """The x of `knots_of(count)` whose knots read a schedule, as far as they are clear of 0 and the
+    cap, where no gradient is left."""
+    rates = jax.vmap(schedule)(jnp.linspace(0.0, 1.0, count))
+    return unbounded(jnp.clip(rates, 1e-3 * cap, 0.95 * cap), cap)
+
+
 def scaled(shape: Callable[[Array], AbstractSchedule]) -> Family:
     """Schedules of a shape whose only number is its peak."""
     return Family(start=unbounded, make=lambda x, cap: shape(bounded(x, cap)))

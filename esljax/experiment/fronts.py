@@ -14,15 +14,13 @@ objective, so that each is held against the front at its best.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from esljax._checks import (
     InputError,
@@ -33,32 +31,34 @@ from esljax._checks import (
     door,
     refuse,
 )
-from esljax._types import Array, Float, Key, Scalar
+from esljax._types import Float, Key, Keys
 from esljax.experiment.comparison import Unwatched, Watcher
 from esljax.experiment.families import Family, knots_of, usual_families
 from esljax.experiment.judging import Judgment, judge
-from esljax.experiment.matching import match_endpoint, stable_rate
+from esljax.experiment.matching import stable_rate
 from esljax.experiment.problem import Problem
 from esljax.experiment.saving import Leaves, leaves, save
+from esljax.experiment.searching import (
+    CUT,
+    LATER,
+    SLOPES,
+    Point,
+    Search,
+    empty,
+    gradients,
+    losses_to_reach,
+)
 from esljax.experiment.settings import in_words
 from esljax.files import Checkpoints, session
 from esljax.results import StandardErrors, concise
 from esljax.results import table as text_table
-from esljax.schedules import AbstractSchedule, Knots
+from esljax.schedules import AbstractSchedule
 
-# Rates up to this many times one that is clear of the stability limit: the limit itself is twice as
-# high, and training bears more for a while.
-_CAP = 4.0
-# Slopes of the front, from cheap to good: 1 % more Σ buys .42 % and .14 % less loss.
-_SLOPES = 0.42, 0.14
-# Gradients of the first point of a search, and of each later one.
-_FIRST, _LATER = 60, 40
-# Families have few numbers, which need fewer gradients.
-_OF_FAMILIES = 0.6
-# A gradient of more than this many times the usual size is cut to it.
-_CUT = 10.0
-# The part of the way back that a search goes where a gradient is not finite.
-_BACK = 0.25
+_NO_SLOPES = (
+    f"Slopes of {SLOPES[0]:g} to {SLOPES[1]:g} have no minimum here, as a constant rate shows; its "
+    "points have the least Σ at given losses instead, from half way (in log loss) between the "
+    "start and the best constant rate to that. Give `targets` for others."
+)
 # Total variation of log η beyond one rise and one fall: a ragged schedule.
 _RAGGED = 0.5
 # A loss of more than this share of that at the start.
@@ -307,7 +307,7 @@ def front(
     families: Mapping[str, Family] | None = None,
     judge_runs: int = 6,
     rate: float | None = None,
-    iterations: int = _LATER,
+    iterations: int = LATER,
     watcher: Watcher | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Front:
@@ -377,19 +377,31 @@ def front(
     if rate is None:
         watcher.stage("rate")
         rate = float(jnp.asarray(stable_rate(problem, rate_key, watcher.trial)))
-    slopes = np.geomspace(*_SLOPES, points if aims is None else len(aims))
-    search = _Search(
+    start = problem.positions(jax.random.split(judge_key)[0])
+    start_loss = float(jnp.mean(problem.potential.at_start()(start)))
+    if not start_loss > 0:
+        raise refuse(
+            "problem",
+            "have losses above 0, whose logarithms are taken (add a constant to the potential)",
+            f"starts at {start_loss:g}",
+        )
+    doubts = []
+    if aims is None:
+        watcher.stage("slopes")
+        aims = losses_to_reach(problem, rate, start_loss, points, rate_key, watcher)
+        if aims is not None:
+            doubts.append(_NO_SLOPES)
+    slopes = np.geomspace(*SLOPES, points if aims is None else len(aims))
+    search = Search(
         problem,
         search_key,
-        match_keys=jax.random.split(match_key, 2),
-        judge_keys=jax.random.split(judge_key, judge_runs),
+        match_key,
         slopes=slopes,
         targets=aims,
         rate=rate,
         iterations=iterations,
         watcher=watcher,
     )
-    all_of = {_MADE: knots_of(knots), **families}
     about = {
         **problem.parts(),
         "key": key,
@@ -400,189 +412,122 @@ def front(
         "iterations": iterations,
         "families": families,
     }
-    fronts: dict[str, Front] = {}
-    missing = []
+    free, places = knots_of(knots), range(len(slopes))
+    # The front, then the families, then the front once more.
+    all_of = [(_MADE, free), *families.items(), *[(_MADE, free)][: len(families)]]
+    found: list[Point] = []
     with session(checkpoints, about) as saved:
-        order = [(name, p) for name in all_of for p in range(len(slopes))]
+        order = [(turn, p) for turn in range(len(all_of)) for p in places]
 
-        def like(done: int) -> list[Any]:
-            starts = (all_of[name].start(rate, search.cap) for name, _ in order[:done])
-            return [_Point(_floating(x), *jnp.zeros(3)) for x in starts]
+        def like(done: int) -> list[Point]:
+            return [empty(all_of[turn][1].start(rate, search.cap)) for turn, _ in order[:done]]
 
-        restored = saved.restore(like)
-        done, found = (0, []) if restored is None else restored
-        for turn, (name, family) in enumerate(all_of.items()):
-            mine = []
-            for p in range(len(slopes)):
-                place = len(mine) + len(slopes) * turn
-                if place >= done:
-                    before = mine[-1].x if mine else None
-                    found.append(search.point(name, family, p, before))
-                    saved.offer(len(found), lambda: found, last=len(found) == len(order))
-                mine.append(found[place])
-            try:
-                fronts[name] = search.judged(name, family, mine)
-            except InputError:
-                if name == _MADE:
-                    raise
-                missing.append(f"{in_words(name)} is left out: it reaches none of the targets.")
-    made = fronts.pop(_MADE)
-    return dataclasses.replace(made, families=fronts, doubts=(*made.doubts, *missing))
+        def at(turn: int, p: int) -> Point:
+            return found[turn * len(slopes) + p]
+
+        done, found = saved.restore(like) or (0, [])
+        for turn, p in order[done:]:
+            name, family = all_of[turn]
+            before = at(turn, p - 1) if p > 0 else None
+            if turn <= len(families):
+                point = search.point(name, family, p, before, made=turn == 0)
+            else:
+                others = {i: (all_of[i][1], at(i, p)) for i in range(1, turn)}
+                point = search.again(name, family, p, at(0, p), others, before)
+            found.append(point)
+            saved.offer(len(found), lambda: found, last=len(found) == len(order))
+    held_out = _Judge(search, jax.random.split(judge_key, judge_runs), watcher, start_loss)
+
+    def source(point: Point, p: int) -> _Found:
+        """A point of the front, or the family's whose schedule stands there."""
+        taken = int(point.taken)
+        if taken < 0:
+            return _Found(point, free)
+        return _Found(at(taken, p), all_of[taken][1], all_of[taken][0])
+
+    last = len(all_of) - 1 if families else 0
+    made = held_out.front(_MADE, [source(at(last, p), p) for p in places])
+    fronts = {}
+    for turn, (name, family) in enumerate(families.items(), start=1):
+        try:
+            fronts[name] = held_out.front(name, [_Found(at(turn, p), family) for p in places])
+        except InputError:
+            doubts.append(f"{in_words(name)} is left out: it reaches none of the targets.")
+    return dataclasses.replace(made, families=fronts, doubts=(*made.doubts, *doubts))
 
 
-class _Point(NamedTuple):
-    """A point of a search, as it is saved."""
+class _Found(NamedTuple):
+    """A point of a front: its numbers, the family whose schedules they make, and that one's name
+    where the point was taken from it."""
 
-    x: Any
-    """The numbers of the family."""
-    slope: Array
-    """λ at the end of its search."""
-    spikes: Array
-    """The share of its gradients that were cut."""
-    lost: Array
-    """The share of its gradients that were not taken, because one was not finite."""
-
-
-class _Trace:
-    """What a search has seen: the size of its gradients."""
-
-    def __init__(self) -> None:
-        self.norms: list[float] = []
-
-    def factor(self, norm: float) -> float:
-        """By what to multiply a gradient of that size."""
-        usual = float(np.median(self.norms)) if len(self.norms) > 4 else np.inf
-        self.norms.append(norm)
-        return min(1.0, _CUT * usual / norm) if norm > 0 else 1.0
-
-    @property
-    def spikes(self) -> int:
-        """How many gradients were cut."""
-        norms = np.array(self.norms)
-        return int(np.sum(norms > _CUT * np.median(norms)))
+    point: Point
+    family: Family
+    taken_from: str | None = None
 
 
 @dataclasses.dataclass
-class _Search:
-    problem: Problem
-    key: Key
-    match_keys: Array
-    judge_keys: Array
-    slopes: np.ndarray
-    targets: list[float] | None
-    rate: float
-    iterations: int
+class _Judge:
+    search: Search
+    keys: Keys
     watcher: Watcher
+    start_loss: float
 
-    def __post_init__(self) -> None:
-        self.cap = _CAP * self.rate
-        start = self.problem.positions(jax.random.split(self.judge_keys[0])[0])
-        self._start_loss = float(jnp.mean(self.problem.potential.at_start()(start)))
-        if not self._start_loss > 0:
-            raise refuse(
-                "problem",
-                "have losses above 0, whose logarithms are taken (add a constant to the potential)",
-                f"starts at {self._start_loss:g}",
-            )
-
-    def point(self, name: str, family: Family, p: int, before: Any) -> _Point:
-        """One point of a family, from the numbers of the point before."""
-        self.watcher.stage(f"{name} {p + 1}/{len(self.slopes)}")
-        calm = _floating(family.start(self.rate / _CAP, self.cap))
-        x = calm if before is None else _floating(before)
-        count = _gradients(self.iterations, first=before is None, made=name == _MADE)
-        # Few iterations must move the logarithm of a rate by 1 or 2.
-        optimizer = optax.adam(optax.cosine_decay_schedule(0.15, count), b1=0.8, b2=0.95)
-        memory, trace, weight = optimizer.init(x), _Trace(), float(self.slopes[p])
-        # All searches see the same keys, so that families differ by their shapes alone.
-        key, kept = jax.random.fold_in(self.key, p), []
-        for i in range(count):
-            table, pull = jax.vjp(lambda x: self._table(family, x), x)
-            gradient, loss = _gradient(
-                self.problem, table, jnp.asarray(weight), jax.random.fold_in(key, i)
-            )
-            of_x = pull(gradient)[0]
-            norm = float(optax.tree.norm(of_x))
-            if not np.isfinite(norm):
-                # The run has left its stable range: part of the way back to where all is stable.
-                x = jax.tree.map(lambda here, there: here + _BACK * (there - here), x, calm)
-                continue
-            self.watcher.trial(float(loss))
-            factor = trace.factor(norm)
-            updates, memory = optimizer.update(
-                jax.tree.map(lambda leaf, factor=factor: factor * leaf, of_x), memory, x
-            )
-            x = optax.apply_updates(x, updates)
-            kept.append(x)
-            if self.targets is not None:
-                # λ falls while the loss is above its target.
-                weight *= float(np.clip((self.targets[p] / float(loss)) ** 0.5, 0.8, 1.25))
-        # The mean of the last quarter has less noise than its last.
-        last = kept[-max(1, count // 4) :] or [x]
-        mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *last)
-        numbers = weight, trace.spikes / count, 1 - len(kept) / count
-        return _Point(mean, *(jnp.asarray(number) for number in numbers))
-
-    def judged(self, name: str, family: Family, points: list[_Point]) -> Front:
+    def front(self, name: str, points: list[_Found]) -> Front:
         """The front of a family, judged on the held-out keys, of the points that reach their
         targets.
 
         **Raises:** `InputError` if none does.
         """
+        search = self.search
         slopes, schedules, judgments, doubts = [], [], [], []
-        unreached: list[InputError] = []
-        for p, point in enumerate(points):
+        for p, found in enumerate(points):
             which = f"Point {p + 1} of {in_words(name)}"
             self.watcher.stage(f"judging {name} {p + 1}/{len(points)}")
-            schedule = family.make(point.x, self.cap)
-            if self.targets is not None:
-                try:
-                    schedule = match_endpoint(
-                        self.problem,
-                        schedule,
-                        target=self.targets[p],
-                        learning_time=float(jnp.sum(schedule.rates(self.problem.steps))),
-                        keys=self.match_keys,
-                        name=name,
-                        watch=self.watcher.trial,
-                    )
-                except InputError as error:
-                    unreached.append(error)
-                    doubts.append(
-                        f"{which} is left out: no scale of its schedule reaches the loss "
-                        f"{self.targets[p]:.4g}."
-                    )
-                    continue
-            slopes.append(float(point.slope))
+            schedule = search.schedule(found.family, found.point)
+            if schedule is None:
+                doubts.append(
+                    f"{which} is left out: no scale of its schedule reaches the loss "
+                    f"{_targets(search)[p]:.4g}."
+                )
+                continue
+            slopes.append(float(found.point.slope))
             schedules.append(schedule)
-            judgments.append(judge(self.problem, schedule, self.judge_keys))
+            judgments.append(judge(search.problem, schedule, self.keys))
             self.watcher.judged(judgments[-1])
-            doubts += [f"{which} {doubt}" for doubt in self._doubts(point, schedule, judgments[-1])]
+            doubts += [f"{which} {doubt}" for doubt in self._doubts(found, schedule, judgments[-1])]
         if not judgments:
-            raise unreached[0]
+            raise refuse(
+                "targets",
+                f"be losses that {in_words(name)} can reach",
+                "is " + ", ".join(f"{target:.4g}" for target in _targets(search)),
+            )
         return Front(
             slopes=np.array(slopes),
             judgments=tuple(judgments),
             schedules=tuple(schedules),
-            rate=self.rate,
-            cap=self.cap,
+            rate=search.rate,
+            cap=search.cap,
             doubts=tuple(doubts),
         )
 
-    def _table(self, family: Family, x: Any) -> Array:
-        return self.problem.table(family.make(x, self.cap)).values
-
     def _doubts(
-        self, point: _Point, schedule: AbstractSchedule, judgment: Judgment
+        self, found: _Found, schedule: AbstractSchedule, judgment: Judgment
     ) -> Iterator[str]:
         """The reasons not to believe a point, after its name."""
-        before, after = self._start_loss, float(judgment.final_loss)
-        if after > _HARDLY * before:
+        point, after = found.point, float(judgment.final_loss)
+        if after > _HARDLY * self.start_loss:
             yield (
-                f"hardly trains (its loss is {after:.4g}, {before:.4g} at the start): no minimum "
-                f"of log loss + λ log Σ was found at λ = {float(point.slope):.2g}; give targets."
+                f"hardly trains (its loss is {after:.4g}, {self.start_loss:.4g} at the start): no "
+                "minimum of log loss + λ log Σ was found at "
+                f"λ = {float(point.slope):.2g}; give targets."
             )
-        ragged = raggedness(schedule, self.problem.steps)
+        if found.taken_from is not None:
+            yield (
+                f"is that of {in_words(found.taken_from)}: no search of free knots found a better "
+                "one."
+            )
+            return
+        ragged = raggedness(schedule, self.search.problem.steps)
         if ragged > _RAGGED:
             yield (
                 f"is ragged (its log rates vary by {ragged:.2g} beyond one rise and one fall): "
@@ -592,7 +537,7 @@ class _Search:
         if point.spikes > 0.1:
             yield (
                 f"is near the stability limit: {float(point.spikes):.0%} of its gradients were "
-                f"more than {_CUT:g} times the usual size, and were cut."
+                f"more than {CUT:g} times the usual size, and were cut."
             )
         if point.lost > 0:
             yield (
@@ -601,22 +546,23 @@ class _Search:
             )
 
 
+def _targets(search: Search) -> list[float]:
+    return search.targets or []
+
+
 def name_of_point(i: int) -> str:
     """The name of a point's schedule in the files of a front."""
     return f"point_{i}"
 
 
-def gradients_of_front(points: int, iterations: int, families: int) -> list[list[int]]:
-    """How many gradients each point of the front and then of each family takes."""
-    return [
-        [_gradients(iterations, first=p == 0, made=i == 0) for p in range(points)]
-        for i in range(1 + families)
-    ]
-
-
-def _gradients(iterations: int, *, first: bool, made: bool) -> int:
-    count = iterations * _FIRST // _LATER if first else iterations
-    return count if made else max(2, int(_OF_FAMILIES * count))
+def gradients_of_front(
+    points: int, iterations: int, families: Iterable[str]
+) -> dict[str, list[int]]:
+    """How many gradients each point of the front and then of each family takes, by name."""
+    return {
+        name: [gradients(iterations, first=p == 0, made=name == _MADE) for p in range(points)]
+        for name in (_MADE, *families)
+    }
 
 
 def raggedness(schedule: AbstractSchedule, steps: int) -> float:
@@ -625,25 +571,6 @@ def raggedness(schedule: AbstractSchedule, steps: int) -> float:
     logs = np.log(np.maximum(rates, 1e-3 * rates.max()))
     once = 2 * logs.max() - logs[0] - logs[-1]
     return float(np.sum(np.abs(np.diff(logs))) - once)
-
-
-@eqx.filter_jit
-def _gradient(
-    problem: Problem, table: Array, slope: Scalar, key: Key
-) -> tuple[Float[Array, " knots"], Scalar]:
-    """The gradient of log loss + λ log Σ in the table of rates, and the loss, of one run."""
-
-    def objective(values: Array) -> tuple[Scalar, Scalar]:
-        outcome = problem.run(Knots(values, "linear"), key)
-        sigma = outcome.report.entropy_production
-        return jnp.log(outcome.final_loss) + slope * jnp.log(sigma), outcome.final_loss
-
-    return jax.grad(objective, has_aux=True)(table)
-
-
-def _floating(x: Any) -> Any:
-    """The same numbers in jax's present floating type."""
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(float)), x)
 
 
 def _on_lines(loss: np.ndarray, losses: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
