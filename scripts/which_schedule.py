@@ -8,8 +8,8 @@ batches of 8 and 64 and with all of 144 examples, two moons with batches of 8, a
 (diabetes) with batches of 8. All searches of a problem see the same initializations and batches,
 and all points are judged on six runs that no search has seen. Beside each front stands the noise of
 the batches along the schedule of its knee, as the temperature whose injected noise would spread the
-members as fast. Three problems have targets in place of slopes (`TARGETS`). `--folder` takes each
-front, its figure and its schedules, and one figure of all.
+members as fast. Where slopes have no minimum, `esl.front` takes final losses by itself. `--folder`
+takes each front, its figure and its schedules, and one figure of all.
 """
 
 import functools
@@ -25,10 +25,6 @@ import timing
 from matplotlib.figure import Figure
 
 import esljax as esl
-
-# Final losses of the points where slopes have no minimum: a loss that can go to 0 has no floor, and
-# one that a constant rate hardly lowers no slope as steep.
-TARGETS = {}
 
 
 def problems(smoke: bool) -> dict[str, esl.Problem]:
@@ -69,7 +65,7 @@ def noise_at_knee(problem: esl.Problem, front: esl.Front, key: Any) -> list[floa
 def of_problem(name: str, smoke: bool) -> tuple[esl.Front, list[float] | None, float]:
     """The front of a problem, the noise at its knee, and the seconds that they took."""
     started, problem, families = time.perf_counter(), problems(smoke)[name], esl.usual_families()
-    settings: dict[str, Any] = {"targets": TARGETS.get(name)}
+    settings: dict[str, Any] = {}
     if smoke:
         families = {"cosine": families["cosine"]}
         settings = {"points": 2, "knots": 3, "iterations": 3, "judge_runs": 2, "rate": 0.3}

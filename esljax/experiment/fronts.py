@@ -536,7 +536,7 @@ class _Judge:
             )
         if point.spikes > 0.1:
             yield (
-                f"is near the stability limit: {float(point.spikes):.0%} of its gradients were "
+                f"is near the stability limit: {float(point.spikes):.0%} of its last gradients were "
                 f"more than {CUT:g} times the usual size, and were cut."
             )
         if point.lost > 0:

@@ -51,7 +51,7 @@ class Point(NamedTuple):
     slope: Array
     """λ at the end of its search."""
     spikes: Array
-    """The share of its gradients that were cut."""
+    """The share of its last gradients that were cut."""
     lost: Array
     """The share of its gradients that were not taken, because one was not finite."""
     scale: Array
@@ -84,10 +84,10 @@ class _Trace:
         return min(1.0, CUT * usual / norm) if norm > 0 else 1.0
 
     @property
-    def spikes(self) -> int:
-        """How many gradients were cut."""
-        norms = np.array(self.norms)
-        return int(np.sum(norms > CUT * np.median(norms)))
+    def spikes(self) -> float:
+        """The share of gradients of the second half that were cut: the first may come from afar."""
+        norms = np.array(self.norms[len(self.norms) // 2 :])
+        return float(np.mean(norms > CUT * np.median(norms))) if norms.size else 0.0
 
 
 @dataclasses.dataclass
@@ -188,7 +188,7 @@ class Search:
         mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *last)
         point = empty(mean)._replace(
             slope=jnp.asarray(weight),
-            spikes=jnp.asarray(trace.spikes / count),
+            spikes=jnp.asarray(trace.spikes),
             lost=jnp.asarray(1 - len(kept) / count),
         )
         return self._valued(name, family, p, point)

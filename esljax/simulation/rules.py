@@ -104,6 +104,8 @@ class Langevin(AbstractRule):
     **Raises:** `InputError` for anything else, such as a bare function.
     **Differentiation:** in both schedules. The noise amplitude has an infinite slope where Tη = 0;
     its derivative is taken as 0 there.
+    **Cost:** a step with Tη = 0 draws no noise, unless `vmap` runs over the schedules: runs side by
+    side all draw it.
     **Reference:** Okanohara, arXiv 2601.17607, whose mobility per unit of training time, K η here,
     is 1.
 
@@ -140,11 +142,15 @@ class Langevin(AbstractRule):
         self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key
     ) -> tuple[Array, Array]:
         energies, kicks = kick(positions, control.learning_rate)
-        # The gradient stores the noise: redrawing it would save a third of the memory, and take
-        # twice the time where the force costs little.
-        noise = jax.random.normal(key, positions.shape, positions.dtype)
         power = 2 * control.temperature * control.learning_rate
         amplitude = safe_root(jnp.where(power < 0, jnp.nan, power))
+        # The gradient stores the noise: redrawing it would save a third of the memory, and take
+        # twice the time where the force costs little. Steps without noise draw none.
+        noise = jax.lax.cond(
+            amplitude > 0,
+            lambda: jax.random.normal(key, positions.shape, positions.dtype),
+            lambda: jnp.zeros_like(positions),
+        )
         return positions - kicks + amplitude * noise, energies
 
 
