@@ -110,11 +110,28 @@ def _mean_square(x: Float[Array, "n d"], partners: Float[Array, "n d"]) -> Scala
     return jnp.mean(jnp.sum((x - partners) ** 2, axis=-1))
 
 
+# Coordinates whose squares are summed before they are added to the costs: XLA then makes one loop
+# along the rows of them all.
+_TOGETHER = 16
+
+
 def _costs(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n n"]:
-    # In difference form, so that coincident members cost nothing at all; row by row, because XLA
-    # may store all n²d differences.
+    """|x_i - y_j|², in difference form, so that coincident members cost nothing at all."""
     x, y = jax.lax.stop_gradient((x, y))
-    return jax.lax.map(lambda member: jnp.sum((member - y) ** 2, axis=-1), x)
+    n, d = x.shape
+    width = min(d, _TOGETHER)
+
+    def blocks(members):
+        # (blocks, width, n): a few coordinates at a time, because XLA may store all n²d
+        # differences. Padding with zeros adds nothing.
+        padded = jnp.pad(members, ((0, 0), (0, -d % width)))
+        return padded.T.reshape(-1, width, n)
+
+    def add(costs, block):
+        mine, theirs = block
+        return costs + sum((mine[k, :, None] - theirs[k]) ** 2 for k in range(width)), None
+
+    return jax.lax.scan(add, jnp.zeros((n, n), x.dtype), (blocks(x), blocks(y)))[0]
 
 
 def _partners(cost: Float[Array, "n n"]) -> tuple[tuple[Array, Array], Array]:
