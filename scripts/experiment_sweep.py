@@ -9,7 +9,7 @@ limit. Faster is a larger learning rate η a step; the clock is what stays the s
 
 DESIGN. 16 networks, MLP 64-16-10 or a small CNN, on 400 digits, T = 0, full batch or 32 examples a
 step. Five rates from .01 to 1, where ηλ > 2 for the sharpness λ of the start: beyond the edge of
-stability. 8 keys, common to all (paired). A run that diverges or cannot reach the loss is counted;
+stability. 6 keys, common to all (paired). A run that diverges or cannot reach the loss is counted;
 its rate has no interval and no place in a fit.
 
 MEASURED. Σ of the steps as made, K Σ_k E‖Δ_k‖², its L², W2² and D = ∫E‖v‖²/η ds in members' paths
@@ -193,7 +193,7 @@ def draw(results: dict[Any, Any]) -> matplotlib.figure.Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = experiments.parser(str(__doc__).splitlines()[0]).parse_args(argv)
     smoke, page = arguments.smoke, experiments.Page("sweep", arguments, seed=20)
-    models, keys = ["MLP"] if smoke else list(networks.MODELS), range(20, 22 if smoke else 28)
+    models, keys = ["MLP"] if smoke else list(networks.MODELS), range(20, 22 if smoke else 26)
     # The longest first, so that no process is left alone with them.
     groups = [
         (clock, model, batch) for clock in list(CLOCKS)[::-1] for model in models[::-1]

@@ -89,12 +89,40 @@ def test_its_iterations_are_those_of_ott(symmetric, x64):
     theirs = solve(geometry, threshold=threshold, **turns)
     assert errors[1] <= threshold
     for chunk in (None, 7):
-        transport = esl.SinkhornTransport(0.5, threshold=threshold, chunk=chunk)
+        transport = esl.SinkhornTransport(
+            0.5, threshold=threshold, chunk=chunk, acceleration="none"
+        )
         g, reached = sinkhorn_module._potential(
             transport, jnp.asarray(x), jnp.asarray(y), symmetric
         )
         assert reached == 1
         np.testing.assert_allclose(g, theirs.g - theirs.g.mean(), rtol=1e-10, atol=1e-10)
+
+
+def test_accelerated_iterations_end_at_the_same_place(x64):
+    x, y = map(jnp.asarray, clouds(30, 20))
+
+    def g(threshold, **settings):
+        transport = esl.SinkhornTransport(0.05, threshold=threshold, **settings)
+        found, reached = sinkhorn_module._potential(transport, x, y, False)
+        assert reached == 1
+        return found
+
+    plain = g(1e-10, acceleration="none")
+    for settings in (
+        {"acceleration": "momentum"},
+        {"acceleration": "anderson"},
+        {"acceleration": "momentum", "chunk": 7},
+    ):
+        np.testing.assert_allclose(g(1e-10, **settings), plain, atol=1e-8)
+    # Over-relaxation takes fewer sweeps, in blocks too.
+    few = {"threshold": 1e-4, "max_iterations": 100}
+    for chunk in (None, 7):
+        reached = [
+            esl.SinkhornTransport(0.02, acceleration=each, chunk=chunk, **few).solve(x, y).converged
+            for each in ("none", "momentum")
+        ]
+        assert reached == [False, True]
 
 
 # Blocks
@@ -228,6 +256,14 @@ def test_blocks_refuse_derivatives_of_the_potential(derivative, refused):
         (
             lambda: esl.SinkhornTransport(1.0, max_iterations=0),
             r"`max_iterations` must be an integer of at least 1, but is 0\.",
+        ),
+        (
+            lambda: esl.SinkhornTransport(1.0, acceleration="fast"),
+            r"`acceleration` must be one of 'anderson', 'momentum', 'none', but is 'fast'\.",
+        ),
+        (
+            lambda: esl.SinkhornTransport(1.0, acceleration="anderson", chunk=8),
+            r"`acceleration` must be 'momentum' or 'none' with a `chunk`, but is 'anderson'\.",
         ),
         (
             lambda: esl.SinkhornTransport(1.0, chunk=0),

@@ -536,8 +536,8 @@ class _Judge:
             )
         if point.spikes > 0.1:
             yield (
-                f"is near the stability limit: {float(point.spikes):.0%} of its last gradients were "
-                f"more than {CUT:g} times the usual size, and were cut."
+                f"is near the stability limit: {float(point.spikes):.0%} of its last gradients "
+                f"were more than {CUT:g} times the usual size, and were cut."
             )
         if point.lost > 0:
             yield (

@@ -34,9 +34,17 @@ def ott() -> types.SimpleNamespace:
 
 def _parts() -> types.SimpleNamespace:
     from ott.geometry.geometry import Geometry
-    from ott.tools.unreg import hungarian
+    from ott.problems.linear.linear_problem import LinearProblem
+    from ott.solvers.linear.acceleration import AndersonAcceleration, Momentum
+    from ott.solvers.linear.sinkhorn import Sinkhorn
 
-    return types.SimpleNamespace(Geometry=Geometry, hungarian=hungarian)
+    return types.SimpleNamespace(
+        Geometry=Geometry,
+        LinearProblem=LinearProblem,
+        AndersonAcceleration=AndersonAcceleration,
+        Momentum=Momentum,
+        Sinkhorn=Sinkhorn,
+    )
 
 
 def _forget(*packages: str) -> None:
