@@ -61,6 +61,8 @@ _NO_SLOPES = (
 )
 # Total variation of log η beyond one rise and one fall: a ragged schedule.
 _RAGGED = 0.5
+# A run of more than this many times the median loss has left the others.
+_APART = 3.0
 # A loss of more than this share of that at the start.
 _HARDLY = 0.95
 _MADE = "front"
@@ -433,7 +435,7 @@ def front(
                 point = search.point(name, family, p, before, made=turn == 0)
             else:
                 others = {i: (all_of[i][1], at(i, p)) for i in range(1, turn)}
-                point = search.again(name, family, p, at(0, p), others, before)
+                point = search.again(name, family, p, at(0, p), others)
             found.append(point)
             saved.offer(len(found), lambda: found, last=len(found) == len(order))
     held_out = _Judge(search, jax.random.split(judge_key, judge_runs), watcher, start_loss)
@@ -521,6 +523,13 @@ class _Judge:
                 "minimum of log loss + λ log Σ was found at "
                 f"λ = {float(point.slope):.2g}; give targets."
             )
+        losses = np.asarray(judgment.final_losses)
+        apart = losses > _APART * np.median(losses)
+        if apart.any():
+            yield (
+                f"is not reliable: {apart.sum()} of its {losses.size} held-out runs ended at more "
+                f"than {_APART:g} times the median loss."
+            )
         if found.taken_from is not None:
             yield (
                 f"is that of {in_words(found.taken_from)}: no search of free knots found a better "
@@ -580,7 +589,9 @@ def _on_lines(loss: np.ndarray, losses: np.ndarray, sigmas: np.ndarray) -> np.nd
     if len(x) < 2:
         return np.exp(np.interp(at, x, y))
     place = np.clip(np.searchsorted(x, at), 1, len(x) - 1)
-    share = (at - x[place - 1]) / (x[place] - x[place - 1])
+    # Two points may have one loss.
+    apart = x[place] - x[place - 1]
+    share = np.where(apart > 0, (at - x[place - 1]) / np.where(apart > 0, apart, 1), 0)
     return np.exp(y[place - 1] + share * (y[place] - y[place - 1]))
 
 

@@ -121,15 +121,11 @@ class Search:
         p: int,
         own: Point,
         others: Mapping[int, tuple[Family, Point]],
-        before: Point | None,
     ) -> Point:
-        """The point of the front once more, where a family or the point before is better.
+        """The point of the front once more, where a family is better.
 
-        The search starts from the best of them, and gives way to a family that it does not reach.
+        The search starts from the best of them, and gives way to it if it does not reach it.
         """
-        if before is not None and int(before.taken) < 0:
-            moved = self._valued(name, family, p, before)
-            own = moved if self._value(moved, p) < self._value(own, p) else own
         rival = min(others, key=lambda i: self._value(others[i][1], p), default=None)
         if rival is None or not self._beats(others[rival][1], own, p):
             return own

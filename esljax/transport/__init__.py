@@ -18,6 +18,7 @@ from esljax.transport.coordinates import (
 )
 from esljax.transport.exact import ExactTransport
 from esljax.transport.gaussian import GaussianTransport
+from esljax.transport.hierarchical import HierarchicalTransport
 from esljax.transport.pairing import Assignment, assignment
 from esljax.transport.sinkhorn import SinkhornTransport
 from esljax.transport.sliced import SlicedTransport
@@ -28,6 +29,7 @@ __all__ = [
     "Assignment",
     "ExactTransport",
     "GaussianTransport",
+    "HierarchicalTransport",
     "MappedTransport",
     "ProjectedTransport",
     "SinkhornTransport",

@@ -55,7 +55,7 @@ class ExactTransport(AbstractTransport):
         n, d = x.shape
         if d == 1:
             solved = solution(sorted_squared(x, y)[0])
-            return solved, _places(*_sorted(x, y)) if len(y) == n else None
+            return solved, paired_by_sorting(x, y) if len(y) == n else None
         if len(y) != n:
             raise refuse(
                 "y",
@@ -64,20 +64,20 @@ class ExactTransport(AbstractTransport):
                 "unequal sizes)",
                 f"holds {len(y)}",
             )
-        (places, _), solved = _partners(_costs(x, y))
-        return solution(_mean_square(x, y[places]), solved), places
+        (places, _), solved = _partners(costs(x, y))
+        return solution(mean_square(x, y[places]), solved), places
 
     def solve_subsets(
         self, x: Float[Array, "n d"], y: Float[Array, "m d"], subsets: Int[Array, "subsets kept"]
     ) -> Solution:
         if x.shape[1] == 1 or len(x) != len(y):
             return super().solve_subsets(x, y, subsets)
-        cost = _costs(x, y)
+        cost = costs(x, y)
         whole, solved = _partners(cost)
 
         def of_subset(kept):
             partners = keep(pairs_within(cost, solved, whole, kept))
-            return solution(_mean_square(x[kept], y[partners]), solved)
+            return solution(mean_square(x[kept], y[partners]), solved)
 
         return jax.lax.map(of_subset, subsets)
 
@@ -90,7 +90,7 @@ class ExactTransport(AbstractTransport):
         if len(x) != len(y):
             raise refuse("y", f"hold {len(x)} members, as `x` does", f"holds {len(y)}")
         check_room(self, x.shape[0], x.shape[1], x.dtype)
-        return y[_places(*_sorted(x, y)) if x.shape[1] == 1 else _partners(_costs(x, y))[0][0]]
+        return y[paired_by_sorting(x, y) if x.shape[1] == 1 else _partners(costs(x, y))[0][0]]
 
     def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int:
         # In one dimension members are sorted and there are no costs.
@@ -106,7 +106,12 @@ def _places(i: Array, j: Array) -> Int[Array, " n"]:
     return jnp.zeros_like(i).at[i].set(j)
 
 
-def _mean_square(x: Float[Array, "n d"], partners: Float[Array, "n d"]) -> Scalar:
+def paired_by_sorting(x: Float[Array, "n 1"], y: Float[Array, "n 1"]) -> Int[Array, " n"]:
+    """The place in y of the partner of each member of x."""
+    return _places(*_sorted(x, y))
+
+
+def mean_square(x: Float[Array, "n d"], partners: Float[Array, "n d"]) -> Scalar:
     return jnp.mean(jnp.sum((x - partners) ** 2, axis=-1))
 
 
@@ -115,7 +120,7 @@ def _mean_square(x: Float[Array, "n d"], partners: Float[Array, "n d"]) -> Scala
 _TOGETHER = 16
 
 
-def _costs(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n n"]:
+def costs(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n n"]:
     """|x_i - y_j|², in difference form, so that coincident members cost nothing at all."""
     x, y = jax.lax.stop_gradient((x, y))
     n, d = x.shape

@@ -305,34 +305,35 @@ def _iterated(
     No derivative goes through this.
     """
     epsilon = transport.epsilon.astype(like_f.dtype)
-    # Between a cloud and itself the two potentials are one, and half a step of both at a time finds
-    # it in tens of iterations; taking turns stalls where ε is below the spacing of the members. The
-    # rows are then as wrong as the columns; otherwise they are exact.
     over = 1.0 if transport.acceleration == "none" else _OVER
-    step, wrong = (0.5, 2) if symmetric else (over, 1)
+    # The plan of f and g, where f is the partner of g, has the column sums exp((g - g')/ε)/m, with
+    # g' the partner of f. Between a cloud and itself the two potentials are one, and half a step of
+    # both at a time finds it in tens of iterations; taking turns stalls where ε is below the
+    # spacing of the members. The rows are then as wrong as the columns; otherwise they are exact.
+    wrong = 2 if symmetric else 1
 
     def one(_, state):
-        g, after = state
-        g = g + step * (after - g)
-        return g, to_f(g) if symmetric else to_g(to_f(g))
+        f, g = state
+        if symmetric:
+            g = g + 0.5 * (to_f(g) - g)
+            return g, g
+        g = g + over * (to_g(f) - g)
+        return f + over * (to_f(g) - f), g
 
     def body(state):
-        iteration, (g, after), _ = state
-        g, after = jax.lax.fori_loop(0, EVERY, one, (g, after))
-        # The plan of g and its partner has the column sums exp((g - after)/ε)/m.
-        return (
-            iteration + EVERY,
-            (g, after),
-            wrong * jnp.mean(jnp.abs(jnp.expm1((g - after) / epsilon))),
-        )
+        iteration, (f, g), _ = state
+        f, g = jax.lax.fori_loop(0, EVERY, one, (f, g))
+        after = to_f(g) if symmetric else to_g(f if over == 1 else to_f(g))
+        error = wrong * jnp.mean(jnp.abs(jnp.expm1((g - after) / epsilon)))
+        return iteration + EVERY, (f, g), error
 
     def unfinished(state):
         iteration, _, error = state
         return (iteration < transport.max_iterations) & (error > transport.threshold)
 
-    after = to_g(jnp.zeros_like(like_f))
-    start = 0, (jnp.zeros_like(after), after), jnp.asarray(jnp.inf, after.dtype)
-    _, (g, _), error = jax.lax.while_loop(unfinished, body, start)
+    f = jnp.zeros_like(like_f)
+    start = 0, (f, jnp.zeros_like(to_g(f))), jnp.asarray(jnp.inf, like_f.dtype)
+    _, (_, g), error = jax.lax.while_loop(unfinished, body, start)
     return g - jnp.mean(g), (error <= transport.threshold).astype(g.dtype)
 
 
