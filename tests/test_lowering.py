@@ -21,6 +21,7 @@ TRANSPORTS = {
     "exact": esl.ExactTransport(),
     "gaussian": esl.GaussianTransport(),
     "sliced": esl.SlicedTransport(16, KEY),
+    "hierarchical": esl.HierarchicalTransport(KEY, leaf=4),
     "sinkhorn": esl.SinkhornTransport(1.0),
     "sinkhorn in blocks": esl.SinkhornTransport(1.0, chunk=4),
     "projected": esl.ProjectedTransport(esl.GaussianTransport(), jnp.eye(2410)[:, :5]),

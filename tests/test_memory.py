@@ -94,6 +94,7 @@ def test_a_plan_is_right_within_a_half(settings, differentiated):
         (esl.ExactTransport(), 20_000, 1),
         (esl.SlicedTransport(100, KEY), 2048, 10),
         slow(esl.SinkhornTransport(1.0, chunk=256), 10_000, 10),
+        slow(esl.HierarchicalTransport(KEY), 10_000, 10),
     ],
     ids=str,
 )

@@ -28,6 +28,7 @@ TRANSPORTS = {
     "sliced": lambda: esl.SlicedTransport(2 * D, jax.random.key(3)),
     "sinkhorn": lambda: esl.SinkhornTransport(0.5, threshold=1e-5),
     "sinkhorn in blocks": lambda: esl.SinkhornTransport(0.5, threshold=1e-5, chunk=2),
+    "hierarchical": lambda: esl.HierarchicalTransport(jax.random.key(3), leaf=2, passes=3),
     "mapped": lambda: esl.MappedTransport(esl.GaussianTransport(), jnp.tanh),
     "projected": lambda: esl.ProjectedTransport(esl.GaussianTransport(), MATRIX),
 }
@@ -36,13 +37,13 @@ TIGHT = {
     "sinkhorn": lambda: esl.SinkhornTransport(0.5, threshold=1e-12),
     "sinkhorn in blocks": lambda: esl.SinkhornTransport(0.5, threshold=1e-12, chunk=2),
 }
-METRICS = [name for name in TRANSPORTS if name not in TIGHT]
+METRICS = [name for name in TRANSPORTS if name not in (*TIGHT, "hierarchical")]
 every = pytest.mark.parametrize("name", TRANSPORTS)
 
 
 def sizes(name):
     """Unequal where the class takes them, with d between them."""
-    return (5, 5) if name == "exact" else (2, 5)
+    return (5, 5) if name in ("exact", "hierarchical") else (2, 5)
 
 
 # Contracts

@@ -83,7 +83,7 @@ class HierarchicalTransport(AbstractTransport):
         return y[self._places(x, y)]
 
     def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int:
-        return (11 if differentiated else 7) * n * d + 6 * n + 3 * min(n, self.leaf) ** 2
+        return (8 if differentiated else 7) * n * d + 20 * n + min(n, self.leaf) ** 2
 
     def _places(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Int[Array, " n"]:
         if len(x) != len(y):
@@ -105,7 +105,8 @@ def _places(x: Array, y: Array, key: Key, leaf: int, passes: int) -> Int[Array, 
 
     def directions(key: Key, cloud: Array) -> Float[Array, "levels d"]:
         """Random, and longest where the cloud is wide."""
-        drawn = jax.random.normal(key, (d, levels), cloud.dtype)
+        # The same in every precision.
+        drawn = jax.random.normal(key, (d, levels), jnp.float32).astype(cloud.dtype)
         return product(cloud.T, product(cloud, drawn)).T
 
     def apart(columns):
@@ -131,7 +132,8 @@ def _places(x: Array, y: Array, key: Key, leaf: int, passes: int) -> Int[Array, 
     if levels == 0:
         return start[:n]
     weights = jnp.resize(jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], x.dtype), (passes, 2))
-    columns, _ = jax.lax.scan(together, start, (jax.random.split(rest, passes), weights))
+    keys = jax.vmap(lambda i: jax.random.fold_in(rest, i))(jnp.arange(passes))
+    columns, _ = jax.lax.scan(together, start, (keys, weights))
     return columns[:n]
 
 
