@@ -112,6 +112,7 @@ def paired_by_sorting(x: Float[Array, "n 1"], y: Float[Array, "n 1"]) -> Int[Arr
 
 
 def mean_square(x: Float[Array, "n d"], partners: Float[Array, "n d"]) -> Scalar:
+    """The mean over members of |x_i - partner_i|²."""
     return jnp.mean(jnp.sum((x - partners) ** 2, axis=-1))
 
 
