@@ -68,13 +68,14 @@ def shares_of(report: Any) -> KeyShares:
     totals = parts.sum(axis=1)
     known = np.abs(totals) > _ROUNDING * totals[0]
     shares, start = [], 0
-    for key, shape in evidence.keys:
+    sizes = evidence.sizes or [math.prod(shape) for _, shape in evidence.keys]
+    for (key, shape), size in zip(evidence.keys, sizes, strict=True):
         count = math.prod(shape)
         held = parts[:, start : start + count].sum(axis=1)
         of = [
             float(x / all_) if ok else None for x, all_, ok in zip(held, totals, known, strict=True)
         ]
-        shares.append(KeyShare(key, count, *of))
+        shares.append(KeyShare(key, size, *of))
         start += count
     return KeyShares(sorted(shares, key=lambda share: -(share.entropy_production or 0.0)))
 

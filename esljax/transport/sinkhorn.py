@@ -77,6 +77,7 @@ class SinkhornTransport(AbstractTransport):
     """
 
     is_metric: ClassVar[bool] = False
+    of_distances: ClassVar[bool] = True
     epsilon: Scalar = eqx.field(converter=as_float)
     threshold: float = eqx.field(static=True, default=1e-4)
     max_iterations: int = eqx.field(static=True, converter=plain_int, default=5000)
