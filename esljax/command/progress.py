@@ -136,5 +136,25 @@ class FrontBar(Bar):
             self.bar.update(self.task, advance=GRADIENT)
 
 
+class ReadingBar(Bar):
+    """The bar of a recording that is read in blocks; not seen where nothing is."""
+
+    def __init__(self, console: rich.console.Console):
+        super().__init__(console, 0.0)
+        self.bar.update(self.task, visible=False)
+
+    def read(self, done: int, total: int) -> None:
+        """So many bytes have been read."""
+        numbers = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+        self.bar.update(
+            self.task,
+            visible=True,
+            description="reading",
+            total=total,
+            completed=done,
+            numbers=numbers,
+        )
+
+
 def _numbers(sigma: Any, w2_squared: Any, loss: Any) -> str:
     return f"Σ {float(sigma):.4g}  W2² {float(w2_squared):.4g}  final loss {float(loss):.4f}"

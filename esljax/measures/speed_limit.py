@@ -222,6 +222,12 @@ def _check_pair(
                 "GaussianTransport do, for a run of from_checkpoints",
                 f"is {transport.name}",
             )
+        if transport.projection is not None and not trajectory.folded.all_pairs:
+            raise refuse(
+                "trajectory",
+                "be from_checkpoints(..., all_pairs=True) under a projection",
+                "holds the distances between near snapshots alone",
+            )
         if velocity is not None:
             raise refuse(
                 "velocity",

@@ -20,7 +20,8 @@ A rotation keeps the lengths of all increments whatever it does to their directi
 (1966).
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -32,93 +33,159 @@ _COLUMNS = 2048
 _ROUNDING = 1e-13
 
 
-class Products(NamedTuple):
-    """Inner products of the members of a run, in float64; those of two parts of the coordinates
-    are added."""
+class Near(NamedTuple):
+    """Inner products of the members of a run within its windows, in float64."""
 
     start: Float[np.ndarray, "n n"]
     """X Xᵀ, of the members of the start about their mean."""
     links: Float[np.ndarray, "J n 4n"]
     """Of Δ_j with X, D_j, Δ_{j-1} and Δ_j, in that order; Δ_{-1} = 0."""
 
-    def plus(self, other: "Products") -> "Products":
-        """Return the products over the coordinates of both."""
-        return Products(self.start + other.start, self.links + other.links)
+    @classmethod
+    def nothing(cls, snapshots: int, members: int) -> "Near":
+        """Return the products over no coordinates."""
+        links = np.zeros((snapshots - 1, members, 4 * members))
+        return cls(np.zeros((members, members)), links)
 
-    def among(self, kept: Int[np.ndarray, " k"]) -> "Products":
+    @classmethod
+    def of(cls, block: Float[np.ndarray, "snapshots n count"]) -> "Near":
+        """Return the products over the coordinates of a block, of any floating type.
+
+        The bits of the sum depend on the block alone.
+        """
+        snapshots, members, _ = block.shape
+        found = cls.nothing(snapshots, members)
+        part = np.empty((members, 4 * members))
+        for columns in _pieces(block):
+            held = np.zeros((4, members, columns.shape[2]))
+            start, apart = held[0], held[1]
+            np.copyto(start, columns[0])
+            start -= start.mean(axis=0)
+            found.start[...] += start @ start.T
+            for j in range(snapshots - 1):
+                # The two last increments take turns in two places.
+                step = held[2 + (j + 1) % 2]
+                np.subtract(columns[j + 1], columns[j], out=step, dtype=np.float64)
+                np.matmul(step, held.reshape(4 * members, -1).T, out=part)
+                found.links[j] += part
+                apart += step
+        # At every second link they stand in each other's place.
+        last, own = (slice(k * members, (k + 1) * members) for k in (2, 3))
+        turned = found.links[1::2]
+        turned[:, :, last], turned[:, :, own] = turned[:, :, own].copy(), turned[:, :, last].copy()
+        return found
+
+    @property
+    def coordinates(self) -> int:
+        """How many coordinates the members are placed in."""
+        return self.links.shape[2]
+
+    def plus(self, other: "Near") -> "Near":
+        """Return the products over the coordinates of both."""
+        return Near(self.start + other.start, self.links + other.links)
+
+    def among(self, kept: Int[np.ndarray, " k"]) -> "Near":
         """Return the products of some of the members, about the same place."""
         members = len(self.start)
         columns = (np.arange(4)[:, None] * members + kept).ravel()
-        return Products(self.start[np.ix_(kept, kept)], self.links[:, kept][:, :, columns])
+        return Near(self.start[np.ix_(kept, kept)], self.links[:, kept][:, :, columns])
+
+    def squares(self) -> Float[np.ndarray, "snapshots n"]:
+        """Return the squares of X and of the increments."""
+        own = self.links[:, :, 3 * len(self.start) :]
+        own = np.diagonal(own, axis1=1, axis2=2)
+        return np.concatenate([np.diagonal(self.start)[None], own])
+
+    def placed(self) -> Float[np.ndarray, "snapshots n 4n"]:
+        """Return members with these inner products, about the mean of the start."""
+        start, links = self
+        count, members, _ = links.shape
+        x, d, last, own = (slice(k * members, (k + 1) * members) for k in range(4))
+        known = slice(0, 3 * members)
+        gram = np.zeros((4 * members, 4 * members))
+        gram[x, x] = start
+        places = np.zeros((count + 1, members, 4 * members))
+        places[0] = _factored(gram)[0][x]
+        step = np.zeros_like(places[0])
+        for j, link in enumerate(links):
+            gram[own], gram[:, own] = link, link.T
+            gram[own, own] = (link[:, own] + link[:, own].T) / 2
+            local, sizes = _factored(gram)
+            here = np.concatenate([places[0], places[j] - places[0], step]) / sizes[known]
+            left, _, right = np.linalg.svd((local[known] / sizes[known]).T @ here)
+            step = local[own] @ (left @ right)
+            places[j + 1] = places[j] + step
+            # D and Δ of the next link: D_{j+1} = D_j + Δ_j, and Δ_j is the last one there.
+            gram[d, d] += gram[d, own] + gram[own, d] + gram[own, own]
+            gram[x, d] += gram[x, own]
+            gram[d, x] = gram[x, d].T
+            gram[d, last] = gram[d, own] + gram[own, own]
+            gram[last, d] = gram[d, last].T
+            gram[x, last], gram[last, x] = gram[x, own], gram[own, x]
+            gram[last, last] = gram[own, own]
+        return places
 
 
-def no_products(snapshots: int, members: int) -> Products:
-    """Return the products over no coordinates."""
-    links = np.zeros((snapshots - 1, members, 4 * members))
-    return Products(np.zeros((members, members)), links)
+class All(NamedTuple):
+    """Inner products of X and of all increments of a run with each other, in float64: of all
+    members at all snapshots, (J+1) n of them."""
+
+    gram: Float[np.ndarray, "snapshots n snapshots n"]
+    """Of X and Δ_0, ..., Δ_{J-1}."""
+
+    @classmethod
+    def nothing(cls, snapshots: int, members: int) -> "All":
+        """Return the products over no coordinates."""
+        return cls(np.zeros((snapshots, members, snapshots, members)))
+
+    @classmethod
+    def of(cls, block: Float[np.ndarray, "snapshots n count"]) -> "All":
+        """Return the products over the coordinates of a block, of any floating type.
+
+        The bits of the sum depend on the block alone.
+        """
+        snapshots, members, _ = block.shape
+        gram = np.zeros((snapshots * members, snapshots * members))
+        for columns in _pieces(block):
+            held = np.empty(columns.shape)
+            np.copyto(held[0], columns[0])
+            held[0] -= held[0].mean(axis=0)
+            np.subtract(columns[1:], columns[:-1], out=held[1:], dtype=np.float64)
+            rows = held.reshape(len(gram), -1)
+            gram += rows @ rows.T
+        return cls(gram.reshape(snapshots, members, snapshots, members))
+
+    @property
+    def coordinates(self) -> int:
+        """How many coordinates the members are placed in."""
+        return self.gram.shape[0] * self.gram.shape[1]
+
+    def plus(self, other: "All") -> "All":
+        """Return the products over the coordinates of both."""
+        return All(self.gram + other.gram)
+
+    def among(self, kept: Int[np.ndarray, " k"]) -> "All":
+        """Return the products of some of the members, about the same place."""
+        return All(self.gram[:, kept][:, :, :, kept])
+
+    def squares(self) -> Float[np.ndarray, "snapshots n"]:
+        """Return the squares of X and of the increments."""
+        snapshots, members = self.gram.shape[:2]
+        return np.diagonal(self.gram.reshape(2 * (self.coordinates,))).reshape(snapshots, members)
+
+    def placed(self) -> Float[np.ndarray, "snapshots n all"]:
+        """Return members with these inner products, about the mean of the start."""
+        snapshots, members = self.gram.shape[:2]
+        rows, _ = _factored(self.gram.reshape(2 * (self.coordinates,)))
+        return np.cumsum(rows.reshape(snapshots, members, -1), axis=0)
 
 
-def products_of(block: Float[np.ndarray, "snapshots n count"]) -> Products:
-    """Return the products over the coordinates of a block, of any floating type.
-
-    The bits of the sum depend on the block alone.
-    """
-    snapshots, members, count = block.shape
-    found = no_products(snapshots, members)
-    width = min(_COLUMNS, count)
-    held = np.empty((4, members, width))
-    part = np.empty((members, 4 * members))
-    for first in range(0, count, width):
-        columns = block[:, :, first : first + width]
-        if columns.shape[2] < width:
-            held = np.empty((4, members, columns.shape[2]))
-        start, apart = held[0], held[1]
-        np.copyto(start, columns[0])
-        start -= start.mean(axis=0)
-        found.start[...] += start @ start.T
-        held[1:] = 0.0
-        for j in range(snapshots - 1):
-            # The two last increments take turns in two places.
-            step = held[2 + (j + 1) % 2]
-            np.subtract(columns[j + 1], columns[j], out=step, dtype=np.float64)
-            np.matmul(step, held.reshape(4 * members, -1).T, out=part)
-            found.links[j] += part
-            apart += step
-    turned = found.links[1::2]
-    last, own = (slice(k * members, (k + 1) * members) for k in (2, 3))
-    # At every second link they stand in each other's place.
-    turned[:, :, last], turned[:, :, own] = turned[:, :, own].copy(), turned[:, :, last].copy()
-    return found
+Products: TypeAlias = Near | All
 
 
-def folded(products: Products) -> Float[np.ndarray, "snapshots n 4n"]:
-    """Return members of 4n coordinates with these inner products, about the mean of the start."""
-    start, links = products
-    count, members, _ = links.shape
-    x, d, last, own = (slice(k * members, (k + 1) * members) for k in range(4))
-    placed = slice(0, 3 * members)
-    gram = np.zeros((4 * members, 4 * members))
-    gram[x, x] = start
-    places = np.zeros((count + 1, members, 4 * members))
-    places[0] = _factored(gram)[0][x]
-    step = np.zeros_like(places[0])
-    for j, link in enumerate(links):
-        gram[own], gram[:, own] = link, link.T
-        gram[own, own] = (link[:, own] + link[:, own].T) / 2
-        local, sizes = _factored(gram)
-        here = np.concatenate([places[0], places[j] - places[0], step]) / sizes[placed]
-        left, _, right = np.linalg.svd((local[placed] / sizes[placed]).T @ here)
-        step = local[own] @ (left @ right)
-        places[j + 1] = places[j] + step
-        # D and Δ of the next link: D_{j+1} = D_j + Δ_j, and Δ_j is the last one there.
-        gram[d, d] += gram[d, own] + gram[own, d] + gram[own, own]
-        gram[x, d] += gram[x, own]
-        gram[d, x] = gram[x, d].T
-        gram[d, last] = gram[d, own] + gram[own, own]
-        gram[last, d] = gram[d, last].T
-        gram[x, last], gram[last, x] = gram[x, own], gram[own, x]
-        gram[last, last] = gram[own, own]
-    return places
+def _pieces(block: np.ndarray) -> Iterator[np.ndarray]:
+    for first in range(0, block.shape[2], _COLUMNS):
+        yield block[:, :, first : first + _COLUMNS]
 
 
 def _factored(gram: Float[np.ndarray, "m m"]) -> tuple[np.ndarray, np.ndarray]:

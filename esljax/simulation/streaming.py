@@ -6,8 +6,10 @@ reads the next block while others multiply the last one.
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +21,7 @@ import numpy as np
 
 from esljax._checks import check_positive, door, refuse
 from esljax.files import Stored, open_stored, writing
-from esljax.simulation.folding import Products, folded, no_products, products_of
+from esljax.simulation.folding import All, Near, Products
 from esljax.simulation.trajectory import Folded, Trajectory, from_snapshots
 
 # Coordinates of which a few are kept as they are stored, for what a diagnosis says of rounding.
@@ -40,6 +42,7 @@ def from_checkpoints(
     skip: Iterable[str] | str = (),
     name: str | None = None,
     by_key: bool = True,
+    all_pairs: bool = False,
     memory: float = 2.56e8,
     sums: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -57,9 +60,12 @@ def from_checkpoints(
     - `path`, `only`, `skip`, `name`: as of `esl.recordings.read`.
     - `times`: when the snapshots were taken, shape (J+1,); by default as stored.
     - `by_key`: whether each parameter keeps coordinates of its own, for `SpeedLimit.by_key`.
+    - `all_pairs`: whether the distances between any two snapshots are kept, as projections of the
+      run need them (`principal_directions(path.positions, p)`): (J+1) n coordinates, and J/8 times
+      the products.
     - `memory`: bytes of the blocks that are in memory at a time.
-    - `sums`: a file for the sums so far, saved every half minute. A run that was killed goes on from
-      there, to the same bits, if nothing in the recording has changed. Removed at the end.
+    - `sums`: a file for the sums so far, saved every half minute. A run that was killed goes on
+      from there, to the same bits, if nothing in the recording has changed. Removed at the end.
     - `progress`: called with the bytes read so far, and those in all.
 
     **Returns:** `Trajectory` with `folded`; it has no potential, projection or features of its own.
@@ -92,9 +98,9 @@ def from_checkpoints(
             "hold at least two snapshots of at least two members",
             f"has shape {stored.shape}",
         )
-    file = None if sums is None else Path(sums)
     named = by_key and stored.keys is not None
-    state = _summed(stored, named, memory, None if sums is None else Path(sums), progress)
+    plan = _Plan(stored, named, All if all_pairs else Near, memory)
+    state = _summed(plan, None if sums is None else Path(sums), progress)
     keys = {key: (part.shape[2],) for key, part in state.parts.items()}
     few = from_snapshots(
         np.concatenate(list(state.parts.values()), axis=2),
@@ -104,7 +110,7 @@ def from_checkpoints(
     )
     sample = jnp.asarray(np.concatenate(state.sample, axis=2), few.positions.dtype)
     sizes = tuple(stored.sizes.values()) if named else (d,)
-    return dataclasses.replace(few, folded=Folded(sample, sizes))
+    return dataclasses.replace(few, folded=Folded(sample, sizes, all_pairs))
 
 
 # --- Sums over a recording ------------------------------------------------------------------------
@@ -122,25 +128,59 @@ class _Block(NamedTuple):
     """Whether it is the last of its group."""
 
 
-def _blocks(stored: Stored, named: bool, memory: float) -> list[_Block]:
-    """Return the blocks of a recording in the order in which they are read."""
-    snapshots, members, _ = stored.shape
-    # Two at a time, one of which is being read.
-    width = int(memory / 2 / (snapshots * members * stored.dtype.itemsize))
-    width = max(width // _PIECE * _PIECE, min(width, _PIECE), 1)
-    sizes = {key: size for key, size in stored.sizes.items() if size}
-    blocks = []
-    for key, size in sizes.items():
-        # What cannot be read in parts would be read again for each of them.
-        step = width if stored.in_parts(key) else size
-        starts = range(0, size, step)
-        blocks += [
-            _Block(key if named else "", key, start, min(step, size - start), named)
-            for start in starts
-        ]
-    following = [block.group for block in blocks[1:]]
-    ends = [group != block.group for block, group in zip(blocks, following, strict=False)]
-    return [block._replace(ends=end) for block, end in zip(blocks, [*ends, True], strict=True)]
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is summed, and in which blocks."""
+
+    stored: Stored
+    named: bool
+    """Whether each parameter has coordinates of its own."""
+    kind: type[Near] | type[All]
+    memory: float
+
+    @functools.cached_property
+    def blocks(self) -> list[_Block]:
+        """The blocks in the order in which they are read."""
+        stored, named = self.stored, self.named
+        snapshots, members, _ = stored.shape
+        # Two at a time, one of which is being read.
+        width = int(self.memory / 2 / (snapshots * members * stored.dtype.itemsize))
+        width = max(width // _PIECE * _PIECE, min(width, _PIECE), 1)
+        blocks = []
+        for key, size in stored.sizes.items():
+            # What cannot be read in parts would be read again for each of them.
+            step = width if stored.in_parts(key) else size
+            blocks += [
+                _Block(key if named else "", key, start, min(step, size - start), False)
+                for start in range(0, size, step)
+            ]
+        groups = [block.group for block in blocks]
+        ends = [group != after for group, after in zip(groups, [*groups[1:], None], strict=True)]
+        return [block._replace(ends=end) for block, end in zip(blocks, ends, strict=True)]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A digest of the recording and of its blocks, which changes with any of its files."""
+        states = [(path, path.stat()) for path in self.stored.files()]
+        files = [(str(path), state.st_size, state.st_mtime_ns) for path, state in states]
+        told = repr((files, self.stored.shape, self.kind.__name__, self.blocks, _PIECE))
+        return hashlib.sha256(told.encode()).hexdigest()
+
+    @functools.cached_property
+    def before(self) -> dict[str, int]:
+        """How many numbers of a member come before those of each parameter."""
+        sizes = self.stored.sizes
+        return dict(zip(sizes, itertools.accumulate([0, *sizes.values()]), strict=False))
+
+    def nothing(self) -> Products:
+        """Return the products over no coordinates."""
+        return self.kind.nothing(*self.stored.shape[:2])
+
+    def kept(self, block: _Block) -> bool:
+        """Whether the numbers of a group are no more than the coordinates of its fold, and are kept
+        as they are."""
+        size = self.stored.sizes[block.key] if self.named else self.stored.shape[2]
+        return size <= self.nothing().coordinates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,24 +201,24 @@ class _State:
     """Numbers as they are stored, shape (J+1, n, count)."""
 
     @classmethod
-    def fresh(cls, stored: Stored) -> "_State":
-        snapshots, members, _ = stored.shape
-        nothing = no_products(snapshots, members)
-        return cls(0, nothing, np.zeros(members, int), [], {}, [])
+    def fresh(cls, plan: _Plan) -> "_State":
+        """Return the sums over nothing."""
+        return cls(0, plan.nothing(), np.zeros(plan.stored.shape[1], int), [], {}, [])
 
     def saved(self, path: Path, identity: str) -> None:
         """Write the sums, whole or not at all."""
         arrays = {f"part {name}": part for name, part in self.parts.items()}
         arrays |= {f"column {k}": part for k, part in enumerate(self.columns)}
         arrays |= {f"sample {k}": part for k, part in enumerate(self.sample)}
-        arrays |= {"start": self.products.start, "links": self.products.links, "alike": self.alike}
+        arrays |= {f"product {name}": part for name, part in self.products._asdict().items()}
+        arrays |= {"alike": self.alike}
         about = np.array([identity, str(self.done)])
         content = io.BytesIO()
         np.savez(content, about=about, **arrays)
         writing.replace(path, _HEAD + content.getvalue(), argument="sums", ours=_is_sums)
 
     @classmethod
-    def resumed(cls, path: Path, identity: str) -> "_State | None":
+    def resumed(cls, path: Path, plan: _Plan) -> "_State | None":
         """Return the sums in a file; None if it is not there or of another recording."""
         try:
             content = path.read_bytes()
@@ -187,7 +227,7 @@ class _State:
         if not _is_sums(content):
             return None
         with np.load(io.BytesIO(content[len(_HEAD) :]), allow_pickle=False) as held:
-            if str(held["about"][0]) != identity:
+            if str(held["about"][0]) != plan.identity:
                 return None
 
             def named(kind: str) -> dict[str, np.ndarray]:
@@ -196,7 +236,7 @@ class _State:
 
             return cls(
                 int(held["about"][1]),
-                Products(held["start"], held["links"]),
+                plan.kind(*named("product").values()),
                 held["alike"],
                 list(named("column").values()),
                 named("part"),
@@ -208,39 +248,25 @@ def _is_sums(content: bytes) -> bool:
     return content.startswith(_HEAD)
 
 
-def _identity(stored: Stored, blocks: list[_Block]) -> str:
-    """Return a digest of a recording and of its blocks, which changes with any of its files."""
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in stored.files()]
-    told = repr((files, stored.shape, stored.dtype.str, blocks, _PIECE))
-    return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _summed(
-    stored: Stored,
-    named: bool,
-    memory: float,
-    file: Path | None,
-    progress: Callable[[int, int], None] | None,
-) -> _State:
+def _summed(plan: _Plan, file: Path | None, progress: Callable[[int, int], None] | None) -> _State:
     """Return the sums over a whole recording."""
-    blocks = _blocks(stored, named, memory)
-    identity = _identity(stored, blocks)
-    state = None if file is None else _State.resumed(file, identity)
-    state = _State.fresh(stored) if state is None else state
+    stored, blocks = plan.stored, plan.blocks
+    state = None if file is None else _State.resumed(file, plan)
+    state = _State.fresh(plan) if state is None else state
     row = stored.nbytes // stored.shape[2]
     read, saved = sum(block.count for block in blocks[: state.done]) * row, time.monotonic()
     try:
-        for block, numbers, pieces in _read(stored, blocks[state.done :]):
-            state = _added(state, stored, block, numbers, pieces)
+        for block, numbers, pieces in _read(plan, state.done):
+            state = _added(state, plan, block, numbers, pieces)
             read += block.count * row
             if progress is not None:
                 progress(read, stored.nbytes)
             if file is not None and time.monotonic() > saved + _EVERY:
-                state.saved(file, identity)
+                state.saved(file, plan.identity)
                 saved = time.monotonic()
     except BaseException:
         if file is not None and state.done:
-            state.saved(file, identity)
+            state.saved(file, plan.identity)
         raise
     if file is not None:
         file.unlink(missing_ok=True)
@@ -250,9 +276,10 @@ def _summed(
 _Pieces = Callable[[np.ndarray], list[Products]]
 
 
-def _read(stored: Stored, blocks: list[_Block]) -> Iterator[tuple[_Block, np.ndarray, _Pieces]]:
+def _read(plan: _Plan, done: int) -> Iterator[tuple[_Block, np.ndarray, _Pieces]]:
     """Yield each block with its numbers (J+1, n, count), while the next one is read, and a function
     that multiplies the pieces of a block on all cores."""
+    stored, blocks = plan.stored, plan.blocks[done:]
     snapshots, members, _ = stored.shape
     width = max((block.count for block in blocks), default=0)
     room = [np.empty(snapshots * members * width, stored.dtype) for _ in range(min(2, len(blocks)))]
@@ -267,7 +294,7 @@ def _read(stored: Stored, blocks: list[_Block]) -> Iterator[tuple[_Block, np.nda
     def pieces(numbers: np.ndarray) -> list[Products]:
         cuts = range(0, numbers.shape[2], _PIECE)
         parts = [numbers[:, :, cut : cut + _PIECE] for cut in cuts]
-        return list(workers.map(products_of, parts))
+        return list(workers.map(plan.kind.of, parts))
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with (
@@ -283,52 +310,44 @@ def _read(stored: Stored, blocks: list[_Block]) -> Iterator[tuple[_Block, np.nda
 
 
 def _added(
-    state: _State, stored: Stored, block: _Block, numbers: np.ndarray, pieces: _Pieces
+    state: _State, plan: _Plan, block: _Block, numbers: np.ndarray, pieces: _Pieces
 ) -> _State:
     """Return the sums with a block more. The given ones stay whole, whenever a signal comes."""
-    snapshots, members, d = stored.shape
-    sizes = stored.sizes
-    stride = -(-d // _SAMPLE)
-    before = sum(size for key, size in sizes.items() if key < block.key) + block.skipped
-    sample = numbers[:, :, -before % stride :: stride].copy()
+    stride = -(-plan.stored.shape[2] // _SAMPLE)
+    first = -(plan.before[block.key] + block.skipped) % stride
+    sample = [*state.sample, numbers[:, :, first::stride].copy()]
     alike = _alike(numbers, state.alike)
     products, columns, parts = state.products, state.columns, state.parts
-    # As many coordinates as a fold would have; then the numbers themselves are better.
-    small = (sizes[block.key] if block.group == block.key else d) <= 4 * members
-    if small:
+    if plan.kept(block):
         apart = numbers.astype(np.float64)
         _check_finite(np.isfinite(apart).all(axis=2))
         columns = [*columns, apart - apart[0].mean(axis=0)]
     else:
         for part in pieces(numbers):
-            products = products.plus(part)
+            products = products.plus(part)  # pyright: ignore[reportArgumentType]
     if block.ends:
-        if not small:
-            _check_finite(_finite(products))
+        if not plan.kept(block):
+            _check_finite(np.isfinite(products.squares()))
             kept, of = np.unique(alike, return_inverse=True)
-            columns = [folded(products.among(kept))[:, of]]
+            columns = [products.among(kept).placed()[:, of]]
         parts = {**parts, block.group: np.concatenate(columns, axis=2)}
-        products, alike, columns = no_products(snapshots, members), np.zeros_like(alike), []
-    done = state.done + 1
-    return _State(done, products, alike, columns, parts, [*state.sample, sample])
+        products, alike, columns = plan.nothing(), np.zeros_like(alike), []
+    return _State(state.done + 1, products, alike, columns, parts, sample)
 
 
 def _alike(numbers: np.ndarray, alike: np.ndarray) -> np.ndarray:
     """Return for each member the first with the same numbers, among those that were alike."""
+
+    def equal(i: int, k: int) -> bool:
+        # A few numbers tell most members apart.
+        first = (numbers[:, i, :8] == numbers[:, k, :8]).all()
+        return bool(first) and np.array_equal(numbers[:, i], numbers[:, k])
+
     found = alike.copy()
     for i in range(len(alike)):
         same = (k for k in range(i) if alike[k] == alike[i] and found[k] == k)
-        equal = (k for k in same if np.array_equal(numbers[:, i], numbers[:, k]))
-        found[i] = next(equal, i)
+        found[i] = next((k for k in same if equal(i, k)), i)
     return found
-
-
-def _finite(products: Products) -> np.ndarray:
-    """Return whether each member is finite at each snapshot, shape (J+1, n), as far as its
-    increments tell."""
-    members = len(products.start)
-    own = np.diagonal(products.links[:, :, 3 * members :], axis1=1, axis2=2)
-    return np.isfinite(np.concatenate([np.diagonal(products.start)[None], own]))
 
 
 def _check_finite(finite: np.ndarray) -> None:

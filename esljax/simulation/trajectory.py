@@ -39,6 +39,9 @@ class Folded(eqx.Module):
     """Some of their numbers as they were stored, evenly drawn."""
     sizes: tuple[int, ...] = eqx.field(static=True)
     """How many numbers of a member each of `Trajectory.keys` holds; without names, d alone."""
+    all_pairs: bool = eqx.field(static=True)
+    """Whether distances are kept between any two snapshots, and not only those next to each other
+    or next but one, and from each to the first."""
 
     @property
     def coordinates(self) -> int:
