@@ -220,24 +220,38 @@ def _npz(argument: str, path: Path) -> Archive:
                         raise refuse(argument, "be whole arrays", f"`{key}` of {path} goes on")
         return arrays
 
-    return Archive(path, headers, load)
+    return Archive(path, headers, load, places=places)
 
 
-def _npy_header(argument: str, where: str, stored: Any, entry: zipfile.ZipInfo) -> Header:
+# The local header of an entry of a zip file ends with the lengths of its name and of its extras.
+_ZIP_LENGTHS = 26
+
+
+class _Inside(NamedTuple):
+    """Where the numbers of an .npy file begin, and their type."""
+
+    start: int
+    dtype: np.dtype
+
+
+def _npy_header(
+    argument: str, where: str, stored: Any, entry: zipfile.ZipInfo
+) -> tuple[Header, _Inside | None]:
     if not entry.filename.endswith(".npy"):
-        return Header((), None, "no array")
+        return Header((), None, "no array"), None
     try:
-        header, start = _read_header(stored)
+        header, start, inside = _read_header(stored)
     except ValueError as error:
         if "descr" not in str(error):
             raise
-        return Header((), None, "of another type, as far as NumPy can tell")
+        return Header((), None, "of another type, as far as NumPy can tell"), None
     _check_size(argument, where, header, entry.file_size - start)
-    return header
+    return header, inside
 
 
-def _read_header(stored: Any) -> tuple[Header, int]:
-    """Return what the head of an .npy file states, and how long that head is."""
+def _read_header(stored: Any) -> tuple[Header, int, _Inside | None]:
+    """Return what the head of an .npy file states, how long it is, and where its numbers lie; None
+    for that if they lie by columns, or are objects."""
     form = np.lib.format
     version = form.read_magic(stored)
     read = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0

@@ -69,7 +69,9 @@ def distances(
     With `halves` there are also debiased distances W(x, y') - ½ W(x, x') - ½ W(y, y'), where x, y
     are one half of the members and x', y' the other. All three are distances of independent samples
     of one size, so their bias cancels to leading order. Distances between moments need no halves:
-    a jackknife removes their bias and adds hardly any noise. The run is not checked.
+    a jackknife removes their bias and adds hardly any noise. With `subsets` as well, each must hold
+    neighbors of the two halves together, as the groups of a jackknife of unit 2 do. The run is not
+    checked.
     """
     links = trajectory.positions.shape[0] - 1
     pairs, coarse = compared(links)

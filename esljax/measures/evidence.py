@@ -4,6 +4,8 @@ They are taken inside `jit`, on the devices that hold the run, and are small bes
 each member and snapshot, and one for each coordinate. `labels` adds what only the host can see.
 """
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -150,6 +152,10 @@ def evidence_of(
     spacings = safe_divide(changes, jnp.maximum(quanta[1:], quanta[:-1])) ** 2
     rounding = jnp.sum(jnp.mean(quanta[1:] ** 2 + quanta[:-1] ** 2, axis=1) / 12, axis=1)
     common = jnp.all(jnp.max(stored, axis=1) == jnp.min(stored, axis=1), axis=0)
+    if folded is None or trajectory.keys is None:
+        common = common & (squares > 0)
+    else:
+        common = _in_whole_keys(common, squares > 0, trajectory.keys)
     rates, links = trajectory.rates, len(elapsed)
     return Evidence(
         distances=scale * jnp.linalg.norm(scaled, axis=-1),
@@ -160,7 +166,7 @@ def evidence_of(
         shares=safe_divide(squares, jnp.sum(squares))
         if transport.linear and transport.projection is None and folded is None
         else None,
-        common=common & (squares > 0),
+        common=common,
         quantum=jnp.sqrt(jnp.mean(quanta**2)),
         rounding=jnp.sum(rounding / elapsed) / share,
         energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
@@ -178,6 +184,18 @@ def evidence_of(
         keys=trajectory.keys,
         sizes=None if folded is None else folded.sizes,
     )
+
+
+def _in_whole_keys(common: Array, moved: Array, keys: Keys) -> Array:
+    """Return whether a coordinate is of a parameter that all members share, and that moves.
+
+    A fold turns coordinates of a parameter into each other, so that no single one says anything.
+    """
+    counts = [math.prod(shape) for _, shape in keys]
+    of = np.repeat(np.arange(len(keys)), counts)
+    shared = jax.ops.segment_min(common.astype(jnp.int32), of, len(keys))
+    moving = jax.ops.segment_max(moved.astype(jnp.int32), of, len(keys))
+    return ((shared == 1) & (moving == 1))[of]
 
 
 def _still(rates: Float[Array, " K"] | None, links: int) -> Array:

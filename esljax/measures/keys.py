@@ -80,6 +80,16 @@ def shares_of(report: Any) -> KeyShares:
     return KeyShares(sorted(shares, key=lambda share: -(share.entropy_production or 0.0)))
 
 
+def count_of(places: Sequence[int] | np.ndarray, evidence: Any) -> int:
+    """Return how many numbers of a member these coordinates are; of folded members those of whole
+    parameters."""
+    if evidence.sizes is None or evidence.keys is None:
+        return len(places)
+    ends = np.cumsum([math.prod(shape) for _, shape in evidence.keys])
+    held = set(np.searchsorted(ends, np.asarray(places), side="right").tolist())
+    return sum(evidence.sizes[k] for k in held)
+
+
 def named(places: Sequence[int] | np.ndarray, keys: Keys, most: int = 5) -> str:
     """Return coordinates by the names of their parameters: "all of `opt/mu`, `bias[3]`"."""
     chosen, words, start = set(map(int, places)), [], 0
