@@ -435,6 +435,25 @@ def test_the_command_reads_in_blocks(recorded, tmp_path, capsys, project):
 
 
 @pytest.mark.usefixtures("precision_restored")
+def test_a_command_that_was_ended_goes_on(recorded, tmp_path, monkeypatch):
+    out, reads = tmp_path / "out", []
+    call = ["measure", str(recorded), "--out", str(out), "--stream", "yes", "--quiet"]
+
+    def end(bar, done, total):
+        reads.append(done)
+        if len(reads) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("esljax.command.progress.ReadingBar.read", end)
+    assert cli.main(call) == 130
+    assert [path.name for path in out.iterdir()] == ["sums.part"]
+    assert cli.main(call) == 0
+    # Each parameter is a block.
+    assert reads == (4 * 5 * 8 * np.cumsum(list(SIZES.values()))).tolist()
+    assert not (out / "sums.part").exists()
+
+
+@pytest.mark.usefixtures("precision_restored")
 def test_the_command_reads_in_blocks_what_is_large(recorded, tmp_path, monkeypatch):
     """By itself beyond a quarter of the memory, unless the members themselves are needed."""
     monkeypatch.setattr("esljax.command.measure.memory_of_the_machine", lambda: 4e5)

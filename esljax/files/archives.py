@@ -122,7 +122,7 @@ def read_part(argument: str, key: str, place: Place, skipped: int, out: np.ndarr
     stored = out if direct else np.empty(out.shape, place.dtype)
     with decoding(argument, place.path), open(place.path, "rb", buffering=0) as file:
         file.seek(place.start + skipped * place.dtype.itemsize)
-        rest = memoryview(stored.view(np.uint8))
+        rest: Any = memoryview(stored.view(np.uint8).data)
         while rest:
             count = file.readinto(rest)
             if not count:

@@ -207,7 +207,7 @@ class _State:
 
     def saved(self, path: Path, identity: str) -> None:
         """Write the sums, whole or not at all."""
-        arrays = {f"part {name}": part for name, part in self.parts.items()}
+        arrays: dict[str, Any] = {f"part {name}": part for name, part in self.parts.items()}
         arrays |= {f"column {k}": part for k, part in enumerate(self.columns)}
         arrays |= {f"sample {k}": part for k, part in enumerate(self.sample)}
         arrays |= {f"product {name}": part for name, part in self.products._asdict().items()}
@@ -327,7 +327,7 @@ def _added(
             products = products.plus(part)  # pyright: ignore[reportArgumentType]
     if block.ends:
         if not plan.kept(block):
-            _check_finite(np.isfinite(products.squares()))
+            _check_finite(np.asarray(np.isfinite(products.squares())))
             kept, of = np.unique(alike, return_inverse=True)
             columns = [products.among(kept).placed()[:, of]]
         parts = {**parts, block.group: np.concatenate(columns, axis=2)}
