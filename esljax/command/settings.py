@@ -228,7 +228,7 @@ class FrontConfig(OutsideFrontConfig, ProblemConfig):
 
 
 # Whether `measure` reads a recording in blocks.
-STREAMS = dict.fromkeys(("auto", "yes", "no"))
+STREAMS: dict[str, None] = dict.fromkeys(("auto", "yes", "no"))
 
 
 @dataclasses.dataclass(frozen=True)
