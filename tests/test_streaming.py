@@ -376,12 +376,13 @@ def test_what_needs_the_members_is_refused(recorded, refused):
         return lambda: esl.speed_limit(path, transport=transport, **more)
 
     directions = esl.random_directions(path.positions.shape[2], 3, jax.random.key(0))
-    refused(measure(esl.SlicedTransport(directions)), "look at distances between members alone")
+    sliced = esl.SlicedTransport(directions=4, key=jax.random.key(0))
+    refused(measure(sliced), "look at distances between members alone")
     refused(measure(esl.MappedTransport(exact, lambda x: x)), "look at distances")
     refused(measure(esl.ProjectedTransport(exact, directions)), "all_pairs=True")
     refused(measure(exact, velocity=esl.TransportVelocity(exact)), "`velocity` must be None")
     refused(
-        lambda: esl.free_energy(path, potential=esl.Quadratic(1.0), transport=exact),
+        lambda: esl.free_energy(path, esl.Quadratic(1.0), entropy=esl.density.GaussianEntropy()),
         "hold the members themselves",
     )
 

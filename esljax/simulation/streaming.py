@@ -327,7 +327,7 @@ def _added(
             products = products.plus(part)  # pyright: ignore[reportArgumentType]
     if block.ends:
         if not plan.kept(block):
-            _check_finite(np.asarray(np.isfinite(products.squares())))
+            _check_finite(_finite(products))
             kept, of = np.unique(alike, return_inverse=True)
             columns = [products.among(kept).placed()[:, of]]
         parts = {**parts, block.group: np.concatenate(columns, axis=2)}
@@ -348,6 +348,15 @@ def _alike(numbers: np.ndarray, alike: np.ndarray) -> np.ndarray:
         same = (k for k in range(i) if alike[k] == alike[i] and found[k] == k)
         found[i] = next((k for k in same if equal(i, k)), i)
     return found
+
+
+def _finite(products: Products) -> np.ndarray:
+    """Return whether each member is finite at each snapshot, shape (J+1, n)."""
+    finite = np.asarray(np.isfinite(products.squares()))
+    if not finite[0].all():
+        # One that is not spoils the mean of the start, and so X of all; its increment tells which.
+        finite[0] = finite[1]
+    return finite
 
 
 def _check_finite(finite: np.ndarray) -> None:
