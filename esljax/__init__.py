@@ -88,6 +88,7 @@ from esljax.simulation import (
     Langevin,
     ProbabilityFlow,
     Trajectory,
+    from_checkpoints,
     from_snapshots,
     simulate,
 )
@@ -191,6 +192,7 @@ __all__ = [
     "datasets",
     "density",
     "free_energy",
+    "from_checkpoints",
     "from_snapshots",
     "front",
     "gaussian",

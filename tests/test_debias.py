@@ -12,6 +12,7 @@ from scipy import stats
 
 import esljax as esl
 from esljax.measures.chain import chain, distances
+from esljax.measures.errors import jackknife_groups
 
 KEY = jax.random.key(0)
 DEBIASED = (
@@ -181,6 +182,23 @@ def test_the_slope_of_a_length_with_negative_squares_is_finite():
         return report.debiased_length_squared
 
     assert np.all(np.isfinite(np.asarray(jax.jit(jax.grad(length))(x))))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("members", [12, 31])
+@pytest.mark.parametrize("transport", [esl.ExactTransport(), esl.SinkhornTransport(epsilon=0.5)])
+def test_what_is_left_by_a_group_is_measured_as_a_run_of_its_own(members, transport):
+    """Its halves are those of its members, and no help from all of them changes a distance."""
+    positions = wandering(members, d=3)
+    groups = jackknife_groups(members, 5, unit=2, least=4)
+    together = distances(
+        esl.from_snapshots(positions), transport, halves=True, subsets=jnp.asarray(groups.kept)
+    )
+    for k, kept in enumerate(groups.kept):
+        alone = distances(esl.from_snapshots(positions[:, kept]), transport, halves=True)
+        for name in ("links", "whole", "coarse", "debiased_links", "debiased_whole"):
+            expected = getattr(alone, name)
+            np.testing.assert_allclose(getattr(together, name)[k], expected, rtol=1e-6, atol=1e-9)
 
 
 # Odd numbers of members

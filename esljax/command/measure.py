@@ -5,7 +5,8 @@ A `Measurement` reads and computes; `measure_command` prints and writes its numb
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -15,15 +16,16 @@ import numpy as np
 import rich.console
 import rich.markup
 
-from esljax._checks import refuse
+from esljax._checks import memory_of_the_machine, refuse
 from esljax._types import Array
+from esljax.command.progress import ReadingBar
 from esljax.command.results import Results
 from esljax.command.settings import DONE, FAILED, NOT_WRITTEN, MeasureConfig
 from esljax.experiment import PROJECTIONS, enable
-from esljax.files import described, read, read_matrix
+from esljax.files import described, open_stored, read, read_matrix
 from esljax.measures import SpeedLimit, compared, jackknife_groups, speed_limit
 from esljax.sharding import map_pairs
-from esljax.simulation import Trajectory, from_snapshots
+from esljax.simulation import Trajectory, from_checkpoints, from_snapshots
 from esljax.transport import AbstractTransport, ProjectedTransport, check_room, solution_of
 from esljax.velocity import AbstractVelocity
 
@@ -41,8 +43,9 @@ def measure_command(config: MeasureConfig) -> int:
     console = rich.console.Console(quiet=config.quiet)
     results = Results(config.out, config.as_dict(), (_FIGURE,), force=config.force)
     with results.claimed():
+        with ReadingBar(console) as bar:
+            measurement = Measurement.of(config, bar.read)
         with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
-            measurement = Measurement.of(config)
             if not config.quiet:
                 _announce(measurement, console)
             report = measurement.report()
@@ -96,6 +99,8 @@ def _summary(content: dict[str, Any]) -> str:
     counted = "{snapshots} snapshots of {members} members".format_map(content)
     kind = "features" if content["measured"] == "features" else "parameters"
     parts = [f"{counted}, {content['coordinates']} {kind} each"]
+    if content["folded"] is not None:
+        parts.append(f"read in blocks and folded into {content['folded']} coordinates")
     projection = content["projection"]
     if projection["name"] != "none":
         share = projection.get("variance_share")
@@ -161,22 +166,18 @@ class Measurement:
     debias: bool
 
     @classmethod
-    def of(cls, config: MeasureConfig) -> "Measurement":
+    def of(
+        cls, config: MeasureConfig, progress: Callable[[int, int], None] | None = None
+    ) -> "Measurement":
         """Read the recording and the projection of `config`.
 
+        **Args:** `progress`: called with the bytes read so far and those in all, where they are
+        read in blocks.
         **Raises:** `InputError` for a recording or projection that cannot be read, has wrong shapes
         or is not finite.
         """
         config.check()
-        recording = read(
-            config.recording or "", only=config.only, skip=config.skip, name=config.name
-        )
-        positions, times = recording.positions, recording.times
-        if jnp.issubdtype(positions.dtype, np.floating):
-            # Never down: what all positions have in common is subtracted in their own type.
-            wide = np.promote_types(positions.dtype, jnp.result_type(float))
-            positions = positions.astype(wide, copy=False)
-        path = from_snapshots(positions, times, observed=recording.observed, keys=recording.keys)
+        path, times, left_out = _streamed(config, progress) if _streams(config) else _loaded(config)
         projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
         inner = config.make_transport(sliced_key)
         matrix = _projection(config, path, projection_key)
@@ -186,7 +187,7 @@ class Measurement:
             config=config,
             path=path,
             times=None if times is None else (float(times[0]), float(times[-1])),
-            left_out=recording.left_out,
+            left_out=left_out,
             transport=inner if matrix is None else ProjectedTransport(inner, matrix),
             matrix=matrix,
             velocity=config.make_velocity(inner),
@@ -237,11 +238,13 @@ class Measurement:
     def settings(self) -> dict[str, Any]:
         """Return what was measured, and how, for report.json."""
         snapshots, members, d = self.path.positions.shape
+        folded = self.path.folded
         first_and_last = None if self.times is None else dict(zip(_ENDS, self.times, strict=True))
         return {
             "snapshots": snapshots,
             "members": members,
-            "coordinates": d,
+            "coordinates": d if folded is None else folded.coordinates,
+            "folded": None if folded is None else d,
             "measured": "features" if self.path.observed else "positions",
             "times": first_and_last,
             "left_out": dict(self.left_out),
@@ -285,6 +288,62 @@ def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int
     started = time.perf_counter()
     jax.block_until_ready(solve(transport, snapshots))
     return (time.perf_counter() - started) / len(pairs)
+
+
+# Reading
+
+# Beyond this share of the memory a recording is read in blocks: measuring holds it several times.
+_SHARE = 0.25
+# Coordinates of a fold by parameters, in bytes, and the operations that place them.
+_FOLD_BYTES, _FOLD_OPERATIONS = 2.5e8, 1e12
+# Where sums are kept while a recording is read in blocks.
+_SUMS = "sums.part"
+
+
+def _loaded(config: MeasureConfig) -> tuple[Trajectory, Any, Mapping[str, str]]:
+    """Read a recording into memory."""
+    recording = read(config.recording or "", only=config.only, skip=config.skip, name=config.name)
+    positions, times = recording.positions, recording.times
+    if jnp.issubdtype(positions.dtype, np.floating):
+        # Never down: what all positions have in common is subtracted in their own type.
+        wide = np.promote_types(positions.dtype, jnp.result_type(float))
+        positions = positions.astype(wide, copy=False)
+    path = from_snapshots(positions, times, observed=recording.observed, keys=recording.keys)
+    return path, times, recording.left_out
+
+
+def _streamed(
+    config: MeasureConfig, progress: Callable[[int, int], None] | None
+) -> tuple[Trajectory, Any, Mapping[str, str]]:
+    """Read a recording in blocks. It is folded by its parameters if that is little work."""
+    chosen = {"only": config.only, "skip": config.skip, "name": config.name}
+    stored = open_stored(config.recording or "", **chosen)
+    snapshots, members, _ = stored.shape
+    all_pairs = config.project == "pca"
+    coordinates = members * (snapshots if all_pairs else 4)
+    of_keys = sum(min(size, coordinates) for size in stored.sizes.values())
+    many = sum(size > coordinates for size in stored.sizes.values())
+    operations = many * (1 if all_pairs else snapshots) * 50.0 * coordinates**3
+    held = 8.0 * of_keys * snapshots * members
+    path = from_checkpoints(
+        config.recording or "",
+        **chosen,
+        by_key=held < _FOLD_BYTES and operations < _FOLD_OPERATIONS,
+        all_pairs=all_pairs,
+        sums=config.out / _SUMS,
+        progress=progress,
+    )
+    return path, stored.times, stored.left_out
+
+
+def _streams(config: MeasureConfig) -> bool:
+    """Whether the recording is read in blocks."""
+    if config.stream != "auto":
+        return config.stream == "yes"
+    place = config.recording or Path()
+    found = (path for path in place.rglob("*")) if place.is_dir() else iter([place])
+    sizes = (path.stat().st_size for path in found if path.is_file())
+    return sum(sizes) > _SHARE * memory_of_the_machine() and config.needs_members() is None
 
 
 def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Array | None:

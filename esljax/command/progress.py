@@ -5,7 +5,7 @@ it is measured too.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import rich.console
 import rich.progress
@@ -38,7 +38,7 @@ class Bar:
         )
         self.task = self.bar.add_task("starting", total=total, numbers="")
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> Self:
         self.bar.start()
         return self
 
@@ -134,6 +134,26 @@ class FrontBar(Bar):
         super().trial(loss)
         if self._searching:
             self.bar.update(self.task, advance=GRADIENT)
+
+
+class ReadingBar(Bar):
+    """The bar of a recording that is read in blocks; not seen where nothing is."""
+
+    def __init__(self, console: rich.console.Console):
+        super().__init__(console, 0.0)
+        self.bar.update(self.task, visible=False)
+
+    def read(self, done: int, total: int) -> None:
+        """So many bytes have been read."""
+        numbers = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+        self.bar.update(
+            self.task,
+            visible=True,
+            description="reading",
+            total=total,
+            completed=done,
+            numbers=numbers,
+        )
 
 
 def _numbers(sigma: Any, w2_squared: Any, loss: Any) -> str:

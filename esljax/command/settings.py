@@ -227,6 +227,10 @@ class FrontConfig(OutsideFrontConfig, ProblemConfig):
     """Temperature of the injected noise, in units of the loss."""
 
 
+# Whether `measure` reads a recording in blocks.
+STREAMS: dict[str, None] = dict.fromkeys(("auto", "yes", "no"))
+
+
 @dataclasses.dataclass(frozen=True)
 class MeasureConfig:
     """Hold a training run of your own against the epistemic speed limit.
@@ -238,7 +242,8 @@ class MeasureConfig:
 
     Exit codes: 0 done; 1 the numbers are written but not to be trusted (a transport problem did
     not converge, or Σ is below W2²); 2 bad input; 3 the numbers are printed, but not all files
-    could be written; 130 interrupted or 143 ended by SIGTERM or SIGHUP, with nothing written.
+    could be written; 130 interrupted or 143 ended by SIGTERM or SIGHUP, with no numbers written; a
+    recording that was read in blocks goes on from there when the same command is given again.
 
     Example: esljax measure checkpoints --only 'params/*' --project pca
     """
@@ -275,6 +280,8 @@ class MeasureConfig:
     """Seed of the random projection and of the directions of the sliced transport."""
     dtype: Annotated[str, OneOf(DTYPES)] = "float32"
     """Floating-point type."""
+    stream: Annotated[str, OneOf(STREAMS)] = "auto"
+    """Read in blocks, not into memory: 'yes', 'no', or 'auto', beyond a quarter of the memory."""
     force: Annotated[bool, Manner()] = False
     """Replace what esljax wrote into `out` for another configuration."""
     config: Annotated[Path, Manner()] | None = None
@@ -292,8 +299,22 @@ class MeasureConfig:
         Selection(self.only, self.skip)
         patterns(self.name)
         self.make_velocity(self.make_transport(jax.random.key(0)))
+        needs = self.needs_members()
+        if self.stream == "yes" and needs is not None:
+            name, must = needs
+            raise refuse(name, f"be {must} with --stream yes", f"is {getattr(self, name)!r}")
         _check_out(self.out)
         return self
+
+    def needs_members(self) -> tuple[str, str] | None:
+        """The setting that needs the members themselves, and what would not; None if the distances
+        between them are enough."""
+        transport = self.make_transport(jax.random.key(0))
+        if not transport.of_distances:
+            return "transport", "'exact', 'sinkhorn' or 'gaussian'"
+        if self.project not in ("none", "pca"):
+            return "project", "'none' or 'pca'"
+        return None if self.velocity == "none" else ("velocity", "'none'")
 
     def make_transport(self, key: Array) -> AbstractTransport:
         """The transport of that name; `key` is of its random directions, if it has any."""

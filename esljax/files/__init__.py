@@ -6,7 +6,7 @@ from esljax.files.companions import Selection, described
 from esljax.files.description import describe
 from esljax.files.names import patterns
 from esljax.files.processes import LOST_PROCESS, watch_processes
-from esljax.files.recordings import read, read_matrix
+from esljax.files.recordings import Stored, open_stored, read, read_matrix
 from esljax.files.signals import TERMINATED, Terminated, deaf, ended, uninterrupted
 from esljax.files.storage import digest
 from esljax.files.tables import EXAMPLES, holds_examples, is_table, read_examples
@@ -17,6 +17,7 @@ __all__ = [
     "TERMINATED",
     "Checkpoints",
     "Selection",
+    "Stored",
     "Terminated",
     "alone",
     "deaf",
@@ -27,6 +28,7 @@ __all__ = [
     "holds_examples",
     "is_ours",
     "is_table",
+    "open_stored",
     "patterns",
     "read",
     "read_examples",

@@ -59,6 +59,16 @@ class Header(NamedTuple):
         return self.size * (self.dtype.itemsize if self.dtype is not None else 1)
 
 
+class Place(NamedTuple):
+    """Where an array lies in a file as it does in memory, in the order of its entries."""
+
+    path: Path
+    start: int
+    """The bytes before its first number."""
+    dtype: np.dtype
+    """The type of its numbers as stored, with its byte order."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Archive:
     """The arrays of one file or folder."""
@@ -70,6 +80,8 @@ class Archive:
     """Files beside the arrays that were not opened, and why."""
     parts: tuple[str, ...] = ()
     """Prefixes of the keys of its several files or items; empty if it is one."""
+    places: Mapping[str, Place] = dataclasses.field(default_factory=dict)
+    """Where the arrays lie that can be read in parts; others can be loaded whole alone."""
 
     def check(self, argument: str, keys: Iterable[str]) -> None:
         """Reject what is no plain array.
@@ -99,6 +111,25 @@ class Archive:
         with decoding(argument, self.path):
             arrays = self.loader(keys)
         return {key: _native(array) for key, array in arrays.items()}
+
+
+def read_part(argument: str, key: str, place: Place, skipped: int, out: np.ndarray) -> None:
+    """Fill `out`, shape (count,), with the numbers of an array after the first `skipped` of them.
+
+    **Raises:** `InputError` if the file ends before them.
+    """
+    direct = out.dtype == place.dtype and out.flags.c_contiguous
+    stored = out if direct else np.empty(out.shape, place.dtype)
+    with decoding(argument, place.path), open(place.path, "rb", buffering=0) as file:
+        file.seek(place.start + skipped * place.dtype.itemsize)
+        rest: Any = memoryview(stored.view(np.uint8).data)
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise refuse(argument, "be whole arrays", f"`{key}` of {place.path} is cut short")
+            rest = rest[count:]
+    if not direct:
+        out[...] = _native(stored)
 
 
 def check_room(argument: str, where: str, nbytes: int) -> None:
@@ -161,7 +192,7 @@ def open_file(argument: str, path: Path) -> Archive:
 def _npz(argument: str, path: Path) -> Archive:
     if not zipfile.is_zipfile(path):
         raise refuse(argument, "be a whole .npz archive", f"{path} is cut short or something else")
-    headers, entries = {}, {}
+    headers, entries, places = {}, {}, {}
     # Opened here, because zipfile leaves the file open when the archive's directory is damaged.
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         for entry in archive.infolist():
@@ -170,7 +201,13 @@ def _npz(argument: str, path: Path) -> Archive:
                 raise refuse(argument, "name each array once", f"{path} holds `{name}` twice")
             entries[name] = entry.filename
             with archive.open(entry) as stored:
-                headers[name] = _npy_header(argument, f"`{name}` of {path}", stored, entry)
+                headers[name], inside = _npy_header(argument, f"`{name}` of {path}", stored, entry)
+            if inside is not None and entry.compress_type == zipfile.ZIP_STORED:
+                file.seek(entry.header_offset + _ZIP_LENGTHS)
+                lengths = int.from_bytes(file.read(2), "little")
+                lengths += int.from_bytes(file.read(2), "little")
+                start = entry.header_offset + _ZIP_LENGTHS + 4 + lengths + inside.start
+                places[name] = Place(path, start, inside.dtype)
 
     def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
         arrays = {}
@@ -183,32 +220,48 @@ def _npz(argument: str, path: Path) -> Archive:
                         raise refuse(argument, "be whole arrays", f"`{key}` of {path} goes on")
         return arrays
 
-    return Archive(path, headers, load)
+    return Archive(path, headers, load, places=places)
 
 
-def _npy_header(argument: str, where: str, stored: Any, entry: zipfile.ZipInfo) -> Header:
+# The local header of an entry of a zip file ends with the lengths of its name and of its extras.
+_ZIP_LENGTHS = 26
+
+
+class _Inside(NamedTuple):
+    """Where the numbers of an .npy file begin, and their type."""
+
+    start: int
+    dtype: np.dtype
+
+
+def _npy_header(
+    argument: str, where: str, stored: Any, entry: zipfile.ZipInfo
+) -> tuple[Header, _Inside | None]:
     if not entry.filename.endswith(".npy"):
-        return Header((), None, "no array")
+        return Header((), None, "no array"), None
     try:
-        header, start = _read_header(stored)
+        header, start, inside = _read_header(stored)
     except ValueError as error:
         if "descr" not in str(error):
             raise
-        return Header((), None, "of another type, as far as NumPy can tell")
+        return Header((), None, "of another type, as far as NumPy can tell"), None
     _check_size(argument, where, header, entry.file_size - start)
-    return header
+    return header, inside
 
 
-def _read_header(stored: Any) -> tuple[Header, int]:
-    """Return what the head of an .npy file states, and how long that head is."""
+def _read_header(stored: Any) -> tuple[Header, int, _Inside | None]:
+    """Return what the head of an .npy file states, how long it is, and where its numbers lie; None
+    for that if they lie by columns, or are objects."""
     form = np.lib.format
     version = form.read_magic(stored)
     read = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
-    shape, _, dtype = read(stored)
+    shape, by_columns, dtype = read(stored)
     shape = tuple(int(n) for n in shape)
     if any(n < 0 for n in shape):
         raise ValueError(f"it declares the shape {shape}")
-    return Header(shape, _of_raw_bytes(dtype), str(dtype)), stored.tell()
+    header, start = Header(shape, _of_raw_bytes(dtype), str(dtype)), stored.tell()
+    plain = not (by_columns and len(shape) > 1) and not dtype.hasobject
+    return header, start, _Inside(start, dtype) if plain else None
 
 
 def _check_size(argument: str, where: str, header: Header, stored: int) -> None:
@@ -223,13 +276,14 @@ def _check_size(argument: str, where: str, header: Header, stored: int) -> None:
 
 def _npy(argument: str, path: Path) -> Archive:
     with path.open("rb") as file:
-        header, start = _read_header(file)
+        header, start, inside = _read_header(file)
     _check_size(argument, str(path), header, path.stat().st_size - start)
+    places = {} if inside is None else {"array": Place(path, inside.start, inside.dtype)}
 
     def load(keys: Sequence[str]) -> dict[str, np.ndarray]:
         return {key: np.load(path, allow_pickle=False) for key in keys}
 
-    return Archive(path, {"array": header}, load)
+    return Archive(path, {"array": header}, load, places=places)
 
 
 def _of_raw_bytes(dtype: np.dtype) -> np.dtype | None:
@@ -299,7 +353,8 @@ def _safetensors(argument: str, path: Path) -> Archive:
                 arrays[key] = np.frombuffer(data, types[key]).reshape(header.shape)
         return arrays
 
-    return Archive(path, headers, load)
+    lie = {key: Place(path, places[key], dtype) for key, dtype in types.items()}
+    return Archive(path, headers, load, places=lie)
 
 
 # Zarr
@@ -485,7 +540,12 @@ def joined(path: Path, parts: Mapping[str, Archive], left_out: Mapping[str, str]
                 arrays |= {f"{name}/{key}": array for key, array in loaded.items()}
         return arrays
 
-    return Archive(path, headers, load, left_out, tuple(parts))
+    lie = {
+        key: parts[name].places[inner]
+        for key, (name, inner) in place.items()
+        if inner in parts[name].places
+    }
+    return Archive(path, headers, load, left_out, tuple(parts), lie)
 
 
 def sharded(argument: str, path: Path, shards: Sequence[Archive]) -> Archive:
@@ -505,4 +565,6 @@ def sharded(argument: str, path: Path, shards: Sequence[Archive]) -> Archive:
             arrays |= shard.loader(own) if own else {}
         return arrays
 
-    return Archive(path, {key: shard.headers[key] for key, shard in owner.items()}, load)
+    headers = {key: shard.headers[key] for key, shard in owner.items()}
+    lie = {key: shard.places[key] for key, shard in owner.items() if key in shard.places}
+    return Archive(path, headers, load, places=lie)

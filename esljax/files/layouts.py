@@ -9,6 +9,7 @@
 A checkpoint of several files or items has keys that begin with their names.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -133,7 +134,7 @@ def open_checkpoint(path: Path) -> Archive:
 
 
 def _with(archive: Archive, others: dict[str, str]) -> Archive:
-    return Archive(archive.path, archive.headers, archive.loader, others, archive.parts)
+    return dataclasses.replace(archive, left_out=others)
 
 
 def _items(path: Path, items: dict[str, Path]) -> Archive:

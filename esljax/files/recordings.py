@@ -16,6 +16,7 @@ safetensors and Orbax.
 **Pickles** (`.pt`, `.pth`, `.pkl`, object arrays) are never loaded (see `archives`).
 """
 
+import dataclasses
 import difflib
 import math
 import os
@@ -35,6 +36,7 @@ from esljax.files.archives import (
     decoding,
     open_file,
     open_zarr,
+    read_part,
     refuse_pickle,
 )
 from esljax.files.companions import Choice, Selection, several
@@ -58,6 +60,85 @@ class Recording(NamedTuple):
     """The shape of each parameter, in the order in which they are raveled; None without names."""
     left_out: Mapping[str, str] = MappingProxyType({})
     """Keys that are not among the positions, and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """The members of a run at J+1 snapshots, on disk."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    """J+1, n and d."""
+    times: np.ndarray | None
+    """When the snapshots were taken, shape (J+1,); None if not stored."""
+    dtype: np.dtype
+    """The floating type in which all numbers fit."""
+    keys: Mapping[str, tuple[int, ...]] | None
+    """The shape of each parameter, in the order in which they are raveled; None without names."""
+    observed: bool
+    """Whether the members are features."""
+    left_out: Mapping[str, str]
+    """Keys that are not among the positions, and why."""
+    archives: Mapping[tuple[int, int], Archive]
+    """The checkpoints by snapshot and member; empty for a file of snapshots."""
+    file: tuple[Archive, str] | None = None
+    """The file of snapshots, and the name of the members in it."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers of a member each parameter holds; all are one without names."""
+        if self.keys is None:
+            return {"": self.shape[2]}
+        return {key: math.prod(shape) for key, shape in self.keys.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all members in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def in_parts(self, key: str) -> bool:
+        """Whether a parameter can be read in parts: it is not where it lies compressed, in chunks
+        or by columns."""
+        if self.file is not None:
+            archive, name = self.file
+            return name in archive.places
+        return all(key in archive.places for archive in self.archives.values())
+
+    def files(self) -> list[Path]:
+        """Return the files whose numbers are read, as far as they are known."""
+        archives = [self.file[0]] if self.file is not None else list(self.archives.values())
+        found = {
+            path
+            for archive in archives
+            for path in (archive.path, *(place.path for place in archive.places.values()))
+        }
+        return sorted(found)
+
+    def read(self, key: str, skipped: int, out: np.ndarray) -> None:
+        """Fill `out`, shape (J+1, n, count), with the numbers of a parameter after the first
+        `skipped` of them.
+
+        **Raises:** `InputError` for a file that is damaged.
+        """
+        snapshots, members, d = self.shape
+        if self.file is not None:
+            archive, name = self.file
+            if name not in archive.places:
+                whole = archive.load("recording", [name])[name]
+                out[...] = whole[:, :, skipped : skipped + out.shape[2]]
+                return
+            place = archive.places[name]
+            for j in range(snapshots):
+                for i in range(members):
+                    row = (j * members + i) * d + skipped
+                    read_part("recording", name, place, row, out[j, i])
+            return
+        for (j, i), archive in self.archives.items():
+            if key in archive.places:
+                read_part("recording", key, archive.places[key], skipped, out[j, i])
+            else:
+                whole = archive.load("recording", [key])[key].ravel()
+                out[j, i] = whole[skipped : skipped + out.shape[2]]
 
 
 def read(
@@ -93,23 +174,82 @@ def read(
         >>> recording.positions.shape, recording.times.tolist()
         ((3, 8, 2), [0, 10, 50])
     """
+    path, selection = _path(path), Selection(only, skip)
+    if _is_folder(path):
+        return _checkpoints(path, selection, name)
+    return _snapshots(_snapshot_file(path, name), selection)
+
+
+def open_stored(
+    path: str | Path,
+    *,
+    only: Iterable[str] | str = (),
+    skip: Iterable[str] | str = (),
+    name: str | None = None,
+) -> "Stored":
+    """Return a training run as it lies on disk, of which any part can be read.
+
+    **Args:** as of `read`.
+    **Raises:** `InputError`, as `read` does for what headers tell; damage of the numbers themselves
+    is found where they are read. Checksums are not verified.
+    """
+    path, selection = _path(path), Selection(only, skip)
+    if _is_folder(path):
+        found = _opened(path, selection, name)
+        return Stored(
+            path,
+            found.shape,
+            np.array(found.times),
+            found.dtype,
+            found.keys,
+            False,
+            MappingProxyType(found.left_out),
+            found.archives,
+        )
+    archive = _snapshot_file(path, name)
+    choice, named = _chosen(archive, selection)
+    archive.check("recording", choice.kept)
+    header = archive.headers[named]
+    if header.dtype is None or len(header.shape) != 3 or not _is_real(header.dtype):
+        raise refuse(
+            "recording",
+            f"hold numbers of shape (snapshots, members, numbers) as `{named}`",
+            f"{path} holds {header.kind} of shape {header.shape}",
+        )
+    times = archive.load("recording", ["times"])["times"] if "times" in choice.kept else None
+    floating = jnp.issubdtype(header.dtype, jnp.floating)
+    dtype = np.result_type(np.float32, header.dtype) if floating else np.dtype(np.float64)
+    left_out = MappingProxyType(choice.left_out)
+    observed = named == "features"
+    return Stored(path, header.shape, times, dtype, None, observed, left_out, {}, (archive, named))
+
+
+def _path(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise refuse("recording", "be a path", f"is {in_words(path)}")
-    path, selection = Path(path), Selection(only, skip)
+    path = Path(path)
     refuse_pickle("recording", path)
     with decoding("recording", path):
-        exists, is_folder = path.exists(), path.is_dir()
+        exists = path.exists()
     if not exists:
         raise refuse("recording", "be a file or folder", f"{path} does not exist")
-    if is_folder and not (path.suffix == ".zarr" or (path / "zarr.json").exists()):
-        return _checkpoints(path, selection, name)
+    return path
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether a path is a folder of checkpoints rather than one of a Zarr group."""
+    with decoding("recording", path):
+        return path.is_dir() and not (path.suffix == ".zarr" or (path / "zarr.json").exists())
+
+
+def _snapshot_file(path: Path, name: str | None) -> Archive:
     if name is not None:
         patterns(name)
         raise refuse("name", "choose checkpoints in a folder", f"{path} is a file of snapshots")
-    if is_folder:
-        return _snapshots(open_zarr("recording", path), selection)
+    if path.is_dir():
+        return open_zarr("recording", path)
     if path.suffix.lower() in (".npz", ".npy"):
-        return _snapshots(open_file("recording", path), selection)
+        return open_file("recording", path)
     must = "be .npz, .zarr or a folder of checkpoints"
     if path.suffix.lower() == ".safetensors":
         raise refuse("recording", f"{must} (member_000/step_000100.safetensors)", f"is {path}")
@@ -162,11 +302,23 @@ _SNAPSHOTS = ("positions", "features", "times")
 
 
 def _snapshots(archive: Archive, selection: Selection) -> Recording:
+    choice, named = _chosen(archive, selection)
+    arrays = archive.load("recording", choice.kept)
+    return Recording(
+        arrays[named],
+        arrays.get("times"),
+        observed=named == "features",
+        left_out=MappingProxyType(choice.left_out),
+    )
+
+
+def _chosen(archive: Archive, selection: Selection) -> tuple[Choice, str]:
+    """Return what a file of snapshots holds, and the name of the members among it."""
     path = archive.path
     choice = selection.plain(archive.headers)
     selection.check_used(str(path))
     if path.suffix.lower() == ".npy" and choice.kept:
-        return Recording(archive.load("recording", ["array"])["array"], None, observed=False)
+        return choice, "array"
     named = [name for name in ("positions", "features") if name in choice.kept]
     if len(named) != 1:
         unknown = [key for key in choice.kept if key not in _SNAPSHOTS]
@@ -177,13 +329,7 @@ def _snapshots(archive: Archive, selection: Selection) -> Recording:
             f"{path} holds {'both' if named else 'neither'}{instead}",
         )
     _refuse_unknown("recording", path, choice.kept, _SNAPSHOTS)
-    arrays = archive.load("recording", choice.kept)
-    return Recording(
-        arrays[named[0]],
-        arrays.get("times"),
-        observed=named == ["features"],
-        left_out=MappingProxyType(choice.left_out),
-    )
+    return choice, named[0]
 
 
 def _refuse_unknown(argument: str, path: Path, names: Iterable[str], known: Sequence[str]) -> None:
@@ -207,7 +353,32 @@ def _is_real(dtype: np.dtype) -> bool:
 # A folder of checkpoints
 
 
-def _checkpoints(folder: Path, selection: Selection, name: str | None) -> Recording:
+class _Folder(NamedTuple):
+    """The checkpoints of a folder, opened and held against each other."""
+
+    archives: dict[tuple[int, int], Archive]
+    """By snapshot and member."""
+    times: list[float]
+    members: int
+    model: dict[str, Header]
+    """The parameters, in the order in which they are raveled."""
+    dtype: np.dtype
+    """The type in which all of them fit."""
+    left_out: dict[str, str]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the positions: snapshots, members and numbers."""
+        size = sum(header.size for header in self.model.values())
+        return len(self.times), self.members, size
+
+    @property
+    def keys(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each parameter, by its name."""
+        return MappingProxyType({key: header.shape for key, header in self.model.items()})
+
+
+def _opened(folder: Path, selection: Selection, name: str | None) -> _Folder:
     """All members of a folder at all times; the first checkpoint is the model of the others."""
     table = by_member_and_time(folder, name)
     members, first = sorted(table), next(iter(table))
@@ -238,20 +409,24 @@ def _checkpoints(folder: Path, selection: Selection, name: str | None) -> Record
     }
     dtype = np.result_type(np.float32, *types)
     dtype = dtype if dtype.itemsize <= 8 else np.dtype(np.float64)
-    size = sum(header.size for header in model.values())
-    shape = (len(times), len(members), size)
-    check_room("recording", str(folder), dtype.itemsize * math.prod(shape))
-    positions = np.empty(shape, dtype)
-    for (j, i), archive in opened.items():
-        parameters = archive.load("recording", kept)
-        positions[j, i] = np.concatenate([parameters[key].ravel().astype(dtype) for key in kept])
-    keys = {key: header.shape for key, header in model.items()}
+    return _Folder(opened, times, len(members), model, dtype, left_out)
+
+
+def _checkpoints(folder: Path, selection: Selection, name: str | None) -> Recording:
+    """All members of a folder at all times, in memory."""
+    found = _opened(folder, selection, name)
+    check_room("recording", str(folder), found.dtype.itemsize * math.prod(found.shape))
+    positions = np.empty(found.shape, found.dtype)
+    for (j, i), archive in found.archives.items():
+        parameters = archive.load("recording", found.model)
+        flat = [parameters[key].ravel().astype(found.dtype) for key in found.model]
+        positions[j, i] = np.concatenate(flat)
     return Recording(
         positions,
-        np.array(times),
+        np.array(found.times),
         observed=False,
-        keys=MappingProxyType(keys),
-        left_out=MappingProxyType(left_out),
+        keys=found.keys,
+        left_out=MappingProxyType(found.left_out),
     )
 
 

@@ -69,7 +69,9 @@ def distances(
     With `halves` there are also debiased distances W(x, y') - ½ W(x, x') - ½ W(y, y'), where x, y
     are one half of the members and x', y' the other. All three are distances of independent samples
     of one size, so their bias cancels to leading order. Distances between moments need no halves:
-    a jackknife removes their bias and adds hardly any noise. The run is not checked.
+    a jackknife removes their bias and adds hardly any noise. With `subsets` as well, each must hold
+    neighbors of the two halves together, as the groups of a jackknife of unit 2 do. The run is not
+    checked.
     """
     links = trajectory.positions.shape[0] - 1
     pairs, coarse = compared(links)
@@ -114,8 +116,9 @@ def of_pairs(
         transport, subsets = shared
         if subsets is None:
             return function(transport, x, y)
-        if function is solution_of:
-            return subset_solutions_of(transport, x, y, subsets)
+        of_subsets = _OF_SUBSETS.get(function)
+        if of_subsets is not None:
+            return of_subsets(transport, x, y, subsets)
         return jax.lax.map(lambda kept: function(transport, x[kept], y[kept]), subsets)
 
     # Members leave where two whole snapshots already lie together: elsewhere the history would be
@@ -149,6 +152,35 @@ def _across(transport: AbstractTransport, x: Array, y: Array) -> Array:
 
 def _within(transport: AbstractTransport, x: Array, _: Array) -> Array:
     return solution_of(transport, *_halves(x)).squared
+
+
+def _across_subsets(transport: AbstractTransport, x: Array, y: Array, subsets: Array) -> Array:
+    (one, other), (first, second) = _halves(x), _halves(y)
+    kept = _of_half(subsets)
+    there = subset_solutions_of(transport, one, second, kept)
+    back = subset_solutions_of(transport, other, first, kept)
+    return (there.squared + back.squared) / 2
+
+
+def _within_subsets(transport: AbstractTransport, x: Array, _: Array, subsets: Array) -> Array:
+    return subset_solutions_of(transport, *_halves(x), _of_half(subsets)).squared
+
+
+def _of_half(subsets: Array) -> Array:
+    """The members of each subset by their places in either half.
+
+    Groups hold neighbors in pairs, so that what is left of the halves is the halves of what is
+    left, and both lack the same places.
+    """
+    return subsets[:, : subsets.shape[1] // 2 * 2 : 2] // 2
+
+
+# What solves the problems of subsets together: those of all members help with them.
+_OF_SUBSETS = {
+    solution_of: subset_solutions_of,
+    _across: _across_subsets,
+    _within: _within_subsets,
+}
 
 
 def chain(

@@ -4,6 +4,8 @@ They are taken inside `jit`, on the devices that hold the run, and are small bes
 each member and snapshot, and one for each coordinate. `labels` adds what only the host can see.
 """
 
+import math
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -104,6 +106,9 @@ class Evidence(eqx.Module):
     pairs of members that the transport found. None if `keys` are not known."""
     keys: Keys | None = eqx.field(static=True, default=None)
     """The parameters of a member by name and shape, in the order in which it is raveled."""
+    sizes: tuple[int, ...] | None = eqx.field(static=True, default=None)
+    """How many numbers of a member each of `keys` holds, where a fold has left other coordinates.
+    None where they are those of the shapes."""
     corrected: Corrected | None = None
     """The numbers of the chain without their sampling bias, where the report does not give them
     and a jackknife over moments knows them."""
@@ -127,7 +132,7 @@ def evidence_of(
     **Differentiation:** none; the observations are constants.
     """
     trajectory, given, parts = jax.lax.stop_gradient((trajectory, given, parts))
-    positions, times = trajectory.positions, trajectory.times
+    positions, times, folded = trajectory.positions, trajectory.times, trajectory.folded
     stored = positions if given is None else given.positions
     compared = jax.eval_shape(transport.coordinates, positions)
     # In units of their own size, squares of very large or very small numbers stay numbers.
@@ -137,11 +142,20 @@ def evidence_of(
     elapsed = jnp.diff(times)
     apart = scaled - jnp.mean(scaled, axis=1, keepdims=True)
     squares = jnp.sum(jnp.mean(moves**2, axis=1) / elapsed[:, None], axis=0)
-    quanta = _spacing(stored) / size
-    changes = positions[1:] - positions[:-1]
+    # Of folded members some numbers are known as they were stored.
+    held = stored if folded is None else folded.sample
+    share = 1.0 if folded is None else held.shape[-1] / folded.coordinates
+    quanta = _spacing(held) / size
+    moved = positions if folded is None else held / size
+    changes = moved[1:] - moved[:-1]
     # Of the larger of the two numbers: beside a power of two the other side is twice as dense.
     spacings = safe_divide(changes, jnp.maximum(quanta[1:], quanta[:-1])) ** 2
     rounding = jnp.sum(jnp.mean(quanta[1:] ** 2 + quanta[:-1] ** 2, axis=1) / 12, axis=1)
+    common = jnp.all(jnp.max(stored, axis=1) == jnp.min(stored, axis=1), axis=0)
+    if folded is None or trajectory.keys is None:
+        common = common & (squares > 0)
+    else:
+        common = _in_whole_keys(common, squares > 0, trajectory.keys)
     rates, links = trajectory.rates, len(elapsed)
     return Evidence(
         distances=scale * jnp.linalg.norm(scaled, axis=-1),
@@ -150,16 +164,16 @@ def evidence_of(
             jnp.sum(moves * apart[:-1], axis=(1, 2)), jnp.sum(apart[:-1] ** 2, axis=(1, 2))
         ),
         shares=safe_divide(squares, jnp.sum(squares))
-        if transport.linear and transport.projection is None
+        if transport.linear and transport.projection is None and folded is None
         else None,
-        common=jnp.all(jnp.max(stored, axis=1) == jnp.min(stored, axis=1), axis=0) & (squares > 0),
+        common=common,
         quantum=jnp.sqrt(jnp.mean(quanta**2)),
-        rounding=jnp.sum(rounding / elapsed),
+        rounding=jnp.sum(rounding / elapsed) / share,
         energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
         temperature=None if trajectory.temperatures is None else jnp.max(trajectory.temperatures),
         still=_still(rates, links),
         doubled_epsilon=_at_twice_epsilon(positions, trajectory.mesh, transport),
-        coordinates=compared.shape[-1],
+        coordinates=compared.shape[-1] if folded is None else folded.coordinates,
         steps=None if rates is None else rates.shape[0],
         moments_only=transport.moments_only,
         unresolved=transport.rounding(positions[0], positions[-1]),
@@ -168,7 +182,20 @@ def evidence_of(
         if parts is None
         else (jnp.sum(parts[:-1] / elapsed[:, None], axis=0), parts[-1]),
         keys=trajectory.keys,
+        sizes=None if folded is None else folded.sizes,
     )
+
+
+def _in_whole_keys(common: Array, moved: Array, keys: Keys) -> Array:
+    """Return whether a coordinate is of a parameter that all members share, and that moves.
+
+    A fold turns coordinates of a parameter into each other, so that no single one says anything.
+    """
+    counts = [math.prod(shape) for _, shape in keys]
+    of = np.repeat(np.arange(len(keys)), counts)
+    shared = jax.ops.segment_min(common.astype(jnp.int32), of, len(keys))
+    moving = jax.ops.segment_max(moved.astype(jnp.int32), of, len(keys))
+    return ((shared == 1) & (moving == 1))[of]
 
 
 def _still(rates: Float[Array, " K"] | None, links: int) -> Array:

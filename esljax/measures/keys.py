@@ -68,15 +68,26 @@ def shares_of(report: Any) -> KeyShares:
     totals = parts.sum(axis=1)
     known = np.abs(totals) > _ROUNDING * totals[0]
     shares, start = [], 0
-    for key, shape in evidence.keys:
+    sizes = evidence.sizes or [math.prod(shape) for _, shape in evidence.keys]
+    for (key, shape), size in zip(evidence.keys, sizes, strict=True):
         count = math.prod(shape)
         held = parts[:, start : start + count].sum(axis=1)
         of = [
             float(x / all_) if ok else None for x, all_, ok in zip(held, totals, known, strict=True)
         ]
-        shares.append(KeyShare(key, count, *of))
+        shares.append(KeyShare(key, size, *of))
         start += count
     return KeyShares(sorted(shares, key=lambda share: -(share.entropy_production or 0.0)))
+
+
+def count_of(places: Sequence[int] | np.ndarray, evidence: Any) -> int:
+    """Return how many numbers of a member these coordinates are; of folded members those of whole
+    parameters."""
+    if evidence.sizes is None or evidence.keys is None:
+        return len(places)
+    ends = np.cumsum([math.prod(shape) for _, shape in evidence.keys])
+    held = set(np.searchsorted(ends, np.asarray(places), side="right").tolist())
+    return sum(evidence.sizes[k] for k in held)
 
 
 def named(places: Sequence[int] | np.ndarray, keys: Keys, most: int = 5) -> str:

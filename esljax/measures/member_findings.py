@@ -7,7 +7,7 @@ import numpy as np
 
 from esljax.measures import finding as at
 from esljax.measures.finding import Finding, listed
-from esljax.measures.keys import named
+from esljax.measures.keys import count_of, named
 
 
 def blocking(report: Any) -> tuple[Finding, ...]:
@@ -391,13 +391,13 @@ def of_coordinates(report: Any) -> Iterator[Finding]:
     shares = None if evidence.shares is None else np.asarray(evidence.shares, float)
     if common.any() and not common.all():
         places = np.flatnonzero(common)
-        one = len(places) == 1
+        one, in_all = len(places) == 1, count_of(np.arange(len(common)), evidence)
         which = listed(places)
         if evidence.keys is not None:
-            which = f"{named(places, evidence.keys)}, {len(places)}"
+            which = f"{named(places, evidence.keys)}, {count_of(places, evidence)}"
         yield Finding(
             "common coordinates",
-            f"Coordinate{'' if one else 's'} {which} of {len(common)} {'is' if one else 'are'} the "
+            f"Coordinate{'' if one else 's'} {which} of {in_all} {'is' if one else 'are'} the "
             f"same for all members at every snapshot, and move{'s' * one}{_held(shares, places)}.",
             ("a step counter or a learning rate among the parameters",),
             "leave them out: they belong to no member",

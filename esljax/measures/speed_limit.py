@@ -90,7 +90,7 @@ def speed_limit(
     """
     if not isinstance(trajectory, Trajectory):
         trajectory = stack(trajectory)
-    check_runs(trajectory, jackknife)
+    check_runs(trajectory, jackknife, folded=True)
     _check_pair(trajectory, transport, velocity, potential)
     if debias and transport.moments_only and trajectory.positions.shape[-2] < 3:
         raise refuse("debias", "be False for the moments of two members", "is True")
@@ -214,6 +214,26 @@ def _check_pair(
     n, d = trajectory.positions.shape[-2:]
     check_transport("transport", transport, n, d, trajectory.positions.dtype)
     check_room(transport, n, d, trajectory.positions.dtype)
+    if trajectory.folded is not None:
+        if not transport.of_distances:
+            raise refuse(
+                "transport",
+                "look at distances between members alone, as ExactTransport, SinkhornTransport and "
+                "GaussianTransport do, for a run of from_checkpoints",
+                f"is {transport.name}",
+            )
+        if transport.projection is not None and not trajectory.folded.all_pairs:
+            raise refuse(
+                "trajectory",
+                "be from_checkpoints(..., all_pairs=True) under a projection",
+                "holds the distances between near snapshots alone",
+            )
+        if velocity is not None:
+            raise refuse(
+                "velocity",
+                "be None for a run of from_checkpoints, which holds distances alone",
+                f"is {type(velocity).__name__}",
+            )
     if velocity is None:
         if potential is not None:
             raise refuse(

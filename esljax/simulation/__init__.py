@@ -11,7 +11,9 @@ from esljax.simulation.checks import check_functions, check_links
 from esljax.simulation.diffusion import Diffusion
 from esljax.simulation.loop import simulate
 from esljax.simulation.rules import AbstractRule, Controls, Langevin, ProbabilityFlow
+from esljax.simulation.streaming import from_checkpoints
 from esljax.simulation.trajectory import (
+    Folded,
     Keys,
     Trajectory,
     check_runs,
@@ -26,6 +28,7 @@ __all__ = [
     "Autodiff",
     "Controls",
     "Diffusion",
+    "Folded",
     "ForwardMode",
     "HessianAdjoint",
     "Keys",
@@ -35,6 +38,7 @@ __all__ = [
     "check_functions",
     "check_links",
     "check_runs",
+    "from_checkpoints",
     "from_snapshots",
     "group_length",
     "on_devices",

@@ -32,6 +32,23 @@ Keys: TypeAlias = tuple[tuple[str, tuple[int, ...]], ...]
 """The parameters of a member in the order in which it is raveled, by name and shape."""
 
 
+class Folded(eqx.Module):
+    """What is known of members of which `Trajectory.positions` keeps the distances alone."""
+
+    sample: Float[Array, "*runs snapshots n count"]
+    """Some of their numbers as they were stored, evenly drawn."""
+    sizes: tuple[int, ...] = eqx.field(static=True)
+    """How many numbers of a member each of `Trajectory.keys` holds; without names, d alone."""
+    all_pairs: bool = eqx.field(static=True)
+    """Whether distances are kept between any two snapshots, and not only those next to each other
+    or next but one, and from each to the first."""
+
+    @property
+    def coordinates(self) -> int:
+        """d, the numbers of a member."""
+        return sum(self.sizes)
+
+
 class Trajectory(eqx.Module):
     """An ensemble at J+1 training times, with the controls that drove it if they are known.
 
@@ -74,6 +91,9 @@ class Trajectory(eqx.Module):
     origin: Float[Array, "*runs d"] | None = None
     """The place that `positions` are relative to, in units of θ. None where they are relative to 0,
     as in every simulated run; `from_snapshots` says when recorded ones are not."""
+    folded: Folded | None = None
+    """Of a run that `from_checkpoints` read: `positions` are then not the members themselves, but
+    lie at the same distances from each other. None for all others."""
 
     @property
     def law(self) -> Diffusion | None:
@@ -101,6 +121,9 @@ class Trajectory(eqx.Module):
     def __str__(self) -> str:
         *runs, snapshots, members, numbers = self.positions.shape
         kind = "features" if self.observed else "coordinates"
+        if self.folded is not None:
+            kind += f", folded into {numbers}"
+            numbers = self.folded.coordinates
         several = f"{'x'.join(map(str, runs))} runs, each " if runs else ""
         steps = "recorded" if self.rates is None else f"{self.rates.shape[-1]} steps"
         where = "" if self.mesh is None else f", on {self.mesh.size} devices"
@@ -288,9 +311,18 @@ def laid(trajectory: Trajectory, mesh: AnyMesh | None) -> Trajectory:
     )
 
 
-def check_runs(trajectory: Trajectory, jackknife: int) -> None:
+def check_runs(trajectory: Trajectory, jackknife: int, *, folded: bool = False) -> None:
     """Reject anything but one run, or several, of at least two snapshots of at least two members
-    that stayed finite."""
+    that stayed finite.
+
+    **Args:** `folded`: whether the distances between members are enough.
+    """
+    if trajectory.folded is not None and not folded:
+        raise refuse(
+            "trajectory",
+            "hold the members themselves (from_snapshots)",
+            "holds the distances between them alone (from_checkpoints)",
+        )
     shape = trajectory.positions.shape
     if len(shape) not in (3, 4):
         raise refuse(

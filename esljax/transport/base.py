@@ -46,6 +46,7 @@ class AbstractTransport(eqx.Module):
     - `pairs_members`, if the distance is a mean over pairs of members, for the noise floor and the
       identity fraction of a report;
     - `moments_only`, if it compares means and covariances only, to stand beside `AffineVelocity`;
+    - `of_distances`, if it looks at distances between members alone, for folded members;
     - `projection` or `coordinates`, if it does not compare the positions themselves;
     - `in_units`, if no distance changes where both ensembles are moved together, for reports of
       members of any size and place;
@@ -113,6 +114,12 @@ class AbstractTransport(eqx.Module):
     @property
     def moments_only(self) -> bool:
         """Whether `squared` is the Bures distance of the means and covariances of the two laws."""
+        return False
+
+    @property
+    def of_distances(self) -> bool:
+        """Whether `squared` depends on the distances between members alone, within and between the
+        two ensembles."""
         return False
 
     @property

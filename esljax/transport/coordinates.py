@@ -204,6 +204,11 @@ class ProjectedTransport(AbstractWrappedTransport):
         return self.transport.linear
 
     @property
+    def of_distances(self) -> bool:
+        # A projection of folded members is one of the members themselves.
+        return self.transport.of_distances
+
+    @property
     def projection(self) -> Float[Array, "d p"] | None:
         inner = self.transport.projection
         return self.matrix if inner is None else product(self.matrix, inner)

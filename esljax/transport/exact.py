@@ -40,6 +40,7 @@ class ExactTransport(AbstractTransport):
     # 1.5 s each instead of .7.
     in_turn: ClassVar[bool] = True
     pairs_members: ClassVar[bool] = True
+    of_distances: ClassVar[bool] = True
 
     def in_units(self, size: Scalar) -> "ExactTransport":
         return self

@@ -44,6 +44,7 @@ class GaussianTransport(AbstractTransport):
     # each over the threads that both occupy.
     in_turn: ClassVar[bool] = True
     moments_only: ClassVar[bool] = True
+    of_distances: ClassVar[bool] = True
 
     def in_units(self, size: Scalar) -> "GaussianTransport":
         return self

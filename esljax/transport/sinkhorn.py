@@ -93,6 +93,7 @@ class SinkhornTransport(AbstractTransport):
     is_metric: ClassVar[bool] = False
     # Together, all problems iterate until the hardest is solved.
     in_turn: ClassVar[bool] = True
+    of_distances: ClassVar[bool] = True
     epsilon: Scalar = eqx.field(converter=as_float)
     threshold: float = eqx.field(static=True, default=1e-4)
     max_iterations: int = eqx.field(static=True, converter=plain_int, default=5000)

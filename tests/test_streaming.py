@@ -1,0 +1,480 @@
+"""Runs larger than memory: members folded into few coordinates, against all of them in NumPy."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import esljax as esl
+from esljax.command import cli
+from esljax.simulation.folding import All, Near
+
+SHAPES = {"head/bias": (7,), "head/kernel": (12, 30), "layer/kernel": (40, 25)}
+SIZES = {key: int(np.prod(shape)) for key, shape in SHAPES.items()}
+# Blocks of 100 numbers of each of 8 members at 5 snapshots.
+MEMORY = 2 * 5 * 8 * 4 * 100.0
+
+
+def walk(kind, links=6, members=5, d=300, seed=0):
+    """Members in motion, shape (J+1, n, d)."""
+    rng = np.random.default_rng(seed)
+    start, steps = rng.normal(size=(members, d)), rng.normal(size=(links, members, d))
+    if kind == "far from 0":
+        start += 1e3
+    elif kind == "parallel":
+        steps = np.broadcast_to(steps[:1], steps.shape) + 1e-7 * steps
+    elif kind == "on a plane":
+        steps = rng.normal(size=(links, members, 2)) @ rng.normal(size=(2, d))
+    elif kind == "common":
+        steps = np.broadcast_to(steps[:, :1], steps.shape).copy()
+    steps *= 1e-6 if kind == "slow" else 1e-2
+    if kind == "at rest":
+        steps[2], steps[:, 1] = 0, 0
+    return np.concatenate([start[None], start + np.cumsum(steps, axis=0)])
+
+
+def squares(x, y):
+    return np.sum((x[:, None] - y) ** 2, axis=-1)
+
+
+def near(links):
+    """The pairs of snapshots whose distances are kept."""
+    everyone = itertools.combinations_with_replacement(range(links + 1), 2)
+    return [(i, j) for i, j in everyone if j - i <= 2 or i == 0]
+
+
+KINDS = ("noisy", "slow", "far from 0", "parallel", "on a plane", "common", "at rest")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("products", [Near, All])
+def test_distances_are_kept(products, kind):
+    """Of a step of 1e-6, the square is 1e-12 of that between members: still to nine digits."""
+    members = walk(kind)
+    few = products.of(members).placed()
+    links = len(members) - 1
+    assert few.shape == (7, 5, 4 * 5 if products is Near else 7 * 5)
+    everyone = list(itertools.combinations(range(links + 1), 2))
+    for i, j in near(links) if products is Near else everyone:
+        expected, found = squares(members[i], members[j]), squares(few[i], few[j])
+        # Places of size 1 and 1e3 are themselves rounded.
+        rounding = 1e-15 * np.sqrt(expected) * np.abs(members).max() * np.sqrt(members.shape[2])
+        np.testing.assert_array_less(np.abs(found - expected), 1e-9 * expected + rounding + 1e-25)
+
+
+@pytest.mark.parametrize("products", [Near, All])
+def test_members_at_rest_do_not_move_at_all(products):
+    few = products.of(walk("at rest")).placed()
+    np.testing.assert_array_equal(few[3], few[2])
+    np.testing.assert_array_equal(few[:, 1], np.broadcast_to(few[0, 1], few[:, 1].shape))
+
+
+def test_products_by_hand():
+    """Of increments with the start, the way so far, the last increment and themselves; added up
+    over two parts."""
+    members = walk("noisy", d=5000)
+    x = members[0] - members[0].mean(axis=0)
+    steps = np.diff(members, axis=0)
+    first, rest = (Near.of(members[:, :, part]) for part in (slice(0, 77), slice(77, None)))
+    both = first.plus(rest)
+    np.testing.assert_allclose(both.start, x @ x.T, atol=1e-9)
+    before = np.zeros_like(x)
+    for j, step in enumerate(steps):
+        rows = np.concatenate([x, members[j] - members[0], before, step])
+        np.testing.assert_allclose(both.links[j], step @ rows.T, atol=1e-10)
+        before = step
+    np.testing.assert_allclose(
+        both.squares(), np.concatenate([np.sum(x**2, axis=1)[None], np.sum(steps**2, axis=2)])
+    )
+    kept = np.array([3, 0])
+    np.testing.assert_array_equal(
+        both.among(kept).links[2][:, 4:6], both.links[2][kept][:, 10 + kept]
+    )
+
+
+# Recordings on disk
+
+
+def parameters(members):
+    """Each member as a checkpoint, by snapshot and member."""
+    cuts = np.cumsum(list(SIZES.values()))[:-1]
+    for (j, i), _ in np.ndenumerate(members[..., 0]):
+        parts = np.split(members[j, i], cuts)
+        yield (
+            (j, i),
+            {key: part.reshape(SHAPES[key]) for key, part in zip(SHAPES, parts, strict=True)},
+        )
+
+
+def safetensors_of(path, arrays):
+    path.mkdir(parents=True)
+    safetensors.numpy.save_file(arrays, path / "model.safetensors")
+
+
+def shards_of(path, arrays):
+    path.mkdir(parents=True)
+    first = {"head/bias": arrays["head/bias"], "layer/kernel": arrays["layer/kernel"]}
+    second = {"head/kernel": arrays["head/kernel"]}
+    owners = {}
+    for k, shard in enumerate((first, second), 1):
+        name = f"model-{k:05d}-of-00002.safetensors"
+        safetensors.numpy.save_file(shard, path / name)
+        owners |= dict.fromkeys(shard, name)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": owners}))
+
+
+def npz_of(path, arrays):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path.with_suffix(".npz"), **arrays)
+
+
+def packed_of(path, arrays):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path.with_suffix(".npz"), **arrays)
+
+
+def turned_of(path, arrays):
+    npz_of(path, {key: np.asfortranarray(array) for key, array in arrays.items()})
+
+
+WRITERS = {
+    "safetensors": safetensors_of,
+    "shards": shards_of,
+    "npz": npz_of,
+    "npz, compressed": packed_of,
+    "npz, by columns": turned_of,
+}
+
+
+def written(folder, members, write=safetensors_of):
+    for (j, i), arrays in parameters(members):
+        write(folder / f"seed{i}" / f"step{100 * j}", arrays)
+    return folder
+
+
+def small(kind="noisy", dtype=np.float32, **sizes):
+    return walk(kind, **{"links": 4, "members": 8, "d": sum(SIZES.values()), **sizes}).astype(dtype)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("run"), small())
+
+
+def in_memory(folder):
+    held = esl.recordings.read(folder)
+    return esl.from_snapshots(held.positions.astype(np.float64), held.times, keys=held.keys)
+
+
+def check_equal(ours, theirs, tolerance=1e-9):
+    """Every number and every standard error of two reports; errors in units of the largest one."""
+    sigma = abs(float(theirs.entropy_production))
+    for field in dataclasses.fields(theirs):
+        value = getattr(theirs, field.name)
+        if isinstance(value, jax.Array) and value.dtype != bool:
+            np.testing.assert_allclose(
+                getattr(ours, field.name),
+                value,
+                rtol=tolerance,
+                atol=tolerance * sigma,
+                err_msg=field.name,
+            )
+    for name, error in theirs.standard_error.numbers.items():
+        if error is not None:
+            np.testing.assert_allclose(
+                ours.standard_error.get(name), error, rtol=tolerance, atol=tolerance * sigma
+            )
+
+
+TRANSPORTS = (esl.ExactTransport(), esl.GaussianTransport(), esl.SinkhornTransport(epsilon=20.0))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda t: t.name)
+def test_the_report_is_that_of_the_members(recorded, transport):
+    """Numbers, debiased numbers, errors, findings and shares of parameters."""
+    theirs = esl.speed_limit(in_memory(recorded), transport=transport, debias=True)
+    path = esl.from_checkpoints(recorded, memory=MEMORY)
+    ours = esl.speed_limit(path, transport=transport, debias=True)
+    assert path.positions.shape[2] < path.folded.coordinates == sum(SIZES.values())
+    check_equal(ours, theirs)
+    assert [finding.name for finding in ours.diagnose()] == [
+        finding.name for finding in theirs.diagnose()
+    ]
+    for own, expected in zip(ours.by_key(), theirs.by_key(), strict=True):
+        assert own[:2] == expected[:2]
+        np.testing.assert_allclose(own[2:], expected[2:], rtol=1e-7)
+    np.testing.assert_allclose(ours.evidence.distances, theirs.evidence.distances, rtol=1e-9)
+    np.testing.assert_allclose(ours.evidence.pace, theirs.evidence.pace, rtol=1e-9)
+    # Of a sample of the numbers.
+    np.testing.assert_allclose(ours.evidence.quantum, theirs.evidence.quantum, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_any_layout(tmp_path, write):
+    members = small(members=3, links=2)
+    folder = written(tmp_path / "run", members, write)
+    path = esl.from_checkpoints(folder, memory=2 * 3 * 3 * 4 * 100.0)
+    for i, j in ((0, 1), (1, 2), (0, 2), (1, 1)):
+        expected = squares(members[i].astype(np.float64), members[j].astype(np.float64))
+        np.testing.assert_allclose(
+            squares(np.asarray(path.positions[i]), np.asarray(path.positions[j])),
+            expected,
+            rtol=1e-9,
+            atol=1e-20,
+        )
+    np.testing.assert_array_equal(path.times, [0, 0.5, 1])
+
+
+@pytest.mark.usefixtures("x64")
+def test_bfloat16(tmp_path):
+    members = small(members=3, links=2).astype(ml_dtypes.bfloat16)
+    path = esl.from_checkpoints(written(tmp_path / "run", members))
+    wide = members.astype(np.float64)
+    np.testing.assert_allclose(
+        squares(np.asarray(path.positions[0]), np.asarray(path.positions[2])),
+        squares(wide[0], wide[2]),
+        rtol=1e-9,
+    )
+    coarse = esl.speed_limit(path, transport=esl.ExactTransport()).evidence.quantum
+    assert coarse > 1e-3 * np.sqrt(np.mean(wide**2))  # eight bits of a number
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("save", [np.save, np.savez], ids=["npy", "npz"])
+def test_a_file_of_snapshots(tmp_path, save):
+    members = walk("noisy", links=3, d=900).astype(np.float32)
+    file = tmp_path / ("run.npy" if save is np.save else "run.npz")
+    save(file, members) if save is np.save else save(file, positions=members, times=[0, 1, 2, 4])
+    path = esl.from_checkpoints(file, memory=2 * 4 * 5 * 4 * 64.0)
+    expected = esl.from_snapshots(members.astype(np.float64), path.times)
+    reports = [esl.speed_limit(run, transport=TRANSPORTS[0]) for run in (path, expected)]
+    check_equal(*reports)
+    assert path.keys is None
+    assert path.times[2] == pytest.approx(2 / 3 if save is np.save else 0.5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_principal_directions_of_all_pairs(recorded):
+    """The run in its four principal coordinates."""
+    whole, path = in_memory(recorded), esl.from_checkpoints(recorded, all_pairs=True)
+    reports = []
+    for run in (path, whole):
+        matrix = esl.principal_directions(run.positions, 4)
+        transport = esl.ProjectedTransport(esl.ExactTransport(), matrix)
+        reports.append(esl.speed_limit(run, transport=transport))
+    check_equal(*reports)
+
+
+@pytest.mark.usefixtures("x64")
+def test_all_parameters_in_one_fold(recorded):
+    path = esl.from_checkpoints(recorded, by_key=False, memory=MEMORY)
+    assert path.positions.shape == (5, 8, 32)
+    reports = [esl.speed_limit(run, transport=TRANSPORTS[0]) for run in (path, in_memory(recorded))]
+    check_equal(*reports)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(recorded, tmp_path):
+    """Wherever it ended, and whatever the size of the pieces before."""
+    whole = esl.from_checkpoints(recorded, memory=MEMORY)
+    file = tmp_path / "sums"
+    for last in (1, 3, 9):
+        reads = []
+
+        def end(done, total, last=last, reads=reads):
+            reads.append(done)
+            if len(reads) == last:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            esl.from_checkpoints(recorded, memory=MEMORY, sums=file, progress=end)
+        assert file.exists()
+        after = []
+
+        def note(done, total, after=after):
+            after.append((done, total))
+
+        again = esl.from_checkpoints(recorded, memory=MEMORY, sums=file, progress=note)
+        assert after[0][0] > reads[-1]
+        assert after[-1] == (4 * 5 * 8 * sum(SIZES.values()),) * 2
+        np.testing.assert_array_equal(again.positions, whole.positions)
+        np.testing.assert_array_equal(again.folded.sample, whole.folded.sample)
+        assert not file.exists()
+
+
+def test_sums_of_another_recording_are_no_start(tmp_path):
+    """A file that has changed since begins anew."""
+    folder, file = written(tmp_path / "run", small(members=3)), tmp_path / "sums"
+
+    def end(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        esl.from_checkpoints(folder, sums=file, progress=end)
+    written(tmp_path / "other", small(members=3, seed=1))
+    changed = folder / "seed1" / "step0" / "model.safetensors"
+    changed.write_bytes((tmp_path / "other/seed1/step0/model.safetensors").read_bytes())
+    path = esl.from_checkpoints(folder, sums=file)
+    np.testing.assert_array_equal(path.positions, esl.from_checkpoints(folder).positions)
+
+
+def test_a_file_of_others_is_not_replaced(recorded, tmp_path, refused):
+    file = tmp_path / "theirs"
+    file.write_bytes(b"theirs")
+
+    def end(done, total):
+        raise KeyboardInterrupt
+
+    refused(lambda: esl.from_checkpoints(recorded, sums=file, progress=end), "nothing but results")
+    assert file.read_bytes() == b"theirs"
+
+
+def test_copies_and_common_parameters_are_found(tmp_path):
+    """Members that are equal count once, and a parameter that all share is named."""
+    members = small(members=10)
+    members[:, 7] = members[:, 2]
+    members[:, :, 7:367] = members[:, :1, 7:367]
+    report = esl.speed_limit(
+        esl.from_checkpoints(written(tmp_path / "run", members)), transport=TRANSPORTS[0]
+    )
+    assert int(report.evidence.labels.distinct) == 9
+    findings = {finding.name: finding.evidence for finding in report.diagnose()}
+    assert "all of `head/kernel`, 360 of 1367" in findings["common coordinates"]
+
+
+def test_labels_that_do_not_follow_members_are_put_back(tmp_path):
+    """As of the members themselves: a file in which some snapshots are in another order."""
+    members = small(members=16, links=6)
+    members[1:] = members[:1] + 0.1 * (members[1:] - members[:1])
+    order = np.random.default_rng(0).permutation(16)
+    mixed = members.copy()
+    mixed[3] = members[3][order]
+    given, path = (
+        esl.speed_limit(
+            esl.from_checkpoints(written(tmp_path / name, run)), transport=TRANSPORTS[0]
+        )
+        for name, run in (("given", members), ("mixed", mixed))
+    )
+    np.testing.assert_allclose(path.entropy_production, given.entropy_production, rtol=1e-4)
+    assert path.evidence.labels is not None
+
+
+# What is refused
+
+
+def test_what_needs_the_members_is_refused(recorded, refused):
+    path = esl.from_checkpoints(recorded)
+    exact = esl.ExactTransport()
+
+    def measure(transport, **more):
+        return lambda: esl.speed_limit(path, transport=transport, **more)
+
+    directions = esl.random_directions(path.positions.shape[2], 3, jax.random.key(0))
+    sliced = esl.SlicedTransport(directions=4, key=jax.random.key(0))
+    refused(measure(sliced), "look at distances between members alone")
+    refused(measure(esl.MappedTransport(exact, lambda x: x)), "look at distances")
+    refused(measure(esl.ProjectedTransport(exact, directions)), "all_pairs=True")
+    refused(measure(exact, velocity=esl.TransportVelocity(exact)), "`velocity` must be None")
+    refused(
+        lambda: esl.free_energy(path, esl.Quadratic(1.0), entropy=esl.density.GaussianEntropy()),
+        "hold the members themselves",
+    )
+
+
+@pytest.mark.parametrize("where", [(0, 2, 100), (3, 1, 1200), (2, 4, 3)])
+def test_a_number_that_is_not_finite(tmp_path, refused, where):
+    members = small()
+    members[where] = np.nan
+    folder = written(tmp_path / "run", members)
+    sentence = f"is not for member {where[1]} at snapshot {where[0]}"
+    refused(lambda: esl.from_checkpoints(folder), sentence)
+
+
+def test_bad_input(tmp_path, recorded, refused):
+    refused(lambda: esl.from_checkpoints(tmp_path / "none"), "does not exist")
+    refused(lambda: esl.from_checkpoints(recorded, memory=0.0), "greater than 0")
+    np.save(tmp_path / "flat.npy", np.zeros((3, 4)))
+    refused(lambda: esl.from_checkpoints(tmp_path / "flat.npy"), "of shape")
+    np.save(tmp_path / "one.npy", np.zeros((3, 1, 4)))
+    refused(lambda: esl.from_checkpoints(tmp_path / "one.npy"), "at least two members")
+
+
+# The command
+
+
+@pytest.mark.usefixtures("precision_restored")
+@pytest.mark.parametrize("project", ["none", "pca"])
+def test_the_command_reads_in_blocks(recorded, tmp_path, capsys, project):
+    reports = []
+    for stream in ("yes", "no"):
+        out = tmp_path / stream
+        words = ["measure", str(recorded), "--dtype", "float64", "--stream", stream]
+        words += ["--project", project, "--coordinates", "3", "--out", str(out)]
+        assert cli.main(words) == 0
+        reports.append(json.loads((out / "report.json").read_text()))
+        assert sorted(path.name for path in out.iterdir()) == [
+            "config.toml",
+            "report.json",
+            "speed_limit.png",
+        ]
+    ours, theirs = reports
+    printed = capsys.readouterr().out
+    assert ("read in blocks and folded into" in printed) is True
+    assert (ours["coordinates"], theirs["folded"]) == (sum(SIZES.values()), None)
+    # The members in memory are of single precision.
+    for name in ("entropy_production", "w2_squared", "debiased_w2_squared"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-3 if "debiased" in name else 1e-6)
+    assert [share["key"] for share in ours["by_key"]] == [
+        share["key"] for share in theirs["by_key"]
+    ]
+
+
+@pytest.mark.usefixtures("precision_restored")
+def test_a_command_that_was_ended_goes_on(recorded, tmp_path, monkeypatch):
+    out, reads = tmp_path / "out", []
+    call = ["measure", str(recorded), "--out", str(out), "--stream", "yes", "--quiet"]
+
+    def end(bar, done, total):
+        reads.append(done)
+        if len(reads) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("esljax.command.progress.ReadingBar.read", end)
+    assert cli.main(call) == 130
+    assert [path.name for path in out.iterdir()] == ["sums.part"]
+    assert cli.main(call) == 0
+    # Each parameter is a block.
+    assert reads == (4 * 5 * 8 * np.cumsum(list(SIZES.values()))).tolist()
+    assert not (out / "sums.part").exists()
+
+
+@pytest.mark.usefixtures("precision_restored")
+def test_the_command_reads_in_blocks_what_is_large(recorded, tmp_path, monkeypatch):
+    """By itself beyond a quarter of the memory, unless the members themselves are needed."""
+    monkeypatch.setattr("esljax.command.measure.memory_of_the_machine", lambda: 4e5)
+
+    def folded(*more):
+        out = tmp_path / "_".join(("out", *more))
+        assert cli.main(["measure", str(recorded), "--out", str(out), "--quiet", *more]) == 0
+        return json.loads((out / "report.json").read_text())["folded"]
+
+    assert folded() is not None
+    assert folded("--transport", "sliced") is None
+
+
+@pytest.mark.usefixtures("precision_restored")
+@pytest.mark.parametrize(
+    "words",
+    [["--transport", "sliced"], ["--project", "random"], ["--velocity", "transport"]],
+    ids=lambda words: words[0],
+)
+def test_the_command_refuses_what_needs_the_members(recorded, tmp_path, capsys, words):
+    call = ["measure", str(recorded), "--out", str(tmp_path / "out"), "--stream", "yes", *words]
+    assert cli.main(call) == 2
+    assert "--stream yes" in capsys.readouterr().err
