@@ -320,7 +320,7 @@ def _added(
     products, columns, parts = state.products, state.columns, state.parts
     if plan.kept(block):
         apart = numbers.astype(np.float64)
-        _check_finite(np.isfinite(apart).all(axis=2))
+        _check_finite(np.asarray(np.isfinite(apart).all(axis=2)))
         columns = [*columns, apart - apart[0].mean(axis=0)]
     else:
         for part in pieces(numbers):
