@@ -1,4 +1,4 @@
-r"""W2² modulo the symmetries of a network: members count as equal if they differ by relabelled units.
+r"""W2² modulo the symmetries of a network: members are equal if they differ by relabelled units.
 
     d_G(θ, θ') = min_g ‖θ - g θ'‖,   W2²_G(q, q') = min_P Σ_ij P_ij d_G²(θ_i, θ'_j)
 
@@ -19,7 +19,7 @@ from esljax._numerics import product
 from esljax._types import Array, Float, Int
 from esljax.sharding import keep
 from esljax.symmetry import Element, Symmetry
-from esljax.transport.base import AbstractTransport, Solution, solution_of
+from esljax.transport.base import AbstractTransport, Solution
 from esljax.transport.coordinates import AbstractWrappedTransport
 from esljax.transport.pairing import pairs, solvable
 
