@@ -115,7 +115,7 @@ class _Axes:
         self.fix(a, b)
 
     def reshaped(self, value: Value, shape: Sequence[int]) -> Value:
-        """The axes of an array in another shape; where they do not fit each other, all are fixed."""
+        """The axes of an array in another shape; where they do not fit, all are fixed."""
         rest = self.leaves([atom for atoms in value for atom in atoms])
         result: Value = []
         for length in shape:
@@ -179,23 +179,28 @@ def _run(axes: _Axes, program: Any, constants: list[Value], given: list[Value]) 
 
 # --- Rules ----------------------------------------------------------------------------------------
 
-_ELEMENTWISE = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp conj "
-    "convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 "
-    "floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg "
-    "nextafter not optimization_barrier or pow real reduce_precision rem round rsqrt select_n sign "
-    "sin sinh sqrt square stop_gradient sub tan tanh xor".split()
-)
+_WORDS = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp conj
+    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
+    ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter
+    not optimization_barrier or pow real reduce_precision rem round rsqrt select_n sign sin sinh
+    sqrt square stop_gradient sub tan tanh xor
+"""
+_ELEMENTWISE = frozenset(_WORDS.split())
 
 
 def _elementwise(axes: _Axes, inputs: list[Value], shapes: list[tuple]) -> list[Value]:
     if len(shapes) > 1:  # several arrays that pass by each other
         return inputs
-    full = [value for value in inputs if len(value) == len(shapes[0])]
-    for value in full[1:]:
-        for one, other in zip(full[0], value, strict=True):
-            axes.join(one, other)
-    return [full[0]]
+    result: Value = [[] for _ in shapes[0]]
+    for value in inputs:
+        if len(value) == len(result):  # others are single numbers
+            for i, atoms in enumerate(value):
+                # An axis of length 1 goes with any other.
+                if result[i] and atoms:
+                    axes.join(result[i], atoms)
+                result[i] = result[i] or atoms
+    return [result]
 
 
 def _unknown(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]) -> list[Value]:
@@ -296,7 +301,9 @@ def _windowed(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tupl
     return [result]
 
 
-def _kept_whole(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]) -> list[Value]:
+def _kept_whole(
+    axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]
+) -> list[Value]:
     """Slices and pads: an axis passes if its length stays."""
     before, result = equation.invars[0].aval.shape, []
     for i, length in enumerate(shapes[0]):

@@ -17,47 +17,18 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from esljax._checks import check_key, door, in_words, refuse
-from esljax._types import Array, Float, Int, Key
+from esljax._types import Array, Float, Key
+from esljax.potentials import AbstractPotential
+from esljax.symmetry.parts import Element, Group, Turned
+from esljax.symmetry.trying import Trial, trial
 
 Keys = tuple[tuple[str, tuple[int, ...]], ...]
-
-
-class Turned(NamedTuple):
-    """An axis of an array that a group turns."""
-
-    key: str
-    """The name of the array."""
-    axis: int
-    """Which axis, from 0."""
-    inner: int | None = None
-    """Where one axis indexes more than the units: how many numbers lie side by side for each unit.
-    None if it indexes them alone."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Units that may change places, and perhaps their signs."""
-
-    name: str
-    axes: tuple[Turned, ...]
-    """The axes that they index, which turn together."""
-    signed: bool
-    """Whether each unit may also change its sign."""
-
-
-class Element(NamedTuple):
-    """One element of the group: for each group of units their new order and their signs."""
-
-    places: tuple[Int[Array, " h"], ...]
-    """The unit of the given member that comes to each place, shape (h,) for each group."""
-    signs: tuple[Float[Array, " h"], ...]
-    """±1 for each place, shape (h,) for each group."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +91,21 @@ class Symmetry:
         if not chosen:
             raise refuse("names", "name at least one group", "name none")
         return dataclasses.replace(self, groups=chosen)
+
+    @door
+    def check(
+        self, potential: AbstractPotential, *, draws: int = 3, tolerance: float = 1e-5
+    ) -> Trial:
+        """Try the symmetry: random elements act on random members, and outputs must stay.
+
+        **Args:** `potential`: of the model, a `FlaxLoss` or one `Driven` from such. `draws`:
+        members, inputs and elements that are drawn for each group. `tolerance`: the largest change
+        of outputs, relative to the largest output, that counts as rounding.
+        **Returns:** `Trial`; `print` shows it.
+        **Raises:** `InputError` for what is no symmetry, with the arrays that break it: those that
+        the traced model turns otherwise.
+        """
+        return trial(self, potential, draws, tolerance)
 
     def draw(self, key: Key) -> Element:
         """Return a uniformly random element of the group.
@@ -235,12 +221,10 @@ def permutations(
 
         >>> import esljax as esl
         >>> symmetry = esl.symmetry.permutations(
-        ...     {"hidden": [("0/kernel", 1), ("0/bias", 0), ("1/kernel", 0)]},
-        ...     signs=("hidden",),
-        ...     keys={"0/bias": (8,), "0/kernel": (2, 8), "1/bias": (3,), "1/kernel": (8, 3)},
+        ...     {"hidden": [("a", 1), ("b", 0)]}, signs=("hidden",), keys={"a": (2, 3), "b": (3, 5)}
         ... )
         >>> print(symmetry)
-        hidden: signed permutations of 8 units along 0/kernel (axis 1), 0/bias (axis 0), 1/kernel (axis 0)
+        hidden: signed permutations of 3 units along a (axis 1), b (axis 0)
         The groups share no array: distances modulo the symmetry are exact.
     """
     if not isinstance(groups, Mapping) or not groups:
