@@ -129,7 +129,7 @@ class Symmetry:
 
         **Differentiation:** in the position, to every order: g is linear.
         """
-        arrays = self.arrays(position)
+        arrays = self.arrays(jnp.asarray(position))
         parts = zip(self.groups, self.sizes, element.places, element.signs, strict=True)
         for group, h, places, signs in parts:
             for axis in group.axes:
@@ -153,12 +153,16 @@ class Symmetry:
             raise refuse("positions", must, f"have {len(position)}")
         return arrays
 
-    def units(self, k: int, position: Float[Array, " d"]) -> Float[Array, "h p"]:
-        """Return the numbers of each unit of group k in a row, shape (h, p)."""
-        arrays, group, h = self.arrays(position), self.groups[k], self.sizes[k]
+    def units(
+        self, k: int, position: Float[Array, " d"], axes: Sequence[Turned] | None = None
+    ) -> Float[Array, "h p"]:
+        """Return the numbers of each unit of group k in a row, shape (h, p), along all its axes or
+        along some of them."""
+        arrays, h = self.arrays(position), self.sizes[k]
+        chosen = [(arrays[x.key], x) for x in (self.groups[k].axes if axes is None else axes)]
         rows = [
-            jnp.moveaxis(arrays[axis.key].reshape(_around(axis, h, arrays[axis.key].shape)), 1, 0)
-            for axis in group.axes
+            jnp.moveaxis(array.reshape(_around(axis, h, array.shape)), 1, 0)
+            for array, axis in chosen
         ]
         return jnp.concatenate([row.reshape(h, -1) for row in rows], axis=1)
 

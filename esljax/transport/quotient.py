@@ -8,7 +8,9 @@ coupling of orbits by aligned members and turn both by one random g; and project
 W2_G is a better estimator of the same number, in which every member stands for |G| of them.
 """
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -18,7 +20,7 @@ from esljax._checks import check_kind, door, refuse
 from esljax._numerics import product
 from esljax._types import Array, Float, Int
 from esljax.sharding import keep
-from esljax.symmetry import Element, Symmetry
+from esljax.symmetry import Element, Symmetry, Turned
 from esljax.transport.base import AbstractTransport, Solution
 from esljax.transport.coordinates import AbstractWrappedTransport
 from esljax.transport.pairing import pairs, solvable
@@ -179,14 +181,20 @@ class QuotientTransport(AbstractWrappedTransport):
 def aligned(symmetry: Symmetry, x: Float[Array, " d"], y: Float[Array, " d"]) -> Element:
     """Return the g that brings y nearest to x: of least ‖x - g y‖.
 
-    The best one if the symmetry is `exact`; else one that no single group can improve.
+    The best one if the symmetry is `exact`. Else the better of two that no single group can
+    improve: one from members as they stand, which is the best for members of one run, and one from
+    groups that are ordered one after the other by the arrays that later ones do not turn, which
+    finds members that differ by little more than their order.
     """
     groups = range(len(symmetry.groups))
-    start = symmetry.identity(x.dtype)
+    here = symmetry.identity(x.dtype)
     if symmetry.exact:
         for k in groups:
-            start = _reordered(symmetry, k, x, y, start)
-        return start
+            here = _reordered(symmetry, k, x, y, here)
+        return here
+    first = here
+    for k, axes in _one_by_one(symmetry):
+        first = _chosen(symmetry, k, x, symmetry.act(first, y), first, axes)
 
     def gain(state):
         element, least, count, _ = state
@@ -195,8 +203,31 @@ def aligned(symmetry: Symmetry, x: Float[Array, " d"], y: Float[Array, " d"]) ->
         now = _squared(symmetry, x, y, element)
         return element, now, count + 1, now < least
 
-    first = start, _squared(symmetry, x, y, start), jnp.int32(0), jnp.array(True)
-    return jax.lax.while_loop(lambda s: s[3] & (s[2] < _MOST_ROUNDS), gain, first)[0]
+    def improved(start):
+        state = start, _squared(symmetry, x, y, start), jnp.int32(0), jnp.array(True)
+        return jax.lax.while_loop(lambda s: s[3] & (s[2] < _MOST_ROUNDS), gain, state)[:2]
+
+    (one, near), (other, far) = improved(here), improved(first)
+    return jax.tree.map(lambda a, b: jnp.where(far < near, b, a), one, other)
+
+
+def _one_by_one(symmetry: Symmetry) -> list[tuple[int, tuple[Turned, ...]]]:
+    """An order of the groups, and the axes of each in arrays that no later group turns.
+
+    The group with most numbers in such arrays comes first; one that has none is left out.
+    """
+    shapes, left, order = dict(symmetry.keys or ()), set(range(len(symmetry.groups))), []
+    while left:
+        held = Counter(axis.key for k in left for axis in symmetry.groups[k].axes)
+        free = {
+            k: tuple(axis for axis in symmetry.groups[k].axes if held[axis.key] == 1) for k in left
+        }
+        numbers = {k: sum(math.prod(shapes[a.key]) for a in free[k]) for k in left}
+        best = max(sorted(left), key=lambda k: numbers[k] / symmetry.sizes[k])
+        left.remove(best)
+        if free[best]:
+            order.append((best, free[best]))
+    return order
 
 
 def _squared(symmetry: Symmetry, x: Array, y: Array, element: Element) -> Array:
@@ -210,9 +241,26 @@ def _reordered(symmetry: Symmetry, k: int, x: Array, y: Array, element: Element)
     order counts only if it brings y nearer. That also keeps members of one run, which hardly
     differ, from changing places by the rounding of large products.
     """
-    signed = symmetry.groups[k].signed
     moved = symmetry.act(element, y)
-    likeness = product(symmetry.units(k, x), symmetry.units(k, moved).T)
+    new = _chosen(symmetry, k, x, moved, element)
+    nearer = _squared(symmetry, x, y, new) < jnp.sum((x - moved) ** 2)
+    return jax.tree.map(lambda a, b: jnp.where(nearer, a, b), new, element)
+
+
+def _chosen(
+    symmetry: Symmetry,
+    k: int,
+    x: Array,
+    moved: Array,
+    element: Element,
+    axes: Sequence[Turned] | None = None,
+) -> Element:
+    """The element with the order of group k that brings its units nearest along these axes.
+
+    **Args:** `moved`: y, turned by `element`.
+    """
+    signed = symmetry.groups[k].signed
+    likeness = product(symmetry.units(k, x, axes), symmetry.units(k, moved, axes).T)
     cost = -jnp.abs(likeness) if signed else -likeness
     chosen, _ = pairs(cost, solvable(cost))
     # Costs that are no numbers leave rows without partners.
@@ -222,6 +270,4 @@ def _reordered(symmetry: Symmetry, k: int, x: Array, y: Array, element: Element)
     places[k], signs[k] = places[k][chosen], signs[k][chosen]
     if signed:
         signs[k] = signs[k] * jnp.where(likeness[here, chosen] < 0, -1, 1).astype(x.dtype)
-    new = Element(tuple(places), tuple(signs))
-    nearer = _squared(symmetry, x, y, new) < jnp.sum((x - moved) ** 2)
-    return jax.tree.map(lambda a, b: jnp.where(nearer, a, b), new, element)
+    return Element(tuple(places), tuple(signs))
