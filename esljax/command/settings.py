@@ -265,6 +265,8 @@ class MeasureConfig:
     """Random directions of the sliced transport."""
     chunk: Annotated[int, AtLeast(0)] = 0
     """Members whose distances sinkhorn holds at a time; 0 for all, an n × n matrix in memory."""
+    symmetry: Path | None = None
+    """TOML file of axes that permutations of units turn together: members count modulo them."""
     velocity: Annotated[str, OneOf(VELOCITIES)] = "none"
     """Source of Σ: 'none', the chain of distances; 'transport', maps from snapshot to snapshot."""
     jackknife: Annotated[int, AtLeast(0)] = 32
@@ -292,6 +294,9 @@ class MeasureConfig:
         Selection(self.only, self.skip)
         patterns(self.name)
         self.make_velocity(self.make_transport(jax.random.key(0)))
+        if self.symmetry is not None and self.project != "none":
+            must = "be 'none' modulo a symmetry, which acts on all parameters"
+            raise refuse("project", must, f"is {self.project!r}")
         _check_out(self.out)
         return self
 

@@ -258,14 +258,17 @@ def _axes(name: str, axes: Any) -> tuple[Turned, ...]:
             isinstance(axis, Sequence)
             and len(axis) in (2, 3)
             and isinstance(axis[0], str)
-            and all(isinstance(x, int) and not isinstance(x, bool) for x in axis[1:])
-            and axis[1] >= 0
-            and (len(axis) == 2 or axis[2] >= 1)
+            and _is_count(axis[1], 0)
+            and (len(axis) == 2 or axis[2] is None or _is_count(axis[2], 1))
         )
         if not right:
             raise refuse("groups", must, f"holds {axis!r}")
         found.append(Turned(*axis))
     return tuple(found)
+
+
+def _is_count(x: Any, least: int) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= least
 
 
 def _check_axes(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> None:
