@@ -30,6 +30,10 @@ TRANSPORTS = {
     "sinkhorn in blocks": lambda: esl.SinkhornTransport(0.5, threshold=1e-5, chunk=2),
     "mapped": lambda: esl.MappedTransport(esl.GaussianTransport(), jnp.tanh),
     "projected": lambda: esl.ProjectedTransport(esl.GaussianTransport(), MATRIX),
+    "quotient": lambda: esl.QuotientTransport(
+        esl.ExactTransport(),
+        esl.symmetry.permutations({"all": [("a", 0)]}, signs=("all",), keys={"a": (D,)}),
+    ),
 }
 # Where the error of the iterations must not be seen.
 TIGHT = {
@@ -42,7 +46,7 @@ every = pytest.mark.parametrize("name", TRANSPORTS)
 
 def sizes(name):
     """Unequal where the class takes them, with d between them."""
-    return (5, 5) if name == "exact" else (2, 5)
+    return (5, 5) if name in ("exact", "quotient") else (2, 5)
 
 
 # Contracts
