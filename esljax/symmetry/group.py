@@ -144,13 +144,14 @@ class Symmetry:
     def arrays(self, position: Float[Array, " d"]) -> dict[str, Array]:
         """Return the arrays of one member by their names."""
         shapes, start, arrays = self._shapes, 0, {}
+        held = sum(map(math.prod, shapes.values()))
+        if len(position) != held:
+            must = f"hold members of {held} numbers, those of the arrays of the symmetry"
+            raise refuse("positions", must, f"have {len(position)}")
         for key, shape in shapes.items():
             count = math.prod(shape)
             arrays[key] = position[start : start + count].reshape(shape)
             start += count
-        if start != len(position):
-            must = f"hold members of {start} numbers, those of the arrays of the symmetry"
-            raise refuse("positions", must, f"have {len(position)}")
         return arrays
 
     def units(
