@@ -203,7 +203,8 @@ def _entropic_of(
 @_entropic_of.defjvp
 @door
 def _(symmetric, primals, tangents):
-    g, reached = keep(_potential_of(*primals, symmetric))
+    transport, cost = primals
+    g, reached = keep(_potential_of(transport, cost, symmetric))
     value, slope = jax.jvp(functools.partial(_dual_of, g), primals, tangents)
     return (value, reached), (slope, jnp.zeros_like(reached))
 
