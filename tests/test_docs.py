@@ -41,6 +41,7 @@ LONG = {
     "docs/measurement.md",
     "docs/schedules.md",
     "docs/studies.md",
+    "docs/symmetry.md",
 }
 RUN_ELSEWHERE = {"README.md": "tests/test_readme.py", "docs/index.md": "tests/test_readme.py"}
 

@@ -38,7 +38,9 @@ FLOORS = (
     ("_checks",),
     ("_numerics", "results", "sharding", "files", "figures"),
     ("schedules",),
-    ("density", "potentials", "transport"),
+    ("density", "potentials"),
+    ("symmetry",),
+    ("transport",),
     ("velocity",),
     ("simulation",),
     ("measures",),
@@ -50,7 +52,7 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # All of the package is seen at one glance.
-MOST_ROOMS = 22
+MOST_ROOMS = 23
 
 # Libraries that every module may use, and the only rooms that may use each of the others.
 EVERYWHERE = {"jax", "numpy", "equinox"}

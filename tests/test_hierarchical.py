@@ -13,9 +13,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 KEY = jax.random.key(2)
 
 
-@pytest.mark.parametrize(
-    ("n", "d", "off"), [(700, 2, 0.01), (1000, 40, 0.04), (257, 3, 0.02)]
-)
+@pytest.mark.parametrize(("n", "d", "off"), [(700, 2, 0.01), (1000, 40, 0.04), (257, 3, 0.02)])
 def test_it_is_a_little_above_the_exact_value(n, d, off):
     x, y = clouds(n, n, d, dtype=np.float32)
     exact = assignment(x.astype(float), y.astype(float))

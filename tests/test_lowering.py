@@ -26,6 +26,10 @@ TRANSPORTS = {
     "sinkhorn in blocks": esl.SinkhornTransport(1.0, chunk=4),
     "projected": esl.ProjectedTransport(esl.GaussianTransport(), jnp.eye(2410)[:, :5]),
     "mapped": esl.MappedTransport(esl.ExactTransport(), lambda member: member[:7] ** 2),
+    "quotient": esl.QuotientTransport(
+        esl.ExactTransport(),
+        esl.symmetry.permutations({"hidden": [("layers/0/kernel", 1), ("layers/1/kernel", 0)]}),
+    ),
 }
 
 VELOCITIES = {

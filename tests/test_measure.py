@@ -14,7 +14,8 @@ import pytest
 
 import esljax as esl
 from esljax.command import cli
-from esljax.command.measure import transport_problems
+from esljax.command.measure import Measurement, transport_problems
+from esljax.command.settings import MeasureConfig
 
 pytestmark = pytest.mark.usefixtures("precision_restored")
 NUMBERS = ("entropy_production", "length_squared", "w2_squared", "gap", "temporal", "geometric")
@@ -602,3 +603,40 @@ def test_settings_of_one_command_are_not_those_of_another(run, tmp_path, capsys)
     assert report["transport"] == {"name": "gaussian"}
     assert cli.main(["optimize", "--config", str(tmp_path / "c.toml")]) == 2
     assert "Key `jackknife` of" in capsys.readouterr().err
+
+
+def test_modulo_a_symmetry_units_may_change_places(tmp_path, capsys, refused):
+    """Checkpoints of another framework, whose hidden units end in an order of their own."""
+    rng = np.random.default_rng(0)
+    for member in range(8):
+        inward, outward = rng.normal(size=(4, 3)), rng.normal(size=(2, 4))
+        for step in (0, 1, 2):
+            order = rng.permutation(4)
+            weights = {"0.weight": inward[order], "2.weight": (outward + 0.1 * step)[:, order]}
+            (tmp_path / f"run/member_{member}").mkdir(parents=True, exist_ok=True)
+            np.savez(tmp_path / f"run/member_{member}/step_{step}.npz", **weights)
+    axes = {"hidden": [("0.weight", 0), ("2.weight", 1)]}
+    toml = tmp_path / "symmetry.toml"
+    toml.write_text(esl.symmetry.permutations(axes).to_toml())
+    out = tmp_path / "out"
+    words = ["measure", str(tmp_path / "run"), "--symmetry", str(toml), "--out", str(out)]
+    assert cli.main([*words, "--jackknife", "4"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    # Each of 8 outward weights moves by .2 in all.
+    assert report["w2_squared"] == pytest.approx(8 * 0.2**2, rel=1e-4)
+    assert report["symmetry"]["exact"]
+    sides = report["w2_squared_between_laws"]
+    assert sides["lower"] < sides["upper"]
+    assert sides["lower_error"] > 0 < sides["upper_error"]
+    assert "W2² between the laws lies between about" in capsys.readouterr().out
+
+    def with_content(text, *more):
+        toml.write_text(text)
+        return Measurement.of(
+            MeasureConfig(recording=tmp_path / "run", symmetry=toml, **dict(more))
+        )
+
+    refused(lambda: with_content("units = 3"), "hold a table `permutations`")
+    wrong = '[permutations]\nhidden = [["0/weight", 0]]'
+    refused(lambda: with_content(wrong), "turns `0/weight`")
+    refused(lambda: with_content(wrong, ("project", "pca")), "project.*be 'none' modulo a symmetry")

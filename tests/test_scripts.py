@@ -36,6 +36,7 @@ LONG = {
     "experiment_sweep",
     "experiment_toy",
     "free_energy_balance",
+    "quotient_table",
     "which_schedule",
     "large_model",
     "measure_digits",

@@ -31,7 +31,16 @@ TRANSPORTS = {
     "hierarchical": lambda: esl.HierarchicalTransport(jax.random.key(3), leaf=2, passes=3),
     "mapped": lambda: esl.MappedTransport(esl.GaussianTransport(), jnp.tanh),
     "projected": lambda: esl.ProjectedTransport(esl.GaussianTransport(), MATRIX),
+    "quotient": lambda: quotient(D),
 }
+
+
+def quotient(d):
+    """Modulo the order and the signs of all coordinates."""
+    symmetry = esl.symmetry.permutations({"all": [("a", 0)]}, signs=("all",), keys={"a": (d,)})
+    return esl.QuotientTransport(esl.ExactTransport(), symmetry)
+
+
 # Where the error of the iterations must not be seen.
 TIGHT = {
     "sinkhorn": lambda: esl.SinkhornTransport(0.5, threshold=1e-12),
@@ -43,7 +52,7 @@ every = pytest.mark.parametrize("name", TRANSPORTS)
 
 def sizes(name):
     """Unequal where the class takes them, with d between them."""
-    return (5, 5) if name in ("exact", "hierarchical") else (2, 5)
+    return (5, 5) if name in ("exact", "hierarchical", "quotient") else (2, 5)
 
 
 # Contracts
@@ -187,8 +196,8 @@ def test_the_matrix_of_a_projection_has_a_gradient(x64):
 @every
 @pytest.mark.parametrize("d", [1, D])
 def test_a_lost_member_gives_nan_and_returns(name, d):
-    if d == 1 and name == "projected":
-        pytest.skip("its matrix is for D coordinates")
+    if d == 1 and name in ("projected", "quotient"):
+        pytest.skip("it is for D coordinates")
     transport = TRANSPORTS[name]()
     solve = eqx.filter_jit(
         eqx.filter_value_and_grad(
@@ -242,6 +251,8 @@ def test_metric_axioms(name, shape):
     transport = (
         esl.ProjectedTransport(esl.GaussianTransport(), MATRIX[: shape[1]])
         if name == "projected"
+        else quotient(shape[1])
+        if name == "quotient"
         else TRANSPORTS[name]()
     )
     assert transport.is_metric
@@ -277,7 +288,7 @@ def test_invariance_under_permutation_and_translation(name):
     np.testing.assert_allclose(
         squared(x[rng.permutation(n)], y[rng.permutation(m)]), value, rtol=1e-5
     )
-    if name != "mapped":
+    if name not in ("mapped", "quotient"):
         np.testing.assert_allclose(squared(x + 3, y + 3), value, rtol=1e-5)
         assert abs(squared(x + 3, y) / value - 1) > 0.1
 

@@ -21,12 +21,26 @@ from esljax._types import Array
 from esljax.command.progress import ReadingBar
 from esljax.command.results import Results
 from esljax.command.settings import DONE, FAILED, NOT_WRITTEN, MeasureConfig
-from esljax.experiment import PROJECTIONS, enable
+from esljax.experiment import PROJECTIONS, enable, read_toml
 from esljax.files import described, open_stored, read, read_matrix
-from esljax.measures import SpeedLimit, compared, jackknife_groups, speed_limit
+from esljax.measures import (
+    Bracket,
+    SpeedLimit,
+    compared,
+    jackknife_groups,
+    speed_limit,
+    w2_bracket,
+)
 from esljax.sharding import map_pairs
 from esljax.simulation import Trajectory, from_checkpoints, from_snapshots
-from esljax.transport import AbstractTransport, ProjectedTransport, check_room, solution_of
+from esljax.symmetry import permutations
+from esljax.transport import (
+    AbstractTransport,
+    ProjectedTransport,
+    QuotientTransport,
+    check_room,
+    solution_of,
+)
 from esljax.velocity import AbstractVelocity
 
 # Fewer snapshots than this for each member are no sign that members come first.
@@ -49,7 +63,8 @@ def measure_command(config: MeasureConfig) -> int:
             if not config.quiet:
                 _announce(measurement, console)
             report = measurement.report()
-            content = {**_numbers(report), **measurement.settings()}
+            bracket = measurement.bracket(report)
+            content = {**_numbers(report), **measurement.settings(), **_sides(bracket)}
         wall = time.perf_counter() - started
 
         def figure() -> Any:
@@ -62,6 +77,8 @@ def measure_command(config: MeasureConfig) -> int:
         for note in _notes(content):
             _print(console, note)
         _print(console, str(report))
+        if bracket is not None:
+            _print(console, str(bracket))
         if content["by_key"] is not None:
             _print(console, str(report.by_key()))
         for finding in report.diagnose():
@@ -180,6 +197,8 @@ class Measurement:
         path, times, left_out = _streamed(config, progress) if _streams(config) else _loaded(config)
         projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
         inner = config.make_transport(sliced_key)
+        if config.symmetry is not None:
+            inner = _modulo(inner, config.symmetry, path)
         matrix = _projection(config, path, projection_key)
         coordinates = path.positions.shape[2] if matrix is None else matrix.shape[1]
         check_room(inner, path.positions.shape[1], coordinates, path.positions.dtype)
@@ -204,6 +223,13 @@ class Measurement:
             jackknife=self.config.jackknife,
             debias=self.debias,
         )
+
+    def bracket(self, report: SpeedLimit) -> Bracket | None:
+        """Return both sides of the W2² between the laws, if they are told apart from the paths:
+        modulo a symmetry and without sampling bias."""
+        if self.config.symmetry is None or report.debiased_w2_squared is None:
+            return None
+        return w2_bracket(self.path, report)
 
     def problems(self) -> tuple[int, int]:
         """Return how many transport problems there are of up to n members, and of up to n/2."""
@@ -249,9 +275,16 @@ class Measurement:
             "times": first_and_last,
             "left_out": dict(self.left_out),
             "transport": _transport_settings(self.config),
+            **self._symmetry(),
             "projection": _projection_settings(self.config, self.path, self.matrix),
             "velocity": self.config.velocity,
         }
+
+    def _symmetry(self) -> dict[str, Any]:
+        transport = self.transport
+        if not isinstance(transport, QuotientTransport):
+            return {}
+        return {"symmetry": {"exact": transport.symmetry.exact, "groups": str(transport.symmetry)}}
 
 
 def transport_problems(
@@ -288,6 +321,19 @@ def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int
     started = time.perf_counter()
     jax.block_until_ready(solve(transport, snapshots))
     return (time.perf_counter() - started) / len(pairs)
+
+
+def _modulo(inner: AbstractTransport, file: Path, path: Trajectory) -> AbstractTransport:
+    """The transport modulo the symmetry of a TOML file, as `Symmetry.to_toml` writes it."""
+    content = read_toml(file)
+    if set(content) - {"permutations", "signs"} or "permutations" not in content:
+        must = "hold a table `permutations`, and perhaps a list `signs`"
+        raise refuse("symmetry", must, f"{file} holds {', '.join(content) or 'nothing'}")
+    if path.keys is None:
+        must = "be of a run whose parameters have names (a folder of checkpoints)"
+        raise refuse("symmetry", must, "is given for one whose parameters have none")
+    symmetry = permutations(content["permutations"], signs=content.get("signs", ()), keys=path.keys)
+    return QuotientTransport(inner, symmetry)
 
 
 # Reading
@@ -423,6 +469,19 @@ def _numbers(report: SpeedLimit) -> dict[str, Any]:
             "values": np.asarray(report.speed).tolist(),
         },
     }
+
+
+def _sides(bracket: Bracket | None) -> dict[str, Any]:
+    if bracket is None:
+        return {}
+    error = bracket.lower_error
+    sides = {
+        "lower": float(bracket.lower),
+        "lower_error": None if error is None else float(error),
+        "upper": float(bracket.upper),
+        "upper_error": float(bracket.upper_error),
+    }
+    return {"w2_squared_between_laws": sides}
 
 
 def _by_key(report: SpeedLimit) -> list[dict[str, Any]] | None:

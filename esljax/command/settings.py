@@ -270,6 +270,8 @@ class MeasureConfig:
     """Random directions of the sliced transport."""
     chunk: Annotated[int, AtLeast(0)] = 0
     """Members whose distances sinkhorn holds at a time; 0 for all, an n × n matrix in memory."""
+    symmetry: Path | None = None
+    """TOML file of axes that permutations of units turn together: members count modulo them."""
     velocity: Annotated[str, OneOf(VELOCITIES)] = "none"
     """Source of Σ: 'none', the chain of distances; 'transport', maps from snapshot to snapshot."""
     jackknife: Annotated[int, AtLeast(0)] = 32
@@ -303,6 +305,9 @@ class MeasureConfig:
         if self.stream == "yes" and needs is not None:
             name, must = needs
             raise refuse(name, f"be {must} with --stream yes", f"is {getattr(self, name)!r}")
+        if self.symmetry is not None and self.project != "none":
+            must = "be 'none' modulo a symmetry, which acts on all parameters"
+            raise refuse("project", must, f"is {self.project!r}")
         _check_out(self.out)
         return self
 
@@ -312,6 +317,8 @@ class MeasureConfig:
         transport = self.make_transport(jax.random.key(0))
         if not transport.of_distances:
             return "transport", "'exact', 'sinkhorn' or 'gaussian'"
+        if self.symmetry is not None:
+            return "symmetry", "None"
         if self.project not in ("none", "pca"):
             return "project", "'none' or 'pca'"
         return None if self.velocity == "none" else ("velocity", "'none'")

@@ -1,6 +1,7 @@
 """Σ, L², W2², their split and errors, the free energy, work, and the noise of batches."""
 
 from esljax.measures.balance import Balance, FreeEnergy
+from esljax.measures.bracket import Bracket, w2_bracket
 from esljax.measures.chain import compared
 from esljax.measures.errors import Interval, jackknife_groups
 from esljax.measures.evidence import Evidence
@@ -15,6 +16,7 @@ from esljax.measures.speed_limit import speed_limit
 
 __all__ = [
     "Balance",
+    "Bracket",
     "Evidence",
     "Finding",
     "FreeEnergy",
@@ -33,4 +35,5 @@ __all__ = [
     "jarzynski",
     "minibatch_noise",
     "speed_limit",
+    "w2_bracket",
 ]

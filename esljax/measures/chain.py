@@ -22,7 +22,13 @@ from esljax.measures.evidence import evidence_of
 from esljax.measures.report import SpeedLimit
 from esljax.sharding import map_pairs, replicate
 from esljax.simulation import Trajectory
-from esljax.transport import AbstractTransport, pairing_of, solution_of, subset_solutions_of
+from esljax.transport import (
+    AbstractTransport,
+    pairing_of,
+    part_solutions_of,
+    solution_of,
+    subset_solutions_of,
+)
 
 _CHAIN = (
     "A chain of laws is a lower bound of Σ (coarse snapshots and circulation are invisible); a "
@@ -114,6 +120,9 @@ def of_pairs(
 
     def of_pair(shared, x, y):
         transport, subsets = shared
+        together = _in_parts(function, transport, x, y, subsets)
+        if together is not None:
+            return together
         if subsets is None:
             return function(transport, x, y)
         of_subsets = _OF_SUBSETS.get(function)
@@ -135,8 +144,9 @@ def of_pairs(
 def _by_coordinate(transport: AbstractTransport, x: Array, y: Array) -> tuple[Any, Array]:
     """The distance, and the mean squared displacement in each coordinate, shape (d,)."""
     solved, places = pairing_of(transport, x, y)
-    partners = jax.lax.stop_gradient(y if places is None else y[places])
-    return solved, jnp.mean((partners - jax.lax.stop_gradient(x)) ** 2, axis=0)
+    x, y = jax.lax.stop_gradient((x, y))
+    compared = y if places is None else transport.partners(x, y, places)
+    return solved, jnp.mean((compared - x) ** 2, axis=0)
 
 
 def _halves(x: Array) -> tuple[Array, Array]:
@@ -181,6 +191,31 @@ _OF_SUBSETS = {
     _across: _across_subsets,
     _within: _within_subsets,
 }
+
+
+# Which half of x meets which half of y.
+_PARTS = {_across: ((0, 1), (1, 0)), _within: ((0, 1),)}
+
+
+def _in_parts(
+    function: Any, transport: AbstractTransport, x: Array, y: Array, subsets: Array | None
+) -> Array | None:
+    """The same from parts of one problem, for a transport that shares work between them.
+
+    None for any other transport or function.
+    """
+    if function not in _PARTS:
+        return None
+    kept = jnp.arange(len(x))[None] if subsets is None else subsets
+    halves = tuple(jax.vmap(lambda one: jnp.stack(_halves(one)))(kept).swapaxes(0, 1))
+    rows, columns = (
+        jnp.concatenate([halves[ends[side]] for ends in _PARTS[function]]) for side in (0, 1)
+    )
+    solved = part_solutions_of(transport, x, y, rows, columns)
+    if solved is None:
+        return None
+    squared = jnp.mean(solved.squared.reshape(-1, len(kept)), axis=0)
+    return squared[0] if subsets is None else squared
 
 
 def chain(

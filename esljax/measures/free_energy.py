@@ -103,6 +103,8 @@ def free_energy(
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
     trajectory, _ = canonical(trajectory, None)
+    if isinstance(transport, AbstractTransport):
+        transport = transport.of_parameters(trajectory.keys)
     _check(trajectory, potential, entropy, velocity, transport)
     # Devices are settled here, once.
     trajectory = on_devices(trajectory)

@@ -91,6 +91,8 @@ def speed_limit(
     if not isinstance(trajectory, Trajectory):
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife, folded=True)
+    if isinstance(transport, AbstractTransport):
+        transport = transport.of_parameters(trajectory.keys)
     _check_pair(trajectory, transport, velocity, potential)
     if debias and transport.moments_only and trajectory.positions.shape[-2] < 3:
         raise refuse("debias", "be False for the moments of two members", "is True")

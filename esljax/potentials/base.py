@@ -10,6 +10,7 @@ data that it averages over. It may depend on training time s, as Φ(θ; s):
 """
 
 import abc
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -99,6 +100,17 @@ class AbstractPotential(eqx.Module):
         None if the potential does not know them. Runs carry them, so that reports can say which
         parameters move.
         """
+        return None
+
+    @property
+    def outputs_by_array(self) -> Callable[[Sequence[Array], Any], Any] | None:
+        """The outputs of a model as a function of its arrays, in the order and the shapes of
+        `parameter_keys`, and of inputs. None if the potential has no model."""
+        return None
+
+    def probes(self, key: Key, count: int) -> tuple[Float[Array, " d"], Any] | None:
+        """A random position, none of whose numbers is special, and `count` random inputs, to try
+        the model on. None if the potential has no model."""
         return None
 
     @door

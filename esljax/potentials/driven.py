@@ -1,6 +1,6 @@
 """A potential that depends on training time through a drive."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -72,6 +72,13 @@ class Driven(AbstractPotential):
     @property
     def parameter_keys(self) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
         return eqx.filter_eval_shape(self.family, self.drive(0.0)).parameter_keys
+
+    @property
+    def outputs_by_array(self) -> Callable[[Sequence[Array], Any], Any] | None:
+        return self.at_start().outputs_by_array
+
+    def probes(self, key: Key, count: int) -> tuple[Float[Array, " d"], Any] | None:
+        return self.at_start().probes(key, count)
 
     def at(self, s: ScalarLike) -> AbstractPotential:
         return self.family(self.drive(s))

@@ -1,7 +1,7 @@
 """The training loss of a Flax model as a potential of its raveled parameters."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -147,6 +147,31 @@ class FlaxLoss(AbstractPotential):
     @property
     def parameter_keys(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
         return self.network.layout.keys()
+
+    @property
+    def outputs_by_array(self) -> Callable[[Sequence[Array], Any], Any]:
+        def outputs(arrays: Sequence[Array], inputs: Any) -> Any:
+            return self.network.apply_to(arrays, self.constants, inputs)
+
+        return outputs
+
+    @door
+    def probes(self, key: Key, count: int) -> tuple[Float[Array, " d"], Any]:
+        """A random initialization and examples, with noise of their size added to both.
+
+        Initial biases are 0, and images are where they are dark: at numbers that are special, more
+        leaves a model alone than elsewhere.
+        """
+        of_start, of_rows, of_noise = jax.random.split(key, 3)
+        arrays = self.network.layout.arrays(self.network.initialize(of_start))
+        rows = jax.random.randint(of_rows, (count,), 0, _count(self.inputs))
+        inputs = jax.tree.map(lambda x: x[rows], self.inputs)
+        noisy = [
+            _with_noise(x, jax.random.fold_in(of_noise, i), 0.3)
+            for i, x in enumerate([*arrays, *jax.tree.leaves(inputs)])
+        ]
+        position = jnp.concatenate([jnp.ravel(x) for x in noisy[: len(arrays)]])
+        return position, jax.tree.structure(inputs).unflatten(noisy[len(arrays) :])
 
     @door
     def energy(self, position: Float[Array, " d"], batch: Any = None) -> Scalar:
@@ -299,6 +324,15 @@ def _rows(argument: str, part: Any) -> Any:
     if not several:
         return as_jax(argument, part)
     return structure.unflatten([as_jax(argument, leaf) for leaf in leaves])
+
+
+def _with_noise(x: Array, key: Key, size: float) -> Array:
+    """A floating array with normal noise of that part of its root mean square, or of 1 if it is
+    0."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    mean = jnp.sqrt(jnp.mean(x**2))
+    return x + size * jnp.where(mean > 0, mean, 1) * jax.random.normal(key, x.shape, x.dtype)
 
 
 def _weights(weights: Any, count: int) -> Float[Array, " m"]:

@@ -9,7 +9,7 @@ it draws anew.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -52,14 +52,19 @@ class Layout:
             for path, leaf in jax.tree_util.tree_leaves_with_path(named)
         )
 
+    def arrays(self, position: Float[Array, " d"]) -> list[Array]:
+        """The parameters of a position, in their order and shapes and in its type."""
+        pieces = jnp.split(position, np.cumsum([int(np.prod(x)) for x in self.shapes])[:-1])
+        return [x.reshape(shape) for x, shape in zip(pieces, self.shapes, strict=True)]
+
     def unravel(self, position: Float[Array, " d"], dtype: Any) -> Any:
         """The parameters in `dtype`; if that is None, those of 16 bits in their own type and the
         others in that of the position."""
         types = [dtype or _inside(own, position.dtype) for own in self.dtypes]
-        position = position.astype(dtype or position.dtype)
-        pieces = jnp.split(position, np.cumsum([int(np.prod(x)) for x in self.shapes])[:-1])
-        parts = zip(pieces, self.shapes, types, strict=True)
-        return self.structure.unflatten([x.reshape(shape).astype(own) for x, shape, own in parts])
+        arrays = self.arrays(position.astype(dtype or position.dtype))
+        return self.structure.unflatten(
+            [x.astype(own) for x, own in zip(arrays, types, strict=True)]
+        )
 
     def inside(self, dtype: Any) -> Any:
         """The type that the model computes in at positions of `dtype`."""
@@ -89,17 +94,25 @@ class Network:
 
     def unravel_model(self, position: Array, constants: Any, dtype: Any = None) -> Any:
         """The model at a position, or the variables of a linen module."""
+        return self._merged(self.layout.unravel(position, dtype), constants)
+
+    def _merged(self, parameters: Any, constants: Any) -> Any:
         given = iter(constants)
         rest = self.rest.unflatten(
             [next(given) if stream is None else _unused(*stream) for stream in self.streams]
         )
-        return self.merge(self.definition, self.layout.unravel(position, dtype), rest)
+        return self.merge(self.definition, parameters, rest)
 
     def apply(self, position: Array, constants: Any, inputs: Any, dtype: Any = None) -> Any:
         """The outputs of the model on a pytree of inputs with one leading axis."""
         model = self.unravel_model(position, constants, dtype)
         inside = self.layout.inside(position.dtype) if dtype is None else dtype
         return self.call(model, floating_as(inside, inputs))
+
+    def apply_to(self, arrays: Sequence[Array], constants: Any, inputs: Any) -> Any:
+        """The same from the parameters as arrays of one type, which the model computes in."""
+        model = self._merged(self.layout.structure.unflatten(arrays), constants)
+        return self.call(model, floating_as(jnp.result_type(*arrays), inputs))
 
     def call(self, model: Any, inputs: Any) -> Any:
         """The outputs of a model, or of the variables of a linen module."""

@@ -6,6 +6,7 @@ from esljax.transport.base import (
     check_room,
     check_transport,
     pairing_of,
+    part_solutions_of,
     solution_of,
     subset_solutions_of,
 )
@@ -20,6 +21,7 @@ from esljax.transport.exact import ExactTransport
 from esljax.transport.gaussian import GaussianTransport
 from esljax.transport.hierarchical import HierarchicalTransport
 from esljax.transport.pairing import Assignment, assignment
+from esljax.transport.quotient import QuotientTransport, aligned
 from esljax.transport.sinkhorn import SinkhornTransport
 from esljax.transport.sliced import SlicedTransport
 
@@ -32,13 +34,16 @@ __all__ = [
     "HierarchicalTransport",
     "MappedTransport",
     "ProjectedTransport",
+    "QuotientTransport",
     "SinkhornTransport",
     "SlicedTransport",
     "Solution",
+    "aligned",
     "assignment",
     "check_room",
     "check_transport",
     "pairing_of",
+    "part_solutions_of",
     "principal_directions",
     "random_directions",
     "solution_of",

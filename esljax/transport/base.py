@@ -15,6 +15,7 @@ the increment, and never a difference of large moments.
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -51,7 +52,9 @@ class AbstractTransport(eqx.Module):
     - `in_units`, if no distance changes where both ensembles are moved together, for reports of
       members of any size and place;
     - `paired`, if the distance pairs members one to one, for the parameters that hold it;
-    - `solve_subsets`, if the problem of all members helps with those of some, for errors;
+    - `solve_subsets` and `solve_parts`, if the problem of all members helps with those of some, for
+      errors;
+    - `solve_costs`, if it looks at squared distances of members alone, for `QuotientTransport`;
     - `coarser`, if it has an ε, so that a diagnosis can test whether ε is small enough;
     - `rounding`, if the distance is a difference of larger numbers;
     - `in_turn`, if several problems run slower together than one after the other on a CPU;
@@ -179,6 +182,52 @@ class AbstractTransport(eqx.Module):
         """
         return jax.lax.map(lambda kept: self.solve(x[kept], y[kept]), subsets)
 
+    def solve_parts(
+        self,
+        x: Float[Array, "n d"],
+        y: Float[Array, "m d"],
+        rows: Int[Array, "parts k"],
+        columns: Int[Array, "parts l"],
+    ) -> Solution:
+        """Return `solve(x[i], y[j])` for each pair (i, j) of `rows` and `columns`, stacked.
+
+        By default one after the other. Override it where distances of members are costly, so that
+        all parts share them.
+        """
+        return jax.lax.map(lambda part: self.solve(x[part[0]], y[part[1]]), (rows, columns))
+
+    def solve_costs(
+        self,
+        across: Float[Array, "n m"],
+        within: Callable[[], tuple[Float[Array, "n n"], Float[Array, "m m"]]],
+    ) -> tuple[Solution, Int[Array, " n"] | None]:
+        """Return the answer for members of which only the squared distances are known.
+
+        **Args:** `across`: between members of x and y, shape (n, m). `within`: returns those
+        between members of x, and of y.
+        **Returns:** the solution, and the place in y of the partner of each member of x as `paired`
+        has it.
+        **Differentiation:** in the distances.
+        """
+        must = "look at distances of members alone, as ExactTransport() does"
+        raise refuse("transport", must, f"is {self.name}")
+
+    def partners(
+        self, x: Float[Array, "n d"], y: Float[Array, "m d"], places: Int[Array, " n"]
+    ) -> Float[Array, "n d"]:
+        """Return what each member of x is compared with, shape (n, d): the members of y at the
+        places of `paired`, unless the class turns them first."""
+        return y[places]
+
+    def of_parameters(
+        self, keys: tuple[tuple[str, tuple[int, ...]], ...] | None
+    ) -> "AbstractTransport":
+        """Return the transport between members made of these arrays: this one, unless it must know.
+
+        **Args:** `keys`: `Trajectory.keys`, the names and shapes of the arrays, or None.
+        """
+        return self
+
     def coarser(self) -> "AbstractTransport | None":
         """Return the same transport at twice its ε; None if it has no ε."""
         return None
@@ -281,6 +330,18 @@ def subset_solutions_of(
         return jax.lax.map(lambda kept: solution_of(transport, x[kept], y[kept]), subsets)
     check_room(transport, len(x), x.shape[1], x.dtype)
     return transport.solve_subsets(x, y, subsets)
+
+
+def part_solutions_of(
+    transport: AbstractTransport, x: Array, y: Array, rows: Array, columns: Array
+) -> Solution | None:
+    """Return the checked solutions of these parts, stacked, if the transport shares work between
+    them; None if it does not."""
+    shares = type(transport).solve_parts is not AbstractTransport.solve_parts
+    if not shares or not _belongs(transport, "solve_parts"):
+        return None
+    check_room(transport, max(len(x), len(y)), x.shape[1], x.dtype)
+    return transport.solve_parts(x, y, rows, columns)
 
 
 def _belongs(transport: AbstractTransport, method: str) -> bool:

@@ -1,5 +1,6 @@
 """W2² by optimal assignment, and by sorting in one dimension."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -81,6 +82,18 @@ class ExactTransport(AbstractTransport):
             return solution(mean_square(x[kept], y[partners]), solved)
 
         return jax.lax.map(of_subset, subsets)
+
+    @door
+    def solve_costs(
+        self,
+        across: Float[Array, "n m"],
+        within: Callable[[], tuple[Float[Array, "n n"], Float[Array, "m m"]]],
+    ) -> tuple[Solution, Int[Array, " n"] | None]:
+        n, m = across.shape
+        if n != m:
+            raise refuse("y", f"hold {n} members, as `x` does", f"holds {m}")
+        (places, _), solved = _partners(jax.lax.stop_gradient(across))
+        return solution(jnp.mean(across[jnp.arange(n), places]), solved), places
 
     @door
     def map(self, x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n d"]:

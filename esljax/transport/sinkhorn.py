@@ -144,6 +144,23 @@ class SinkhornTransport(AbstractTransport):
         return Solution(finite.squared, finite.converged & (reached * reached_x * reached_y > 0))
 
     @door
+    def solve_costs(
+        self,
+        across: Float[Array, "n m"],
+        within: Callable[[], tuple[Float[Array, "n n"], Float[Array, "m m"]]],
+    ) -> tuple[Solution, None]:
+        if self.chunk is not None:
+            must = "be None where the squared distances of all members are held in any case"
+            raise refuse("chunk", must, f"is {self.chunk}")
+        within_x, within_y = within()
+        between, reached = _entropic_of(self, across, False)
+        inside_x, reached_x = _entropic_of(self, within_x, True)
+        inside_y, reached_y = _entropic_of(self, within_y, True)
+        finite = solution(between - inside_x / 2 - inside_y / 2)
+        reached = reached * reached_x * reached_y > 0
+        return Solution(finite.squared, finite.converged & reached), None
+
+    @door
     def map(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n d"]:
         """Return the mean partner of each member of x under the plan of OT_ε, shape (n, d).
 
@@ -197,6 +214,30 @@ def _(symmetric, primals, tangents):
     return (value, reached), (slope, jnp.zeros_like(reached))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _entropic_of(
+    transport: SinkhornTransport, cost: Float[Array, "n m"], symmetric: bool
+) -> tuple[Scalar, Scalar]:
+    """Return `_entropic` from the costs."""
+    g, reached = _potential_of(transport, cost, symmetric)
+    return _dual_of(g, transport, cost), reached
+
+
+@_entropic_of.defjvp
+@door
+def _(symmetric, primals, tangents):
+    transport, cost = primals
+    g, reached = keep(_potential_of(transport, cost, symmetric))
+    value, slope = jax.jvp(functools.partial(_dual_of, g), primals, tangents)
+    return (value, reached), (slope, jnp.zeros_like(reached))
+
+
+def _dual_of(
+    g: Float[Array, " m"], transport: SinkhornTransport, cost: Float[Array, "n m"]
+) -> Scalar:
+    return jnp.mean(g) + jnp.mean(_soft_min(cost - g, transport.epsilon.astype(cost.dtype)))
+
+
 def _dual(
     g: Float[Array, " m"],
     transport: SinkhornTransport,
@@ -217,8 +258,14 @@ def _potential(
     """
     if transport.chunk is not None:
         return _potential_in_blocks(transport, x, y, symmetric)
-    epsilon = transport.epsilon.astype(x.dtype)
-    cost = _cost(x, y)
+    return _potential_of(transport, _cost(x, y), symmetric)
+
+
+def _potential_of(
+    transport: SinkhornTransport, cost: Float[Array, "n m"], symmetric: bool
+) -> tuple[Float[Array, " m"], Scalar]:
+    """Return the same from the costs."""
+    epsilon = transport.epsilon.astype(cost.dtype)
 
     def to_f(g):
         return _soft_min(cost - g, epsilon)
@@ -237,7 +284,7 @@ def _potential(
         return jnp.linalg.solve(jax.jacobian(linear)(b), b)
 
     return jax.lax.custom_root(
-        residual, jnp.zeros_like(y[:, 0]), iterate, solve_tangent, has_aux=True
+        residual, jnp.zeros_like(cost[0]), iterate, solve_tangent, has_aux=True
     )
 
 

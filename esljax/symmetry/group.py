@@ -1,0 +1,306 @@
+r"""Permutations, and sign flips, of the units of a network: a group that acts on its parameters.
+
+    (g θ) = θ with the units of every group in another order, along each axis that they index
+    d_G(θ, θ') = min_g ‖θ - g θ'‖
+
+The group acts by isometries, so d_G is a metric on its orbits. The best order of one group is an
+assignment: its cost adds up over the units, rows of incoming weights, bias and outgoing weights
+together. Groups that share no array are independent of each other, and d_G is exact. Otherwise each
+is ordered in turn while the others stay, until none gains: an upper value of d_G.
+
+Reference: Hecht-Nielsen, "On the algebraic structure of feedforward network weight spaces" (1990);
+Ainsworth, Hayase and Srinivasa, "Git Re-Basin", ICLR 2023, for the alternating assignments.
+"""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from esljax._checks import check_key, door, in_words, refuse
+from esljax._types import Array, Float, Key
+from esljax.potentials import AbstractPotential
+from esljax.symmetry.parts import Element, Group, Turned
+from esljax.symmetry.trying import Trial, trial
+
+Keys = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Symmetry:
+    """A group that leaves a network alone and acts on its parameters. `print` shows it.
+
+    Made by `esljax.symmetry.of` and `esljax.symmetry.permutations`.
+    """
+
+    groups: tuple[Group, ...]
+    """The groups of units."""
+    keys: Keys | None = None
+    """The names and shapes of all arrays, in the order in which a member is raveled; None until
+    `at` binds them."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether no array is turned twice, so that one assignment for each group finds d_G."""
+        held = Counter(axis.key for group in self.groups for axis in group.axes)
+        return max(held.values()) == 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many units each group has."""
+        shapes = self._shapes
+        return tuple(_size(group, shapes) for group in self.groups)
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        if self.keys is None:
+            must = "know the shapes of its arrays (symmetry.at(path.keys), or keys= as it is made)"
+            raise refuse("symmetry", must, "knows none")
+        return dict(self.keys)
+
+    def at(self, keys: Any) -> "Symmetry":
+        """Return the symmetry of members that are raveled in the order of these arrays.
+
+        **Args:** `keys`: the names and shapes of all arrays, as `Trajectory.keys`,
+        `Recording.keys` or `potential.parameter_keys` hold them.
+        **Raises:** `InputError`, with the array, for one that is not there, and for axes that are
+        not there or of different sizes.
+        """
+        bound = tuple((str(key), tuple(map(int, shape))) for key, shape in dict(keys).items())
+        shapes = dict(bound)
+        for group in self.groups:
+            _check_axes(group, shapes)
+        return dataclasses.replace(self, keys=bound)
+
+    def only(self, *names: str) -> "Symmetry":
+        """Return the part of the symmetry that turns these groups alone.
+
+        Fewer groups may be independent where all are not: every second layer of a deep network has
+        an exact distance. It is no less than that of all groups.
+        """
+        for name in names:
+            if name not in {group.name for group in self.groups}:
+                listed = ", ".join(repr(group.name) for group in self.groups)
+                raise refuse("names", f"be among the groups {listed}", f"hold {name!r}")
+        chosen = tuple(group for group in self.groups if group.name in names)
+        if not chosen:
+            raise refuse("names", "name at least one group", "name none")
+        return dataclasses.replace(self, groups=chosen)
+
+    @door
+    def check(
+        self, potential: AbstractPotential, *, draws: int = 3, tolerance: float = 1e-5
+    ) -> Trial:
+        """Try the symmetry: random elements act on random members, and outputs must stay.
+
+        **Args:** `potential`: of the model, a `FlaxLoss` or one `Driven` from such. `draws`:
+        members, inputs and elements that are drawn for each group. `tolerance`: the largest change
+        of outputs, relative to the largest output, that counts as rounding.
+        **Returns:** `Trial`; `print` shows it.
+        **Raises:** `InputError` for what is no symmetry, with the arrays that break it: those that
+        the traced model turns otherwise.
+        """
+        return trial(self, potential, draws, tolerance)
+
+    def draw(self, key: Key) -> Element:
+        """Return a uniformly random element of the group.
+
+        **Args:** `key`: made by `jax.random.key`.
+        """
+        check_key("key", key)
+        places, signs = [], []
+        for group, h, own in zip(
+            self.groups, self.sizes, jax.random.split(key, len(self.groups)), strict=True
+        ):
+            order, flips = jax.random.split(own)
+            places.append(jax.random.permutation(order, h))
+            drawn = 2 * jax.random.bernoulli(flips, shape=(h,)).astype(jnp.result_type(float)) - 1
+            signs.append(drawn if group.signed else jnp.ones_like(drawn))
+        return Element(tuple(places), tuple(signs))
+
+    @door
+    def act(self, element: Element, position: Float[Array, " d"]) -> Float[Array, " d"]:
+        """Return g θ for one member θ, shape (d,).
+
+        **Differentiation:** in the position, to every order: g is linear.
+        """
+        arrays = self.arrays(jnp.asarray(position))
+        parts = zip(self.groups, self.sizes, element.places, element.signs, strict=True)
+        for group, h, places, signs in parts:
+            for axis in group.axes:
+                array = arrays[axis.key]
+                around = _around(axis, h, array.shape)
+                turned = array.reshape(around)[:, places]
+                if group.signed:
+                    turned = turned * signs.astype(array.dtype)[:, None]
+                arrays[axis.key] = turned.reshape(array.shape)
+        return jnp.concatenate([array.ravel() for array in arrays.values()])
+
+    def arrays(self, position: Float[Array, " d"]) -> dict[str, Array]:
+        """Return the arrays of one member by their names."""
+        shapes, start, arrays = self._shapes, 0, {}
+        held = sum(map(math.prod, shapes.values()))
+        if len(position) != held:
+            must = f"hold members of {held} numbers, those of the arrays of the symmetry"
+            raise refuse("positions", must, f"have {len(position)}")
+        for key, shape in shapes.items():
+            count = math.prod(shape)
+            arrays[key] = position[start : start + count].reshape(shape)
+            start += count
+        return arrays
+
+    def units(
+        self, k: int, position: Float[Array, " d"], axes: Sequence[Turned] | None = None
+    ) -> Float[Array, "h p"]:
+        """Return the numbers of each unit of group k in a row, shape (h, p), along all its axes or
+        along some of them."""
+        arrays, h = self.arrays(position), self.sizes[k]
+        chosen = [(arrays[x.key], x) for x in (self.groups[k].axes if axes is None else axes)]
+        rows = [
+            jnp.moveaxis(array.reshape(_around(axis, h, array.shape)), 1, 0)
+            for array, axis in chosen
+        ]
+        return jnp.concatenate([row.reshape(h, -1) for row in rows], axis=1)
+
+    def identity(self, dtype: Any) -> Element:
+        """Return the element that leaves all units where they are."""
+        sizes = self.sizes
+        return Element(
+            tuple(jnp.arange(h, dtype=jnp.int32) for h in sizes),
+            tuple(jnp.ones(h, dtype) for h in sizes),
+        )
+
+    def to_toml(self) -> str:
+        """Return the lines of a file for `esljax measure --symmetry`."""
+        named = [group.name for group in self.groups if group.signed]
+        lines = [f"signs = {json.dumps(named)}", "", "[permutations]"]
+        for group in self.groups:
+            axes = [[x for x in axis if x is not None] for axis in group.axes]
+            lines.append(f"{json.dumps(group.name)} = {json.dumps(axes)}")
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        sizes = [None] * len(self.groups) if self.keys is None else self.sizes
+        lines = []
+        for group, h in zip(self.groups, sizes, strict=True):
+            kind = "signed permutations" if group.signed else "permutations"
+            count = "" if h is None else f" of {h} units"
+            axes = ", ".join(f"{axis.key} (axis {axis.axis})" for axis in group.axes)
+            lines.append(f"{group.name}: {kind}{count} along {axes}")
+        kind = (
+            "The groups share no array: distances modulo the symmetry are exact."
+            if self.exact
+            else "Groups share arrays: distances modulo the symmetry are upper values."
+        )
+        return "\n".join([*lines, kind])
+
+
+@door
+def permutations(
+    groups: Mapping[str, Sequence[Sequence[Any]]],
+    *,
+    signs: Sequence[str] = (),
+    keys: Any = None,
+) -> Symmetry:
+    """Return a symmetry by hand: which axes of which arrays each group of units turns together.
+
+    **Args:**
+    - `groups`: for each group a name and its axes, `(key, axis)`. Where an axis indexes more than
+      the units, as that of a dense layer behind a flattened image does, a third number says how
+      many numbers lie side by side for each unit: 1 if channels come last, height times width if
+      they come first.
+    - `signs`: the names of the groups whose units may also change their signs.
+    - `keys`: the names and shapes of all arrays, as `Trajectory.keys` holds them. `speed_limit`
+      takes those of the run where none are given.
+
+    **Returns:** `Symmetry`. Whether it leaves a network alone is not known here: `check` tries it.
+    **Raises:** `InputError` for groups that are not of this form, an axis that is turned twice, and
+    arrays that `keys` does not hold.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> symmetry = esl.symmetry.permutations(
+        ...     {"hidden": [("a", 1), ("b", 0)]}, signs=("hidden",), keys={"a": (2, 3), "b": (3, 5)}
+        ... )
+        >>> print(symmetry)
+        hidden: signed permutations of 3 units along a (axis 1), b (axis 0)
+        The groups share no array: distances modulo the symmetry are exact.
+    """
+    if not isinstance(groups, Mapping) or not groups:
+        must = 'be axes by the name of their group, as {"hidden": [("0/kernel", 1), ...]}'
+        raise refuse("groups", must, f"is {in_words(groups) if groups else 'empty'}")
+    if isinstance(signs, str) or not set(signs) <= set(groups):
+        raise refuse("signs", f"be names of the groups {', '.join(groups)}", f"is {signs!r}")
+    made = tuple(
+        Group(str(name), _axes(name, axes), name in tuple(signs)) for name, axes in groups.items()
+    )
+    places = Counter((x.key, x.axis, x.inner) for group in made for x in group.axes)
+    (place, times), *_ = places.most_common(1)
+    if times > 1:
+        must = "turn each axis once"
+        raise refuse("groups", must, f"turn axis {place[1]} of `{place[0]}` {times} times")
+    symmetry = Symmetry(made)
+    return symmetry if keys is None else symmetry.at(keys)
+
+
+def _axes(name: str, axes: Any) -> tuple[Turned, ...]:
+    must = f"be a list of (key, axis) or (key, axis, numbers side by side) for {name!r}"
+    if isinstance(axes, str) or not isinstance(axes, Sequence) or not axes:
+        raise refuse("groups", must, f"is {axes!r}")
+    found = []
+    for axis in axes:
+        right = (
+            isinstance(axis, Sequence)
+            and len(axis) in (2, 3)
+            and isinstance(axis[0], str)
+            and _is_count(axis[1], 0)
+            and (len(axis) == 2 or axis[2] is None or _is_count(axis[2], 1))
+        )
+        if not right:
+            raise refuse("groups", must, f"holds {axis!r}")
+        found.append(Turned(*axis))
+    return tuple(found)
+
+
+def _is_count(x: Any, least: int) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x >= least
+
+
+def _check_axes(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    for axis in group.axes:
+        if axis.key not in shapes:
+            listed = ", ".join(list(shapes)[:8]) + (", ..." if len(shapes) > 8 else "")
+            must = f"turn arrays that are there ({listed})"
+            raise refuse("symmetry", must, f"group {group.name!r} turns `{axis.key}`")
+        if axis.axis >= len(shapes[axis.key]):
+            was = f"`{axis.key}` has shape {shapes[axis.key]} and no axis {axis.axis}"
+            raise refuse("symmetry", "turn axes that are there", was)
+    h = _size(group, shapes)
+    for axis in group.axes:
+        length = shapes[axis.key][axis.axis]
+        right = length == h if axis.inner is None else length % (h * axis.inner) == 0
+        if not right:
+            must = f"turn axes of as many units in group {group.name!r}, {h} as most have"
+            was = f"axis {axis.axis} of `{axis.key}` has length {length}"
+            raise refuse("symmetry", must, was)
+
+
+def _size(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many units a group has: the length that most of the axes have that index nothing else."""
+    plain = [shapes[axis.key][axis.axis] for axis in group.axes if axis.inner is None]
+    if not plain:
+        must = f"have an axis in group {group.name!r} that indexes its units alone"
+        raise refuse("symmetry", must, "has none")
+    return Counter(plain).most_common(1)[0][0]
+
+
+def _around(axis: Turned, h: int, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape of an array as (numbers before, units, numbers behind)."""
+    behind = math.prod(shape[axis.axis + 1 :]) * (axis.inner or 1)
+    return math.prod(shape) // (h * behind), h, behind
