@@ -185,8 +185,10 @@ def draw(results: dict[Any, Any]) -> matplotlib.figure.Figure:
         axes[1].set_xticks([0.01, 0.1, 1], ["0.01", "0.1", "1"])
     panels[0, 0].set_ylabel("relative gap 1 - W2²/Σ")
     panels[1, 0].set_ylabel("MLP, full batch (θ²; D: nats)")
-    for axes in panels[:, 0]:
-        axes.legend(fontsize=8, frameon=False)
+    # Where the last panel is empty.
+    shown = panels[0, 0].get_legend_handles_labels()
+    panels[0, 2].legend(*shown, fontsize=8, frameon=False, loc="center right")
+    panels[1, 0].legend(fontsize=8, frameon=False)
     return figure
 
 
