@@ -57,7 +57,8 @@ def measure_command(config: MeasureConfig) -> int:
     console = rich.console.Console(quiet=config.quiet)
     results = Results(config.out, config.as_dict(), (_FIGURE,), force=config.force)
     with results.claimed():
-        with ReadingBar(console) as bar:
+        bar = ReadingBar(console)
+        with bar:
             measurement = Measurement.of(config, bar.read)
         with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
             if not config.quiet:

@@ -5,7 +5,7 @@ it is measured too.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import rich.console
 import rich.progress
@@ -38,7 +38,7 @@ class Bar:
         )
         self.task = self.bar.add_task("starting", total=total, numbers="")
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bar":
         self.bar.start()
         return self
 

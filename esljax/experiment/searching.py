@@ -232,7 +232,7 @@ class Search:
             return here < there
         left = [np.delete(np.arange(_RUNS), run) for run in range(_RUNS)]
         differences = [self._value(first, p, runs) - self._value(second, p, runs) for runs in left]
-        return there - here > np.sqrt((_RUNS - 1) * np.var(differences))
+        return bool(there - here > np.sqrt((_RUNS - 1) * np.var(differences)))
 
     def _calm(self, family: Family) -> Any:
         """Numbers of a family at which all is stable, where its search starts."""

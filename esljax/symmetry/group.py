@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import check_key, door, in_words, refuse
-from esljax._types import Array, Float, Key
+from esljax._types import Array, ArrayLike, Float, Key
 from esljax.potentials import AbstractPotential
 from esljax.symmetry.parts import Element, Group, Turned
 from esljax.symmetry.trying import Trial, trial
@@ -124,7 +124,7 @@ class Symmetry:
         return Element(tuple(places), tuple(signs))
 
     @door
-    def act(self, element: Element, position: Float[Array, " d"]) -> Float[Array, " d"]:
+    def act(self, element: Element, position: Float[ArrayLike, " d"]) -> Float[Array, " d"]:
         """Return g θ for one member θ, shape (d,).
 
         **Differentiation:** in the position, to every order: g is linear.
