@@ -38,7 +38,7 @@ class Near(NamedTuple):
 
     start: Float[np.ndarray, "n n"]
     """X Xᵀ, of the members of the start about their mean."""
-    links: Float[np.ndarray, "J n 4n"]
+    links: Float[np.ndarray, "J n 4*n"]
     """Of Δ_j with X, D_j, Δ_{j-1} and Δ_j, in that order; Δ_{-1} = 0."""
 
     @classmethod
@@ -96,7 +96,7 @@ class Near(NamedTuple):
         own = np.diagonal(own, axis1=1, axis2=2)
         return np.concatenate([np.diagonal(self.start)[None], own])
 
-    def placed(self) -> Float[np.ndarray, "snapshots n 4n"]:
+    def placed(self) -> Float[np.ndarray, "snapshots n 4*n"]:
         """Return members with these inner products, about the mean of the start."""
         start, links = self
         count, members, _ = links.shape
