@@ -293,13 +293,13 @@ def test_a_folder_and_features(tmp_path):
 
 def test_numbers_not_to_be_trusted_are_exit_code_1(tmp_path, capsys):
     """Two clouds far apart at an ε that the iterations cannot reach."""
-    start = np.random.default_rng(0).normal(size=(1, 20, 2))
+    start = np.random.default_rng(0).normal(size=(1, 100, 2))
     np.savez(tmp_path / "run.npz", positions=np.concatenate([start, start * 100]))
     arguments = [
         "--transport",
         "sinkhorn",
         "--epsilon",
-        "1e-3",
+        "1e-2",
         "--jackknife",
         "0",
         "--out",

@@ -64,8 +64,8 @@ class SinkhornTransport(AbstractTransport):
       threshold is far from rounding, and slower where it is near. Answers differ within the
       threshold.
 
-    Without a `chunk` the potentials are found by ott's solver, in blocks by a loop of this package;
-    the derivatives are those of this package in both.
+    Over-relaxed and in blocks the potentials are found by a loop of this package, otherwise by the
+    solver of ott; the derivatives are those of this package in both.
 
     `ProjectedTransport` makes costs cheaper where d is large. The time grows with nm either way,
     and roughly with 1/ε.
@@ -274,6 +274,9 @@ def _potential_of(
         return _soft_min(cost - f[:, None], epsilon, axis=0)
 
     def iterate(_, start):
+        # Over-relaxed, ott looks at one of two wrong marginals alone, and stops too soon.
+        if transport.acceleration == "momentum" and not symmetric:
+            return _iterated(transport, to_f, to_g, cost[:, 0], symmetric)
         return _by_ott(transport, cost, symmetric)
 
     def residual(g):
@@ -297,11 +300,8 @@ def _by_ott(
         # Between a cloud and itself the two potentials are one; see `_iterated`.
         how = {"parallel_dual_updates": True, "momentum": parts.Momentum(value=0.5)}
     else:
-        how = {
-            "anderson": {"anderson": parts.AndersonAcceleration(memory=5)},
-            "momentum": {"momentum": parts.Momentum(value=_OVER)},
-            "none": {},
-        }[transport.acceleration]
+        fast = transport.acceleration == "anderson"
+        how = {"anderson": parts.AndersonAcceleration(memory=5)} if fast else {}
     solver = parts.Sinkhorn(
         threshold=transport.threshold,
         max_iterations=transport.max_iterations,
