@@ -24,7 +24,6 @@ from esljax import (
     sharding,
     simulation,
     study,
-    symmetry,
     transport,
     velocity,
 )
@@ -64,6 +63,7 @@ from esljax.potentials import (
     Quadratic,
     datasets,
     models,
+    symmetry,
 )
 from esljax.schedules import (
     AbstractSchedule,
@@ -128,6 +128,7 @@ sys.modules.update(
         "esljax.executors": study.executors,
         "esljax.models": models,
         "esljax.recordings": recordings,
+        "esljax.symmetry": symmetry,
     }
 )
 

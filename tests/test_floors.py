@@ -39,7 +39,6 @@ FLOORS = (
     ("_numerics", "results", "sharding", "files", "figures"),
     ("schedules",),
     ("density", "potentials"),
-    ("symmetry",),
     ("transport",),
     ("velocity",),
     ("simulation",),
@@ -52,7 +51,7 @@ FLOORS = (
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # All of the package is seen at one glance.
-MOST_ROOMS = 23
+MOST_ROOMS = 22
 
 # Libraries that every module may use, and the only rooms that may use each of the others.
 EVERYWHERE = {"jax", "numpy", "equinox"}

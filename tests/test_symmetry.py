@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import esljax as esl
-from esljax.symmetry.coupling import coupled
+from esljax.potentials.symmetry.coupling import coupled
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_of_all")
 

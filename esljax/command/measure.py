@@ -31,9 +31,9 @@ from esljax.measures import (
     speed_limit,
     w2_bracket,
 )
+from esljax.potentials.symmetry import permutations
 from esljax.sharding import map_pairs
 from esljax.simulation import Trajectory, from_checkpoints, from_snapshots
-from esljax.symmetry import permutations
 from esljax.transport import (
     AbstractTransport,
     ProjectedTransport,

@@ -1,6 +1,6 @@
 """Φ: the objective that drives an ensemble, the data and the models that it is made of."""
 
-from esljax.potentials import datasets, models
+from esljax.potentials import datasets, models, symmetry
 from esljax.potentials.analytic import DoubleWell, FromFunction, Mixture, Quadratic
 from esljax.potentials.base import AbstractPotential, check_potential
 from esljax.potentials.curriculum import Curriculum
@@ -27,5 +27,6 @@ __all__ = [
     "mlp",
     "models",
     "own_model",
+    "symmetry",
     "takes",
 ]

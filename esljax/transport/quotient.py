@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from esljax._checks import check_kind, door, refuse
 from esljax._numerics import product
 from esljax._types import Array, Float, Int
+from esljax.potentials.symmetry import Element, Symmetry, Turned
 from esljax.sharding import keep
-from esljax.symmetry import Element, Symmetry, Turned
 from esljax.transport.base import AbstractTransport, Solution
 from esljax.transport.coordinates import AbstractWrappedTransport
 from esljax.transport.pairing import pairs, solvable

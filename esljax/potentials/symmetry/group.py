@@ -24,9 +24,9 @@ import jax.numpy as jnp
 
 from esljax._checks import check_key, door, in_words, refuse
 from esljax._types import Array, ArrayLike, Float, Key
-from esljax.potentials import AbstractPotential
-from esljax.symmetry.parts import Element, Group, Turned
-from esljax.symmetry.trying import Trial, trial
+from esljax.potentials.base import AbstractPotential
+from esljax.potentials.symmetry.parts import Element, Group, Turned
+from esljax.potentials.symmetry.trying import Trial, trial
 
 Keys = tuple[tuple[str, tuple[int, ...]], ...]
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from esljax._checks import InputError, as_count, check_positive, refuse
 from esljax._types import Array, Key
-from esljax.potentials import AbstractPotential, check_potential
+from esljax.potentials.base import AbstractPotential, check_potential
+from esljax.potentials.symmetry.coupling import coupled
+from esljax.potentials.symmetry.parts import Element, Group, Turned
 from esljax.results import table
-from esljax.symmetry.coupling import coupled
-from esljax.symmetry.parts import Element, Group, Turned
 
 # Inputs of one trial.
 _INPUTS = 8

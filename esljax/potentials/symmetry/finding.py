@@ -4,10 +4,10 @@ import dataclasses
 from collections import Counter
 
 from esljax._checks import check_positive, door, refuse
-from esljax.potentials import AbstractPotential
-from esljax.symmetry.group import Symmetry
-from esljax.symmetry.parts import Group
-from esljax.symmetry.trying import Trials, found_in, model_of
+from esljax.potentials.base import AbstractPotential
+from esljax.potentials.symmetry.group import Symmetry
+from esljax.potentials.symmetry.parts import Group
+from esljax.potentials.symmetry.trying import Trials, found_in, model_of
 
 
 @door
