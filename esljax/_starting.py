@@ -32,7 +32,7 @@ def begin() -> None:
     """Open closed streams, and answer signals and faults until the command has begun."""
     _open_streams()
     # jax takes LAPACK from SciPy, whose threads wait for work in a loop and take the cores from the
-    # rest: a chain of Gaussian distances took 38 times as long. Workers inherit it.
+    # rest. Workers inherit the setting.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     on_signals(lambda number: _quit(code_of(number), "ended before it began; nothing was written."))
     sys.excepthook = _answer

@@ -58,6 +58,17 @@ def test_members_that_are_their_own_partners_stay_so():
     np.testing.assert_allclose(found, np.mean(np.sum(step**2, 1)), rtol=1e-4)
 
 
+def test_costs_beyond_its_duals_are_not_solved_in_silence():
+    """Squares that are numbers, but whose sums are none: the pairs of a leaf are not to be had."""
+    x, y = clouds(64, 64, 3, dtype=np.float32)
+    transport = esl.HierarchicalTransport(KEY, leaf=16, passes=2)
+    solved = transport.solve(jnp.asarray(1e17 * x), jnp.asarray(1e17 * y))
+    assert np.isfinite(np.sum((1e17 * x - 1e17 * y) ** 2, axis=1)).all()
+    assert not solved.converged
+    assert np.isnan(solved.squared)
+    assert transport.solve(jnp.asarray(x), jnp.asarray(y)).converged
+
+
 def test_its_gradient_is_that_of_its_pairs():
     x, y = map(jnp.asarray, clouds(100, 100, 3, dtype=np.float32))
     transport = esl.HierarchicalTransport(KEY, leaf=16)

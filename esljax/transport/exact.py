@@ -108,8 +108,8 @@ class ExactTransport(AbstractTransport):
 
     def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int:
         # In one dimension members are sorted and there are no costs.
-        costs = 0 if d == 1 else 1.05 * n**2
-        return (9 if differentiated else 5) * n * d + costs
+        matrix = 0 if d == 1 else 1.05 * n**2
+        return (9 if differentiated else 5) * n * d + matrix
 
 
 def _sorted(x: Float[Array, "n 1"], y: Float[Array, "n 1"]) -> tuple[Array, Array]:

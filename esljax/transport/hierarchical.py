@@ -21,17 +21,18 @@ class HierarchicalTransport(AbstractTransport):
 
         W2²(x, y) ≤ (1/n) Σ_i |x_i - y_π(i)|²
 
-    π is one to one, so the value is never below W2², and the mean over π is what a run could move.
-    Both clouds are halved along common directions until at most `leaf` members are left on each
-    side, and each pair of leaves is solved exactly; members that lie better as they stand start
-    there. Each pass then halves the *pairs* along directions of its own, and solves every leaf of
+    π is one to one, so the value is never below W2² of the samples, but for rounding. Both clouds
+    are halved along common directions until at most `leaf` members are left on each side, and each
+    pair of leaves is solved exactly. If the members as they stand are closer, these pairs are taken
+    instead. Each pass then halves the *pairs* along directions of its own, and solves every leaf of
     pairs anew, which can only lower the value. With `n` up to `leaf` it is `ExactTransport`.
 
     **Args:** `key`: of the directions; the same key gives the same pairs. `leaf`: the most members
     of an exact problem. `passes`: how often pairs are improved.
-    **Raises:** `InputError` if n ≠ m, or for a `leaf` or `passes` that is no positive integer.
-    **Differentiation:** forward and reverse, to every order, at the pairs found: exact where they
-    are, of the upper value elsewhere.
+    **Raises:** `InputError` if n ≠ m, for a `key` that is none, and for a `leaf` or `passes` that
+    is no positive integer.
+    **Differentiation:** forward and reverse, to every order, of the upper value at the pairs found,
+    which count as constants.
     **Reference:** in the manner of Halmos et al., "Hierarchical Refinement: Optimal Transport to
     Infinity and Beyond", ICML 2025, with halves by directions in place of low-rank plans, and
     passes that mend them.
@@ -70,8 +71,8 @@ class HierarchicalTransport(AbstractTransport):
     def paired(
         self, x: Float[Array, "n d"], y: Float[Array, "m d"]
     ) -> tuple[Solution, Int[Array, " n"] | None]:
-        places = self._places(x, y)
-        return solution(mean_square(x, y[places])), places
+        places, solved = self._pairs(x, y)
+        return solution(mean_square(x, y[places]), solved), places
 
     @door
     def map(self, x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n d"]:
@@ -80,20 +81,23 @@ class HierarchicalTransport(AbstractTransport):
         **Differentiation:** in y, at the pairs found.
         """
         check_room(self, x.shape[0], x.shape[1], x.dtype)
-        return y[self._places(x, y)]
+        return y[self._pairs(x, y)[0]]
 
     def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int:
         return (8 if differentiated else 7) * n * d + 20 * n + min(n, self.leaf) ** 2
 
-    def _places(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Int[Array, " n"]:
+    def _pairs(
+        self, x: Float[Array, "n d"], y: Float[Array, "m d"]
+    ) -> tuple[Int[Array, " n"], Array | bool]:
+        """The place in y of the partner of each member of x, and whether all leaves were solved."""
         if len(x) != len(y):
             raise refuse("y", f"hold {len(x)} members, as `x` does", f"holds {len(y)}")
         if x.shape[1] == 1:
-            return paired_by_sorting(x, y)
-        return keep(_places(*jax.lax.stop_gradient((x, y)), self.key, self.leaf, self.passes))
+            return paired_by_sorting(x, y), True
+        return keep(_pairs(*jax.lax.stop_gradient((x, y)), self.key, self.leaf, self.passes))
 
 
-def _places(x: Array, y: Array, key: Key, leaf: int, passes: int) -> Int[Array, " n"]:
+def _pairs(x: Array, y: Array, key: Key, leaf: int, passes: int) -> tuple[Int[Array, " n"], Array]:
     n, d = x.shape
     levels = max(0, math.ceil(math.log2(n / leaf)))
     # Leaves of one size: members without a place, which pair with each other, fill the last ones.
@@ -113,28 +117,30 @@ def _places(x: Array, y: Array, key: Key, leaf: int, passes: int) -> Int[Array, 
         """Each cloud by itself, along common directions."""
         along = directions(first, jnp.concatenate([x, y]))
         mine, theirs = (_leaves(product(cloud, along.T), real, levels) for cloud in (x, y))
-        return columns.at[mine].set(_solved(x, y, real, mine, theirs))
+        found, solved = _in_leaves(x, y, real, mine, theirs)
+        return columns.at[mine].set(found), solved
 
-    def together(columns, inputs):
+    def together(state, inputs):
         """Pairs, by where they begin, where they end, or both."""
-        key, weights = inputs
+        (columns, solved), (key, weights) = state, inputs
         ends, (one, other) = y[columns], jax.random.split(key)
         along = weights[0] * product(x, directions(one, x).T)
         along += weights[1] * product(ends, directions(other, y).T)
         leaves = _leaves(along, real, levels)
-        return columns.at[leaves].set(_solved(x, y, real, leaves, columns[leaves])), None
+        found, all_ = _in_leaves(x, y, real, leaves, columns[leaves])
+        return (columns.at[leaves].set(found), solved & all_), None
 
     def value(columns):
         return jnp.sum((x - y[columns]) ** 2)
 
-    apart_first = apart(numbers)
-    start = jnp.where(value(numbers) <= value(apart_first), numbers, apart_first)
+    halved, solved = apart(numbers)
     if levels == 0:
-        return start[:n]
+        return halved[:n], solved
+    start = jnp.where(value(numbers) <= value(halved), numbers, halved)
     weights = jnp.resize(jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]], x.dtype), (passes, 2))
     keys = jax.vmap(lambda i: jax.random.fold_in(rest, i))(jnp.arange(passes))
-    columns, _ = jax.lax.scan(together, start, (keys, weights))
-    return columns[:n]
+    (columns, solved), _ = jax.lax.scan(together, (start, solved), (keys, weights))
+    return columns[:n], solved
 
 
 def _leaves(
@@ -149,14 +155,15 @@ def _leaves(
     return members
 
 
-def _solved(
+def _in_leaves(
     x: Float[Array, "total d"],
     y: Float[Array, "total d"],
     real: Array,
     rows: Int[Array, "leaves size"],
     columns: Int[Array, "leaves size"],
-) -> Int[Array, "leaves size"]:
-    """The partner of each row of each leaf, among the columns of that leaf."""
+) -> tuple[Int[Array, "leaves size"], Array]:
+    """The partner of each row of each leaf, among the columns of that leaf, and whether all leaves
+    were solved."""
 
     def of_leaf(leaf):
         mine, theirs = leaf
@@ -164,11 +171,12 @@ def _solved(
         # One pair with a filler makes another one: both cost more than two pairs without.
         here, there = real[mine][:, None], real[theirs]
         cost = jnp.where(here & there, cost, jnp.where(here == there, 0.0, jnp.max(cost)))
-        found, _ = pairs(cost, solvable(cost))
-        return theirs[found]
+        solved = solvable(cost)
+        return theirs[pairs(cost, solved)[0]], solved
 
-    return jax.lax.platform_dependent(
+    found, solved = jax.lax.platform_dependent(
         (rows, columns),
         cpu=lambda leaves: jax.lax.map(of_leaf, leaves),
         default=lambda leaves: jax.vmap(of_leaf)(leaves),
     )
+    return found, jnp.all(solved)
