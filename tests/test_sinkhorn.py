@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles_transport as oracles
 import pytest
+import scipy.special
 from ott.geometry.geometry import Geometry
 from ott.solvers.linear import solve
 from ott.solvers.linear.acceleration import Momentum
@@ -117,6 +118,22 @@ def test_accelerated_iterations_end_at_the_same_place(x64):
             ways = [potential(80, acceleration=each, chunk=chunk) for each in ("none", name)]
             assert [reached for _, reached in ways] == [0, 1]
             np.testing.assert_allclose(ways[1][0], plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["none", "momentum", "anderson"])
+def test_converged_means_that_both_marginals_are_right(name, x64):
+    """The plan of g and its partner has exact row sums; its column sums have to follow."""
+    x, y = clouds(30, 20)
+    epsilon, threshold = 0.05, 1e-5
+    cost = np.sum((x[:, None] - y) ** 2, axis=-1)
+    for chunk in (None,) if name == "anderson" else (None, 7):
+        transport = esl.SinkhornTransport(
+            epsilon, threshold=threshold, acceleration=name, chunk=chunk
+        )
+        g, reached = sinkhorn_module._potential(transport, jnp.asarray(x), jnp.asarray(y), False)
+        plan = scipy.special.softmax((np.asarray(g) - cost) / epsilon, axis=1) / len(x)
+        assert reached
+        assert np.sum(np.abs(plan.sum(axis=0) - 1 / len(y))) <= 1.01 * threshold
 
 
 # Blocks

@@ -31,7 +31,7 @@ from esljax.measures import (
     speed_limit,
     w2_bracket,
 )
-from esljax.potentials.symmetry import permutations
+from esljax.potentials.symmetry import Symmetry, permutations
 from esljax.sharding import map_pairs
 from esljax.simulation import Trajectory, from_checkpoints, from_snapshots
 from esljax.transport import (
@@ -178,6 +178,8 @@ class Measurement:
     """Arrays of the recording that are not measured, and why."""
     transport: AbstractTransport
     """The transport in the coordinates of the projection."""
+    symmetry: Symmetry | None
+    """The symmetry modulo which the transport compares."""
     matrix: Array | None
     """The projection, shape (d, p)."""
     velocity: AbstractVelocity | None
@@ -198,8 +200,9 @@ class Measurement:
         path, times, left_out = _streamed(config, progress) if _streams(config) else _loaded(config)
         projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
         inner = config.make_transport(sliced_key)
-        if config.symmetry is not None:
-            inner = _modulo(inner, config.symmetry, path)
+        symmetry = None if config.symmetry is None else _read_symmetry(config.symmetry, path)
+        if symmetry is not None:
+            inner = QuotientTransport(inner, symmetry)
         matrix = _projection(config, path, projection_key)
         coordinates = path.positions.shape[2] if matrix is None else matrix.shape[1]
         check_room(inner, path.positions.shape[1], coordinates, path.positions.dtype)
@@ -209,6 +212,7 @@ class Measurement:
             times=None if times is None else (float(times[0]), float(times[-1])),
             left_out=left_out,
             transport=inner if matrix is None else ProjectedTransport(inner, matrix),
+            symmetry=symmetry,
             matrix=matrix,
             velocity=config.make_velocity(inner),
             # Halves of fewer than four members know nothing of a bias.
@@ -228,7 +232,7 @@ class Measurement:
     def bracket(self, report: SpeedLimit) -> Bracket | None:
         """Return both sides of the W2² between the laws, if they are told apart from the paths:
         modulo a symmetry and without sampling bias."""
-        if self.config.symmetry is None or report.debiased_w2_squared is None:
+        if self.symmetry is None or report.debiased_w2_squared is None:
             return None
         return w2_bracket(self.path, report)
 
@@ -276,16 +280,10 @@ class Measurement:
             "times": first_and_last,
             "left_out": dict(self.left_out),
             "transport": _transport_settings(self.config),
-            **self._symmetry(),
+            "symmetry": _in_report(self.symmetry),
             "projection": _projection_settings(self.config, self.path, self.matrix),
             "velocity": self.config.velocity,
         }
-
-    def _symmetry(self) -> dict[str, Any]:
-        transport = self.transport
-        if not isinstance(transport, QuotientTransport):
-            return {}
-        return {"symmetry": {"exact": transport.symmetry.exact, "groups": str(transport.symmetry)}}
 
 
 def transport_problems(
@@ -324,8 +322,12 @@ def _seconds(transport: AbstractTransport, x: Any, y: Any, pairs: list[tuple[int
     return (time.perf_counter() - started) / len(pairs)
 
 
-def _modulo(inner: AbstractTransport, file: Path, path: Trajectory) -> AbstractTransport:
-    """The transport modulo the symmetry of a TOML file, as `Symmetry.to_toml` writes it."""
+def _in_report(symmetry: Symmetry | None) -> dict[str, Any] | None:
+    return symmetry and {"exact": symmetry.exact, "groups": str(symmetry)}
+
+
+def _read_symmetry(file: Path, path: Trajectory) -> Symmetry:
+    """The symmetry of a TOML file, as `Symmetry.to_toml` writes it, of the parameters of a run."""
     content = read_toml(file)
     if set(content) - {"permutations", "signs"} or "permutations" not in content:
         must = "hold a table `permutations`, and perhaps a list `signs`"
@@ -333,8 +335,7 @@ def _modulo(inner: AbstractTransport, file: Path, path: Trajectory) -> AbstractT
     if path.keys is None:
         must = "be of a run whose parameters have names (a folder of checkpoints)"
         raise refuse("symmetry", must, "is given for one whose parameters have none")
-    symmetry = permutations(content["permutations"], signs=content.get("signs", ()), keys=path.keys)
-    return QuotientTransport(inner, symmetry)
+    return permutations(content["permutations"], signs=content.get("signs", ()), keys=path.keys)
 
 
 # Reading

@@ -5,11 +5,12 @@ A point of the front minimizes, over all schedules η,
     log E Φ(q₁) + λ log Σ,
 
 and λ is the slope of the front there: 1 % more Σ buys λ % less loss. It is a local minimum: where
-nothing moves, log Σ has no lower bound. A front that is nowhere as steep as λ has no such point,
-and the search then ends with a doubt. The points are found by continuation: each search starts from
-the schedule of the one before, at a smaller λ, and every gradient sees an initialization, batches
-and noise of its own. Families of usual schedules are tuned by the same gradient of the same
-objective, so that each is held against the front at its best.
+nothing moves, log Σ has no lower bound. A front that is nowhere as steep as λ has no such point: a
+ladder of constant rates shows it beforehand, and then the points have the least Σ at given losses.
+They are found by continuation: each search starts from the schedule of the one before, and every
+gradient sees an initialization, batches and noise of its own. Families of usual schedules are tuned
+by the same gradient of the same objective, so that each is held against the front at its best.
+Where a search ends above a family, it starts again from that one's schedule.
 """
 
 import dataclasses
@@ -318,7 +319,8 @@ def front(
     **Args:**
     - `problem`: the learning problem, whose final losses are above 0.
     - `key`: the source of all keys: of the searches and, apart from them, of the judging.
-    - `points`: P, with slopes λ from .42 to .14. - `knots`: of the searched learning rate.
+    - `points`: P, with slopes λ from .42 to .14, or, where a ladder of constant rates shows no
+      minimum at them, with losses that it reaches. - `knots`: of the searched learning rate.
     - `targets`: final losses, from high to low, in place of slopes: λ then follows the target, and
       the schedule found is scaled to end there.
     - `families`: by name; by default `usual_families()`; an empty mapping for none.

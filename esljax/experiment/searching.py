@@ -276,7 +276,8 @@ def losses_to_reach(
     A constant rate, halved again and again, shows how loss and Σ trade. Without a rung that is
     clearly steeper than the first slope, to move nothing is best. Where the loss is still as steep
     at the stability limit, that limit alone would be the minimum. The targets go, log-spaced, from
-    half way between start and best constant, in log loss, down to that.
+    half way between start and best constant, in log loss, down to that. A loss that is not above 0
+    has no logarithm, and counts as not reached; None where none is.
     """
     rates = rate * 2.0 ** (1 - np.arange(_RUNGS))
     runs = []
@@ -284,6 +285,9 @@ def losses_to_reach(
         runs.append(outcome_of(problem, problem.table(Constant(each)), key))
         watcher.trial(float(runs[-1].final_loss))
     loss = np.array([float(run.final_loss) for run in runs])
+    loss[~(loss > 0)] = np.nan
+    if np.isnan(loss[1:]).all():
+        return None
     sigma = np.array([float(run.report.entropy_production) for run in runs])
     with np.errstate(all="ignore"):
         slopes = -np.diff(np.log(loss)) / np.diff(np.log(sigma))

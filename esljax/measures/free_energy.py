@@ -38,6 +38,7 @@ from esljax.sharding import bring
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
 from esljax.transport import (
     AbstractTransport,
+    check_is_transport,
     GaussianTransport,
     check_room,
     check_transport,
@@ -103,7 +104,8 @@ def free_energy(
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife)
     trajectory, _ = canonical(trajectory, None)
-    if isinstance(transport, AbstractTransport):
+    if transport is not None:
+        check_is_transport("transport", transport)
         transport = transport.of_parameters(trajectory.keys)
     _check(trajectory, potential, entropy, velocity, transport)
     # Devices are settled here, once.

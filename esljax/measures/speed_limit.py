@@ -28,7 +28,7 @@ from esljax.measures.velocities import MemberRates, from_velocities, member_rate
 from esljax.potentials import AbstractPotential, check_potential
 from esljax.sharding import AnyMesh, bring, replicate
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
-from esljax.transport import AbstractTransport, check_room, check_transport
+from esljax.transport import AbstractTransport, check_is_transport, check_room, check_transport
 from esljax.velocity import AbstractVelocity
 
 
@@ -91,8 +91,8 @@ def speed_limit(
     if not isinstance(trajectory, Trajectory):
         trajectory = stack(trajectory)
     check_runs(trajectory, jackknife, folded=True)
-    if isinstance(transport, AbstractTransport):
-        transport = transport.of_parameters(trajectory.keys)
+    check_is_transport("transport", transport)
+    transport = transport.of_parameters(trajectory.keys)
     _check_pair(trajectory, transport, velocity, potential)
     if debias and transport.moments_only and trajectory.positions.shape[-2] < 3:
         raise refuse("debias", "be False for the moments of two members", "is True")

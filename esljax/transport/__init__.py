@@ -3,6 +3,7 @@
 from esljax.transport.base import (
     AbstractTransport,
     Solution,
+    check_is_transport,
     check_room,
     check_transport,
     pairing_of,
@@ -40,6 +41,7 @@ __all__ = [
     "Solution",
     "aligned",
     "assignment",
+    "check_is_transport",
     "check_room",
     "check_transport",
     "pairing_of",

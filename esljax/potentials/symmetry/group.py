@@ -36,6 +36,24 @@ class Symmetry:
     """A group that leaves a network alone and acts on its parameters. `print` shows it.
 
     Made by `esljax.symmetry.of` and `esljax.symmetry.permutations`.
+
+    **Example:**
+
+        >>> import esljax as esl
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> arrays = {"into": (2, 3), "out": (3, 1)}
+        >>> symmetry = esl.symmetry.permutations(
+        ...     {"hidden": [("into", 1), ("out", 0)]}, keys=arrays
+        ... )
+        >>> turned = symmetry.act(symmetry.draw(jax.random.key(1)), jnp.arange(9.0))
+        >>> for array in symmetry.arrays(turned).values():
+        ...     print(array)
+        [[2. 1. 0.]
+         [5. 4. 3.]]
+        [[8.]
+         [7.]
+         [6.]]
     """
 
     groups: tuple[Group, ...]
@@ -104,6 +122,15 @@ class Symmetry:
         **Returns:** `Trial`; `print` shows it.
         **Raises:** `InputError` for what is no symmetry, with the arrays that break it: those that
         the traced model turns otherwise.
+
+        **Example:**
+
+            >>> import esljax as esl
+            >>> data = esl.datasets.two_moons(samples=50)
+            >>> potential = esl.FlaxLoss(esl.models.mlp(2, 3, 2), data.train)
+            >>> trial = esl.symmetry.of(potential).check(potential)
+            >>> trial.groups, trial.moved[0] < trial.tolerance
+            (('layers/0',), True)
         """
         return trial(self, potential, draws, tolerance)
 
