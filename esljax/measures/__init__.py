@@ -10,6 +10,7 @@ from esljax.measures.free_energy import free_energy
 from esljax.measures.jarzynski import Jarzynski, jarzynski
 from esljax.measures.keys import KeyShare, KeyShares
 from esljax.measures.minibatch import MinibatchNoise, minibatch_noise
+from esljax.measures.observable import ObservableLimit, observable_limit
 from esljax.measures.report import SpeedLimit, Split, average
 from esljax.measures.retiming import constant_speed
 from esljax.measures.speed_limit import speed_limit
@@ -25,6 +26,7 @@ __all__ = [
     "KeyShare",
     "KeyShares",
     "MinibatchNoise",
+    "ObservableLimit",
     "SpeedLimit",
     "Split",
     "average",
@@ -34,6 +36,7 @@ __all__ = [
     "jackknife_groups",
     "jarzynski",
     "minibatch_noise",
+    "observable_limit",
     "speed_limit",
     "w2_bracket",
 ]
