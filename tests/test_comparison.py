@@ -231,18 +231,20 @@ def test_the_optimized_schedule_is_examined_on_its_runs(problem, whole):
     _, _, _, judge_key = jax.random.split(jax.random.key(4), 4)
     keys = jax.random.split(judge_key, 2)
     schedule = result.optimized.schedule
+    transport = esl.QuotientTransport(problem.transport, esl.symmetry.of(problem.potential))
+    paths = [problem.path(schedule, key) for key in keys]
     squares = [
         float(
-            esl.speed_limit(
-                problem.path(schedule, key), transport=problem.transport, jackknife=0, debias=True
-            ).debiased_w2_squared
+            esl.speed_limit(path, transport=transport, jackknife=0, debias=True).debiased_w2_squared
         )
-        for key in keys
+        for path in paths
     ]
     value, error = result.debiased_w2_squared
     np.testing.assert_allclose(value, np.mean(squares), rtol=1e-4)
     np.testing.assert_allclose(error, abs(squares[0] - squares[1]) / 2, rtol=1e-3)
-    assert value < result.optimized.report.w2_squared
+    moved = [np.sum(np.square(path.final - path.positions[0]), axis=1).mean() for path in paths]
+    np.testing.assert_allclose(result.bracket.upper, np.mean(moved), rtol=1e-5)
+    np.testing.assert_allclose(result.bracket.upper_error, abs(moved[0] - moved[1]) / 2, rtol=1e-3)
     noise = esl.minibatch_noise(
         problem.path(schedule, keys[0]), problem.potential, key=jax.random.key(9), pairs=16
     )

@@ -106,7 +106,11 @@ def test_it_differentiates(x64):
 
 def test_refusals(refused):
     path = esl.from_snapshots(np.random.default_rng(0).normal(size=(3, 4, 2)))
-    features = esl.from_snapshots(np.zeros((3, 4, 2)) + np.arange(3.0)[:, None, None], observed=True)
-    refused(lambda: observable_limit(features, esl.Quadratic(1.0)), "trajectory.*one run of positions")
+    features = esl.from_snapshots(
+        np.zeros((3, 4, 2)) + np.arange(3.0)[:, None, None], observed=True
+    )
+    refused(
+        lambda: observable_limit(features, esl.Quadratic(1.0)), "trajectory.*one run of positions"
+    )
     refused(lambda: observable_limit(path, lambda x: x), "observable.*FromFunction")
     refused(lambda: observable_limit(path, esl.Quadratic(1.0), jackknife=-1), "jackknife")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +27,9 @@ from esljax._checks import (
     door,
     refuse,
 )
-from esljax._types import Key, Keys, Scalar
+from esljax._types import Key, Keys
 from esljax.experiment import telling
+from esljax.experiment.examining import Examination, examine
 from esljax.experiment.judging import Judgment, final_loss, judge, outcome_of
 from esljax.experiment.matching import Match, stable_rate
 from esljax.experiment.problem import Problem
@@ -37,18 +37,11 @@ from esljax.experiment.saving import Leaves, leaves, save
 from esljax.experiment.settings import RISING, in_words, usual_shapes
 from esljax.experiment.spelling import spelled
 from esljax.files import Checkpoints, session
-from esljax.measures import (
-    MinibatchNoise,
-    average,
-    constant_speed,
-    minibatch_noise,
-    speed_limit,
-)
+from esljax.measures import Bracket, MinibatchNoise, average, constant_speed
 from esljax.optimization import Iteration, Optimum
 from esljax.optimization import optimize as _search
 from esljax.results import table as text_table
 from esljax.schedules import AbstractSchedule, Constant, Knots
-from esljax.sharding import replicate
 
 FIGURES = ("schedules.png", "speed_limit.png")
 _OPTIMIZED, _RETIMED = "optimized", "retimed"
@@ -71,16 +64,29 @@ class Comparison:
     """The search by gradient and its history; None without a search."""
     left_out: tuple[str, ...] = ()
     """Which schedules were not judged and why, in sentences."""
-    debiased_w2_squared: tuple[float, float] | None = None
-    """W2² of the optimized schedule (without a search: of the one with the least Σ) without its
-    sampling bias, in squared parameters, and its standard error over the held-out runs. None below
-    8 members, and after an interruption."""
-    batches: MinibatchNoise | None = None
-    """The noise of the batches along one held-out run of the same schedule. None without batches,
-    for a driven potential, and after an interruption."""
-
+    examination: Examination | None = None
+    """The optimized schedule (without a search: the one with the least Σ) looked at more closely:
+    the law's own W2², what the change of the loss proves of Σ, the errors of one run, and the noise
+    of the batches. None after an interruption."""
     members: int = 0
     """n, of every run."""
+
+    @property
+    def bracket(self) -> Bracket | None:
+        """Both sides of the W2² between the laws, for the schedule of `examination`."""
+        return None if self.examination is None else self.examination.bracket
+
+    @property
+    def debiased_w2_squared(self) -> tuple[float, float] | None:
+        """The lower side of `bracket`, without sampling bias, and its standard error over the
+        held-out runs."""
+        found: Any = self.bracket
+        return None if found is None else (float(found.lower), float(found.lower_error))
+
+    @property
+    def batches(self) -> MinibatchNoise | None:
+        """The noise of the batches along one held-out run of that schedule."""
+        return None if self.examination is None else self.examination.batches
 
     @property
     def optimized(self) -> Judgment | None:
@@ -203,8 +209,6 @@ class Unwatched:
     def judged(self, judgment: Judgment) -> None: ...
 
 
-# From this many members on, halves of them are worth a distance.
-_DEBIASED_FROM = 8
 _LEAST = {"knots": 2, "iterations": 1, "match_runs": 1, "judge_runs": 2}
 
 
@@ -313,7 +317,7 @@ def compare(
             callback=watcher.iteration,
             checkpoints=_within(checkpoints, "search"),
         )
-    judgments, debiased, batches = {}, None, None
+    judgments, examination = {}, None
     try:
         if optimum is not None:
             searched = optimum.controls
@@ -333,15 +337,14 @@ def compare(
             watcher.judged(judgments[name])
         examined = _OPTIMIZED if optimum is not None else min(judgments, key=_sigma(judgments))
         watcher.stage(f"examining {examined}")
-        debiased = _debiased_w2_squared(problem, matched[examined], judge_keys)
-        batches = _batches(problem, matched[examined], judge_keys[0])
+        examination = examine(problem, matched[examined], judge_keys)
     except KeyboardInterrupt:
         if not judgments:
             raise
         optimum = None if optimum is None else optimum.as_interrupted()
     ordered = {name: judgments[name] for name in sorted(judgments, key=_sigma(judgments))}
     said = tuple(left_out)
-    return Comparison(rate, target, ordered, optimum, said, debiased, batches, problem.members)
+    return Comparison(rate, target, ordered, optimum, said, examination, problem.members)
 
 
 # --- The stages -----------------------------------------------------------------------------------
@@ -485,33 +488,6 @@ def _retimed(problem: Problem, table: Knots, keys: Keys) -> Knots:
     if len(reports) == 1:
         return constant_speed(reports[0])
     return constant_speed(average(jax.tree.map(lambda *runs: jnp.stack(runs), *reports)))
-
-
-def _debiased_w2_squared(problem: Problem, table: Knots, keys: Keys) -> tuple[float, float] | None:
-    """W2² without sampling bias over the runs of some keys, and its standard error."""
-    if problem.members < _DEBIASED_FROM:
-        return None
-    squares = np.array([float(_debiased(problem, table, key)) for key in keys])
-    return float(np.mean(squares)), float(np.std(squares, ddof=1) / np.sqrt(squares.size))
-
-
-@eqx.filter_jit
-def _batches(problem: Problem, table: Knots, key: Key) -> MinibatchNoise | None:
-    """The noise of the batches along one run, from batches that the run has not seen."""
-    potential = problem.potential
-    if potential.moves or potential.draw(key, 1) is None:
-        return None
-    path = problem.path(table, key)
-    batch_key = jax.random.fold_in(key, 1)
-    noise = minibatch_noise(path, problem.potential, key=batch_key, pairs=2)
-    return replicate(noise, problem.mesh)
-
-
-@eqx.filter_jit
-def _debiased(problem: Problem, table: Knots, key: Key) -> Scalar:
-    path = problem.path(table, key)
-    report = speed_limit(path, transport=problem.transport, jackknife=0, debias=True)
-    return replicate(report.debiased_w2_squared, problem.mesh)
 
 
 def _within(checkpoints: Checkpoints | None, stage: str) -> Checkpoints | None:

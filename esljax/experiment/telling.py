@@ -60,18 +60,33 @@ def _schedule(judgment: Judgment) -> dict[str, Any]:
 
 def _examined(comparison: Any) -> dict[str, Any]:
     """The numbers of the optimized schedule alone."""
-    debiased = comparison.debiased_w2_squared
+    bracket: Any = comparison.bracket
     batches: Any = comparison.batches
+    examined = comparison.examination
+    proved, proved_error = (None, None) if examined is None else examined.observable_limit
+    of_members: Any = None if examined is None else examined.member_error
+    sides = ("lower", "lower_error", "upper", "upper_error")
     return {
-        "debiased_w2_squared": None if debiased is None else debiased[0],
+        "debiased_w2_squared": None if bracket is None else float(bracket.lower),
+        "w2_bracket": None
+        if bracket is None
+        else {
+            **{side: float(getattr(bracket, side)) for side in sides},
+            "geometry": bracket.geometry,
+        },
+        "entropy_production_of_loss": proved,
         "batch_temperature": None
         if batches is None
         else [float(temperature) for temperature in batches.temperature],
         "batch_floor": None if batches is None else float(batches.floor),
         "standard_error": {
-            "debiased_w2_squared": None if debiased is None else debiased[1],
+            "debiased_w2_squared": None if bracket is None else float(bracket.lower_error),
+            "entropy_production_of_loss": proved_error,
             "batch_floor": None if batches is None else float(batches.standard_error.floor),
         },
+        "standard_error_of_one_run": None
+        if of_members is None
+        else {name: float(of_members.get(name)) for name in WITH_ERROR},
     }
 
 
@@ -86,6 +101,9 @@ def units(comparison: Any) -> dict[str, str]:
         "identity_fraction": "1",
         "learning_rates": f"squared parameters per {one} and step",
         "debiased_w2_squared": _SQUARED,
+        "w2_bracket": _SQUARED,
+        "entropy_production_of_loss": _SQUARED,
+        "standard_error_of_one_run": _SQUARED,
         "batch_temperature": loss,
         "batch_floor": _SQUARED,
     }
@@ -140,6 +158,7 @@ def sentences(comparison: Any) -> Iterator[str]:
     yield f"Units: squared parameters (Σ, L², W2² and the parts), the same per {one} (U), {losses}."
     yield from _gains(comparison)
     yield from _on_the_limit(comparison)
+    yield from _on_the_laws(comparison)
     yield from _on_the_path(comparison)
     yield from _doubts(comparison)
 
@@ -196,14 +215,28 @@ def _on_the_limit(comparison: Any) -> Iterator[str]:
             f"its own best partner in {share:.0%} of the links), an upper value of the squared "
             "distance between the laws."
         )
-    if comparison.debiased_w2_squared is not None:
-        value = concise(*comparison.debiased_w2_squared)
-        yield f"Without sampling bias, from halves of the members, W2² is {value}" + (
-            ": a lower value, because so few members do not resolve laws whose hidden units can be "
-            "permuted."
-            if paired
-            else "."
+
+
+def _on_the_laws(comparison: Any) -> Iterator[str]:
+    """The law's own W2² of the examined schedule, and what else is known of its Σ."""
+    examined = comparison.examination
+    if examined is None:
+        return
+    if examined.bracket is not None:
+        pairs = next(iter(comparison.judgments.values())).report.identity_fraction is not None
+        yield (
+            str(examined.bracket)
+            if pairs
+            else f"Without sampling bias, W2² is {concise(*comparison.debiased_w2_squared)}."
         )
+    yield (
+        f"The change of the loss alone proves a Σ of {concise(*examined.observable_limit)}, "
+        "whatever the path."
+    )
+    errors: Any = examined.member_error
+    if errors is not None:
+        known_to = float(errors.entropy_production)
+        yield f"One run of {comparison.members} members alone knows Σ to ± {known_to:.2g}."
 
 
 def _on_the_path(comparison: Any) -> Iterator[str]:

@@ -24,11 +24,11 @@ class Bracket(eqx.Module):
     """The debiased W2², shape (), in units of θ². It tends to the truth from below, and is no
     certified bound: its own noise moves it to both sides."""
     lower_error: Scalar | None
-    """Its standard error, by a jackknife over the members; None without one."""
+    """Its standard error, by a jackknife over the members or over runs; None without one."""
     upper: Scalar
     """The mean squared displacement of the members, shape (): above W2² in expectation."""
     upper_error: Scalar
-    """Its standard error, over the members."""
+    """Its standard error, over the members or over runs."""
     geometry: str = eqx.field(static=True)
     """The name of the transport of the lower side."""
 
@@ -46,10 +46,10 @@ class Bracket(eqx.Module):
 def w2_bracket(trajectory: Trajectory, report: SpeedLimit) -> Bracket:
     """Return both sides of the W2² between the laws at the start and the end of a run.
 
-    **Args:** `trajectory`: one run. `report`: that of `speed_limit(trajectory, debias=True)`, best
-    in a `QuotientTransport`.
-    **Returns:** `Bracket`.
-    **Raises:** `InputError` for a report that is not debiased, and for several runs.
+    **Args:** `trajectory`: one run, or several with positions (runs, J+1, n, d). `report`: that of
+    `speed_limit(trajectory, debias=True)`, best in a `QuotientTransport`.
+    **Returns:** `Bracket`, of several runs the mean with errors over the runs.
+    **Raises:** `InputError` for a report that is not debiased.
 
     **Example:**
 
@@ -63,13 +63,13 @@ def w2_bracket(trajectory: Trajectory, report: SpeedLimit) -> Bracket:
         True
     """
     check_kind("report", report, SpeedLimit, "be what speed_limit returns")
-    if trajectory.positions.ndim != 3:
-        shape = trajectory.positions.shape
-        raise refuse("trajectory", "hold one run", f"has positions of shape {shape}")
     if report.debiased_w2_squared is None:
         raise refuse("report", "be debiased, by speed_limit(..., debias=True)", "is not")
-    squares = jnp.sum((trajectory.positions[-1] - trajectory.positions[0]) ** 2, axis=1)
-    variance = jnp.var(squares, ddof=1) / len(squares)
+    positions = trajectory.positions
+    squares = jnp.sum((positions[..., -1, :, :] - positions[..., 0, :, :]) ** 2, axis=-1)
+    # Runs, or the members of one, are independent of each other.
+    independent = squares if squares.ndim == 1 else jnp.mean(squares, axis=1)
+    variance = jnp.var(independent, ddof=1) / len(independent)
     errors = report.standard_error
     return Bracket(
         lower=report.debiased_w2_squared,

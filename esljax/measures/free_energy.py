@@ -38,8 +38,8 @@ from esljax.sharding import bring
 from esljax.simulation import Trajectory, check_runs, on_devices, stack
 from esljax.transport import (
     AbstractTransport,
-    check_is_transport,
     GaussianTransport,
+    check_is_transport,
     check_room,
     check_transport,
     solution_of,

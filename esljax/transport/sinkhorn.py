@@ -98,7 +98,9 @@ class SinkhornTransport(AbstractTransport):
     threshold: float = eqx.field(static=True, default=1e-4)
     max_iterations: int = eqx.field(static=True, converter=plain_int, default=5000)
     chunk: int | None = eqx.field(static=True, converter=plain_int, default=None)
-    acceleration: Literal["momentum", "anderson", "none"] = eqx.field(static=True, default="momentum")
+    acceleration: Literal["momentum", "anderson", "none"] = eqx.field(
+        static=True, default="momentum"
+    )
 
     def __check_init__(self):
         if jnp.ndim(self.epsilon) != 0:
