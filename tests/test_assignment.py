@@ -61,8 +61,12 @@ KINDS = [_random, _tied, _equal, _matched, _turned, _clustered, _far, _low_rank]
 
 
 @functools.cache
-def _many():
-    return jax.jit(lambda costs: jax.lax.map(assignment, costs))
+def _many(how):
+    in_turn = jax.jit(lambda costs: jax.lax.map(assignment, costs))
+    return in_turn if how == "in turn" else jax.jit(assignment)
+
+
+ways = pytest.mark.parametrize("how", ["in turn", "in one array"])
 
 
 def _check(costs, solved, tolerance):
@@ -82,28 +86,31 @@ def _check(costs, solved, tolerance):
         np.testing.assert_allclose(slack[rows, columns], 0, atol=len(rows) * tolerance * size)
 
 
+@ways
 @pytest.mark.parametrize("kind", KINDS)
-def test_costs_are_those_of_scipy(kind, x64):
+def test_costs_are_those_of_scipy(kind, how, x64):
     generator = np.random.default_rng(0)
     for n, count in ((1, 5), (2, 60), (5, 60), (9, 60), (40, 4)):
         costs = np.stack([kind(generator, n) for _ in range(count)])
-        _check(costs, _many()(jnp.asarray(costs)), 1e-12)
+        _check(costs, _many(how)(jnp.asarray(costs)), 1e-12)
 
 
 @pytest.mark.slow
+@ways
 @pytest.mark.parametrize("kind", KINDS)
-def test_costs_are_those_of_scipy_in_ten_thousand_problems(kind, x64):
+def test_costs_are_those_of_scipy_in_ten_thousand_problems(kind, how, x64):
     generator = np.random.default_rng(1)
     for n, count in ((3, 500), (8, 500), (17, 250)):
         costs = np.stack([kind(generator, n) for _ in range(count)])
-        _check(costs, _many()(jnp.asarray(costs)), 1e-12)
+        _check(costs, _many(how)(jnp.asarray(costs)), 1e-12)
 
 
+@ways
 @pytest.mark.parametrize("n", [1, 3, 6])
-def test_rows_choose_among_more_columns(n, x64):
+def test_rows_choose_among_more_columns(n, how, x64):
     generator = np.random.default_rng(n)
     costs = generator.normal(size=(40, n, 7))
-    solved = _many()(jnp.asarray(costs))
+    solved = _many(how)(jnp.asarray(costs))
     _check(costs, solved, 1e-12)
     for columns, v in zip(np.asarray(solved.columns), np.asarray(solved.column_duals), strict=True):
         unpaired = np.setdiff1d(np.arange(7), columns)
@@ -117,6 +124,30 @@ def test_side_by_side_it_finds_what_it_finds_alone():
     for i, cost in enumerate(costs):
         alone = assignment(cost)
         np.testing.assert_array_equal(together.columns[i], alone.columns)
+
+
+def test_many_problems_keep_their_axes_and_larger_ones_are_solved_in_turn():
+    generator = np.random.default_rng(8)
+    for n in (3, 65):
+        costs = generator.normal(size=(2, 3, n, n)).astype(np.float32)
+        solved = assignment(costs)
+        assert solved.cost.shape == (2, 3)
+        assert solved.columns.shape == solved.column_duals.shape == (2, 3, n)
+        in_a_row = jax.tree.map(lambda x: x.reshape(6, *x.shape[2:]), solved)
+        _check(costs.reshape(6, n, n), in_a_row, 1e-5)
+        one = jax.grad(lambda c: assignment(c).cost[1, 2])(costs)
+        np.testing.assert_array_equal(one[1, 2][np.arange(n), solved.columns[1, 2]], 1)
+        assert float(jnp.sum(one)) == n
+
+
+def test_one_of_many_that_is_no_number_leaves_the_others_alone():
+    costs = np.random.default_rng(9).normal(size=(40, 5, 5)).astype(np.float32)
+    whole = jax.jit(assignment)(costs)
+    costs[7, 1, 2] = np.nan
+    found = jax.jit(assignment)(costs)
+    assert np.flatnonzero(np.isnan(found.cost)).tolist() == [7]
+    others = np.arange(40) != 7
+    np.testing.assert_array_equal(found.columns[others], whole.columns[others])
 
 
 def test_the_identity_is_found_where_it_is_cheapest():
@@ -151,8 +182,8 @@ def test_costs_that_are_no_numbers_end_without_a_pairing(bad):
 @pytest.mark.parametrize(
     ("cost", "message"),
     [
-        (np.ones(3), r"`cost` must have shape \(n, m\), but has shape \(3,\)"),
-        (np.ones((0, 3)), r"`cost` must have shape \(n, m\), but has shape \(0, 3\)"),
+        (np.ones(3), r"`cost` must have shape \(\*many, n, m\), but has shape \(3,\)"),
+        (np.ones((0, 3)), r"`cost` must have shape \(\*many, n, m\), but has shape \(0, 3\)"),
         (np.ones((3, 2)), r"`cost` must have no more rows than columns, but has shape \(3, 2\)"),
         (np.ones((2, 2)) * 1j, "`cost` must hold real numbers"),
         ("costs", "`cost` must be a number or an array of numbers"),

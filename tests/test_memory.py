@@ -13,6 +13,19 @@ from esljax.experiment import Problem
 from esljax.potentials.datasets import digits
 
 KEY = jax.random.key(0)
+AXES = [("layers/0/kernel", 1), ("layers/0/bias", 0), ("layers/1/kernel", 0)]
+QUOTIENT = esl.QuotientTransport(
+    esl.ExactTransport(),
+    esl.symmetry.permutations(
+        {"hidden": AXES},
+        keys={
+            "layers/0/bias": (32,),
+            "layers/0/kernel": (64, 32),
+            "layers/1/bias": (10,),
+            "layers/1/kernel": (32, 10),
+        },
+    ),
+)
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -66,6 +79,8 @@ def needed(problem: Problem, differentiated: bool) -> int:
         slow({"transport": esl.SinkhornTransport(1.0)}),
         slow({"transport": esl.SinkhornTransport(1.0, chunk=8)}),
         slow({"transport": esl.ProjectedTransport(esl.ExactTransport(), jnp.eye(2410)[:, :8])}),
+        slow({"transport": QUOTIENT}),
+        slow({"members": 128, "steps": 100, "transport": QUOTIENT}),
         *(
             slow({"members": 512, "hidden": 2, "steps": 20, "batch": 32, "transport": transport})
             for transport in (

@@ -28,6 +28,7 @@ LONG = {
     "benchmark_device",
     "benchmark_gradient",
     "benchmark_simulation",
+    "centered_values",
     "count_coverage",
     "experiment_curriculum",
     "experiment_gap",

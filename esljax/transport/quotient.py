@@ -23,7 +23,7 @@ from esljax.potentials.symmetry import Element, Symmetry, Turned
 from esljax.sharding import keep
 from esljax.transport.base import AbstractTransport, Solution
 from esljax.transport.coordinates import AbstractWrappedTransport
-from esljax.transport.pairing import pairs, solvable
+from esljax.transport.pairing import many_pairs, solvable
 
 # Rounds over all groups after which alternating assignments end; each must gain, and ten are rare.
 _MOST_ROUNDS = 50
@@ -142,19 +142,23 @@ class QuotientTransport(AbstractWrappedTransport):
     def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int | None:
         units = sum(self.symmetry.sizes)
         most = max(self.symmetry.sizes)
-        elements = 2 * units * n**2
-        return elements + 4 * n * most**2 + (12 if differentiated else 7) * n * d + 2 * n**2
+        held = 2 * units * n**2 + 2 * n**2  # elements and costs
+        lanes = many_pairs(most)[1] or 1
+        return held + 4 * lanes * most**2 + (12 if differentiated else 7) * max(n, lanes) * d
 
     def _costs(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
         """d_G² of each pair, differentiable at the group elements found."""
         fixed_x, fixed_y = jax.lax.stop_gradient((x, y))
 
-        # One member beside all others: on a CPU 32 small assignments take half the time of as many
-        # in turn.
-        def elements_of(one):
-            return jax.vmap(lambda other: aligned(self.symmetry, one, other))(fixed_y)
+        def element_of(places):
+            i, j = places
+            return aligned(self.symmetry, fixed_x[i], fixed_y[j])
 
-        elements = keep(jax.lax.map(elements_of, fixed_x))
+        n, m = len(x), len(y)
+        every = jnp.divmod(jnp.arange(n * m), m)
+        _, together = many_pairs(max(self.symmetry.sizes))
+        found = jax.lax.map(element_of, every, batch_size=together)
+        elements = keep(jax.tree.map(lambda each: each.reshape(n, m, -1), found))
 
         @jax.checkpoint
         def costs_of(row):
@@ -262,6 +266,7 @@ def _chosen(
     signed = symmetry.groups[k].signed
     likeness = product(symmetry.units(k, x, axes), symmetry.units(k, moved, axes).T)
     cost = -jnp.abs(likeness) if signed else -likeness
+    pairs, _ = many_pairs(len(cost))
     chosen, _ = pairs(cost, solvable(cost))
     # Costs that are no numbers leave rows without partners.
     here = jnp.arange(len(chosen), dtype=chosen.dtype)
