@@ -24,7 +24,7 @@ def problem(potential=NETWORK, **changes):
     return esl.Problem(potential, **settings)
 
 
-def examined(problem):
+def examined(problem) -> Any:
     return examine(problem, problem.table(esl.Constant(0.2)), KEYS)
 
 
@@ -39,7 +39,7 @@ def debiased(problem, transport, members=slice(None)):
         )
         for key in KEYS
     ]
-    values = np.array([float(report.debiased_w2_squared) for report in reports])
+    values = np.array([np.asarray(report.debiased_w2_squared) for report in reports], float)
     return values.mean(), values.std(ddof=1) / np.sqrt(3)
 
 
@@ -116,7 +116,7 @@ def test_the_loss_proves_what_its_observable_limit_says():
 
 def test_one_run_has_the_errors_of_its_members():
     own = problem()
-    report = esl.speed_limit(
+    report: Any = esl.speed_limit(
         own.path(esl.Constant(0.2), KEYS[0]), transport=own.transport, jackknife=32
     )
     errors: Any = examined(own).member_error
@@ -127,7 +127,7 @@ def test_one_run_has_the_errors_of_its_members():
 
 def test_a_comparison_prints_and_reports_what_was_examined():
     own = problem()
-    result = esl.compare(
+    result: Any = esl.compare(
         own,
         rate=0.2,
         key=jax.random.key(0),

@@ -1,5 +1,7 @@
 """The limit that one observable sets to Σ, against quadrature of exact moments."""
 
+from typing import Any
+
 import ensembles
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,7 @@ def test_it_is_the_integral_of_exact_moments_and_below_sigma(power):
     system = systems.ornstein_uhlenbeck(1, 100)
     path = system.run(system.sample(20_000, KEY), 20, jax.random.key(1))
     r = esl.Quadratic(1.0) if power == 2 else esl.FromFunction(lambda x: x[0])
-    limit = observable_limit(path, r)
+    limit: Any = observable_limit(path, r)
     truth = of_ornstein_uhlenbeck(power)
     # 20 links and steps of .01 leave less than 1 %.
     assert abs(limit.value - truth) < 5 * limit.error + 0.01 * truth
@@ -112,5 +114,6 @@ def test_refusals(refused):
     refused(
         lambda: observable_limit(features, esl.Quadratic(1.0)), "trajectory.*one run of positions"
     )
-    refused(lambda: observable_limit(path, lambda x: x), "observable.*FromFunction")
+    function: Any = lambda x: x  # noqa: E731
+    refused(lambda: observable_limit(path, function), "observable.*FromFunction")
     refused(lambda: observable_limit(path, esl.Quadratic(1.0), jackknife=-1), "jackknife")

@@ -22,7 +22,7 @@ from esljax.potentials import symmetry
 from esljax.results import StandardErrors
 from esljax.schedules import Knots
 from esljax.sharding import replicate
-from esljax.simulation import from_snapshots, stack
+from esljax.simulation import Trajectory, from_snapshots, stack
 from esljax.transport import AbstractTransport, QuotientTransport
 
 # From this many members on, halves of them are worth a distance.
@@ -56,16 +56,26 @@ class Examination(NamedTuple):
 
 def examine(problem: Problem, table: Knots, keys: Keys) -> Examination:
     """Run a schedule on each of `keys` (R ≥ 2) once more, and look at more than its Σ."""
-    ends, proved = zip(*(_ends_and_limit(problem, table, key) for key in keys), strict=True)
+    paths = [_path_of(problem, table, key) for key in keys]
+    limits = [observable_limit(path, problem.potential, jackknife=_GROUPS) for path in paths]
+    proved = [float(limit.value) for limit in limits]
+    ends = jnp.stack([path.positions[jnp.array([0, -1])] for path in paths])
+    first = speed_limit(paths[0], transport=problem.transport, jackknife=_GROUPS)
     return Examination(
-        bracket=_bracket(problem, jnp.stack(ends)),
+        bracket=_bracket(problem, replicate(ends, problem.mesh)),
         observable_limit=(
             float(np.mean(proved)),
             float(np.std(proved, ddof=1) / np.sqrt(len(proved))),
         ),
-        member_error=_member_error(problem, table, keys[0]),
-        batches=_batches(problem, table, keys[0]),
+        member_error=first.standard_error,
+        batches=_batches(problem, paths[0], keys[0]),
     )
+
+
+@eqx.filter_jit
+def _path_of(problem: Problem, table: Knots, key: Key) -> Trajectory:
+    """The one program that holds the loop over training time; all else works on its snapshots."""
+    return problem.path(table, key)
 
 
 def _bracket(problem: Problem, ends: Array) -> Bracket | None:
@@ -99,28 +109,11 @@ def _modulo_symmetry(problem: Problem, runs: int) -> tuple[int, AbstractTranspor
     return (problem.members, None) if 2 * half < _DEBIASED_FROM else (2 * half, transport)
 
 
-@eqx.filter_jit
-def _ends_and_limit(problem: Problem, table: Knots, key: Key) -> tuple[Array, Array]:
-    """The members at the start and the end of a run, and the Σ that its loss proves."""
-    path = problem.path(table, key)
-    proved = observable_limit(path, problem.potential, jackknife=_GROUPS)
-    return replicate((path.positions[jnp.array([0, -1])], proved.value), problem.mesh)
-
-
-@eqx.filter_jit
-def _member_error(problem: Problem, table: Knots, key: Key) -> StandardErrors | None:
-    path = problem.path(table, key)
-    report = speed_limit(path, transport=problem.transport, jackknife=_GROUPS)
-    return replicate(report.standard_error, problem.mesh)
-
-
-@eqx.filter_jit
-def _batches(problem: Problem, table: Knots, key: Key) -> MinibatchNoise | None:
+def _batches(problem: Problem, path: Trajectory, key: Key) -> MinibatchNoise | None:
     """The noise of the batches along one run, from batches that the run has not seen."""
     potential = problem.potential
     if potential.moves or potential.draw(key, 1) is None:
         return None
-    path = problem.path(table, key)
     batch_key = jax.random.fold_in(key, 1)
     noise = minibatch_noise(path, problem.potential, key=batch_key, pairs=2)
     return replicate(noise, problem.mesh)

@@ -286,8 +286,11 @@ def _augmented_in_one_loop(cost: Float[Array, "n m"], state: _State, rows: Array
         state = _State(v + jnp.where(ends, settled, 0.0), row_of_all, column_of_all)
         return state, *following
 
-    carry = (state, *begun(state.column_of))
-    return jax.lax.while_loop(lambda carry: carry[3] < n, turn, carry)[0]
+    def unfinished(carry):
+        *_, root = carry
+        return root < n
+
+    return jax.lax.while_loop(unfinished, turn, (state, *begun(state.column_of)))[0]
 
 
 def _nearest(distance: Float[Array, " m"], rank: Int[Array, " m"]) -> tuple[Array, Scalar]:
