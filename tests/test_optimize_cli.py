@@ -173,7 +173,7 @@ def test_another_network_does_not_finish_what_was_matched(folder, environment, c
         "--resume",
     ]
     assert cli.main([*given, "--hidden", "8", "4", "4"]) == 2
-    assert "whose potential is" in capsys.readouterr().err
+    assert "whose hidden is [8, 4, 8], not [8, 4, 4]" in capsys.readouterr().err
 
 
 def test_ended_by_sigterm_it_exits_with_its_own_code_and_leaves_what_is_theirs(folder, environment):
@@ -288,6 +288,35 @@ def test_half_a_checkpoint_is_no_unfinished_run(tmp_path, capsys):
     (tmp_path / "checkpoints" / "matching" / "1.orbax-checkpoint-tmp").mkdir(parents=True)
     assert cli.main(["optimize", "--out", str(tmp_path), "--quiet", "--devices", "3"]) == 2
     assert "`devices` must be between 1 and 1" in capsys.readouterr().err
+
+
+JOINING = """
+import os
+import sys
+import jax
+from jax._src import xla_bridge
+
+def initialize(**_):
+    print("used" if xla_bridge.backends_are_initialized() else "unused", flush=True)
+    os._exit(9)
+
+jax.distributed.initialize = initialize
+from esljax.command import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("name", ["optimize", "front"])
+def test_processes_join_before_any_device_is_used(name, tmp_path, environment):
+    words = [name, "--distributed", "--quiet", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", JOINING, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.stdout, done.returncode) == ("unused\n", 9), done.stderr
 
 
 @pytest.mark.slow

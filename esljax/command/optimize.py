@@ -11,7 +11,7 @@ from esljax.command.running import Finished, run_command
 from esljax.command.settings import DONE, ComparisonConfig, OutsidePlanConfig, PlanConfig
 from esljax.command.streams import legible
 from esljax.command.unfinished import Kept
-from esljax.experiment import Comparison, compare, enable, telling, usual_shapes
+from esljax.experiment import SCHEDULES, Comparison, compare, enable, telling, usual_shapes
 from esljax.files import Checkpoints
 
 
@@ -28,7 +28,8 @@ def optimize_command(config: ComparisonConfig) -> int:
         work,
         report="report.json",
         figures=("schedules.png", "speed_limit.png"),
-        schedules=[*usual_shapes(), "retimed", "optimized"],
+        # Their names alone: shapes are arrays, and no device may be used before processes join.
+        schedules=[*SCHEDULES, "retimed", "optimized"],
         stages=("matching", "search"),
     )
 

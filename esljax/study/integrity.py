@@ -48,7 +48,8 @@ def digests(path: Path, attributes: Mapping[str, Any], names: tuple[str, ...]) -
     """Return the digests of the attributes of a store and of the metadata of some of its arrays."""
     found = {".": _digest({k: v for k, v in attributes.items() if k != CHECKSUMS})}
     found |= {name: _digest(json.loads((path / name / _METADATA).read_bytes())) for name in names}
-    return json.dumps(found)
+    # Sorted, because a folder lists its arrays in any order.
+    return json.dumps(found, sort_keys=True)
 
 
 def check_attributes(argument: str, path: Path, attributes: Mapping[str, Any]) -> None:
