@@ -266,6 +266,26 @@ def test_energies_of_minibatches_are_those_that_the_next_step_sees():
 # Addressed noise
 
 
+def test_the_noise_of_a_step_is_that_of_its_key():
+    start, draws = jnp.zeros((5, 3)), []
+    rule = esl.Langevin(0.1, 0.2)
+    path = esl.simulate(esl.Quadratic(0.0), rule, start, steps=4, snapshots=4, key=KEY)
+    for k in range(4):
+        key = jax.random.fold_in(jax.random.fold_in(KEY, k), 1)
+        draws.append(np.sqrt(2 * 0.2 * 0.1) * jax.random.normal(key, (5, 3)))
+    np.testing.assert_allclose(path.positions[1:], np.cumsum(draws, axis=0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the layout is for a CPU")
+def test_noise_is_drawn_in_one_row():
+    start, rule = jnp.zeros((40, 5)), esl.Langevin(0.1, 0.2)
+    run = functools.partial(esl.simulate, esl.Quadratic(1.0), steps=4, snapshots=2)
+    # The bits of the noise are the only integers of such sizes.
+    program = jax.jit(run).lower(rule, start, key=KEY).compile().as_text()
+    assert "u32[200]" in program
+    assert "u32[40,5]" not in program
+
+
 def network(batch_size=None, dtype=np.float64):
     rng = np.random.default_rng(0)
     inputs = jnp.asarray(rng.normal(size=(12, 2)), dtype)
