@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -13,11 +14,12 @@ import safetensors.numpy
 import esljax as esl
 from esljax.command import cli
 from esljax.simulation.folding import All, Near
+from esljax.transport import normal_rows
 
 SHAPES = {"head/bias": (7,), "head/kernel": (12, 30), "layer/kernel": (40, 25)}
 SIZES = {key: int(np.prod(shape)) for key, shape in SHAPES.items()}
 # Blocks of 100 numbers of each of 8 members at 5 snapshots.
-MEMORY = 2 * 5 * 8 * 4 * 100.0
+MEMORY = 4 * 5 * 8 * 4 * 100.0
 
 
 def walk(kind, links=6, members=5, d=300, seed=0):
@@ -220,7 +222,7 @@ def test_the_report_is_that_of_the_members(recorded, transport):
 def test_any_layout(tmp_path, write):
     members = small(members=3, links=2)
     folder = written(tmp_path / "run", members, write)
-    path = esl.from_checkpoints(folder, memory=2 * 3 * 3 * 4 * 100.0)
+    path = esl.from_checkpoints(folder, memory=4 * 3 * 3 * 4 * 100.0)
     for i, j in ((0, 1), (1, 2), (0, 2), (1, 1)):
         expected = squares(members[i].astype(np.float64), members[j].astype(np.float64))
         np.testing.assert_allclose(
@@ -252,7 +254,7 @@ def test_a_file_of_snapshots(tmp_path, save):
     members = walk("noisy", links=3, d=900).astype(np.float32)
     file = tmp_path / ("run.npy" if save is np.save else "run.npz")
     save(file, members) if save is np.save else save(file, positions=members, times=[0, 1, 2, 4])
-    path = esl.from_checkpoints(file, memory=2 * 4 * 5 * 4 * 64.0)
+    path = esl.from_checkpoints(file, memory=4 * 4 * 5 * 4 * 64.0)
     expected = esl.from_snapshots(members.astype(np.float64), path.times)
     reports = [esl.speed_limit(run, transport=TRANSPORTS[0]) for run in (path, expected)]
     check_equal(*reports)
@@ -270,6 +272,84 @@ def test_principal_directions_of_all_pairs(recorded):
         transport = esl.ProjectedTransport(esl.ExactTransport(), matrix)
         reports.append(esl.speed_limit(run, transport=transport))
     check_equal(*reports)
+    ours, theirs = ([finding.name for finding in report.diagnose()] for report in reports)
+    assert ours == theirs
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("options", [{}, {"by_key": False}, {"all_pairs": True}], ids=str)
+@pytest.mark.parametrize("coordinates", [3, 40])
+def test_random_directions(recorded, options, coordinates):
+    """Those of members in memory, drawn in blocks: numbers, errors, findings, shares of parameters.
+
+    Some parameters have fewer numbers than there are directions.
+    """
+    whole, key = in_memory(recorded), jax.random.key(7)
+    path = esl.from_checkpoints(
+        recorded, coordinates=coordinates, key=key, memory=MEMORY, **options
+    )
+    matrix = esl.random_directions(sum(SIZES.values()), coordinates, key)
+    theirs, ours = (
+        esl.speed_limit(
+            run, transport=esl.ProjectedTransport(esl.ExactTransport(), held), debias=True
+        )
+        for run, held in ((whole, matrix), (path, path.folded.directions))
+    )
+    check_equal(ours, theirs)
+    assert [finding.name for finding in ours.diagnose()] == [
+        finding.name for finding in theirs.diagnose()
+    ]
+    np.testing.assert_allclose(ours.evidence.distances, theirs.evidence.distances, rtol=1e-9)
+    flat = np.asarray(whole.positions).reshape(-1, sum(SIZES.values()))
+    np.testing.assert_allclose(path.folded.spread, np.sum((flat - flat.mean(axis=0)) ** 2))
+    if "by_key" not in options:
+        for own, expected in zip(ours.by_key(), theirs.by_key(), strict=True):
+            assert own[:2] == expected[:2]
+            np.testing.assert_allclose(own[2:], expected[2:], rtol=1e-7)
+    # The same fold knows the distances of all numbers as well.
+    plain = [esl.speed_limit(run, transport=esl.ExactTransport()) for run in (path, whole)]
+    check_equal(*plain)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("kind", KINDS)
+def test_coordinates_along_directions(tmp_path, kind):
+    """Of any motion, between neighbors and from the start; what is at rest does not move at all."""
+    members, key = walk(kind, links=4), jax.random.key(1)
+    np.save(tmp_path / "run.npy", members)
+    path = esl.from_checkpoints(
+        tmp_path / "run.npy", coordinates=5, key=key, memory=4 * 5 * 5 * 8 * 77.0
+    )
+    matrix = np.asarray(esl.random_directions(300, 5, key))
+    few = np.asarray(path.positions)
+    ours = few @ np.asarray(path.folded.directions)
+    for i, j in near(4):
+        expected = squares(members[i] @ matrix, members[j] @ matrix)
+        found = squares(ours[i], ours[j])
+        rounding = 1e-14 * np.sqrt(expected) * np.abs(members).max() * np.sqrt(300)
+        np.testing.assert_array_less(np.abs(found - expected), 1e-9 * expected + rounding + 1e-25)
+    # With the signs of the directions.
+    start = members[0].mean(axis=0)
+    np.testing.assert_allclose(
+        ours - ours[0].mean(axis=0), (members - start) @ matrix, rtol=1e-9, atol=1e-9
+    )
+    if kind == "at rest":
+        np.testing.assert_array_equal(few[3], few[2])
+
+
+def test_random_directions_are_drawn_in_blocks():
+    """The same numbers, wherever a block begins and however long it is."""
+    key, rows = jax.random.key(3), jax.random.normal
+    whole = np.asarray(normal_rows(key, 3, 0, 10000))
+    for first, count in ((0, 1), (1, 4095), (4095, 2), (4096, 4096), (5000, 5000), (9999, 1)):
+        part = normal_rows(key, 3, first, count)
+        np.testing.assert_array_equal(part, whole[first : first + count])
+    # Small members keep the directions that they always had.
+    np.testing.assert_array_equal(whole[:4096], rows(key, (4096, 3), np.float32))
+    matrix = np.asarray(esl.random_directions(10000, 3, key), np.float64)
+    spanned = np.linalg.lstsq(matrix, whole, rcond=None)[0]
+    np.testing.assert_allclose(matrix @ spanned, whole, atol=1e-4)
+    assert abs(np.corrcoef(whole[:4096].ravel(), whole[4096:8192].ravel())[0, 1]) < 0.05
 
 
 @pytest.mark.usefixtures("x64")
@@ -280,9 +360,11 @@ def test_all_parameters_in_one_fold(recorded):
     check_equal(*reports)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(recorded, tmp_path):
+@pytest.mark.parametrize("coordinates", [0, 3])
+def test_a_killed_run_goes_on_to_the_same_bits(recorded, tmp_path, coordinates):
     """Wherever it ended, and whatever the size of the pieces before."""
-    whole = esl.from_checkpoints(recorded, memory=MEMORY)
+    along: Any = {"coordinates": coordinates, "key": jax.random.key(0)} if coordinates else {}
+    whole = esl.from_checkpoints(recorded, memory=MEMORY, **along)
     file = tmp_path / "sums"
     for last in (1, 3, 9):
         reads = []
@@ -293,18 +375,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(recorded, tmp_path):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            esl.from_checkpoints(recorded, memory=MEMORY, sums=file, progress=end)
+            esl.from_checkpoints(recorded, memory=MEMORY, sums=file, progress=end, **along)
         assert file.exists()
         after = []
 
         def note(done, total, after=after):
             after.append((done, total))
 
-        again = esl.from_checkpoints(recorded, memory=MEMORY, sums=file, progress=note)
+        again = esl.from_checkpoints(recorded, memory=MEMORY, sums=file, progress=note, **along)
         assert after[0][0] > reads[-1]
         assert after[-1] == (4 * 5 * 8 * sum(SIZES.values()),) * 2
         np.testing.assert_array_equal(again.positions, whole.positions)
-        np.testing.assert_array_equal(again.folded.sample, whole.folded.sample)
+        for one, other in zip(
+            jax.tree.leaves(again.folded), jax.tree.leaves(whole.folded), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
         assert not file.exists()
 
 
@@ -322,6 +407,18 @@ def test_sums_of_another_recording_are_no_start(tmp_path):
     changed.write_bytes((tmp_path / "other/seed1/step0/model.safetensors").read_bytes())
     path = esl.from_checkpoints(folder, sums=file)
     np.testing.assert_array_equal(path.positions, esl.from_checkpoints(folder).positions)
+
+
+def test_sums_along_other_directions_are_no_start(recorded, tmp_path):
+    def end(done, total):
+        raise KeyboardInterrupt
+
+    file, one, other = tmp_path / "sums", *(jax.random.key(seed) for seed in (0, 1))
+    with pytest.raises(KeyboardInterrupt):
+        esl.from_checkpoints(recorded, sums=file, progress=end, coordinates=3, key=one)
+    path = esl.from_checkpoints(recorded, sums=file, coordinates=3, key=other)
+    whole = esl.from_checkpoints(recorded, coordinates=3, key=other)
+    np.testing.assert_array_equal(path.folded.directions, whole.folded.directions)
 
 
 def test_a_file_of_others_is_not_replaced(recorded, tmp_path, refused):
@@ -380,6 +477,9 @@ def test_what_needs_the_members_is_refused(recorded, refused):
     refused(measure(sliced), "look at distances between members alone")
     refused(measure(esl.MappedTransport(exact, lambda x: x)), "look at distances")
     refused(measure(esl.ProjectedTransport(exact, directions)), "all_pairs=True")
+    along = esl.from_checkpoints(recorded, coordinates=3, key=jax.random.key(0))
+    other = esl.ProjectedTransport(exact, 2 * along.folded.directions)
+    refused(lambda: esl.speed_limit(along, transport=other), "other than `folded.directions`")
     refused(measure(exact, velocity=esl.TransportVelocity(exact)), "`velocity` must be None")
     refused(
         lambda: esl.free_energy(path, esl.Quadratic(1.0), entropy=esl.density.GaussianEntropy()),
@@ -399,6 +499,12 @@ def test_a_number_that_is_not_finite(tmp_path, refused, where):
 def test_bad_input(tmp_path, recorded, refused):
     refused(lambda: esl.from_checkpoints(tmp_path / "none"), "does not exist")
     refused(lambda: esl.from_checkpoints(recorded, memory=0.0), "greater than 0")
+    refused(lambda: esl.from_checkpoints(recorded, coordinates=3), "`key` must be made by")
+    refused(lambda: esl.from_checkpoints(recorded, coordinates=-1), "integer of at least 0")
+    key = jax.random.key(0)
+    refused(
+        lambda: esl.from_checkpoints(recorded, coordinates=2000, key=key), "must be at most 1367"
+    )
     np.save(tmp_path / "flat.npy", np.zeros((3, 4)))
     refused(lambda: esl.from_checkpoints(tmp_path / "flat.npy"), "of shape")
     np.save(tmp_path / "one.npy", np.zeros((3, 1, 4)))
@@ -409,7 +515,7 @@ def test_bad_input(tmp_path, recorded, refused):
 
 
 @pytest.mark.usefixtures("precision_restored")
-@pytest.mark.parametrize("project", ["none", "pca"])
+@pytest.mark.parametrize("project", ["none", "pca", "random"])
 def test_the_command_reads_in_blocks(recorded, tmp_path, capsys, project):
     reports = []
     for stream in ("yes", "no"):
@@ -430,6 +536,8 @@ def test_the_command_reads_in_blocks(recorded, tmp_path, capsys, project):
     # The members in memory are of single precision.
     for name in ("entropy_production", "w2_squared", "debiased_w2_squared"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3 if "debiased" in name else 1e-6)
+    shares = [report["projection"].get("variance_share") for report in reports]
+    assert shares[0] == (shares[1] and pytest.approx(shares[1], rel=1e-6))
     assert [share["key"] for share in ours["by_key"]] == [
         share["key"] for share in theirs["by_key"]
     ]
@@ -471,7 +579,7 @@ def test_the_command_reads_in_blocks_what_is_large(recorded, tmp_path, monkeypat
 @pytest.mark.usefixtures("precision_restored")
 @pytest.mark.parametrize(
     "words",
-    [["--transport", "sliced"], ["--project", "random"], ["--velocity", "transport"]],
+    [["--transport", "sliced"], ["--project", "matrix.npz"], ["--velocity", "transport"]],
     ids=lambda words: words[0],
 )
 def test_the_command_refuses_what_needs_the_members(recorded, tmp_path, capsys, words):

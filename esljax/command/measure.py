@@ -197,8 +197,11 @@ class Measurement:
         or is not finite.
         """
         config.check()
-        path, times, left_out = _streamed(config, progress) if _streams(config) else _loaded(config)
         projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
+        if _streams(config):
+            path, times, left_out = _streamed(config, projection_key, progress)
+        else:
+            path, times, left_out = _loaded(config)
         inner = config.make_transport(sliced_key)
         symmetry = None if config.symmetry is None else _read_symmetry(config.symmetry, path)
         if symmetry is not None:
@@ -361,14 +364,15 @@ def _loaded(config: MeasureConfig) -> tuple[Trajectory, Any, Mapping[str, str]]:
 
 
 def _streamed(
-    config: MeasureConfig, progress: Callable[[int, int], None] | None
+    config: MeasureConfig, key: Any, progress: Callable[[int, int], None] | None
 ) -> tuple[Trajectory, Any, Mapping[str, str]]:
     """Read a recording in blocks. It is folded by its parameters if that is little work."""
     chosen = {"only": config.only, "skip": config.skip, "name": config.name}
     stored = open_stored(config.recording or "", **chosen)
     snapshots, members, _ = stored.shape
     all_pairs = config.project == "pca"
-    coordinates = members * (snapshots if all_pairs else 4)
+    directions = config.coordinates if config.project == "random" else 0
+    coordinates = members * (snapshots if all_pairs else 4) + directions
     of_keys = sum(min(size, coordinates) for size in stored.sizes.values())
     many = sum(size > coordinates for size in stored.sizes.values())
     operations = many * (1 if all_pairs else snapshots) * 50.0 * coordinates**3
@@ -378,6 +382,8 @@ def _streamed(
         **chosen,
         by_key=held < _FOLD_BYTES and operations < _FOLD_OPERATIONS,
         all_pairs=all_pairs,
+        coordinates=directions,
+        key=key if directions else None,
         sums=config.out / _SUMS,
         progress=progress,
     )
@@ -395,6 +401,8 @@ def _streams(config: MeasureConfig) -> bool:
 
 
 def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Array | None:
+    if path.folded is not None and path.folded.directions is not None:
+        return path.folded.directions
     if config.project in PROJECTIONS:
         return PROJECTIONS[config.project](path.positions, config.coordinates, key)
     d = path.positions.shape[2]
@@ -506,7 +514,10 @@ def _projection_settings(
     if config.project in PROJECTIONS:
         pooled = np.asarray(path.positions, np.float64).reshape(-1, path.positions.shape[2])
         pooled = pooled - pooled.mean(axis=0)
-        whole = np.sum(pooled**2)
+        folded = path.folded
+        # A fold of near snapshots does not keep where all of them lie.
+        known = folded is not None and folded.spread is not None
+        whole = float(folded.spread) if known else np.sum(pooled**2)
         settings["variance_share"] = (
             float(np.sum((pooled @ np.asarray(matrix, np.float64)) ** 2) / whole) if whole else 1.0
         )

@@ -11,6 +11,7 @@ import tyro
 from esljax._checks import refuse
 from esljax._types import Array
 from esljax.experiment import (
+    PROJECTIONS,
     DTYPES,
     SEEDS,
     TRANSPORTS,
@@ -319,8 +320,8 @@ class MeasureConfig:
             return "transport", "'exact', 'sinkhorn' or 'gaussian'"
         if self.symmetry is not None:
             return "symmetry", "None"
-        if self.project not in ("none", "pca"):
-            return "project", "'none' or 'pca'"
+        if self.project not in PROJECTIONS:
+            return "project", "'none', 'pca' or 'random'"
         return None if self.velocity == "none" else ("velocity", "'none'")
 
     def make_transport(self, key: Array) -> AbstractTransport:

@@ -173,7 +173,9 @@ def evidence_of(
         temperature=None if trajectory.temperatures is None else jnp.max(trajectory.temperatures),
         still=_still(rates, links),
         doubled_epsilon=_at_twice_epsilon(positions, trajectory.mesh, transport),
-        coordinates=compared.shape[-1] if folded is None else folded.coordinates,
+        coordinates=compared.shape[-1]
+        if folded is None or transport.projection is not None
+        else folded.coordinates,
         steps=None if rates is None else rates.shape[0],
         moments_only=transport.moments_only,
         unresolved=transport.rounding(positions[0], positions[-1]),

@@ -224,10 +224,12 @@ def _check_pair(
                 "GaussianTransport do, for a run of from_checkpoints",
                 f"is {transport.name}",
             )
-        if transport.projection is not None and not trajectory.folded.all_pairs:
+        matrix = transport.projection
+        if matrix is not None and not trajectory.folded.keeps(matrix):
             raise refuse(
                 "trajectory",
-                "be from_checkpoints(..., all_pairs=True) under a projection",
+                "be from_checkpoints(..., all_pairs=True) under a projection other than "
+                "`folded.directions`",
                 "holds the distances between near snapshots alone",
             )
         if velocity is not None:

@@ -20,7 +20,6 @@ A rotation keeps the lengths of all increments whatever it does to their directi
 (1966).
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -53,20 +52,28 @@ class Near(NamedTuple):
 
         The bits of the sum depend on the block alone.
         """
-        snapshots, members, _ = block.shape
+        snapshots, members, width = block.shape
         found = cls.nothing(snapshots, members)
         part = np.empty((members, 4 * members))
-        for columns in _pieces(block):
-            held = np.zeros((4, members, columns.shape[2]))
-            start, apart = held[0], held[1]
-            np.copyto(start, columns[0])
-            start -= start.mean(axis=0)
+        wide = np.empty((6, members, 0))
+        for first in range(0, width, _COLUMNS):
+            columns = block[:, :, first : first + _COLUMNS]
+            if wide.shape[2] != columns.shape[2]:
+                wide = np.empty((6, *columns.shape[1:]))
+            held, ends = wide[:4], wide[4:]
+            rows, start, apart = held.reshape(4 * members, -1).T, held[0], held[1]
+            # Wide before the difference: a difference that widens is slower.
+            np.copyto(ends[0], columns[0])
+            np.subtract(ends[0], ends[0].mean(axis=0), out=start)
             found.start[...] += start @ start.T
+            held[1:] = 0
             for j in range(snapshots - 1):
+                before, after = ends[j % 2], ends[(j + 1) % 2]
+                np.copyto(after, columns[j + 1])
                 # The two last increments take turns in two places.
                 step = held[2 + (j + 1) % 2]
-                np.subtract(columns[j + 1], columns[j], out=step, dtype=np.float64)
-                np.matmul(step, held.reshape(4 * members, -1).T, out=part)
+                np.subtract(after, before, out=step)
+                np.matmul(step, rows, out=part)
                 found.links[j] += part
                 apart += step
         # At every second link they stand in each other's place.
@@ -89,6 +96,15 @@ class Near(NamedTuple):
         members = len(self.start)
         columns = (np.arange(4)[:, None] * members + kept).ravel()
         return Near(self.start[np.ix_(kept, kept)], self.links[:, kept][:, :, columns])
+
+    def without(self, rows: Float[np.ndarray, "snapshots n p"]) -> "Near":
+        """Return the products of what is left of X and the increments beside these of them, which
+        are along orthonormal directions."""
+        start, steps = rows[0], rows[1:]
+        apart = np.cumsum(steps, axis=0) - steps
+        last = np.concatenate([np.zeros_like(rows[:1]), steps[:-1]])
+        sides = np.concatenate([np.broadcast_to(start, steps.shape), apart, last, steps], axis=1)
+        return Near(self.start - start @ start.T, self.links - steps @ sides.swapaxes(1, 2))
 
     def squares(self) -> Float[np.ndarray, "snapshots n"]:
         """Return the squares of X and of the increments."""
@@ -144,13 +160,13 @@ class All(NamedTuple):
 
         The bits of the sum depend on the block alone.
         """
-        snapshots, members, _ = block.shape
+        snapshots, members, width = block.shape
         gram = np.zeros((snapshots * members, snapshots * members))
-        for columns in _pieces(block):
-            held = np.empty(columns.shape)
-            np.copyto(held[0], columns[0])
-            held[0] -= held[0].mean(axis=0)
-            np.subtract(columns[1:], columns[:-1], out=held[1:], dtype=np.float64)
+        for first in range(0, width, _COLUMNS):
+            wide = block[:, :, first : first + _COLUMNS].astype(np.float64)
+            held = np.empty_like(wide)
+            np.subtract(wide[0], wide[0].mean(axis=0), out=held[0])
+            np.subtract(wide[1:], wide[:-1], out=held[1:])
             rows = held.reshape(len(gram), -1)
             gram += rows @ rows.T
         return cls(gram.reshape(snapshots, members, snapshots, members))
@@ -168,6 +184,12 @@ class All(NamedTuple):
         """Return the products of some of the members, about the same place."""
         return All(self.gram[:, kept][:, :, :, kept])
 
+    def without(self, rows: Float[np.ndarray, "snapshots n p"]) -> "All":
+        """Return the products of what is left of X and the increments beside these of them, which
+        are along orthonormal directions."""
+        flat = rows.reshape(self.coordinates, -1)
+        return All(self.gram - (flat @ flat.T).reshape(self.gram.shape))
+
     def squares(self) -> Float[np.ndarray, "snapshots n"]:
         """Return the squares of X and of the increments."""
         snapshots, members = self.gram.shape[:2]
@@ -181,11 +203,6 @@ class All(NamedTuple):
 
 
 Products: TypeAlias = Near | All
-
-
-def _pieces(block: np.ndarray) -> Iterator[np.ndarray]:
-    for first in range(0, block.shape[2], _COLUMNS):
-        yield block[:, :, first : first + _COLUMNS]
 
 
 def _factored(gram: Float[np.ndarray, "m m"]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,10 @@
 """A run whose members are on disk, read in blocks and folded into few coordinates (see `folding`).
 
-Memory is a few blocks and the inner products of members, whatever the size of the model. One thread
-reads the next block while others multiply the last one.
+Memory is a few blocks and the inner products of members, whatever the size of the model. Each of a
+few threads reads a block and multiplies it, so that some wait for the disk while others compute.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -11,23 +12,30 @@ import hashlib
 import io
 import itertools
 import os
+import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_positive, door, refuse
+from esljax._checks import check_key, check_positive, check_positive_int, door, refuse
+from esljax._types import Key
 from esljax.files import Stored, open_stored, writing
 from esljax.simulation.folding import All, Near, Products
+from esljax.simulation.projecting import Along, joined, spread
 from esljax.simulation.trajectory import Folded, Trajectory, from_snapshots
+from esljax.transport import normal_rows
 
 # Coordinates of which a few are kept as they are stored, for what a diagnosis says of rounding.
 _SAMPLE = 4096
 # Columns of a piece of a block. Sums are taken piece by piece, however many threads share them.
 _PIECE = 16384
+# Blocks in memory at a time, whatever the machine: sums are saved by blocks.
+_AT_ONCE = 4
 # Seconds between two times that sums are saved.
 _EVERY = 30.0
 _HEAD = b"sums of esljax over a recording\n"
@@ -43,6 +51,8 @@ def from_checkpoints(
     name: str | None = None,
     by_key: bool = True,
     all_pairs: bool = False,
+    coordinates: int = 0,
+    key: Key | None = None,
     memory: float = 2.56e8,
     sums: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -63,6 +73,10 @@ def from_checkpoints(
     - `all_pairs`: whether the distances between any two snapshots are kept, as projections of the
       run need them (`principal_directions(path.positions, p)`): (J+1) n coordinates, and J/8 times
       the products.
+    - `coordinates`, `key`: how many random directions to keep the members along, 0 for none, and
+      the key to draw them from. `ProjectedTransport(transport, path.folded.directions)` is then
+      that of `random_directions(d, coordinates, key)` for members in memory: coordinates are p
+      more for each parameter.
     - `memory`: bytes of the blocks that are in memory at a time.
     - `sums`: a file for the sums so far, saved every half minute. A run that was killed goes on
       from there, to the same bits, if nothing in the recording has changed. Removed at the end.
@@ -90,6 +104,9 @@ def from_checkpoints(
         Trajectory: 4 members of 2500 coordinates, folded into 16, recorded, 3 snapshots
     """
     check_positive("memory", memory)
+    check_positive_int("coordinates", coordinates, 0)
+    if coordinates or key is not None:
+        check_key("key", key)
     stored = open_stored(path, only=only, skip=skip, name=name)
     snapshots, members, d = stored.shape
     if snapshots < 2 or members < 2 or d < 1:
@@ -98,8 +115,12 @@ def from_checkpoints(
             "hold at least two snapshots of at least two members",
             f"has shape {stored.shape}",
         )
+    if coordinates > d:
+        was = f"is {coordinates}"
+        raise refuse("coordinates", f"be at most {d}, the numbers in one member", was)
     named = by_key and stored.keys is not None
-    plan = _Plan(stored, named, All if all_pairs else Near, memory)
+    kind = All if all_pairs else Near
+    plan = _Plan(stored, named, kind, memory, coordinates, key)
     state = _summed(plan, None if sums is None else Path(sums), progress)
     keys = {key: (part.shape[2],) for key, part in state.parts.items()}
     few = from_snapshots(
@@ -108,9 +129,17 @@ def from_checkpoints(
         observed=stored.observed,
         keys=keys if named else None,
     )
-    sample = jnp.asarray(np.concatenate(state.sample, axis=2), few.positions.dtype)
-    sizes = tuple(stored.sizes.values()) if named else (d,)
-    return dataclasses.replace(few, folded=Folded(sample, sizes, all_pairs))
+    dtype = few.positions.dtype
+    folded = Folded(
+        jnp.asarray(np.concatenate(state.sample, axis=2), dtype),
+        tuple(stored.sizes.values()) if named else (d,),
+        all_pairs,
+        directions=jnp.asarray(joined(list(state.factors.values())), dtype)
+        if coordinates
+        else None,
+        spread=jnp.asarray(state.spread, dtype) if coordinates else None,
+    )
+    return dataclasses.replace(few, folded=folded)
 
 
 # --- Sums over a recording ------------------------------------------------------------------------
@@ -137,14 +166,16 @@ class _Plan:
     """Whether each parameter has coordinates of its own."""
     kind: type[Near] | type[All]
     memory: float
+    directions: int = 0
+    """How many random directions the members are kept along."""
+    key: Any = None
 
     @functools.cached_property
     def blocks(self) -> list[_Block]:
         """The blocks in the order in which they are read."""
         stored, named = self.stored, self.named
         snapshots, members, _ = stored.shape
-        # Two at a time, one of which is being read.
-        width = int(self.memory / 2 / (snapshots * members * stored.dtype.itemsize))
+        width = int(self.memory / _AT_ONCE / (snapshots * members * stored.dtype.itemsize))
         width = max(width // _PIECE * _PIECE, min(width, _PIECE), 1)
         blocks = []
         for key, size in stored.sizes.items():
@@ -163,7 +194,9 @@ class _Plan:
         """A digest of the recording and of its blocks, which changes with any of its files."""
         states = [(path, path.stat()) for path in self.stored.files()]
         files = [(str(path), state.st_size, state.st_mtime_ns) for path, state in states]
-        told = repr((files, self.stored.shape, self.kind.__name__, self.blocks, _PIECE))
+        drawn = None if self.key is None else jax.random.key_data(self.key).tolist()
+        how = self.kind.__name__, self.blocks, _PIECE, self.directions, drawn
+        told = repr((files, self.stored.shape, how))
         return hashlib.sha256(told.encode()).hexdigest()
 
     @functools.cached_property
@@ -180,7 +213,13 @@ class _Plan:
         """Whether the numbers of a group are no more than the coordinates of its fold, and are kept
         as they are."""
         size = self.stored.sizes[block.key] if self.named else self.stored.shape[2]
-        return size <= self.nothing().coordinates
+        return size <= self.nothing().coordinates + self.directions
+
+    def normal(self, block: _Block, skipped: int, count: int) -> np.ndarray:
+        """Return rows of the normal numbers behind the directions, after the first ones of a
+        block."""
+        first = self.before[block.key] + block.skipped + skipped
+        return normal_rows(self.key, self.directions, first, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,30 +230,44 @@ class _State:
     """The blocks that are in the sums."""
     products: Products
     """Over the present group of coordinates."""
+    along: Along
+    """Over the same, if there are directions."""
     alike: np.ndarray
     """For each member the first one with the same numbers in the present group, shape (n,)."""
     columns: list[np.ndarray]
     """The numbers of the present group, if it is so small that they are kept as they are."""
+    normal: list[np.ndarray]
+    """The normal numbers of these."""
     parts: dict[str, np.ndarray]
     """The coordinates of each group that is done, shape (J+1, n, p)."""
+    factors: dict[str, np.ndarray]
+    """What takes them to the directions (`joined`), by group."""
+    spread: np.ndarray
+    """The spread of all groups, if there are directions."""
     sample: list[np.ndarray]
     """Numbers as they are stored, shape (J+1, n, count)."""
 
     @classmethod
     def fresh(cls, plan: _Plan) -> "_State":
         """Return the sums over nothing."""
-        return cls(0, plan.nothing(), np.zeros(plan.stored.shape[1], int), [], {}, [])
+        snapshots, members, _ = plan.stored.shape
+        along = Along.nothing(snapshots, members, plan.directions)
+        alike = np.zeros(members, int)
+        return cls(0, plan.nothing(), along, alike, [], [], {}, {}, np.zeros(()), [])
 
     def saved(self, path: Path, identity: str) -> None:
         """Write the sums, whole or not at all."""
-        arrays: dict[str, Any] = {f"part {name}": part for name, part in self.parts.items()}
-        arrays |= {f"column {k}": part for k, part in enumerate(self.columns)}
-        arrays |= {f"sample {k}": part for k, part in enumerate(self.sample)}
-        arrays |= {f"product {name}": part for name, part in self.products._asdict().items()}
-        arrays |= {"alike": self.alike}
+        arrays: dict[str, Any] = {}
+        for name in ("products", "along"):
+            pairs = getattr(self, name)._asdict().items()
+            arrays |= {f"{name} {key}": array for key, array in pairs}
+        for name in ("parts", "factors"):
+            arrays |= {f"{name} {key}": array for key, array in getattr(self, name).items()}
+        for name in ("columns", "normal", "sample"):
+            arrays |= {f"{name} {k}": array for k, array in enumerate(getattr(self, name))}
         about = np.array([identity, str(self.done)])
         content = io.BytesIO()
-        np.savez(content, about=about, **arrays)
+        np.savez(content, about=about, alike=self.alike, spread=self.spread, **arrays)
         writing.replace(path, _HEAD + content.getvalue(), argument="sums", ours=_is_sums)
 
     @classmethod
@@ -235,12 +288,16 @@ class _State:
                 return {name.partition(" ")[2]: held[name] for name in names}
 
             return cls(
-                int(held["about"][1]),
-                plan.kind(*named("product").values()),
-                held["alike"],
-                list(named("column").values()),
-                named("part"),
-                list(named("sample").values()),
+                done=int(held["about"][1]),
+                products=plan.kind(*named("products").values()),
+                along=Along(*named("along").values()),
+                alike=held["alike"],
+                columns=list(named("columns").values()),
+                normal=list(named("normal").values()),
+                parts=named("parts"),
+                factors=named("factors"),
+                spread=held["spread"],
+                sample=list(named("sample").values()),
             )
 
 
@@ -256,8 +313,8 @@ def _summed(plan: _Plan, file: Path | None, progress: Callable[[int, int], None]
     row = stored.nbytes // stored.shape[2]
     read, saved = sum(block.count for block in blocks[: state.done]) * row, time.monotonic()
     try:
-        for block, numbers, pieces in _read(plan, state.done):
-            state = _added(state, plan, block, numbers, pieces)
+        for block, sums in zip(blocks[state.done :], _read(plan, state.done), strict=True):
+            state = _added(state, plan, block, sums)
             read += block.count * row
             if progress is not None:
                 progress(read, stored.nbytes)
@@ -273,81 +330,154 @@ def _summed(plan: _Plan, file: Path | None, progress: Callable[[int, int], None]
     return state
 
 
-_Pieces = Callable[[np.ndarray], list[Products]]
+class _Sums(NamedTuple):
+    """What one block adds."""
+
+    products: list[Products]
+    """Of its pieces."""
+    along: list[Along]
+    columns: np.ndarray | None
+    """Its numbers, if they are kept as they are."""
+    normal: np.ndarray | None
+    alike: np.ndarray
+    spread: float
+    sample: np.ndarray
 
 
-def _read(plan: _Plan, done: int) -> Iterator[tuple[_Block, np.ndarray, _Pieces]]:
-    """Yield each block with its numbers (J+1, n, count), while the next one is read, and a function
-    that multiplies the pieces of a block on all cores."""
+def _read(plan: _Plan, done: int) -> Iterator[_Sums]:
+    """Yield what each block adds, in their order; a few are read and multiplied at a time."""
     stored, blocks = plan.stored, plan.blocks[done:]
     snapshots, members, _ = stored.shape
+    row = snapshots * members
     width = max((block.count for block in blocks), default=0)
-    room = [np.empty(snapshots * members * width, stored.dtype) for _ in range(min(2, len(blocks)))]
-
-    def fill(place: int) -> np.ndarray:
-        block = blocks[place]
-        shape = snapshots, members, block.count
-        numbers = room[place % 2][: snapshots * members * block.count].reshape(shape)
-        stored.read(block.key, block.skipped, numbers)
-        return numbers
-
-    def pieces(numbers: np.ndarray) -> list[Products]:
-        cuts = range(0, numbers.shape[2], _PIECE)
-        parts = [numbers[:, :, cut : cut + _PIECE] for cut in cuts]
-        return list(workers.map(plan.kind.of, parts))
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with (
-        concurrent.futures.ThreadPoolExecutor(1) as reader,
-        concurrent.futures.ThreadPoolExecutor(cores) as workers,
-    ):
-        waiting = [reader.submit(fill, 0)] if blocks else []
-        for place, block in enumerate(blocks):
-            numbers = waiting.pop().result()
-            if place + 1 < len(blocks):
-                waiting.append(reader.submit(fill, place + 1))
-            yield block, numbers, pieces
+    # One more than there are cores, for the disk. Blocks that cannot be cut may be large.
+    most = int(plan.memory / max(row * width * stored.dtype.itemsize, 1))
+    threads = min((cores or 1) + 1, _AT_ONCE, max(most, 2), max(len(blocks), 1))
+    rooms: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
+    for _ in range(threads):
+        rooms.put(np.empty(row * width, stored.dtype))
+
+    def sums(block: _Block) -> _Sums:
+        room = rooms.get()
+        try:
+            numbers = room[: row * block.count].reshape(snapshots, members, block.count)
+            stored.read(block.key, block.skipped, numbers)
+            return _of_block(plan, block, numbers)
+        finally:
+            rooms.put(room)
+
+    waiting: collections.deque[concurrent.futures.Future[_Sums]] = collections.deque()
+    with concurrent.futures.ThreadPoolExecutor(threads) as workers:
+        try:
+            for block in blocks:
+                waiting.append(workers.submit(sums, block))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
-def _added(
-    state: _State, plan: _Plan, block: _Block, numbers: np.ndarray, pieces: _Pieces
-) -> _State:
-    """Return the sums with a block more. The given ones stay whole, whenever a signal comes."""
+def _of_block(plan: _Plan, block: _Block, numbers: np.ndarray) -> _Sums:
+    """Return what the numbers (J+1, n, count) of a block add."""
     stride = -(-plan.stored.shape[2] // _SAMPLE)
     first = -(plan.before[block.key] + block.skipped) % stride
-    sample = [*state.sample, numbers[:, :, first::stride].copy()]
-    alike = _alike(numbers, state.alike)
-    products, columns, parts = state.products, state.columns, state.parts
+    products, along, columns, normal = [], [], None, None
     if plan.kept(block):
         apart = numbers.astype(np.float64)
-        _check_finite(np.asarray(np.isfinite(apart).all(axis=2)))
-        columns = [*columns, apart - apart[0].mean(axis=0)]
+        columns = apart - apart[0].mean(axis=0)
+        normal = plan.normal(block, 0, block.count).astype(np.float64) if plan.directions else None
     else:
-        for part in pieces(numbers):
-            products = products.plus(part)  # pyright: ignore[reportArgumentType]
-    if block.ends:
-        if not plan.kept(block):
-            _check_finite(_finite(products))
-            kept, of = np.unique(alike, return_inverse=True)
-            columns = [products.among(kept).placed()[:, of]]
-        parts = {**parts, block.group: np.concatenate(columns, axis=2)}
-        products, alike, columns = plan.nothing(), np.zeros_like(alike), []
-    return _State(state.done + 1, products, alike, columns, parts, sample)
+        for skipped in range(0, block.count, _PIECE):
+            piece = numbers[:, :, skipped : skipped + _PIECE]
+            products.append(plan.kind.of(piece))
+            if plan.directions:
+                along.append(Along.of(piece, plan.normal(block, skipped, piece.shape[2])))
+    return _Sums(
+        products=products,
+        along=along,
+        columns=columns,
+        normal=normal,
+        alike=_alike(numbers),
+        spread=spread(numbers) if plan.directions else 0.0,
+        sample=numbers[:, :, first::stride].copy(),
+    )
 
 
-def _alike(numbers: np.ndarray, alike: np.ndarray) -> np.ndarray:
-    """Return for each member the first with the same numbers, among those that were alike."""
+def _added(state: _State, plan: _Plan, block: _Block, sums: _Sums) -> _State:
+    """Return the sums with a block more. The given ones stay whole, whenever a signal comes."""
+    products, along, alike = state.products, state.along, _in_both(state.alike, sums.alike)
+    for part in sums.products:
+        products = products.plus(part)  # pyright: ignore[reportArgumentType]
+    for part in sums.along:
+        along = along.plus(part)
+    columns, normal = list(state.columns), list(state.normal)
+    if sums.columns is not None:
+        _check_finite(np.asarray(np.isfinite(sums.columns).all(axis=2)))
+        columns.append(sums.columns)
+    if sums.normal is not None:
+        normal.append(sums.normal)
+    new = dataclasses.replace(
+        state,
+        done=state.done + 1,
+        products=products,
+        along=along,
+        alike=alike,
+        columns=columns,
+        normal=normal,
+        spread=state.spread + sums.spread,
+        sample=[*state.sample, sums.sample],
+    )
+    return _closed(new, plan, block.group) if block.ends else new
+
+
+def _closed(state: _State, plan: _Plan, group: str) -> _State:
+    """Return the sums with the present group of coordinates placed."""
+    columns, normal = state.columns, state.normal
+    if not columns:
+        _check_finite(_finite(state.products))
+        kept, of = np.unique(state.alike, return_inverse=True)
+        products = state.products.among(kept)
+        if plan.directions:
+            rows, upper = state.along.among(kept).orthonormal()
+            products = products.without(rows)
+            columns = [np.cumsum(rows, axis=0)]
+            normal = [upper, np.zeros((products.coordinates, plan.directions))]
+        columns = [part[:, of] for part in (*columns, products.placed())]
+    fresh = _State.fresh(plan)
+    return dataclasses.replace(
+        state,
+        products=fresh.products,
+        along=fresh.along,
+        alike=fresh.alike,
+        columns=[],
+        normal=[],
+        parts={**state.parts, group: np.concatenate(columns, axis=2)},
+        factors={**state.factors, group: np.concatenate(normal)} if plan.directions else {},
+    )
+
+
+def _alike(numbers: np.ndarray) -> np.ndarray:
+    """Return for each member the first with the same numbers."""
 
     def equal(i: int, k: int) -> bool:
         # A few numbers tell most members apart.
         first = (numbers[:, i, :8] == numbers[:, k, :8]).all()
         return bool(first) and np.array_equal(numbers[:, i], numbers[:, k])
 
-    found = alike.copy()
-    for i in range(len(alike)):
-        same = (k for k in range(i) if alike[k] == alike[i] and found[k] == k)
-        found[i] = next((k for k in same if equal(i, k)), i)
+    found = np.arange(numbers.shape[1])
+    for i in range(len(found)):
+        found[i] = next((k for k in range(i) if found[k] == k and equal(i, k)), i)
     return found
+
+
+def _in_both(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return for each member the first that is alike by both."""
+    _, first, of = np.unique(one * len(one) + other, return_index=True, return_inverse=True)
+    return first[of]
 
 
 def _finite(products: Products) -> np.ndarray:

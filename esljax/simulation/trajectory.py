@@ -42,11 +42,22 @@ class Folded(eqx.Module):
     all_pairs: bool = eqx.field(static=True)
     """Whether distances are kept between any two snapshots, and not only those next to each other
     or next but one, and from each to the first."""
+    directions: Float[Array, "p q"] | None = None
+    """The matrix of a `ProjectedTransport` on the random directions that were asked for."""
+    spread: Float[Array, "*runs"] | None = None
+    """The sum of the squares of all members at all snapshots about their mean; known beside
+    `directions`."""
 
     @property
     def coordinates(self) -> int:
         """d, the numbers of a member."""
         return sum(self.sizes)
+
+    def keeps(self, matrix: Float[Array, "p q"]) -> bool:
+        """Whether members in the coordinates of a projection are those of the run itself."""
+        if self.all_pairs or self.directions is None:
+            return self.all_pairs
+        return known(matrix, self.directions) and np.array_equal(matrix, self.directions)
 
 
 class Trajectory(eqx.Module):

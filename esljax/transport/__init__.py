@@ -15,6 +15,7 @@ from esljax.transport.coordinates import (
     AbstractWrappedTransport,
     MappedTransport,
     ProjectedTransport,
+    normal_rows,
     principal_directions,
     random_directions,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "check_is_transport",
     "check_room",
     "check_transport",
+    "normal_rows",
     "pairing_of",
     "part_solutions_of",
     "principal_directions",

@@ -286,7 +286,9 @@ def principal_directions(
 def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]:
     """Return orthonormal directions that do not depend on the data, as columns.
 
-    A matrix for `ProjectedTransport`; uniform, and the same in every precision.
+    A matrix for `ProjectedTransport`; uniform, and the same in every precision. The normal numbers
+    that are made orthonormal are drawn by blocks of rows, so that `from_checkpoints` can draw them
+    where it reads.
 
     **Args:** `d`: numbers in one member. `coordinates`: p, at most d. `key`: the key to draw from.
     **Returns:** shape (d, p).
@@ -304,11 +306,36 @@ def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]
     _check_coordinates(coordinates, d, d)
     words = f"{coordinates:,} directions of {d:,} numbers"
     check_fits("coordinates", 12.0 * d * coordinates, words, "take fewer coordinates")
-    normal = jax.random.normal(key, (d, coordinates), jnp.float32).astype(jnp.result_type(float))
+    normal = _drawn(key, coordinates, -(-d // _ROWS))[:d].astype(jnp.result_type(float))
     upper: Any
     directions, upper = jnp.linalg.qr(normal)
     # Of the two signs of a column, choose the one that does not depend on the algorithm.
     return directions * jnp.sign(jnp.diagonal(upper))
+
+
+# Rows of the normal numbers behind random directions that are drawn by one key.
+_ROWS = 4096
+
+
+def normal_rows(key: Key, coordinates: int, first: int, count: int) -> Float[np.ndarray, "count p"]:
+    """Return some rows of the normal numbers that `random_directions` makes orthonormal, whatever
+    the number of all rows."""
+    blocks = range(first // _ROWS, -(-(first + count) // _ROWS))
+    drawn = np.concatenate([_block(key, coordinates, jnp.asarray(k)) for k in blocks])
+    return drawn[first - blocks[0] * _ROWS :][:count]
+
+
+def _drawn(key: Key, coordinates: int, blocks: int) -> Float[Array, "rows p"]:
+    rest = jax.lax.map(lambda k: _block(key, coordinates, k), jnp.arange(1, blocks))
+    first = _block(key, coordinates, jnp.asarray(0))
+    return jnp.concatenate([first, rest.reshape(-1, coordinates)])
+
+
+@eqx.filter_jit
+def _block(key: Key, coordinates: int, k: Any) -> Float[Array, "rows p"]:
+    # The first block is drawn by the key itself, as all numbers of small members always were.
+    own = jnp.where(k == 0, key, jax.random.fold_in(key, k))
+    return jax.random.normal(own, (_ROWS, coordinates), jnp.float32)
 
 
 def _check_coordinates(coordinates: int, d: int, members: int) -> None:
