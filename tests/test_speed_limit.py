@@ -726,6 +726,50 @@ def test_gradient_of_a_whole_run_in_the_learning_rate():
     )
 
 
+# In rounds
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    ("transport", "links", "members", "jackknife", "debias"),
+    [
+        (esl.ExactTransport(), 20, 9, 4, True),
+        (esl.ExactTransport(), 3, 6, 32, False),
+        (esl.SinkhornTransport(epsilon=1.0), 4, 6, 0, False),
+        (esl.GaussianTransport(), 5, 8, 8, True),
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_progress_changes_no_number(transport, links, members, jackknife, debias, named):
+    """In rounds on the host, as in one program; pairs that do not come out even among them."""
+    positions = np.random.default_rng(0).normal(size=(links + 1, members, 3)).cumsum(axis=0)
+    path = esl.from_snapshots(positions, keys={"a": (2,), "b": (1,)} if named else None)
+    options = {"transport": transport, "jackknife": jackknife, "debias": debias}
+    calls = []
+    ours = esl.speed_limit(path, **options, progress=lambda *numbers: calls.append(numbers))
+    theirs = esl.speed_limit(path, **options)
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert ours.errors == theirs.errors
+    done, total = zip(*calls, strict=True)
+    assert done[0] == 0 < done[1]
+    assert all(a < b for a, b in itertools.pairwise(done))
+    assert done[-1] == total[0] == total[-1]
+    # Of 20 links of debiased distances and subsets of the members: some ten for each kind.
+    assert links < 20 or 60 <= len(calls) <= 120
+
+
+def test_rounds_count_the_problems_of_subsets():
+    """3 links and the whole run, of 6 members and of 6 subsets."""
+    path, calls = trajectory(random_path(0, dtype=np.float32)), []
+    snapshots, members = path.positions.shape[:2]
+    esl.speed_limit(
+        path, transport=esl.ExactTransport(), progress=lambda *numbers: calls.append(numbers)
+    )
+    pairs = snapshots + (snapshots - 1) // 2 * (snapshots % 2)
+    assert calls[-1] == (pairs * (1 + members),) * 2
+
+
 # Bad input
 
 
@@ -790,6 +834,10 @@ BAD = {
     },
     "`jackknife` must be an integer of at least 0, but is -1": lambda path: {"jackknife": -1},
     "`jackknife` must be an integer of at least 0, but is 2.5": lambda path: {"jackknife": 2.5},
+    "`progress` must be None for several runs": lambda path: {
+        "trajectory": [path, path],
+        "progress": print,
+    },
 }
 
 

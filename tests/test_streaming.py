@@ -34,7 +34,7 @@ def walk(kind, links=6, members=5, d=300, seed=0):
         steps = rng.normal(size=(links, members, 2)) @ rng.normal(size=(2, d))
     elif kind == "common":
         steps = np.broadcast_to(steps[:, :1], steps.shape).copy()
-    steps *= 1e-6 if kind == "slow" else 1e-2
+    steps *= {"slow": 1e-6, "restless": 1.0}.get(kind, 1e-2)
     if kind == "at rest":
         steps[2], steps[:, 1] = 0, 0
     return np.concatenate([start[None], start + np.cumsum(steps, axis=0)])
@@ -166,6 +166,12 @@ def small(kind="noisy", dtype=np.float32, **sizes):
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     return written(tmp_path_factory.mktemp("run"), small())
+
+
+@pytest.fixture(scope="module")
+def restless(tmp_path_factory):
+    """As far apart at different times as at one."""
+    return written(tmp_path_factory.mktemp("run"), small("restless"))
 
 
 def in_memory(folder):
@@ -300,6 +306,13 @@ def test_random_directions(recorded, options, coordinates):
         finding.name for finding in theirs.diagnose()
     ]
     np.testing.assert_allclose(ours.evidence.distances, theirs.evidence.distances, rtol=1e-9)
+    along, expected = (
+        np.asarray(run.positions @ held)
+        for run, held in ((path, path.folded.directions), (whole, matrix))
+    )
+    np.testing.assert_allclose(
+        along - along[0].mean(axis=0), expected - expected[0].mean(axis=0), rtol=1e-9, atol=1e-9
+    )
     flat = np.asarray(whole.positions).reshape(-1, sum(SIZES.values()))
     np.testing.assert_allclose(path.folded.spread, np.sum((flat - flat.mean(axis=0)) ** 2))
     if "by_key" not in options:
@@ -516,11 +529,11 @@ def test_bad_input(tmp_path, recorded, refused):
 
 @pytest.mark.usefixtures("precision_restored")
 @pytest.mark.parametrize("project", ["none", "pca", "random"])
-def test_the_command_reads_in_blocks(recorded, tmp_path, capsys, project):
+def test_the_command_reads_in_blocks(restless, tmp_path, capsys, project):
     reports = []
     for stream in ("yes", "no"):
         out = tmp_path / stream
-        words = ["measure", str(recorded), "--dtype", "float64", "--stream", stream]
+        words = ["measure", str(restless), "--dtype", "float64", "--stream", stream]
         words += ["--project", project, "--coordinates", "3", "--out", str(out)]
         assert cli.main(words) == 0
         reports.append(json.loads((out / "report.json").read_text()))
@@ -545,7 +558,7 @@ def test_the_command_reads_in_blocks(recorded, tmp_path, capsys, project):
 
 @pytest.mark.usefixtures("precision_restored")
 def test_a_command_that_was_ended_goes_on(recorded, tmp_path, monkeypatch):
-    out, reads = tmp_path / "out", []
+    out, reads, problems = tmp_path / "out", [], []
     call = ["measure", str(recorded), "--out", str(out), "--stream", "yes", "--quiet"]
 
     def end(bar, done, total):
@@ -553,13 +566,20 @@ def test_a_command_that_was_ended_goes_on(recorded, tmp_path, monkeypatch):
         if len(reads) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("esljax.command.progress.ReadingBar.read", end)
+    def solved(bar, done, total):
+        problems.append((done, total))
+
+    monkeypatch.setattr("esljax.command.progress.MeasureBar.read", end)
+    monkeypatch.setattr("esljax.command.progress.MeasureBar.solved", solved)
     assert cli.main(call) == 130
     assert [path.name for path in out.iterdir()] == ["sums.part"]
     assert cli.main(call) == 0
     # Each parameter is a block.
     assert reads == (4 * 5 * 8 * np.cumsum(list(SIZES.values()))).tolist()
     assert not (out / "sums.part").exists()
+    # Debiased by halves, of all members and without each pair of them.
+    total = 5 * (4 + 1 + 2 + 5 + 5)
+    assert (problems[0], problems[-1]) == ((0, total), (total, total))
 
 
 @pytest.mark.usefixtures("precision_restored")

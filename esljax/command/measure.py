@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
-import rich.markup
 
 from esljax._checks import memory_of_the_machine, refuse
 from esljax._types import Array
-from esljax.command.progress import ReadingBar
+from esljax.command.progress import MeasureBar
 from esljax.command.results import Results
 from esljax.command.settings import DONE, FAILED, NOT_WRITTEN, MeasureConfig
 from esljax.experiment import PROJECTIONS, enable, read_toml
@@ -57,13 +56,12 @@ def measure_command(config: MeasureConfig) -> int:
     console = rich.console.Console(quiet=config.quiet)
     results = Results(config.out, config.as_dict(), (_FIGURE,), force=config.force)
     with results.claimed():
-        bar = ReadingBar(console)
+        bar = MeasureBar(console)
         with bar:
             measurement = Measurement.of(config, bar.read)
-        with console.status(f"measuring {rich.markup.escape(str(config.recording))}"):
             if not config.quiet:
                 _announce(measurement, console)
-            report = measurement.report()
+            report = measurement.report(bar.solved)
             bracket = measurement.bracket(report)
             content = {**_numbers(report), **measurement.settings(), **_sides(bracket)}
         wall = time.perf_counter() - started
@@ -222,14 +220,18 @@ class Measurement:
             debias=config.debias and path.positions.shape[1] >= 8,
         )
 
-    def report(self) -> SpeedLimit:
-        """Hold the run against the speed limit."""
+    def report(self, progress: Callable[[int, int], None] | None = None) -> SpeedLimit:
+        """Hold the run against the speed limit.
+
+        **Args:** `progress`: as of `speed_limit`.
+        """
         return speed_limit(
             self.path,
             transport=self.transport,
             velocity=self.velocity,
             jackknife=self.config.jackknife,
             debias=self.debias,
+            progress=progress,
         )
 
     def bracket(self, report: SpeedLimit) -> Bracket | None:

@@ -136,8 +136,9 @@ class FrontBar(Bar):
             self.bar.update(self.task, advance=GRADIENT)
 
 
-class ReadingBar(Bar):
-    """The bar of a recording that is read in blocks; not seen where nothing is."""
+class MeasureBar(Bar):
+    """The bar of a recording: of its bytes while they are read in blocks, and then of its transport
+    problems."""
 
     def __init__(self, console: rich.console.Console):
         super().__init__(console, 0.0)
@@ -145,11 +146,20 @@ class ReadingBar(Bar):
 
     def read(self, done: int, total: int) -> None:
         """So many bytes have been read."""
-        numbers = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+        self._show("reading", f"{done / 1e9:.1f} of {total / 1e9:.1f} GB", done, total)
+
+    def solved(self, done: int, total: int) -> None:
+        """So many transport problems have been solved."""
+        if not done:
+            # The time left is that of the problems alone.
+            self.bar.reset(self.task)
+        self._show("measuring", f"{done} of {total} transport problems", done, total)
+
+    def _show(self, stage: str, numbers: str, done: int, total: int) -> None:
         self.bar.update(
             self.task,
             visible=True,
-            description="reading",
+            description=stage,
             total=total,
             completed=done,
             numbers=numbers,

@@ -11,8 +11,8 @@ import tyro
 from esljax._checks import refuse
 from esljax._types import Array
 from esljax.experiment import (
-    PROJECTIONS,
     DTYPES,
+    PROJECTIONS,
     SEEDS,
     TRANSPORTS,
     VELOCITIES,

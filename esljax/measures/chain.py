@@ -30,6 +30,9 @@ from esljax.transport import (
     subset_solutions_of,
 )
 
+# Rounds for the pairs of one kind: often enough to watch, and few programs to start.
+_ROUNDS = range(8, 13)
+
 _CHAIN = (
     "A chain of laws is a lower bound of Σ (coarse snapshots and circulation are invisible); a "
     "chain of samples is neither bound until it is debiased, because sampling noise adds to every "
@@ -63,12 +66,75 @@ class Distances(eqx.Module):
     members themselves. None for subsets, and where the parameters have no names."""
 
 
+@dataclasses.dataclass
+class Rounds:
+    """Solves the pairs of snapshots a few at a time from the host, which can tell in between.
+
+    **Args:** `progress`: called with the transport problems solved so far, and those in all.
+    `total`: those in all; a pair has one for each subset of the members.
+    """
+
+    progress: Callable[[int, int], None]
+    total: int
+    done: int = 0
+
+    def of_pairs(
+        self,
+        function: Callable[[AbstractTransport, Array, Array], Any],
+        trajectory: Trajectory,
+        transport: AbstractTransport,
+        pairs: Sequence[tuple[int, int]],
+        subsets: Array | None,
+    ) -> Any:
+        """Return what `of_pairs` does, up to rounding."""
+        # All rounds are of one size, so that one program is compiled; where that does not come out
+        # even, some pairs at the end are solved twice.
+        devices = 1 if trajectory.mesh is None else trajectory.mesh.size
+        size = devices * _size_of_rounds(-(-len(pairs) // devices))
+        each = 1 if subsets is None else len(subsets)
+        ends, solved = np.array(pairs), []
+        for start in range(0, len(pairs), size):
+            first, second = ends[np.minimum(np.arange(start, start + size), len(pairs) - 1)].T
+            some = _round(function, trajectory, transport, first, second, subsets)
+            solved.append(jax.block_until_ready(some))
+            self.done += each * min(size, len(pairs) - start)
+            self.progress(self.done, self.total)
+        axis = 0 if subsets is None else 1
+
+        def joined(*parts: Array) -> Array:
+            return jnp.take(jnp.concatenate(parts, axis), jnp.arange(len(pairs)), axis)
+
+        return jax.tree.map(joined, *solved)
+
+
+def _size_of_rounds(count: int) -> int:
+    """Return the size of some eight to twelve equal rounds with the fewest in excess."""
+    return min((-(-count // rounds) for rounds in _ROUNDS), key=lambda size: -count % size)
+
+
+@eqx.filter_jit
+def _round(
+    function: Callable[[AbstractTransport, Array, Array], Any],
+    trajectory: Trajectory,
+    transport: AbstractTransport,
+    first: Any,
+    second: Any,
+    subsets: Array | None,
+) -> Any:
+    positions = trajectory.positions
+    ends = jnp.concatenate([positions[jnp.asarray(first)], positions[jnp.asarray(second)]])
+    pairs = [(k, len(first) + k) for k in range(len(first))]
+    some = dataclasses.replace(trajectory, positions=ends)
+    return of_pairs(function, some, transport, pairs, subsets)
+
+
 def distances(
     trajectory: Trajectory,
     transport: AbstractTransport,
     *,
     halves: bool,
     subsets: Array | None = None,
+    rounds: Rounds | None = None,
 ) -> Distances:
     """Solve the transport problems of one run, or of each of the `subsets` (subsets, m) of members.
 
@@ -77,16 +143,17 @@ def distances(
     of one size, so their bias cancels to leading order. Distances between moments need no halves:
     a jackknife removes their bias and adds hardly any noise. With `subsets` as well, each must hold
     neighbors of the two halves together, as the groups of a jackknife of unit 2 do. The run is not
-    checked.
+    checked. With `rounds`, outside of `jit`, pairs are solved a few at a time.
     """
+    solve = of_pairs if rounds is None else rounds.of_pairs
     links = trajectory.positions.shape[0] - 1
     pairs, coarse = compared(links)
     parts = None
     if subsets is None and trajectory.keys is not None:
-        plain, parts = of_pairs(_by_coordinate, trajectory, transport, pairs + coarse, None)
+        plain, parts = solve(_by_coordinate, trajectory, transport, pairs + coarse, None)
         parts = parts[: links + 1]
     else:
-        plain = of_pairs(solution_of, trajectory, transport, pairs + coarse, subsets)
+        plain = solve(solution_of, trajectory, transport, pairs + coarse, subsets)
     solved = Distances(
         parts=parts,
         links=plain.squared[..., :links],
@@ -96,14 +163,21 @@ def distances(
     )
     if not halves:
         return solved
-    across = of_pairs(_across, trajectory, transport, pairs, subsets)
+    across = solve(_across, trajectory, transport, pairs, subsets)
     same = [(j, j) for j in range(links + 1)]
-    within = of_pairs(_within, trajectory, transport, same, subsets)
+    within = solve(_within, trajectory, transport, same, subsets)
     first, second = np.array(pairs).T
     squares = across - within[..., first] / 2 - within[..., second] / 2
     return dataclasses.replace(
         solved, debiased_links=squares[..., :links], debiased_whole=squares[..., links]
     )
+
+
+def problems(links: int, subsets: int, halves: bool) -> int:
+    """Return how many problems `distances` solves for so many subsets of the members: a pair of
+    snapshots is one, of any function."""
+    pairs, coarse = compared(links)
+    return subsets * (len(pairs + coarse) + halves * (len(pairs) + links + 1))
 
 
 def of_pairs(

@@ -7,18 +7,18 @@ Source: Okanohara, arXiv 2601.17607.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_kind, door, refuse
-from esljax._types import Array, Int
+from esljax._checks import check_kind, door, known, refuse
+from esljax._types import Array
 from esljax.files import watch_processes
-from esljax.measures.chain import Distances, chain, distances
+from esljax.measures.chain import Distances, Rounds, chain, distances, problems
 from esljax.measures.debiasing import corrected, plain
 from esljax.measures.errors import Groups, jackknife_groups
 from esljax.measures.labels import canonical, with_labels
@@ -42,6 +42,7 @@ def speed_limit(
     jackknife: int = 32,
     debias: bool = False,
     mesh: AnyMesh | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SpeedLimit:
     """Measure a run against the epistemic speed limit Σ ≥ L² ≥ W2².
 
@@ -65,6 +66,9 @@ def speed_limit(
     - `mesh`: the devices that share the pairs of snapshots, of which there may be any number; by
       default those of the run, or all local ones if the run lies on none in particular. Inside
       `jit` those of the run, or of `jax.set_mesh`.
+    - `progress`: for one run outside of `jit`, called with the transport problems of the chain that
+      are solved and those in all, subsets of the members included. The host then solves them in
+      rounds; last digits may differ, and there are no derivatives.
 
     **Returns:** `SpeedLimit`; `print` shows it with a verdict. Of several runs, the mean of each
     number.
@@ -96,16 +100,26 @@ def speed_limit(
     _check_pair(trajectory, transport, velocity, potential)
     if debias and transport.moments_only and trajectory.positions.shape[-2] < 3:
         raise refuse("debias", "be False for the moments of two members", "is True")
+    if progress is not None and not (
+        trajectory.positions.ndim == 3 and known(trajectory.positions)
+    ):
+        raise refuse("progress", "be None for several runs and inside `jit`", "is given")
     trajectory, labels = canonical(trajectory, velocity)
     # Devices are settled here, once.
     watch_processes()
     trajectory = on_devices(trajectory, mesh)
     mesh = trajectory.mesh
     transport, velocity, potential = bring((transport, velocity, potential), mesh)
-    if trajectory.positions.ndim == 3:
+    if trajectory.positions.ndim == 4:
+        report = _of_several(trajectory, transport, velocity, potential, debias)
+    elif progress is None:
         report = _of_one(trajectory, transport, velocity, potential, jackknife, debias)
     else:
-        report = _of_several(trajectory, transport, velocity, potential, debias)
+        own = _in_own_units(trajectory, transport, velocity)
+        split = _Split.of(own, jackknife, debias)
+        rounds = Rounds(progress, split.problems(own))
+        progress(0, rounds.total)
+        report = _finished(own, potential, jackknife, debias, _solved(own, split, rounds))
     return with_labels(replicate(report, mesh), labels)
 
 
@@ -119,12 +133,23 @@ def _of_one(
     debias: bool,
 ) -> SpeedLimit:
     own = in_own_units(trajectory, transport, velocity)
-    report, errors, groups = _measured(own, potential, jackknife, debias)
+    solved = _solved(own, _Split.of(own, jackknife, debias))
+    return _with_errors(own, potential, jackknife, debias, solved)
+
+
+def _with_errors(
+    own: OwnUnits, potential: Any, jackknife: int, debias: bool, solved: "_Solved"
+) -> SpeedLimit:
+    report, errors, groups = _measured(own, potential, jackknife, debias, solved)
     if groups is not None and jackknife:
-        members = trajectory.positions.shape[1]
+        members = own.path.positions.shape[1]
         words = f"jackknife over {groups.count} groups of {groups.size} of {members} members"
         report = with_errors(report, errors, words, groups.count - 1)
     return put_back(report, own.size)
+
+
+_in_own_units = eqx.filter_jit(in_own_units)
+_finished = eqx.filter_jit(_with_errors)
 
 
 @eqx.filter_jit
@@ -140,7 +165,8 @@ def _of_several(
     def one(run_and_itself: tuple[Trajectory, Trajectory]) -> SpeedLimit:
         path, given = run_and_itself
         run = dataclasses.replace(own, path=path, given=given)
-        return _measured(run, potential, 0, debias)[0]
+        solved = _solved(run, _Split.of(run, 0, debias))
+        return _measured(run, potential, 0, debias, solved)[0]
 
     return put_back(average(jax.lax.map(one, (own.path, own.given))), own.size)
 
@@ -149,60 +175,98 @@ def _of_several(
 _GROUPS = 16
 
 
+class _Split(NamedTuple):
+    """The subsets of the members that are measured beside all of them."""
+
+    halves: bool
+    """Whether the members are split in two, of each subset too."""
+    groups: Groups | None
+
+    @classmethod
+    def of(cls, own: OwnUnits, jackknife: int, debias: bool) -> "_Split":
+        members = own.path.positions.shape[1]
+        halves = debias and not own.transport.moments_only
+        # A group must take as many members from the one half as from the other.
+        unit = 2 if halves else 1
+        most = jackknife or _GROUPS * debias
+        return cls(halves, jackknife_groups(members, most, unit=unit, least=2 * unit))
+
+    def problems(self, own: OwnUnits) -> int:
+        """The transport problems of the chain for all members and for all subsets."""
+        snapshots, members, _ = own.path.positions.shape
+        groups = self.groups
+        subsets = 1 if groups is None else 1 + groups.count + (groups.covered < members)
+        return problems(snapshots - 1, subsets, self.halves)
+
+
+class _Solved(NamedTuple):
+    """The distances of one run, in units of its own."""
+
+    split: _Split
+    full: Distances
+    """Of all members."""
+    covered: Distances | None
+    """Of those that groups hold, if those are not all."""
+    without: Distances | None
+    """Of those without each group."""
+
+
+def _solved(own: OwnUnits, split: _Split, rounds: Rounds | None = None) -> _Solved:
+    """Solve the transport problems of one run."""
+    halves, groups = split
+
+    def of(subsets: np.ndarray | None) -> Distances:
+        kept = None if subsets is None else jnp.asarray(subsets)
+        return distances(own.path, own.transport, halves=halves, subsets=kept, rounds=rounds)
+
+    full = of(None)
+    if groups is None:
+        return _Solved(split, full, None, None)
+    some = groups.covered < own.path.positions.shape[1]
+    covered = of(np.arange(groups.covered)[None]) if some else None
+    return _Solved(split, full, covered, of(groups.kept))
+
+
 def _measured(
-    own: OwnUnits, potential: Any, jackknife: int, debias: bool
+    own: OwnUnits, potential: Any, jackknife: int, debias: bool, solved: _Solved
 ) -> tuple[SpeedLimit, dict[str, Array | None], Groups | None]:
     """The report of one run, debiased if need be, and its standard errors by name; all in units of
     its own."""
     path, transport, velocity = own.path, own.transport, own.velocity
-    members = path.positions.shape[1]
-    halves = debias and not transport.moments_only
-    # A group must take as many members from the one half as from the other.
-    unit = 2 if halves else 1
-    groups = jackknife_groups(members, jackknife or _GROUPS * debias, unit=unit, least=2 * unit)
+    members, groups = path.positions.shape[1], solved.split.groups
     rates = None
     if velocity is not None:
         rates = member_rates(
             path, transport, velocity, potential, given=own.given.placed, size=own.size
         )
-    solved = distances(path, transport, halves=halves)
-    report = _report(own, rates, solved)
-    if groups is None:
+    report = _report(own, rates, solved.full)
+    if groups is None or solved.without is None:
         return report, {}, None
-
-    def of_subsets(subsets: np.ndarray) -> dict[str, Array | None]:
-        return _of_subsets(own, rates, halves, jnp.asarray(subsets))
-
-    full = plain(report, rates, solved)
+    full = plain(report, rates, solved.full)
     # Members that no group holds would add their own noise to a bias.
-    covered = (
-        full
-        if groups.covered == members
-        else jax.tree.map(lambda x: x[0], of_subsets(np.arange(groups.covered)[None]))
-    )
-    replicates = of_subsets(groups.kept)
+    covered = full
+    if solved.covered is not None:
+        kept = np.arange(groups.covered)[None]
+        covered = jax.tree.map(lambda x: x[0], _of_subsets(own, rates, solved.covered, kept))
+    replicates = _of_subsets(own, rates, solved.without, groups.kept)
     return *corrected(report, full, covered, replicates, groups, members, debias), groups
 
 
 def _of_subsets(
-    own: OwnUnits,
-    rates: MemberRates | None,
-    halves: bool,
-    subsets: Int[Array, "groups kept"],
+    own: OwnUnits, rates: MemberRates | None, solved: Distances, subsets: np.ndarray
 ) -> dict[str, Array | None]:
     """The numbers of the report from each of the subsets of the members, shape (groups,) each.
 
     Fields stay as they were fitted to all members: the terms of each member hold its share in the
     variance of the fit as well.
     """
-    solved = distances(own.path, own.transport, halves=halves, subsets=subsets)
 
     def of_subset(subset_and_distances: tuple[Array, Distances]) -> dict[str, Array | None]:
         kept, solved = subset_and_distances
         left = None if rates is None else rates.members(kept)
         return plain(_report(own, left, solved), left, solved)
 
-    return jax.lax.map(of_subset, (subsets, solved))
+    return jax.lax.map(of_subset, (jnp.asarray(subsets), solved))
 
 
 def _report(own: OwnUnits, rates: MemberRates | None, solved: Distances) -> SpeedLimit:
