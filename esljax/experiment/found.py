@@ -15,7 +15,7 @@ from esljax._checks import refuse
 from esljax._types import Key, Scalar
 from esljax.experiment.judging import final_loss
 from esljax.experiment.matching import Match, stable_rate
-from esljax.experiment.problem import Problem
+from esljax.experiment.problem import Problem, table_of
 from esljax.experiment.settings import OPTIMIZED, usual_shapes
 from esljax.optimization import optimize
 from esljax.schedules import AbstractSchedule, Constant, Knots
@@ -49,14 +49,23 @@ class LeastSigma(eqx.Module):
         return outcome.report.entropy_production, outcome.final_loss / self.target - 1
 
 
+def given_schedule(problem: Problem, config: Any) -> Found | None:
+    """The schedule of a run with the settings `config` where nothing of it is to be found, else
+    None. It depends on the steps of `problem` alone, and has the bits of `rate` times the shape of
+    peak 1."""
+    if config.target or config.schedule == OPTIMIZED or not config.rate > 0:
+        return None
+    return Found(_scaled(_shape(problem, config.schedule), config.rate), config.rate)
+
+
 def find_schedule(problem: Problem, config: Any) -> Found:
     """The schedule of a run of `problem` with the settings `config`.
 
     **Raises:** `InputError` if its target cannot be reached, or no rate leaves it stable.
     """
-    if config.rate > 0 and not config.target and config.schedule != OPTIMIZED:
-        # The usual case, and the same bits as `rate` times the shape of peak 1.
-        return Found(_scaled(_shape(problem, config.schedule), config.rate), config.rate)
+    given = given_schedule(problem, config)
+    if given is not None:
+        return given
     match_key, search_key = jax.random.split(
         jax.random.fold_in(jax.random.key(config.seed), _APART)
     )
@@ -104,7 +113,13 @@ def _optimized(problem: Problem, config: Any, rate: float, match: Match, key: Ke
 
 
 def _shape(problem: Problem, name: str) -> Knots:
-    return problem.table(usual_shapes()[name])
+    return _shape_of(name, problem.steps, jnp.result_type(float))
+
+
+@functools.lru_cache(maxsize=64)
+def _shape_of(name: str, steps: int, dtype: Any) -> Knots:
+    """The table of a usual shape, in jax's present type; a third of a tiny run goes into one."""
+    return table_of(usual_shapes()[name], steps)
 
 
 def _scaled(table: Knots, factor: float) -> Knots:

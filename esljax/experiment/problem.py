@@ -199,9 +199,7 @@ class Problem(eqx.Module):
     @door
     def table(self, schedule: AbstractSchedule) -> Knots:
         """The rates of `schedule` at every step, in the one form that all compiled runs share."""
-        schedule = schedule.over(self.steps)
-        ends = schedule(jnp.ones((), jnp.result_type(float)))
-        return Knots(jnp.append(schedule.rates(self.steps), ends), "linear")
+        return table_of(schedule, self.steps)
 
     def parts(self) -> dict[str, Any]:
         """Everything that fixes the numbers of its runs, by name. Not the mesh: a checkpoint may be
@@ -232,6 +230,13 @@ class Problem(eqx.Module):
                     f"return one number per member, shape ({self.members},)",
                     f"returns {shape}",
                 )
+
+
+def table_of(schedule: AbstractSchedule, steps: int) -> Knots:
+    """The rates of `schedule` at each of so many steps and at the end."""
+    schedule = schedule.over(steps)
+    ends = schedule(jnp.ones((), jnp.result_type(float)))
+    return Knots(jnp.append(schedule.rates(steps), ends), "linear")
 
 
 def _start(potential: AbstractPotential, start: Start | None) -> Any:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from esljax._checks import InputError, door
 from esljax._types import Array
-from esljax.experiment.found import Found, find_schedule
+from esljax.experiment.found import Found, find_schedule, given_schedule
 from esljax.experiment.learning import OWN, own_files, potential_of
 from esljax.experiment.parcels import opened
 from esljax.experiment.problem import ACCURACY, Outcome, Problem
@@ -200,8 +200,9 @@ def run(config: Any) -> Outcome:
     config = task.points[0]
     with jax.enable_x64(DTYPES[config.dtype]):
         made, shape = _made(task)
-        numbers = jax.tree.map(lambda x: x[0], _numbers(made, task.points))
-        found = find_schedule(_placed(made, shape, numbers), config)
+        seeds, rows = _columns(task.points)
+        numbers = _on_device(seeds[0], None if rows is None else rows[0])
+        found = given_schedule(made, config) or find_schedule(_placed(made, shape, numbers), config)
         return _alone(made, shape, numbers._replace(rates=found.table.values))
 
 
@@ -228,9 +229,9 @@ def work(task: Task) -> Rows:
     try:
         with jax.enable_x64(DTYPES[config.dtype]):
             problem, shape = _made(task)
-            numbers = _numbers(problem, task.points)
+            numbers = _numbers(task.points)
             found = [
-                _found(_placed(problem, shape, jax.tree.map(lambda x, i=i: x[i], numbers)), point)
+                given_schedule(problem, point) or _found(problem, shape, numbers, i, point)
                 for i, point in enumerate(task.points)
             ]
             answer = _answers(task, problem, shape, numbers, found)
@@ -345,22 +346,37 @@ class _Numbers(NamedTuple):
     epsilon: Any = None
 
 
-def _numbers(problem: Problem, points: tuple[Any, ...]) -> _Numbers:
-    """Seeds as keys, and numbers as arrays: each row is a function of its own point alone."""
-    keys = jnp.stack([jax.random.key(point.seed) for point in points])
+def _numbers(points: tuple[Any, ...]) -> _Numbers:
+    """The numbers of some runs: each row is a function of its own point alone."""
+    return _on_device(*_columns(points))
+
+
+def _columns(points: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Seeds, and the other numbers if there are any."""
+    # Seeds of more bits than these are refused.
+    seeds = np.array([point.seed for point in points], np.uint32)
     if not isinstance(points[0], RunConfig):
-        return _Numbers(None, keys)
-
-    def column(name):
-        return jnp.asarray([getattr(point, name) for point in points], jnp.result_type(float))
-
-    return _Numbers(None, keys, column("temperature"), column("l2"), column("epsilon"))
+        return seeds, None
+    rows = [(point.temperature, point.l2, point.epsilon) for point in points]
+    return seeds, np.array(rows, jnp.result_type(float))
 
 
-def _found(problem: Problem, point: Any) -> Found | str:
+@jax.jit
+def _on_device(seeds: Any, rows: Any) -> _Numbers:
+    """Seeds as keys, and numbers as arrays, in one call: one by one they take longer than some
+    runs. Of one run, both without a leading axis."""
+    key_of = jax.random.key if jnp.ndim(seeds) == 0 else jax.vmap(jax.random.key)
+    others = () if rows is None else jnp.moveaxis(rows, -1, 0)
+    return _Numbers(None, key_of(seeds), *others)
+
+
+def _found(
+    problem: Problem, shape: RunConfig | None, numbers: _Numbers, i: int, point: Any
+) -> Found | str:
     """The schedule of one point, or why there is none."""
+    own = jax.tree.map(lambda x: x[i], numbers)
     try:
-        return find_schedule(problem, point)
+        return find_schedule(_placed(problem, shape, own), point)
     except InputError as error:
         return str(error)
 
@@ -375,7 +391,8 @@ def _answers(
     nothing = tables[0] if tables else jnp.zeros(problem.steps + 1, jnp.result_type(float))
     rates = [each.table.values if isinstance(each, Found) else nothing for each in found]
     places = np.minimum(np.arange(length), count - 1)
-    numbers = jax.tree.map(lambda x: x[places], numbers._replace(rates=jnp.stack(rates)))
+    numbers = numbers._replace(rates=np.stack([np.asarray(rate) for rate in rates]))
+    numbers = jax.tree.map(lambda x: x[places], numbers)
     wanted = np.zeros(length, bool)
     wanted[:count] = [isinstance(each, Found) for each in found]
     answer = _many(problem, shape, numbers, jnp.asarray(wanted), task.width)
