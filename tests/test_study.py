@@ -129,6 +129,44 @@ def test_side_by_side_is_the_same_to_rounding(grid_store, tmp_path):
         assert off.max() < 3e-6, name
 
 
+def test_side_by_side_half_done_alone_and_by_targets(tmp_path):
+    """A store that was begun with one width and ended with another says so. Runs differ in every
+    number that one program takes, and a run whose target no rate reaches fails alone."""
+    points = [
+        {"rate": 0.1, "seed": 0},
+        {"rate": 0.2, "seed": 1, "temperature": 1e-3},
+        {"rate": 0.4, "seed": 2, "l2": 1e-2, "schedule": "cosine"},
+        {"rate": 0.3, "seed": 3},
+        {"target": 0.6, "seed": 4},
+        {"target": 1e-9, "seed": 5},
+        {"target": 0.65, "seed": 6, "schedule": "cosine"},
+    ]
+    study = esl.study.Study(dataclasses.replace(BASE, match_runs=2), points=points)
+    path, first, second = tmp_path / "wide.zarr", Counting(most=1), Counting()
+    alone = esl.study.run_study(study, tmp_path / "alone.zarr").load()
+    with pytest.raises(KeyboardInterrupt):
+        esl.study.run_study(study, path, task_size=3, width=3, executor=first)
+    assert json.loads(esl.study.open_study(path).attrs["widths"]) == [3]
+    wide = esl.study.run_study(study, path, width=2, executor=second).load()
+    assert (len(first.points), len(second.points)) == (3, 4)
+    assert json.loads(wide.attrs["widths"]) == [2, 3]
+    assert "widths" not in alone.attrs
+    np.testing.assert_array_equal(alone["done"], [1, 1, 1, 1, 1, 2, 1])
+    np.testing.assert_array_equal(wide["done"], alone["done"])
+    assert wide["reason"].values.tolist() == alone["reason"].values.tolist()
+    scale = alone["entropy_production"].values
+    for name in QUANTITIES | {"rate"}:
+        one, other = alone[name].values, wide[name].values
+        off = np.abs(one - other) / np.maximum(scale, np.abs(one))
+        assert np.nanmax(off) < 3e-6, name
+        np.testing.assert_array_equal(np.isnan(one), np.isnan(other))
+    # What is copied from there is known for it.
+    base = dataclasses.replace(BASE, match_runs=2)
+    some = esl.study.Study(base, points=points[:2])
+    copied = esl.study.run_study(some, tmp_path / "copy.zarr", reuse=[path])
+    assert json.loads(copied.attrs["widths"]) == [2, 3]
+
+
 def test_all_slices_of_a_shape_share_one_program(tmp_path, monkeypatch):
     traced = []
     plain = runs._one
@@ -229,7 +267,7 @@ def test_memory_is_estimated_within_a_factor_of_three():
         dataclasses.replace(BASE, data="teacher", hidden=(32,), members=16, batch_size=0),
     ):
         problem = runs._problem(runs.shape_of(config), config.dtype, ())
-        numbers = jax.tree.map(lambda x: x[0], runs._numbers(problem, (config,)))
+        numbers = jax.tree.map(lambda x: x[0], runs._numbers((config,)))
         numbers = numbers._replace(rates=problem.table(esl.Constant(0.1)).values)
         needed = (
             runs._alone.lower(problem, runs.shape_of(config), numbers)

@@ -79,8 +79,8 @@ def run_study(
 
     The call can be interrupted or killed at any time; the same call resumes. The numbers of a run
     are a function of its own settings: alone, in another study, in tasks of another size or in
-    another process of the same machine they are the same bits if `width` is 1, and otherwise the
-    same up to rounding.
+    another process of the same machine they are the same bits if `width` is 1. Runs side by side
+    have the same numbers up to rounding, and `widths` among the attributes of the result says so.
 
     **Args:**
     - `study`: what to run.
@@ -92,6 +92,7 @@ def run_study(
       task size of the store, which is 32 for a new one.
     - `width`: the number of runs of a task that go side by side in one program; by default 1 on a
       CPU, and as many as fit the memory of an accelerator (of this process, also on a cluster).
+      Rates that are found for a target, and optimized schedules, are found run by run before.
     - `retry`: whether to run again the runs that failed.
     - `reuse`: other stores, whose finished runs are copied where their settings are the same. To
       extend a study by seeds or rates, describe the larger one and reuse the store of the smaller.
@@ -230,6 +231,8 @@ def _keep(
         # Errors of the task itself come back as rows. This one is of its worker, such as a worker
         # that has died too often.
         rows = failed(task, f"the worker failed: {first_sentence(error)[:300]}")
+    if part.width > 1:
+        store.note_widths([part.width])
     store.write(part.indices, rows)
     state[part.indices] = np.where([bool(reason) for reason in rows.reasons], FAILED, DONE)
     return len(part.indices)

@@ -15,7 +15,7 @@ import shutil
 import time
 import tomllib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -105,6 +105,18 @@ class StudyStore:
     def task_size(self) -> int:
         """The task size that the store was laid out for."""
         return int(self.attributes["task_size"])
+
+    @property
+    def widths(self) -> list[int]:
+        """How many runs at a time went side by side where it was more than one: the last bits of
+        such runs may differ from those of a run alone."""
+        return json.loads(self.attributes.get("widths", "[]"))
+
+    def note_widths(self, widths: Iterable[int]) -> None:
+        """Note that runs are about to be written that went side by side."""
+        known = set(self.widths)
+        if not known.issuperset(widths):
+            self.record({"widths": json.dumps(sorted(known.union(widths)))})
 
     def about(self, name: str) -> dict[str, Any]:
         """The attributes of an array: its name in words, and its units."""
@@ -272,6 +284,7 @@ class StudyStore:
         state = self.done
         pairs = [(i, j) for i, j in other.shared(self.study).items() if state[i] == TO_DO]
         if pairs:
+            self.note_widths(other.widths)
             reused = json.loads(self.attributes.get("reused", "{}"))
             reused[str(other.path)] = {
                 name: other.attributes[name] for name in ("created", "commit")
@@ -432,8 +445,9 @@ def open_study(path: str | Path) -> Any:
 
     Its attributes are strings and integers: `study` (the description, as TOML), `task_size`,
     `created` (the time), `versions` (as JSON), `commit` (of every writer), `version` (of the
-    layout), `sources` (as JSON) for digests of your files that the runs read, and `reused` (as
-    JSON) for the stores that runs were copied from.
+    layout), `sources` (as JSON) for digests of your files that the runs read, `widths` (as JSON)
+    where runs went side by side, so many at a time, and may differ from runs alone in their last
+    bits, and `reused` (as JSON) for the stores that runs were copied from.
 
     **Raises:** `InputError` if there is no such store, if it is damaged (the message names the
     place), or if xarray is not installed.
