@@ -43,8 +43,8 @@ def costs(
             with tempfile.TemporaryDirectory() as folder:
                 place = Path(folder) / "study.zarr"
                 # One task: what is written between tasks is not of the runs.
-                options = {"task_size": runs, "width": width}
-                return esl.study.run_study(study, place, **options)["gap"].values
+                results = esl.study.run_study(study, place, task_size=runs, width=width)
+                return results["gap"].values
 
         def in_loop(study=study):
             outcomes = [esl.run(study.point(i)) for i in range(study.size)]

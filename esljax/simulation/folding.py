@@ -58,8 +58,9 @@ class Near(NamedTuple):
         wide = np.empty((6, members, 0))
         for first in range(0, width, _COLUMNS):
             columns = block[:, :, first : first + _COLUMNS]
-            if wide.shape[2] != columns.shape[2]:
-                wide = np.empty((6, *columns.shape[1:]))
+            count = columns.shape[2]
+            if wide.shape[2] != count:
+                wide = np.empty((6, members, count))
             held, ends = wide[:4], wide[4:]
             rows, start, apart = held.reshape(4 * members, -1).T, held[0], held[1]
             # Wide before the difference: a difference that widens is slower.
