@@ -20,7 +20,7 @@ from esljax._numerics import safe_divide, safe_root
 from esljax._types import Array, Float, Scalar
 from esljax.measures.evidence import evidence_of
 from esljax.measures.report import SpeedLimit
-from esljax.sharding import map_pairs, replicate
+from esljax.sharding import AnyMesh, map_pairs, replicate
 from esljax.simulation import Trajectory
 from esljax.transport import (
     AbstractTransport,
@@ -124,8 +124,7 @@ def _round(
     positions = trajectory.positions
     ends = jnp.concatenate([positions[jnp.asarray(first)], positions[jnp.asarray(second)]])
     pairs = [(k, len(first) + k) for k in range(len(first))]
-    some = dataclasses.replace(trajectory, positions=ends)
-    return of_pairs(function, some, transport, pairs, subsets)
+    return _of_ends(function, ends, trajectory.mesh, transport, pairs, subsets)
 
 
 def distances(
@@ -191,7 +190,18 @@ def of_pairs(
 
     With subsets (subsets, m) of the members, return it for each of them, on a leading axis.
     """
+    positions, mesh = trajectory.positions, trajectory.mesh
+    return _of_ends(function, positions, mesh, transport, pairs, subsets)
 
+
+def _of_ends(
+    function: Callable[[AbstractTransport, Array, Array], Any],
+    positions: Array,
+    mesh: AnyMesh | None,
+    transport: AbstractTransport,
+    pairs: Sequence[tuple[int, int]],
+    subsets: Array | None,
+) -> Any:
     def of_pair(shared, x, y):
         transport, subsets = shared
         together = _in_parts(function, transport, x, y, subsets)
@@ -207,7 +217,7 @@ def of_pairs(
     # Members leave where two whole snapshots already lie together: elsewhere the history would be
     # gathered for each group.
     first, second = np.array(pairs).T
-    shared, positions, mesh = (transport, subsets), trajectory.positions, trajectory.mesh
+    shared = transport, subsets
     solved = map_pairs(of_pair, shared, positions, first, second, mesh, in_turn=transport.in_turn)
     # A few numbers, from here on whole on each device: sums and differences of numbers that lie
     # apart would each wait for all devices.

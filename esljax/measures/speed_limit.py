@@ -202,7 +202,6 @@ class _Split(NamedTuple):
 class _Solved(NamedTuple):
     """The distances of one run, in units of its own."""
 
-    split: _Split
     full: Distances
     """Of all members."""
     covered: Distances | None
@@ -221,10 +220,10 @@ def _solved(own: OwnUnits, split: _Split, rounds: Rounds | None = None) -> _Solv
 
     full = of(None)
     if groups is None:
-        return _Solved(split, full, None, None)
+        return _Solved(full, None, None)
     some = groups.covered < own.path.positions.shape[1]
     covered = of(np.arange(groups.covered)[None]) if some else None
-    return _Solved(split, full, covered, of(groups.kept))
+    return _Solved(full, covered, of(groups.kept))
 
 
 def _measured(
@@ -233,7 +232,7 @@ def _measured(
     """The report of one run, debiased if need be, and its standard errors by name; all in units of
     its own."""
     path, transport, velocity = own.path, own.transport, own.velocity
-    members, groups = path.positions.shape[1], solved.split.groups
+    members, groups = path.positions.shape[1], _Split.of(own, jackknife, debias).groups
     rates = None
     if velocity is not None:
         rates = member_rates(

@@ -75,7 +75,7 @@ def spread(block: Float[np.ndarray, "snapshots n count"]) -> float:
     return total
 
 
-def joined(parts: list[Float[np.ndarray, "rows p"]]) -> Float[np.ndarray, "all p"]:
+def joined(parts: list[Float[np.ndarray, "_ p"]]) -> Float[np.ndarray, "all p"]:
     """Return the matrix that takes the coordinates of all parameters to those along Q: `parts` are
     R_k, with zeros for the coordinates of what is left, or G_k of members kept as they are."""
     directions, upper = np.linalg.qr(np.concatenate(parts))

@@ -242,7 +242,7 @@ class _State:
     """The coordinates of each group that is done, shape (J+1, n, p)."""
     factors: dict[str, np.ndarray]
     """What takes them to the directions (`joined`), by group."""
-    spread: np.ndarray
+    spread: float
     """The spread of all groups, if there are directions."""
     sample: list[np.ndarray]
     """Numbers as they are stored, shape (J+1, n, count)."""
@@ -253,7 +253,7 @@ class _State:
         snapshots, members, _ = plan.stored.shape
         along = Along.nothing(snapshots, members, plan.directions)
         alike = np.zeros(members, int)
-        return cls(0, plan.nothing(), along, alike, [], [], {}, {}, np.zeros(()), [])
+        return cls(0, plan.nothing(), along, alike, [], [], {}, {}, 0.0, [])
 
     def saved(self, path: Path, identity: str) -> None:
         """Write the sums, whole or not at all."""
@@ -296,7 +296,7 @@ class _State:
                 normal=list(named("normal").values()),
                 parts=named("parts"),
                 factors=named("factors"),
-                spread=held["spread"],
+                spread=float(held["spread"]),
                 sample=list(named("sample").values()),
             )
 
