@@ -316,6 +316,29 @@ def test_numbers_do_not_depend_on_snapshots_recomputation_or_more_members():
     )
 
 
+def test_runs_side_by_side_draw_noise_only_at_a_temperature(monkeypatch):
+    """By vmap over the learning rates, as a study runs them."""
+    normal, drawn = jax.random.normal, []
+
+    def counted(key, shape, dtype):
+        jax.debug.callback(lambda: drawn.append(1))
+        return normal(key, shape, dtype)
+
+    start, key = jnp.ones((5, 2)), jax.random.key(0)
+    monkeypatch.setattr(jax.random, "normal", counted)
+
+    def final(rate, temperature):
+        rule = esl.Langevin(rate, temperature=temperature)
+        path = esl.simulate(esl.Quadratic(1.0), rule, start, steps=4, snapshots=2, key=key)
+        return path.final
+
+    side_by_side = jax.jit(jax.vmap(final, in_axes=(0, None)))
+    for temperature, steps in ((0.0, 0), (1e-3, 4)):
+        jax.block_until_ready(side_by_side(jnp.array([0.1, 0.2, 0.3]), temperature))
+        jax.effects_barrier()
+        assert len(drawn) == steps, temperature
+
+
 def test_members_and_steps_have_noise_and_batches_of_their_own():
     potential = network(4, np.float32)
     batches = np.asarray(potential.draw(jax.random.key(0), 5))

@@ -110,8 +110,8 @@ class Langevin(AbstractRule):
     **Raises:** `InputError` for anything else, such as a bare function.
     **Differentiation:** in both schedules. The noise amplitude has an infinite slope where Tη = 0;
     its derivative is taken as 0 there.
-    **Cost:** a step with Tη = 0 draws no noise, unless `vmap` runs over the schedules: runs side by
-    side all draw it.
+    **Cost:** a step with Tη = 0 draws no noise. Runs side by side, by `vmap` over schedules, draw
+    none while a temperature that they share is 0, and else all do.
     **Reference:** Okanohara, arXiv 2601.17607, whose mobility per unit of training time, K η here,
     is 1.
 
@@ -153,10 +153,16 @@ class Langevin(AbstractRule):
         # The gradient stores the noise: redrawing it would save a third of the memory, and take
         # twice the time where the force costs little. Steps without noise draw none.
         shape = (positions.size,) if positions.shape[1] < _WIDE else positions.shape
+
+        def quiet() -> Array:
+            return jnp.zeros(shape, positions.dtype)
+
+        def drawn() -> Array:
+            return jax.random.normal(key, shape, positions.dtype)
+
+        # Under vmap over learning rates, the first condition may still be one for all.
         noise = jax.lax.cond(
-            amplitude > 0,
-            lambda: jax.random.normal(key, shape, positions.dtype),
-            lambda: jnp.zeros(shape, positions.dtype),
+            control.temperature > 0, lambda: jax.lax.cond(amplitude > 0, drawn, quiet), quiet
         )
         return positions - kicks + amplitude * noise.reshape(positions.shape), energies
 
