@@ -26,6 +26,7 @@ BASE = esl.RunConfig(
     data="teacher", hidden=(8,), steps=50, snapshots=10, batch_size=32, temperature=1e-7
 )
 
+TINY = esl.RunConfig(data="moons", hidden=(4,), members=4, steps=10, snapshots=5, batch_size=8)
 # Runs side by side.
 WIDTH = 32
 
@@ -64,7 +65,7 @@ def costs(
             # The first turn compiles.
             taken[name] += [time.process_time() - started] if turn else []
         milliseconds = {name: 1e3 * float(np.median(x)) / runs for name, x in taken.items()}
-        rows.append({"members": n, "temperature": temperature, **milliseconds})
+        rows.append({"members": n, "steps": base.steps, "temperature": temperature, **milliseconds})
     return rows
 
 
@@ -99,15 +100,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             )
         )
     print(esl.results.table(lines, "rrrrrr"))
-    cost = costs(BASE, members, *((4, 1) if arguments.smoke else (64, 5)))
-    lines = [
-        ("members", "T", "ms a run: loop of esl.run", "study", f"study, width {WIDTH}", "gain")
-    ]
+    turns = 1 if arguments.smoke else 3
+    cost = costs(TINY, (4,), 4 if arguments.smoke else 256, turns)
+    cost += costs(BASE, members, 4 if arguments.smoke else 64, turns)
+    ways = ("ms a run: loop of esl.run", "study", f"study, width {WIDTH}")
+    lines = [("members", "steps", "T", *ways, "gain")]
     for row in cost:
         times = (f"{row[name]:.2f}" for name in ("loop", "study", "side by side"))
         gain = row["loop"] / row["side by side"]
-        lines.append((f"{row['members']}", f"{row['temperature']:g}", *times, f"{gain:.2f}"))
-    print("\n" + esl.results.table(lines, "rrrrrr"))
+        settings = (f"{row[name]:g}" for name in ("members", "steps", "temperature"))
+        lines.append((*settings, *times, f"{gain:.2f}"))
+    print("\n" + esl.results.table(lines, "rrrrrrr"))
     timing.write(arguments.out, {"wall_seconds": wall, "runs": done, "table": rows, "cost": cost})
     return {"table": rows, "cost": cost}
 
