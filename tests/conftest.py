@@ -43,6 +43,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     _deliver_signals()
+    # Commands must not write into the cache of whoever runs the tests.
+    os.environ["ESLJAX_COMPILATION_CACHE"] = "off"
     if config.getoption("no_compilation_cache"):
         caching.disable()
     # A folder that was chosen outside is used as it is; workers inherit ours.

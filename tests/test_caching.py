@@ -10,6 +10,8 @@ from pathlib import Path
 import caching
 import durations
 
+from esljax.files import programs
+
 WHOLE = zlib.compress(os.urandom(1000))
 # Warnings are errors, as in a run of the tests.
 COMPILE = """
@@ -31,12 +33,12 @@ def test_half_written_programs_are_deleted(tmp_path):
     whole, half, empty = (
         keep(tmp_path, name, WHOLE[:size]) for name, size in (("a", None), ("b", 500), ("c", 0))
     )
-    assert caching.mend(tmp_path) == [half.name, empty.name]
+    assert programs.mend(tmp_path) == [half.name, empty.name]
     assert whole.exists()
-    assert caching.mend(tmp_path) == []
+    assert programs.mend(tmp_path) == []
     # Other programs are read in the next look only if they are new.
     keep(tmp_path, "d", WHOLE[:500])
-    assert caching.mend(tmp_path) == ["d-cache"]
+    assert programs.mend(tmp_path) == ["d-cache"]
 
 
 def test_programs_that_were_not_used_for_longest_are_deleted(tmp_path):
@@ -44,7 +46,7 @@ def test_programs_that_were_not_used_for_longest_are_deleted(tmp_path):
     for age, folder in enumerate((tmp_path, tmp_path / "older", tmp_path)):
         path = keep(folder, str(age), WHOLE)
         os.utime(path, (1e9 - age, 1e9 - age))
-    caching.bound(tmp_path, most=2 * len(WHOLE))
+    programs.bound(tmp_path, most=2 * len(WHOLE))
     assert sorted(path.name for path in tmp_path.rglob("*-cache")) == ["0-cache", "1-cache"]
 
 
@@ -55,16 +57,16 @@ def test_a_damaged_cache_fails_nothing(tmp_path):
             [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
         )
         assert done.stdout == "6.0\n", done.stderr
-        programs = list(tmp_path.glob("*-cache"))
-        assert programs
-        for path in programs:
+        kept = list(tmp_path.glob("*-cache"))
+        assert kept
+        for path in kept:
             path.write_bytes(path.read_bytes()[:50])
-    assert caching.mend(tmp_path) == sorted(path.name for path in programs)
+    assert programs.mend(tmp_path) == sorted(path.name for path in kept)
 
 
 def test_a_cache_is_of_one_version_and_one_kind_of_processor(monkeypatch):
     before = caching.folder()
-    monkeypatch.setattr(caching, "_instructions", lambda: "others")
+    monkeypatch.setattr(programs, "_instructions", lambda: "others")
     assert before.parent == caching.folder().parent
     assert before != caching.folder()
 

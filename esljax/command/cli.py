@@ -19,14 +19,15 @@ from esljax.command.settings import (
     INTERRUPTED,
     CheckConfig,
     ComparisonConfig,
+    JobConfig,
     MeasureConfig,
     OutsideFrontConfig,
     OutsidePlanConfig,
     PlanConfig,
 )
 from esljax.command.streams import patient
-from esljax.command.study import StudyConfig, study
-from esljax.files import TERMINATED, Terminated, deaf, ended, storage
+from esljax.command.study import RunStudyConfig, StudyConfig, study
+from esljax.files import TERMINATED, Terminated, deaf, ended, programs, storage
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,6 +73,11 @@ def _run(arguments: list[str]) -> int:
         print(f"esljax {storage.versions()['esljax']}")
         return DONE
     config = _parse(arguments)
+    computes = config.command if isinstance(config, StudyConfig) else config
+    if isinstance(computes, JobConfig | MeasureConfig | CheckConfig | RunStudyConfig):
+        remark = programs.keep_programs(computes.compilation_cache)
+        if remark:
+            print(f"esljax: {remark}", file=sys.stderr)
     if isinstance(config, PlanConfig | OutsidePlanConfig):
         return plan_command(config)
     if isinstance(config, ComparisonConfig):

@@ -104,7 +104,15 @@ _OF_A_JOB = {
     ),
     "files": Group(
         "What is read and written, as in --config small.toml --out small.",
-        ("config", "out", "resume", "force", "checkpoint_every", "quiet"),
+        (
+            "config",
+            "out",
+            "resume",
+            "force",
+            "checkpoint_every",
+            "compilation_cache",
+            "quiet",
+        ),
     ),
 }
 _OF_A_MEASUREMENT = {
@@ -115,7 +123,8 @@ _OF_A_MEASUREMENT = {
     ),
     "numbers": Group("Random and other numbers, as in --dtype float64.", ("seed", "dtype")),
     "files": Group(
-        "What is read and written, as in --out run.", ("config", "out", "force", "quiet")
+        "What is read and written, as in --out run.",
+        ("config", "out", "force", "compilation_cache", "quiet"),
     ),
 }
 

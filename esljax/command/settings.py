@@ -68,6 +68,8 @@ class JobConfig(NumbersConfig):
     """With --distributed: how many processes there are."""
     process: Annotated[int, AtLeast(0), Manner()] | None = None
     """With --distributed: which of them this is, from 0."""
+    compilation_cache: Annotated[bool, Manner()] = True
+    """Keep compiled programs in your folder for caches, or where ESLJAX_COMPILATION_CACHE says."""
     config: Annotated[Path, Manner()] | None = None
     """TOML file with any of these settings; flags override it."""
     quiet: bool = False
@@ -287,6 +289,8 @@ class MeasureConfig:
     """Read in blocks, not into memory: 'yes', 'no', or 'auto', beyond a quarter of the memory."""
     force: Annotated[bool, Manner()] = False
     """Replace what esljax wrote into `out` for another configuration."""
+    compilation_cache: Annotated[bool, Manner()] = True
+    """Keep compiled programs in your folder for caches, or where ESLJAX_COMPILATION_CACHE says."""
     config: Annotated[Path, Manner()] | None = None
     """TOML file with any of these settings; flags override it."""
     quiet: bool = False
@@ -349,6 +353,8 @@ class CheckConfig:
     Example: esljax check --quiet
     """
 
+    compilation_cache: Annotated[bool, Manner()] = True
+    """Keep compiled programs in your folder for caches, or where ESLJAX_COMPILATION_CACHE says."""
     quiet: bool = False
     """Print failures only."""
 

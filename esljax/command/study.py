@@ -19,7 +19,7 @@ import tyro
 from esljax._checks import InputError, refuse
 from esljax.command.settings import DONE, FAILED, INTERRUPTED, NOT_WRITTEN
 from esljax.command.streams import legible, print_whole
-from esljax.experiment import AtLeast, check_fields, in_words, read_toml
+from esljax.experiment import AtLeast, Manner, check_fields, in_words, read_toml
 from esljax.files import TERMINATED, Terminated, storage, uninterrupted, writing
 from esljax.results import concise
 from esljax.study import (
@@ -70,6 +70,8 @@ class RunStudyConfig:
     """Run failed runs again."""
     reuse: tuple[Path, ...] = ()
     """Stores of other studies: finished runs with the same settings are copied, not run again."""
+    compilation_cache: Annotated[bool, Manner()] = True
+    """Keep compiled programs in your folder for caches, or where ESLJAX_COMPILATION_CACHE says."""
     quiet: bool = False
     """Print nothing but errors."""
 

@@ -1,6 +1,6 @@
 """Everything that touches a disk: results, checkpoints, recordings, and descriptions of runs."""
 
-from esljax.files import recordings, storage, writing
+from esljax.files import programs, recordings, storage, writing
 from esljax.files.checkpoints import Checkpoints, alone, is_ours, remove_ours, session
 from esljax.files.companions import Selection, described
 from esljax.files.description import describe
@@ -30,6 +30,7 @@ __all__ = [
     "is_table",
     "open_stored",
     "patterns",
+    "programs",
     "read",
     "read_examples",
     "read_matrix",
