@@ -331,6 +331,23 @@ def test_help_explains_every_flag(capsys):
     assert "130 interrupted" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "code"), [(["--help"], 0), (["optimize", "--help"], 0), (["front", "--membrs"], 2)]
+)
+def test_help_waits_for_no_library_that_it_does_not_need(words, code):
+    """Those that a command needs are imported where they are used."""
+    program = (
+        "import sys\nfrom esljax.command import main\ncode = main(sys.argv[1:])\n"
+        "print(code, *sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    answered, *imported = done.stderr.splitlines()[-1].split()
+    assert answered == str(code)
+    assert "jax" in imported
+    late = ("flax", "flowjax", "matplotlib", "orbax", "ott", "scipy.optimize", "sklearn", "xarray")
+    assert not set(late) & set(imported)
+
+
 def test_interrupting_the_optimization_keeps_the_best_so_far(tmp_path):
     """A real Ctrl-C to a real process on a terminal, once its progress bar shows the search."""
     (tmp_path / "small.toml").write_text(SMALL.replace("iterations = 12", "iterations = 100000"))

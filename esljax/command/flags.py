@@ -231,7 +231,7 @@ def _nested(kind: Any, values: Mapping[str, Any], *, documented: bool) -> Any:
     It is made at each call, because a registry of choices may have grown.
 
     **Args:** `values`: defaults in the place of those of the class. `documented`: whether to look
-    up the words of the help, which takes a while.
+    up the words of the help, which takes a while. Without any, tyro would look for them itself.
     """
     groups = _OF_A_MEASUREMENT if issubclass(kind, MeasureConfig) else _OF_A_JOB
     place = {name: group for group, each in groups.items() for name in each.names}
@@ -244,7 +244,7 @@ def _nested(kind: Any, values: Mapping[str, Any], *, documented: bool) -> Any:
     for field in sorted(dataclasses.fields(kind), key=lambda field: field.name != "problem"):
         default = values.get(field.name, field.default)
         group = rest if field.name in keywords else place.get(field.name, rest)
-        of[group].append((field.name, _flag(field, words.get(field.name)), _default(default)))
+        of[group].append((field.name, _flag(field, words.get(field.name, "")), _default(default)))
     about = {group: each.words for group, each in groups.items()}
     text = inspect.cleandoc(kind.__doc__ or "")
     if source:
@@ -268,7 +268,7 @@ def _default(value: Any) -> Any:
     return dataclasses.field() if value is REQUIRED else dataclasses.field(default=value)
 
 
-def _flag(field: dataclasses.Field, words: str | None) -> Any:
+def _flag(field: dataclasses.Field, words: str) -> Any:
     """The annotation of a field with its choices as a `Literal`, and without its group's name."""
     named = choices(field.type)
     kind: Any = field.type

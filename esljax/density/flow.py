@@ -3,14 +3,12 @@ r"""Normalizing flows: a smooth invertible map f from the ensemble to a standard
 log q̂(θ) = log N(f(y); 0, 1) + log|∂f/∂y| - log|L|,    y = L⁻¹(θ - θ̄)
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from flowjax.distributions import AbstractDistribution, StandardNormal
-from flowjax.flows import block_neural_autoregressive_flow
 
 from esljax._checks import check_key, check_positive, check_positive_int, door, plain_int
 from esljax._types import Array, Float, Key, Scalar
@@ -107,7 +105,11 @@ class FlowDensity(AbstractDensity):
             # flowjax answers in the default precision of numbers.
             return flow.log_prob(y).astype(y.dtype)
 
-    def _flow(self, d: int) -> AbstractDistribution:
+    def _flow(self, d: int) -> Any:
+        # Imported here: only flows need flowjax.
+        from flowjax.distributions import StandardNormal
+        from flowjax.flows import block_neural_autoregressive_flow
+
         return block_neural_autoregressive_flow(
             self.key,
             base_dist=StandardNormal((d,)),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
 from esljax._checks import check_kind, door
@@ -126,3 +127,10 @@ def check_potential(argument: str, value: Any) -> None:
     """
     must = "be a potential such as Quadratic(1.0), or FromFunction(fn) for a function of one member"
     check_kind(argument, value, AbstractPotential, must)
+
+
+def floating_as(dtype: Any, tree: Any) -> Any:
+    """The real floating arrays of a tree in one type, and the others as they are."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )

@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from esljax._checks import (
     InputError,
@@ -27,8 +26,7 @@ from esljax._checks import (
     refuse,
 )
 from esljax._types import Array, Float, Key, Scalar, Shaped
-from esljax.potentials.base import AbstractPotential
-from esljax.potentials.network import Network, floating_as, trace
+from esljax.potentials.base import AbstractPotential, floating_as
 
 
 class FlaxLoss(AbstractPotential):
@@ -59,8 +57,9 @@ class FlaxLoss(AbstractPotential):
     - `weights`: w, one number of at least 0 for each example, shape (m,); None for 1. They are not
       normalized: with mean 1, Φ is a weighted average, and so without bias is that of a batch,
       whose examples are drawn alike. `Curriculum` lets a drive move them.
-    - `trainable`: the nnx filter of the variables that move, such as `nnx.LoRAParam`; the other
-      parameters are frozen. Pass an `nnx.Module` then: a function would draw them anew.
+    - `trainable`: the nnx filter of the variables that move, such as `nnx.LoRAParam`; by default
+      `nnx.Param`, all parameters. The others are frozen; pass an `nnx.Module` then: a function
+      would draw them anew.
 
     **Raises:** `InputError` for a model of another library, one that draws random numbers or
     depends on state that no step updates, labels out of range, NaN in the data, weights of another
@@ -90,8 +89,8 @@ class FlaxLoss(AbstractPotential):
     """What the loss of each example counts, shape (m,), without units; None for 1."""
     constants: tuple[Array, ...]
     """What the model holds besides the position: frozen and integer parameters, and its state."""
-    network: Network = eqx.field(static=True)
-    """The model, as a function of one flat position."""
+    network: Any = eqx.field(static=True)
+    """The model, as a function of one flat position: a `Network`."""
     loss: Callable[[Any, Any], Array] = eqx.field(static=True)
     """Outputs and labels of m examples to m losses."""
     batch_size: int | None = eqx.field(static=True)
@@ -112,8 +111,11 @@ class FlaxLoss(AbstractPotential):
         batch_size: int | None = None,
         dtype: Any = None,
         weights: Any = None,
-        trainable: Any = nnx.Param,
+        trainable: Any = None,
     ):
+        # Imported here: Flax takes half as long as jax.
+        from esljax.potentials.network import trace
+
         self.inputs, self.labels = _examples(data)
         self.weights = None if weights is None else _weights(weights, _count(self.inputs))
         self.l2 = as_float(l2, "l2")

@@ -1,44 +1,14 @@
 """The network of the command line and the examples. Any other Flax model works as well."""
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
-from flax import nnx
-
-from esljax._checks import check_fits, check_positive_int
-from esljax._types import Array
+if TYPE_CHECKING:
+    from esljax.potentials.perceptron import MLP as MLP
 
 
-class MLP(nnx.Module):
-    """A multilayer perceptron with tanh between the layers.
-
-    **Args:** `sizes`: the widths of all layers, from the inputs to the outputs. `rngs`: the random
-    numbers of the initialization.
-    """
-
-    def __init__(self, sizes: Sequence[int], *, rngs: nnx.Rngs):
-        for size in sizes:
-            check_positive_int("sizes", size)
-        numbers = sum((inward + 1) * outward for inward, outward in itertools.pairwise(sizes))
-        words = f"the {numbers:,} parameters of layers of {', '.join(map(str, sizes))}"
-        check_fits("sizes", 4.0 * numbers, words, "take narrower layers")
-        self.layers = nnx.List(
-            [
-                nnx.Linear(inward, outward, rngs=rngs)
-                for inward, outward in itertools.pairwise(sizes)
-            ]
-        )
-
-    def __call__(self, x: Array) -> Array:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = jnp.tanh(layer(x))
-        return last(x)
-
-
-def mlp(*sizes: int) -> Callable[[nnx.Rngs], MLP]:
+def mlp(*sizes: int) -> Callable[[Any], Any]:
     """A function `rngs -> MLP`, for `FlaxLoss`.
 
     **Args:** `sizes`: the widths of all layers, from the inputs to the outputs: `mlp(64, 32, 10)`
@@ -61,5 +31,17 @@ class _MakeMLP:
 
     sizes: tuple[int, ...]
 
-    def __call__(self, rngs: nnx.Rngs) -> MLP:
+    def __call__(self, rngs: Any) -> Any:
+        # Imported here: Flax takes half as long as jax.
+        from esljax.potentials.perceptron import MLP
+
         return MLP(self.sizes, rngs=rngs)
+
+
+def __getattr__(name: str) -> Any:
+    """The network itself, which is imported when it is asked for."""
+    if name == "MLP":
+        from esljax.potentials.perceptron import MLP
+
+        return MLP
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

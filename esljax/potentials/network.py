@@ -8,8 +8,7 @@ it draws anew.
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -22,6 +21,8 @@ from jax.interpreters import partial_eval
 
 from esljax._checks import InputError, as_array, failure, in_words, is_key, refuse
 from esljax._types import Array, Float, Key
+from esljax.potentials.base import floating_as
+from esljax.potentials.own_models import parameters_of
 
 MODELS = (
     "be a Flax module or a function rngs -> nnx.Module "
@@ -136,7 +137,7 @@ class Traced(NamedTuple):
     """The outputs for one example, as shapes."""
 
 
-def trace(model: Any, inputs: Any, trainable: Any = nnx.Param) -> Traced:
+def trace(model: Any, inputs: Any, trainable: Any = None) -> Traced:
     """Take a model apart and trace it once.
 
     **Args:** `model`, `trainable`: as `FlaxLoss` takes them. `inputs`: a pytree of one example,
@@ -144,6 +145,7 @@ def trace(model: Any, inputs: Any, trainable: Any = nnx.Param) -> Traced:
     **Raises:** `InputError` for what is no model, fails on the inputs, or depends on random numbers
     or on state that no step of a run updates.
     """
+    trainable = nnx.Param if trainable is None else trainable
     if isinstance(model, linen.Module):
         if trainable is not nnx.Param:
             raise refuse("trainable", "be left out for a linen module", f"is {in_words(trainable)}")
@@ -309,21 +311,6 @@ def _built(model: Any, seed: int) -> nnx.Module:
     return made
 
 
-def parameters_of(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The parameters that a function or a class may still be given, by name."""
-    # The metaclass of nnx hides those of its classes.
-    if isinstance(factory, functools.partial):
-        inner, given, named = factory.func, factory.args, factory.keywords
-    else:
-        inner, given, named = factory, (), {}
-    if isinstance(inner, type) and issubclass(inner, nnx.Module):
-        factory = functools.partial(inner.__init__, None, *given, **named)
-    try:
-        return inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # a callable without a signature
-        return {}
-
-
 def _called(factory: Callable[..., Any], rngs: nnx.Rngs) -> Any:
     """`factory(rngs)`, by name where it takes them by name alone, as the layers of nnx do."""
     parameter = parameters_of(factory).get("rngs")
@@ -483,10 +470,3 @@ def _unused(shape: tuple[int, ...], generator: Any) -> Array:
 def _inside(own: Any, dtype: Any) -> Any:
     """The type in which a model of 16 bits computes is its own."""
     return own if own.itemsize < 4 else dtype
-
-
-def floating_as(dtype: Any, tree: Any) -> Any:
-    """The real floating arrays of a tree in one type, and the others as they are."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )

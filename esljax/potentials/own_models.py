@@ -10,14 +10,13 @@ default get the inputs and the outputs, in this order.
 """
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from flax import linen, nnx
-
 from esljax._checks import InputError, failure, in_words, refuse
-from esljax.potentials.network import parameters_of
 
 
 class Sizes(NamedTuple):
@@ -33,6 +32,23 @@ class Sizes(NamedTuple):
     """Widths of hidden layers."""
 
 
+def parameters_of(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters that a function or a class may still be given, by name."""
+    # The metaclass of nnx hides those of its classes.
+    if isinstance(factory, functools.partial):
+        inner, given, named = factory.func, factory.args, factory.keywords
+    else:
+        inner, given, named = factory, (), {}
+    # Without Flax, nothing is a class of it.
+    nnx: Any = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(inner, type) and issubclass(inner, nnx.Module):
+        factory = functools.partial(inner.__init__, None, *given, **named)
+    try:
+        return inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # a callable without a signature
+        return {}
+
+
 def takes(factory: Any, name: str) -> bool:
     """Whether a factory has a parameter of this name."""
     return callable(factory) and name in parameters_of(factory)
@@ -46,6 +62,9 @@ def own_model(factory: Any, sizes: Sizes, name: str) -> Any:
     **Raises:** `InputError`, about `model`, with the line of the user's file, for a factory that
     fails or returns no model.
     """
+    # Imported here: Flax takes half as long as jax.
+    from flax import linen, nnx
+
     must = "be a factory of (inputs, outputs), and perhaps rngs, hidden or vocabulary, to a model"
     if isinstance(factory, nnx.Module | linen.Module):
         return factory
@@ -74,7 +93,7 @@ class OwnModel:
     factory: Callable[..., Any]
     given: tuple[tuple[str, Any], ...]
 
-    def __call__(self, rngs: nnx.Rngs) -> Any:
+    def __call__(self, rngs: Any) -> Any:
         return self.factory(**dict(self.given), rngs=rngs)
 
 
