@@ -321,6 +321,22 @@ def memory_of_the_machine() -> float:
     return whole
 
 
+def cores_of_the_machine() -> int:
+    """Return how many cores this process may use, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    # The quota and the period of a container; "max" is no quota.
+    try:
+        quota, period = map(float, Path(_QUOTA).read_text().split())
+        cores = min(cores, int(quota / period))
+    except (OSError, ValueError, ZeroDivisionError):
+        pass
+    return max(cores, 1)
+
+
+_QUOTA = "/sys/fs/cgroup/cpu.max"
 # Where Linux says what a container may use, in version 2 and 1 of its control groups.
 _GRANTED = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 

@@ -10,6 +10,7 @@ from esljax._checks import InputError
 from esljax.command.check import run_checks
 from esljax.command.flags import flat, subcommand
 from esljax.command.front import front_command
+from esljax.command.job import use_cores
 from esljax.command.measure import measure_command
 from esljax.command.optimize import optimize_command, plan_command
 from esljax.command.settings import (
@@ -80,6 +81,8 @@ def _run(arguments: list[str]) -> int:
             print(f"esljax: {remark}", file=sys.stderr)
     if isinstance(config, PlanConfig | OutsidePlanConfig):
         return plan_command(config)
+    if isinstance(config, ComparisonConfig | OutsideFrontConfig):
+        use_cores(config)
     if isinstance(config, ComparisonConfig):
         return optimize_command(config)
     if isinstance(config, OutsideFrontConfig):

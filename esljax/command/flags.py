@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from esljax._checks import check_choice
-from esljax.command.job import join
+from esljax.command.job import join, use_cores
 from esljax.command.settings import (
     ComparisonConfig,
     FrontConfig,
@@ -187,6 +187,8 @@ def _with_keywords(
     early = flat(outside, parsed)
     if words == arguments[arguments.index(command) + 1 :]:
         join(early)
+        if command != "plan":  # which is about devices that are not here
+            use_cores(early)
     check_choice("dtype", early.dtype, tuple(DTYPES))
     enable(early.dtype)
     source = Source.of(place)

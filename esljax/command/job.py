@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from esljax._checks import first_sentence, memory_of_a_device, refuse
+from esljax._checks import cores_of_the_machine, first_sentence, memory_of_a_device, refuse
 from esljax.command.settings import JobConfig
 from esljax.experiment import Problem, given_of, make_problem, source_of
 from esljax.files import watch_processes
@@ -36,6 +37,37 @@ def join(config: JobConfig) -> None:
             f"fails: {first_sentence(error)}",
         ) from error
     watch_processes()
+
+
+# Cores that share a run wait for each other at its end. XLA calls 20 seconds too long and ends the
+# process after 40, which is less than one busy core may delay the others in a long run.
+_PATIENCE = " ".join(
+    f"--xla_cpu_collective_call_{limit}_timeout_seconds=1000000"
+    for limit in ("warn_stuck", "terminate")
+)
+# XLA ends a process at a flag that it does not know; jaxlib 0.10 and 0.12 know these.
+_KNOWN_BEFORE = (0, 13)
+_OF_XLA = "xla_force_host_platform_device_count"
+
+
+def use_cores(config: JobConfig) -> None:
+    """Let as many cores of a CPU as --devices asks for count as devices, before jax looks for them.
+
+    What the user has set for jax stands, and an accelerator, where there is one, is used as before.
+    Not by default: programs for several devices take almost twice the time to compile, which a long
+    run alone is worth.
+    """
+    settings: Any = jax.config
+    flags = os.environ.get("XLA_FLAGS", "")
+    chosen = settings.jax_num_cpu_devices >= 0 or _OF_XLA in flags
+    if config.devices is None or config.devices < 1 or chosen or config.distributed:
+        return
+    count = min(config.devices, cores_of_the_machine())
+    # The process of a caller of `main` may have begun to use jax.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", count)
+        if count > 1 and jax.__version_info__ < _KNOWN_BEFORE:
+            os.environ["XLA_FLAGS"] = f"{flags} {_PATIENCE}".strip()
 
 
 def problem_of(config: Any, key: Any) -> Problem:

@@ -11,7 +11,7 @@ from esljax.command.running import Finished, run_command
 from esljax.command.settings import DONE, ComparisonConfig, OutsidePlanConfig, PlanConfig
 from esljax.command.streams import legible
 from esljax.command.unfinished import Kept
-from esljax.experiment import SCHEDULES, Comparison, compare, enable, telling, usual_shapes
+from esljax.experiment import SCHEDULES, Comparison, compare, enable, telling
 from esljax.files import Checkpoints
 
 
@@ -52,7 +52,7 @@ def _compare(config: ComparisonConfig, kept: Kept, console: rich.console.Console
     """Make the problem of the settings and compare schedules on it."""
     bar = ComparisonBar(
         console,
-        shapes=len(usual_shapes()),
+        shapes=len(SCHEDULES),
         iterations=config.iterations,
         match_runs=config.match_runs,
         judge_runs=config.judge_runs,

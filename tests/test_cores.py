@@ -1,0 +1,85 @@
+"""Cores of a CPU that share the members of a command: where they do, and with which numbers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+COUNTED = """
+import json, os, sys
+import jax
+from esljax.command import job, settings
+
+given = json.loads(sys.argv[1])
+job.cores_of_the_machine = lambda: given["cores"]
+before = os.environ.get("XLA_FLAGS", "")
+job.use_cores(settings.FrontConfig(devices=given["devices"]))
+patient = os.environ.get("XLA_FLAGS", "") != before
+print(json.dumps([len(jax.devices()), patient]))
+"""
+RUN = """
+import sys
+import jax
+from esljax.command import job, main
+
+job.cores_of_the_machine = lambda: 2
+code = main(sys.argv[1:])
+print(code, len(jax.devices()))
+"""
+SMALL = (
+    "--data digits --hidden 8 --members 8 --steps 8 --snapshots 4 --batch-size 8 --rate 0.2 "
+    "--iterations 2 --knots 2 --match-runs 1 --judge-runs 2 --quiet"
+).split()
+
+
+def unchosen(environment) -> dict[str, str]:
+    """Return the environment of a process for which nobody has chosen devices."""
+    chosen = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    return {name: value for name, value in environment.items() if name not in chosen}
+
+
+@pytest.mark.parametrize(
+    ("devices", "cores", "more", "expected"),
+    [
+        (None, 4, {}, [1, False]),
+        (1, 4, {}, [1, False]),
+        (3, 4, {}, [3, True]),
+        (8, 4, {}, [4, True]),
+        (2, 4, {"JAX_NUM_CPU_DEVICES": "8"}, [8, False]),
+        (2, 4, {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, [8, False]),
+    ],
+)
+def test_cores_are_devices_where_they_are_asked_for(devices, cores, more, expected):
+    given = {"devices": devices, "cores": cores}
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTED, json.dumps(given)],
+        env=unchosen(os.environ) | more,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == expected
+
+
+def test_two_cores_give_the_numbers_of_one(tmp_path, environment):
+    found = {}
+    for name, more in {"one": [], "two": ["--devices", "2"]}.items():
+        given = ["optimize", *SMALL, *more, "--out", str(tmp_path / name)]
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, *given],
+            env=unchosen(environment),
+            capture_output=True,
+            text=True,
+        )
+        code, devices = done.stdout.split()[-2:]
+        assert code in "01", done.stderr
+        assert devices == {"one": "1", "two": "2"}[name]
+        found[name] = json.loads((tmp_path / name / "report.json").read_text())
+    one, two = (found[name]["schedules"] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        for number in ("entropy_production", "w2_squared", "final_loss"):
+            np.testing.assert_allclose(two[name][number], one[name][number], rtol=2e-4)
