@@ -2,13 +2,13 @@
 
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import InputError
 from esljax._types import Array, Key, Keys
+from esljax.experiment.judging import path_of
 from esljax.experiment.problem import Problem
 from esljax.measures import (
     Bracket,
@@ -56,7 +56,7 @@ class Examination(NamedTuple):
 
 def examine(problem: Problem, table: Knots, keys: Keys) -> Examination:
     """Run a schedule on each of `keys` (R ≥ 2) once more, and look at more than its Σ."""
-    paths = [_path_of(problem, table, key) for key in keys]
+    paths = [path_of(problem, table, key) for key in keys]
     limits = [observable_limit(path, problem.potential, jackknife=_GROUPS) for path in paths]
     proved = [float(limit.value) for limit in limits]
     ends = jnp.stack([path.positions[jnp.array([0, -1])] for path in paths])
@@ -70,12 +70,6 @@ def examine(problem: Problem, table: Knots, keys: Keys) -> Examination:
         member_error=first.standard_error,
         batches=_batches(problem, paths[0], keys[0]),
     )
-
-
-@eqx.filter_jit
-def _path_of(problem: Problem, table: Knots, key: Key) -> Trajectory:
-    """The one program that holds the loop over training time; all else works on its snapshots."""
-    return problem.path(table, key)
 
 
 def _bracket(problem: Problem, ends: Array) -> Bracket | None:

@@ -14,6 +14,7 @@ from esljax.experiment.problem import ACCURACY, Outcome, Problem
 from esljax.measures import SpeedLimit, average
 from esljax.results import StandardErrors, renamed_error
 from esljax.schedules import AbstractSchedule, Knots
+from esljax.simulation import Trajectory
 
 
 class Judgment(eqx.Module):
@@ -123,7 +124,18 @@ def final_loss(problem: Problem, schedule: AbstractSchedule, keys: Keys) -> floa
     return float(np.mean([outcome_of(problem, table, key).final_loss for key in keys]))
 
 
-@eqx.filter_jit
 def outcome_of(problem: Problem, table: Knots, key: Key) -> Outcome:
-    """One compiled program for all schedules and keys; a run is long enough to loop on the host."""
-    return problem.run(table, key)
+    """The numbers of a run, by two compiled programs for all schedules and keys; a run is long
+    enough to loop on the host."""
+    return _measured(problem, path_of(problem, table, key))
+
+
+@eqx.filter_jit
+def path_of(problem: Problem, table: Knots, key: Key) -> Trajectory:
+    """The one program that holds the loop over training time; all else works on its snapshots."""
+    return problem.path(table, key)
+
+
+@eqx.filter_jit
+def _measured(problem: Problem, path: Trajectory) -> Outcome:
+    return problem.measured(path)

@@ -147,7 +147,12 @@ class Problem(eqx.Module):
     @door
     def run(self, learning_rate: AbstractSchedule | ScalarLike, key: Key) -> Outcome:
         """Train an ensemble from its start and measure it."""
-        path, potential = self.path(learning_rate, key), self.potential.at_end()
+        return self.measured(self.path(learning_rate, key))
+
+    @door
+    def measured(self, path: Trajectory) -> Outcome:
+        """The numbers of a training run of `path`."""
+        potential = self.potential.at_end()
         outcome = Outcome(
             report=speed_limit(path, transport=self.transport, jackknife=self.jackknife),
             final_loss=jnp.mean(potential(path.final)),
