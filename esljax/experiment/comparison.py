@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,7 @@ from esljax._checks import (
     door,
     refuse,
 )
-from esljax._types import Key, Keys
+from esljax._types import Key, Keys, Scalar
 from esljax.experiment import telling
 from esljax.experiment.examining import Examination, examine
 from esljax.experiment.judging import Judgment, final_loss, judge, outcome_of
@@ -310,7 +311,7 @@ def compare(
     if optimize:
         watcher.stage("optimizing")
         optimum = _search(
-            _objective(problem, target),
+            _Objective(problem, jnp.asarray(target)),
             start,
             key=search_key,
             iterations=iterations,
@@ -467,19 +468,24 @@ def _sigma(judgments: Mapping[str, Judgment]) -> Callable[[str], float]:
     return lambda name: float(judgments[name].report.entropy_production)
 
 
-def _objective(problem: Problem, target: float) -> Callable[[Knots, Key], Any]:
-    """Σ, under the constraint that the final loss is at most the target."""
+class _Objective(eqx.Module):
+    """Σ, under the constraint that the final loss is at most the target.
 
-    def objective(learning_rate: Knots, key: Key) -> Any:
-        outcome = problem.run(learning_rate, key)
+    A module, and no function of its own, so that the data and the target are arguments of the
+    compiled search: another seed finds another target, and the same program.
+    """
+
+    problem: Problem
+    target: Scalar
+
+    def __call__(self, learning_rate: Knots, key: Key) -> Any:
+        outcome = self.problem.run(learning_rate, key)
         sigma = outcome.report.entropy_production
         return (
             sigma,
-            outcome.final_loss / target - 1,
+            outcome.final_loss / self.target - 1,
             (outcome.report.w2_squared, outcome.final_loss),
         )
-
-    return objective
 
 
 def _retimed(problem: Problem, table: Knots, keys: Keys) -> Knots:

@@ -9,7 +9,6 @@ Reference: Hestenes (1969); Powell (1969); Nocedal and Wright, Numerical Optimiz
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +27,7 @@ from esljax._checks import (
     door,
     refuse,
 )
-from esljax._types import Key
+from esljax._types import Array, Key
 from esljax.files import Checkpoints, session
 from esljax.optimization.doubts import doubts, judged_multipliers
 from esljax.optimization.lagrangian import Compiled, Objective, Seen, split
@@ -195,12 +194,28 @@ def optimize(
     )
 
 
-# One for all searches of a length: a program is compiled for each optimizer.
-@functools.cache
-def _default_optimizer(iterations: int) -> optax.GradientTransformation:
-    # Adam's usual β₂ = .999 remembers the first, largest gradients through a search of tens of
-    # iterations and brakes its end.
-    return optax.adam(optax.cosine_decay_schedule(0.15, iterations), b1=0.8, b2=0.95)
+# Adam's usual β₂ = .999 remembers the first, largest gradients through a search of tens of
+# iterations and brakes its end.
+_ADAM = optax.scale_by_adam(b1=0.8, b2=0.95)
+
+
+class _Falling(eqx.Module):
+    """Adam's update, by a rate of 0.15 that falls to 0 on a cosine.
+
+    The length is an array, so that searches of any length share one compiled program.
+    """
+
+    iterations: Array
+
+    def __call__(self, updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+        passed = jnp.minimum(state.count, self.iterations) / self.iterations
+        rate = 0.15 * (1 + jnp.cos(jnp.pi * passed)) / 2
+        updates, state = _ADAM.update(updates, state, params)
+        return jax.tree.map(lambda x: -rate.astype(x.dtype) * x, updates), state
+
+
+def _default_optimizer(iterations: int) -> optax.GradientTransformationExtraArgs:
+    return optax.GradientTransformationExtraArgs(_ADAM.init, _Falling(jnp.asarray(iterations)))
 
 
 def _saving(saved: Any, rounds: Iterator[tuple[State, Seen]], iterations: int) -> Iterator:
