@@ -29,10 +29,31 @@ job.cores_of_the_machine = lambda: 2
 code = main(sys.argv[1:])
 print(code, len(jax.devices()))
 """
-SMALL = (
-    "--data digits --hidden 8 --members 8 --steps 8 --snapshots 4 --batch-size 8 --rate 0.2 "
-    "--iterations 2 --knots 2 --match-runs 1 --judge-runs 2 --quiet"
-).split()
+SMALL = [
+    "--data",
+    "digits",
+    "--hidden",
+    "8",
+    "--members",
+    "8",
+    "--steps",
+    "8",
+    "--snapshots",
+    "4",
+    "--batch-size",
+    "8",
+    "--rate",
+    "0.2",
+    "--iterations",
+    "2",
+    "--knots",
+    "2",
+    "--match-runs",
+    "1",
+    "--judge-runs",
+    "2",
+    "--quiet",
+]
 
 
 def unchosen(environment) -> dict[str, str]:
