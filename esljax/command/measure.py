@@ -516,10 +516,9 @@ def _projection_settings(
     if config.project in PROJECTIONS:
         pooled = np.asarray(path.positions, np.float64).reshape(-1, path.positions.shape[2])
         pooled = pooled - pooled.mean(axis=0)
-        folded = path.folded
         # A fold of near snapshots does not keep where all of them lie.
-        known = folded is not None and folded.spread is not None
-        whole = float(folded.spread) if known else np.sum(pooled**2)
+        spread = None if path.folded is None else path.folded.spread
+        whole = np.sum(pooled**2) if spread is None else float(spread)
         settings["variance_share"] = (
             float(np.sum((pooled @ np.asarray(matrix, np.float64)) ** 2) / whole) if whole else 1.0
         )
