@@ -225,7 +225,7 @@ def _with(value, *where):
         (wandering().astype(object), None, "must be an array, but has dtype object"),
         (wandering() > 0, None, "must hold real numbers, but has dtype bool"),
         (wandering() * 1j, None, "must hold real numbers, but has dtype complex128"),
-        ([[1.0, 2.0], [3.0]], None, "must be an array, but cannot be made one"),
+        ([[1.0, 2.0], [3.0]], None, "must be an array, but is a list: setting an array"),
         (
             wandering(),
             [0, 1, 2],
