@@ -114,6 +114,12 @@ def test_the_loss_proves_what_its_observable_limit_says():
     np.testing.assert_allclose(error, np.std(limits, ddof=1) / np.sqrt(3), rtol=1e-3)
 
 
+def test_members_that_diverge_are_not_examined():
+    """A comparison goes on with what it has judged."""
+    own = problem()
+    assert examine(own, own.table(esl.Constant(float("nan"))), KEYS[:2]) is None
+
+
 def test_one_run_has_the_errors_of_its_members():
     own = problem()
     report: Any = esl.speed_limit(

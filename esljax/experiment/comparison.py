@@ -68,7 +68,7 @@ class Comparison:
     examination: Examination | None = None
     """The optimized schedule (without a search: the one with the least Σ) looked at more closely:
     the law's own W2², what the change of the loss proves of Σ, the errors of one run, and the noise
-    of the batches. None after an interruption."""
+    of the batches. None after an interruption, and where members of that schedule diverge."""
     members: int = 0
     """n, of every run."""
 

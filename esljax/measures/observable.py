@@ -7,8 +7,9 @@ noise. Over the links between snapshots, with the mean of E‖∇r‖² over eac
 
     Σ ≥ Σ_j (E[r]_{j+1} - E[r]_j)²/(Δs_j · mean_j E‖∇r‖²)
 
-Source: the Cauchy-Schwarz inequality; as a speed limit, Nicholson et al., Nat. Phys. 16, 1211
-(2020).
+The mean over a link is taken from its two ends, a trapezoid: where E‖∇r‖² is convex in s, as where
+forces fade, that is too large and the limit too low, by a share that falls as the square of Δs_j.
+Source: the Cauchy-Schwarz inequality.
 """
 
 from typing import Any
@@ -31,7 +32,8 @@ class ObservableLimit(eqx.Module):
     """What the change of one observable proves of Σ. `print` shows it with its error."""
 
     value: Scalar
-    """The least Σ that moves the observable so, shape (), in units of θ²."""
+    """The least Σ that moves the observable so, shape (), in units of θ²: a lower bound of Σ, in
+    expectation."""
     error: Scalar | None
     """Its standard error, by a jackknife over the members; None without one."""
     links: Float[Array, " J"]
@@ -60,8 +62,7 @@ def observable_limit(
     **Returns:** `ObservableLimit`.
     **Raises:** `InputError` for features, several runs, and what is no potential.
     **Differentiation:** in the positions, whose ∇r is then differentiated once more.
-    **Reference:** Nicholson, García-Pintos, del Campo and Green, "Time-information uncertainty
-    relations in thermodynamics", Nat. Phys. 16, 1211 (2020).
+    **Reference:** the Cauchy-Schwarz inequality; Okanohara, arXiv 2601.17607, for Σ.
 
     **Example:** along gradient flow, the loss proves all of Σ.
 

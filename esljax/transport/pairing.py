@@ -22,8 +22,7 @@ from esljax._types import Array, ArrayLike, Float, Int, Scalar
 _SWEEPS = 8
 # On a CPU problems of up to so many columns take the least time so many side by side: with fewer,
 # each operation costs more than it does, and with more, all wait longer for the slowest.
-_SMALL, TOGETHER = 64, 32
-
+_SMALL, _TOGETHER = 64, 32
 
 _Pairs: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -89,7 +88,7 @@ def _compiled(cost: Float[Array, "*many n m"]) -> Assignment:
 
 def many_pairs(columns: int) -> tuple[_Pairs, int | None]:
     """The function that pairs each of many problems, and how many to solve side by side."""
-    return (_pairs_side_by_side, TOGETHER) if columns <= _SMALL else (pairs, None)
+    return (_pairs_side_by_side, _TOGETHER) if columns <= _SMALL else (pairs, None)
 
 
 def _of_one(cost: Float[Array, "n m"], how: _Pairs) -> Assignment:
@@ -250,7 +249,7 @@ def _augmented_in_one_loop(cost: Float[Array, "n m"], state: _State, rows: Array
     """The same for all columns; each turn lengthens a path, and changes its pairs at its end."""
     n, m = cost.shape
     numbers, places = jnp.arange(n, dtype=jnp.int32), jnp.arange(m, dtype=jnp.int32)
-    none = jnp.zeros(m, cost.dtype)
+    none, nothing = jnp.zeros(m, cost.dtype), jnp.zeros((), cost.dtype)
 
     def first_waiting(column_of):
         return jnp.min(jnp.where(rows & (column_of < 0), numbers, n))
@@ -258,7 +257,7 @@ def _augmented_in_one_loop(cost: Float[Array, "n m"], state: _State, rows: Array
     def begun(column_of):
         root = first_waiting(column_of)
         nowhere = jnp.full(m, jnp.inf, cost.dtype)
-        path = _Path(nowhere, jnp.zeros(m, jnp.int32), none, jnp.int32(0), none[0])
+        path = _Path(nowhere, jnp.zeros(m, jnp.int32), none, jnp.int32(0), nothing)
         return path, jnp.minimum(root, n - 1), root
 
     def turn(carry):
