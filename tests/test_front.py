@@ -105,7 +105,9 @@ def test_a_front_that_is_nowhere_so_steep_has_losses_instead(monkeypatch):
         # Nowhere steep.
         pytest.param(lambda rate: 1 / (1 + 100 * rate) ** 0.4, False, id="flat"),
         pytest.param(lambda rate: 1 / (1 + 100 * rate) if rate <= 1 else np.nan, False, id="nan"),
-        pytest.param(lambda rate: 1 / (1 + 100 * rate) if rate <= 1 else -1.0, False, id="below 0"),
+        pytest.param(
+            lambda rate: 1 / (1 + 100 * rate) ** 0.4 if rate > 0.01 else -1.0, False, id="below 0"
+        ),
         pytest.param(lambda _: -1.0, True, id="all below 0"),
     ],
 )

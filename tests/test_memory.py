@@ -80,7 +80,6 @@ def needed(problem: Problem, differentiated: bool) -> int:
         slow({"transport": esl.SinkhornTransport(1.0, chunk=8)}),
         slow({"transport": esl.ProjectedTransport(esl.ExactTransport(), jnp.eye(2410)[:, :8])}),
         slow({"transport": QUOTIENT}),
-        slow({"members": 128, "steps": 100, "transport": QUOTIENT}),
         *(
             slow({"members": 512, "hidden": 2, "steps": 20, "batch": 32, "transport": transport})
             for transport in (
@@ -110,6 +109,14 @@ def test_a_plan_is_right_within_a_half(settings, differentiated):
         (esl.SlicedTransport(100, KEY), 2048, 10),
         slow(esl.SinkhornTransport(1.0, chunk=256), 10_000, 10),
         slow(esl.HierarchicalTransport(KEY), 10_000, 10),
+        slow(
+            esl.QuotientTransport(
+                esl.ExactTransport(),
+                esl.symmetry.permutations({"units": [("w", 0)]}, keys={"w": (5, 2)}),
+            ),
+            1024,
+            10,
+        ),
     ],
     ids=str,
 )

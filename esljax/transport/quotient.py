@@ -146,6 +146,13 @@ class QuotientTransport(AbstractWrappedTransport):
         lanes = many_pairs(most)[1] or 1
         return held + 4 * lanes * most**2 + (12 if differentiated else 7) * max(n, lanes) * d
 
+    def numbers_waiting(self, n: int, d: int, differentiated: bool) -> float | int:
+        # The elements of all pairs are marked to be kept for the derivative: places, and signs.
+        ends = super().numbers_waiting(n, d, differentiated)
+        groups = zip(self.symmetry.groups, self.symmetry.sizes, strict=True)
+        kept = sum((2 if group.signed else 1) * h for group, h in groups)
+        return ends + (kept * n**2 if differentiated else 0)
+
     def _costs(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
         """d_G² of each pair, differentiable at the group elements found."""
         fixed_x, fixed_y = jax.lax.stop_gradient((x, y))
