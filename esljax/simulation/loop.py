@@ -40,6 +40,7 @@ from esljax.simulation.checks import (
     check_law,
     check_links,
 )
+from esljax.simulation.keys import drawn_in_line
 from esljax.simulation.rules import AbstractRule, Controls
 from esljax.simulation.trajectory import Keys, Trajectory, checked_keys, laid
 from esljax.simulation.work import work_of_change
@@ -224,7 +225,7 @@ class Run(eqx.Module):
 
     def key_of(self, k: int | Int[Array, ""], use: int) -> Key:
         """The key of step k for its batches or its noise."""
-        return jax.random.fold_in(jax.random.fold_in(self.key, k), use)
+        return jax.random.fold_in(jax.random.fold_in(drawn_in_line(self.key), k), use)
 
 
 @door
