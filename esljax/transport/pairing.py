@@ -147,21 +147,27 @@ def pairs_within(
     cost: Float[Array, "n n"],
     solvable: Array,
     solved: tuple[Int[Array, " n"], Float[Array, " n"]],
-    kept: Int[Array, " k"],
-) -> Int[Array, " k"]:
-    """The column of each kept row, when the rows and columns `kept` alone are paired.
+    subsets: Int[Array, "subsets k"],
+) -> Int[Array, "subsets k"]:
+    """The column of each kept row, when the rows and columns of one subset alone are paired.
 
     **Args:** `solved`: what `pairs` returned for all of them. Its duals hold for the rest, and its
-    pairs but those that lost a partner: a few paths mend them.
+    pairs but those that lost a partner: a few paths mend them. In small problems these paths grow
+    side by side: as many in each subset, they wait little for each other.
     """
     n = len(cost)
     columns, v = solved
-    stays = jnp.zeros(n, bool).at[kept].set(True)
-    column_of = jnp.where(stays & stays[columns], columns, -1)
-    place = jnp.where(column_of >= 0, column_of, n)
-    row_of = jnp.full(n, -1, jnp.int32).at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
-    state = _State(v, row_of, column_of)
-    return _augmented(cost, state, stays & solvable, stays).column_of[kept]
+
+    def mended(kept):
+        stays = jnp.zeros(n, bool).at[kept].set(True)
+        column_of = jnp.where(stays & stays[columns], columns, -1)
+        place = jnp.where(column_of >= 0, column_of, n)
+        row_of = jnp.full(n, -1, jnp.int32)
+        row_of = row_of.at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
+        state = _State(v, row_of, column_of)
+        return _augmented(cost, state, stays & solvable, stays).column_of[kept]
+
+    return jax.lax.map(mended, subsets, batch_size=_SMALL if n <= _SMALL else None)
 
 
 class _State(NamedTuple):
