@@ -22,7 +22,7 @@ class ExactTransport(AbstractTransport):
 
     Where members of one run are their own nearest partners by more than rounding, one product of
     matrices shows it. Elsewhere the pairs are those of `esljax.transport.assignment`: one sweep
-    over the costs if the members are their own best partners, else shortest augmenting paths, O(n³).
+    over the costs if members are their own best partners, else shortest augmenting paths, O(n³).
 
     **Raises:** `InputError` if n ≠ m and d > 1.
     **Differentiation:** forward and reverse, to every order, at the assignment found (envelope
@@ -179,8 +179,8 @@ def own_is_nearest(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Array:
     """Whether it is certain that y_i is nearer to x_i than any other y_j, for every i, shape ().
 
     Then members are paired as they stand, and no costs are needed. |x_i|² + |y_j|² - 2 x_i·y_j is
-    one product of matrices, but it cancels: by at most 4 (d + 4) eps (|x_i|² + |y_j|²), the rounding
-    of its three sums of d terms about the middle. So the nearest must win by four times that.
+    one product of matrices, but it cancels: to 4 (d + 4) eps (|x_i|² + |y_j|²), the rounding of its
+    three sums of d terms about the middle. So the nearest must win by four times that.
     """
     x, y = recentred(*jax.lax.stop_gradient((x, y)))
     n, d = x.shape
