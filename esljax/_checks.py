@@ -296,15 +296,15 @@ def check_key(argument: str, key: Any) -> None:
         raise refuse(argument, "be made by `jax.random.key`", f"is {key!r}")
 
 
-def memory_of_a_device() -> float:
+def memory_of_a_device(sharing: int | None = None) -> float:
     """Return the bytes that each device of this machine holds.
 
-    Devices that are cores of a CPU share its memory.
+    Devices that are cores of a CPU share its memory: as many as `sharing` says, or all.
     """
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return _memory_of(device)
-    return memory_of_the_machine() / len(jax.local_devices())
+    devices = jax.local_devices()
+    if devices[0].platform != "cpu":
+        return _memory_of(devices[0])
+    return memory_of_the_machine() / min(sharing or len(devices), len(devices))
 
 
 def memory_of_the_machine() -> float:

@@ -16,7 +16,7 @@ from esljax.command import job, settings
 given = json.loads(sys.argv[1])
 job.cores_of_the_machine = lambda: given["cores"]
 before = os.environ.get("XLA_FLAGS", "")
-job.use_cores(settings.FrontConfig(devices=given["devices"]))
+job.use_cores(getattr(settings, given["command"])(devices=given["devices"]))
 patient = os.environ.get("XLA_FLAGS", "") != before
 print(json.dumps([len(jax.devices()), patient]))
 """
@@ -63,18 +63,20 @@ def unchosen(environment) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("devices", "cores", "more", "expected"),
+    ("command", "devices", "cores", "more", "expected"),
     [
-        (None, 4, {}, [1, False]),
-        (1, 4, {}, [1, False]),
-        (3, 4, {}, [3, True]),
-        (8, 4, {}, [4, True]),
-        (2, 4, {"JAX_NUM_CPU_DEVICES": "8"}, [8, False]),
-        (2, 4, {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, [8, False]),
+        ("Optimize", None, 4, {}, [2, True]),
+        ("Optimize", None, 1, {}, [1, False]),
+        ("Front", None, 4, {}, [1, False]),
+        ("Optimize", 1, 4, {}, [1, False]),
+        ("Optimize", 3, 4, {}, [3, True]),
+        ("Optimize", 8, 4, {}, [4, True]),
+        ("Optimize", 2, 4, {"JAX_NUM_CPU_DEVICES": "8"}, [8, False]),
+        ("Optimize", 2, 4, {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, [8, False]),
     ],
 )
-def test_cores_are_devices_where_they_are_asked_for(devices, cores, more, expected):
-    given = {"devices": devices, "cores": cores}
+def test_two_cores_are_devices_or_as_many_as_are_asked_for(command, devices, cores, more, expected):
+    given = {"command": f"{command}Config", "devices": devices, "cores": cores}
     done = subprocess.run(
         [sys.executable, "-c", COUNTED, json.dumps(given)],
         env=unchosen(os.environ) | more,
@@ -87,7 +89,7 @@ def test_cores_are_devices_where_they_are_asked_for(devices, cores, more, expect
 
 def test_two_cores_give_the_numbers_of_one(tmp_path, environment):
     found = {}
-    for name, more in {"one": [], "two": ["--devices", "2"]}.items():
+    for name, more in {"one": ["--devices", "1"], "two": []}.items():
         given = ["optimize", *SMALL, *more, "--out", str(tmp_path / name)]
         done = subprocess.run(
             [sys.executable, "-c", RUN, *given],
@@ -104,3 +106,15 @@ def test_two_cores_give_the_numbers_of_one(tmp_path, environment):
     for name in one:
         for number in ("entropy_production", "w2_squared", "final_loss"):
             np.testing.assert_allclose(two[name][number], one[name][number], rtol=2e-4)
+
+
+def test_members_that_two_cores_cannot_share_evenly_stay_on_one(tmp_path, environment):
+    given = ["optimize", *SMALL, "--members", "9", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *given],
+        env=unchosen(environment),
+        capture_output=True,
+        text=True,
+    )
+    code, devices = done.stdout.split()[-2:]
+    assert (code, devices) in {("0", "2"), ("1", "2")}, done.stderr

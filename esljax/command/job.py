@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from esljax._checks import cores_of_the_machine, first_sentence, memory_of_a_device, refuse
-from esljax.command.settings import JobConfig
+from esljax.command.settings import ComparisonConfig, JobConfig
 from esljax.experiment import Problem, given_of, make_problem, source_of
 from esljax.files import watch_processes
 from esljax.sharding import member_mesh
@@ -53,16 +54,19 @@ _OF_XLA = "xla_force_host_platform_device_count"
 def use_cores(config: JobConfig) -> None:
     """Let as many cores of a CPU as --devices asks for count as devices, before jax looks for them.
 
-    What the user has set for jax stands, and an accelerator, where there is one, is used as before.
-    Not by default: programs for several devices take almost twice the time to compile, which a long
-    run alone is worth.
+    By default a comparison takes two: XLA multiplies a stack of matrices on one core of a device,
+    so that members are faster shared. The runs of a front are too short: with two cores it takes
+    1.5 times as long. What the user has set for jax stands, and an accelerator is used as before.
     """
     settings: Any = jax.config
     flags = os.environ.get("XLA_FLAGS", "")
     chosen = settings.jax_num_cpu_devices >= 0 or _OF_XLA in flags
-    if config.devices is None or config.devices < 1 or chosen or config.distributed:
+    asked = config.devices
+    if asked is None:
+        asked = 2 if isinstance(config, ComparisonConfig) else 1
+    if asked < 1 or chosen or config.distributed:
         return
-    count = min(config.devices, cores_of_the_machine())
+    count = min(asked, cores_of_the_machine())
     # The process of a caller of `main` may have begun to use jax.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
@@ -92,8 +96,8 @@ def spread(problem: Problem, config: JobConfig) -> Problem:
     """
     if problem.mesh is None or config.devices is not None:
         problem = dataclasses.replace(problem, mesh=_mesh(config, problem.members))
-    plan = problem.plan_memory(devices=1 if problem.mesh is None else problem.mesh.size)
-    plan.check(memory_of_a_device())
+    sharing = 1 if problem.mesh is None else problem.mesh.size
+    problem.plan_memory(devices=sharing).check(memory_of_a_device(sharing))
     return problem
 
 
@@ -106,9 +110,13 @@ def blamed(config: Any) -> Iterator[None]:
 
 
 def _mesh(config: JobConfig, members: int) -> Mesh | None:
-    """The devices of the settings, by default all there are; None for one."""
-    if config.devices is None and jax.device_count() == 1:
+    """The devices of the settings, by default all there are, or as many cores of a CPU as share the
+    members evenly; None for the only one."""
+    count = jax.device_count()
+    if config.devices is None and count == 1:
         return None
+    if config.devices is None and not config.distributed and jax.default_backend() == "cpu":
+        return member_mesh(math.gcd(count, members))
     mesh = member_mesh(config.devices)
     if members % mesh.size:
         raise refuse(

@@ -59,7 +59,7 @@ class JobConfig(NumbersConfig):
     recompute: bool = False
     """Keep only about 2√steps states for the gradient and recompute the others: saves memory."""
     devices: Annotated[int, AtLeast(1), Manner()] | None = None
-    """Devices that share the members, or cores of a CPU; by default all devices, and one core."""
+    """Devices that share the members; by default all there are. On a CPU, cores: 2 to optimize."""
     distributed: Annotated[bool, Manner()] = False
     """Run as one of several processes, found by the environment (Cloud TPU, SLURM) or flags."""
     coordinator: Annotated[str, Manner()] | None = None
