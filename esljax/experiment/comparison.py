@@ -317,6 +317,7 @@ def compare(
             iterations=iterations,
             callback=watcher.iteration,
             checkpoints=_within(checkpoints, "search"),
+            mesh=problem.mesh,
         )
     judgments, examination = {}, None
     try:

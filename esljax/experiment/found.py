@@ -98,6 +98,7 @@ def _optimized(problem: Problem, config: Any, rate: float, match: Match, key: Ke
         Knots(jnp.full(config.knots, rate)),
         key=key,
         iterations=config.iterations,
+        mesh=problem.mesh,
     )
     if optimum.interrupted:
         raise KeyboardInterrupt

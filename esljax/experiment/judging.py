@@ -14,6 +14,7 @@ from esljax.experiment.problem import ACCURACY, Outcome, Problem
 from esljax.measures import SpeedLimit, average
 from esljax.results import StandardErrors, renamed_error
 from esljax.schedules import AbstractSchedule, Knots
+from esljax.sharding import replicate
 from esljax.simulation import Trajectory
 
 
@@ -130,8 +131,14 @@ def outcome_of(problem: Problem, table: Knots, key: Key) -> Outcome:
     return _measured(problem, path_of(problem, table, key))
 
 
-@eqx.filter_jit
 def path_of(problem: Problem, table: Knots, key: Key) -> Trajectory:
+    """The run of one schedule and key."""
+    # Laid out alike, whoever made them: else jax compiles the program once for each layout.
+    return _path(problem, *replicate((table, key), problem.mesh))
+
+
+@eqx.filter_jit
+def _path(problem: Problem, table: Knots, key: Key) -> Trajectory:
     """The one program that holds the loop over training time; all else works on its snapshots."""
     return problem.path(table, key)
 

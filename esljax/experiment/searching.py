@@ -23,6 +23,7 @@ from esljax.experiment.judging import outcome_of
 from esljax.experiment.matching import match_endpoint
 from esljax.experiment.problem import Problem
 from esljax.schedules import AbstractSchedule, Constant, Knots
+from esljax.sharding import replicate
 
 # Rates up to this many times one that is clear of the stability limit: the limit itself is twice as
 # high, and training bears more for a while.
@@ -160,9 +161,8 @@ class Search:
         key, kept = jax.random.fold_in(self.key, p), []
         for i in range(count):
             table, pull = jax.vjp(lambda x: self._table(family, x), x)
-            gradient, loss = _gradient(
-                self.problem, table, jnp.asarray(weight), jax.random.fold_in(key, i)
-            )
+            given = table, jnp.asarray(weight), jax.random.fold_in(key, i)
+            gradient, loss = _gradient(self.problem, *replicate(given, self.problem.mesh))
             of_x = pull(gradient)[0]
             norm = float(optax.tree.norm(of_x))
             if not np.isfinite(norm):
