@@ -61,16 +61,17 @@ def use_cores(config: JobConfig) -> None:
     settings: Any = jax.config
     flags = os.environ.get("XLA_FLAGS", "")
     chosen = settings.jax_num_cpu_devices >= 0 or _OF_XLA in flags
+    patient = jax.__version_info__ < _KNOWN_BEFORE
     asked = config.devices
     if asked is None:
-        asked = 2 if isinstance(config, ComparisonConfig) else 1
+        asked = 2 if patient and isinstance(config, ComparisonConfig) else 1
     if asked < 1 or chosen or config.distributed:
         return
     count = min(asked, cores_of_the_machine())
     # The process of a caller of `main` may have begun to use jax.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
-        if count > 1 and jax.__version_info__ < _KNOWN_BEFORE:
+        if count > 1 and patient:
             os.environ["XLA_FLAGS"] = f"{flags} {_PATIENCE}".strip()
 
 
