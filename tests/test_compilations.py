@@ -44,7 +44,7 @@ def test_another_seed_and_length_of_a_comparison_compile_nothing(problem):
     COMPILED.clear()  # other tests of the same process compile too
     first = compared(problem, 0, 8)
     # Matching, judging and what is measured beside share the run.
-    assert COMPILED.count("jit(path_of)") == 1
+    assert COMPILED.count("jit(_path)") == 1
     COMPILED.clear()
     second = compared(problem, 1, 12)
     assert first.target != second.target

@@ -333,7 +333,9 @@ def test_neighbors_that_rounding_cannot_tell_apart_are_paired_by_their_costs():
     np.testing.assert_allclose(found, best, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "d", "offset"), [(2, 2, 0), (32, 2410, 0), (300, 10, 1000)])
+@pytest.mark.parametrize(
+    ("n", "d", "offset"), [(2, 2, 0), (32, 2410, 0), (300, 10, 1000), (1500, 10, 0)]
+)
 def test_own_partners_are_recognized_by_one_product(n, d, offset):
     rng = np.random.default_rng(2)
     x = (offset + rng.normal(size=(n, d))).astype(np.float32)

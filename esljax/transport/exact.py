@@ -175,6 +175,10 @@ def _solved(cost: Float[Array, "n n"]) -> tuple[tuple[Array, Array], Array]:
     return pairs(cost, solved), solved
 
 
+# Members that are compared with all others at a time, to hold no second matrix of n² numbers.
+_WIDTH = 1024
+
+
 def own_is_nearest(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Array:
     """Whether it is certain that y_i is nearer to x_i than any other y_j, for every i, shape ().
 
@@ -186,12 +190,20 @@ def own_is_nearest(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Array:
     n, d = x.shape
     rounding = 16 * (d + 4) * jnp.finfo(x.dtype).eps
     mine, theirs = (jnp.sum(each**2, axis=1) for each in (x, y))
-    # Minima down the columns: a CPU takes them several columns at a time.
-    others = (1 - rounding) * theirs[:, None] - 2 * product(y, x.T)
-    others = jnp.where(jnp.eye(n, dtype=bool), jnp.inf, others)
-    least = (1 - rounding) * mine + jnp.min(others, axis=0)
+    width = min(n, _WIDTH)
+
+    def least(block):
+        members, numbers = block
+        # Minima down the columns: a CPU takes them several columns at a time.
+        others = (1 - rounding) * theirs[:, None] - 2 * product(y, members.T)
+        own = jnp.arange(n)[:, None] == numbers
+        return jnp.min(jnp.where(own, jnp.inf, others), axis=0)
+
+    blocks = jnp.pad(x, ((0, -n % width), (0, 0))).reshape(-1, width, d)
+    numbers = jnp.arange(len(blocks) * width).reshape(-1, width)
+    nearest = (1 - rounding) * mine + jax.lax.map(least, (blocks, numbers)).ravel()[:n]
     finite = jnp.isfinite(n * jnp.sum(mine + theirs))
-    return finite & jnp.all(least > jnp.sum((x - y) ** 2, axis=1))
+    return finite & jnp.all(nearest > jnp.sum((x - y) ** 2, axis=1))
 
 
 def sorted_squared(x: Float[Array, "n k"], y: Float[Array, "m k"]) -> Float[Array, " k"]:
