@@ -8,6 +8,7 @@ Reference: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,9 @@ def drawn_in_line(key: Key) -> Key:
     A key of another generator than threefry stays what it is, and so does every key where
     `jax_threefry_partitionable` is off.
     """
+    settings: Any = jax.config
     threefry = jax.random.key_impl(key) == "threefry2x32"
-    if not threefry or not jax.config.jax_threefry_partitionable:
+    if not threefry or not settings.jax_threefry_partitionable:
         return key
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_IN_LINE)
 
@@ -75,7 +77,7 @@ def _split(key: Array, shape: tuple[int, ...]) -> Array:
     return jnp.stack(_at_places(key, shape), axis=-1)
 
 
-def _fold_in(key: Array, data: Array) -> Array:
+def _fold_in(key: Array, data: Any) -> Array:
     return jnp.stack(_threefry(key, jnp.uint32(0), jnp.asarray(data, jnp.uint32)))
 
 
