@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from esljax._checks import cores_of_the_machine, first_sentence, memory_of_a_device, refuse
-from esljax.command.settings import ComparisonConfig, JobConfig
+from esljax.command.settings import JobConfig
 from esljax.experiment import Problem, given_of, make_problem, source_of
 from esljax.files import watch_processes
 from esljax.sharding import member_mesh
@@ -62,9 +62,8 @@ def use_cores(config: JobConfig) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     chosen = settings.jax_num_cpu_devices >= 0 or _OF_XLA in flags
     patient = jax.__version_info__ < _KNOWN_BEFORE
-    asked = config.devices
-    if asked is None:
-        asked = 2 if patient and isinstance(config, ComparisonConfig) else 1
+    unasked = config.cores if patient else 1
+    asked = unasked if config.devices is None else config.devices
     if asked < 1 or chosen or config.distributed:
         return
     count = min(asked, cores_of_the_machine())

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import tyro
@@ -44,6 +44,8 @@ class JobConfig(NumbersConfig):
     They are of the search, of devices and of files; `groups` tells which in the help.
     """
 
+    cores: ClassVar[int] = 1
+    """The cores of a CPU that share the members, unless `devices` says how many."""
     problem: str | None = None
     """Your own Problem, or a function whose keywords become flags: my_file.py:name, module:name."""
     rate: Annotated[float, Positive()] | None = None
@@ -105,6 +107,7 @@ class ComparisonConfig(JobConfig):
     Example: esljax optimize --data moons --hidden 8 --members 16 --out moons
     """
 
+    cores: ClassVar[int] = 2
     out: Path = Path("esljax-optimize")
     """Folder for report.json, config.toml, figures and schedules; made if it does not exist."""
     target: Annotated[float, Positive()] | None = None

@@ -77,14 +77,15 @@ class ExactTransport(AbstractTransport):
         if x.shape[1] == 1 or len(x) != len(y):
             return super().solve_subsets(x, y, subsets)
 
-        whole, solved = _partners(x, y)
+        def as_they_stand():
+            return subsets.astype(jnp.int32), jnp.array(True)
 
         def mended():
-            return pairs_within(costs(x, y), solved, whole, subsets)
+            cost = costs(x, y)
+            whole, solved = _solved(cost)
+            return pairs_within(cost, solved, whole, subsets), solved
 
-        partners = keep(
-            jax.lax.cond(own_is_nearest(x, y), lambda: subsets.astype(jnp.int32), mended)
-        )
+        partners, solved = keep(jax.lax.cond(own_is_nearest(x, y), as_they_stand, mended))
         return jax.lax.map(
             lambda pair: solution(mean_square(x[pair[0]], y[pair[1]]), solved), (subsets, partners)
         )
