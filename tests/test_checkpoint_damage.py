@@ -51,8 +51,6 @@ def test_a_damaged_checkpoint_gives_the_same_bits_or_a_sentence(tmp_path):
     assert ended["same"] > 5, ended
 
 
-# Orbax leaves the other reads of a damaged checkpoint alone, which end after their event loop.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
 def test_three_hundred_damages(tmp_path):
     ended = survived(tmp_path, range(100, 400))

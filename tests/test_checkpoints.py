@@ -195,8 +195,6 @@ def test_a_checkpoint_of_0_1_with_other_digests_is_rejected(tmp_path, refused):
     )
 
 
-# Orbax leaves a coroutine behind when a file breaks off.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("part", ["state", "about"])
 def test_half_written_checkpoints_are_ignored_and_broken_ones_skipped(tmp_path, part):
     run(esl.Checkpoints(tmp_path, every=0))
@@ -211,7 +209,14 @@ def test_half_written_checkpoints_are_ignored_and_broken_ones_skipped(tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "6"]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("description", ["[]", '{"sums of the state": 3}'])
+def test_a_checkpoint_whose_description_is_damaged_is_skipped(tmp_path, description):
+    run(esl.Checkpoints(tmp_path, every=0))
+    (tmp_path / "6" / "about" / "metadata").write_text(description)
+    with pytest.warns(RuntimeWarning, match="round 6 .* skipped: its description is damaged"):
+        same(run(), run(esl.Checkpoints(tmp_path, resume=True, every=0)))
+
+
 def test_a_folder_without_readable_checkpoints_is_rejected(tmp_path, refused):
     run(esl.Checkpoints(tmp_path, every=0))
     for folder in ("5", "6"):

@@ -69,6 +69,7 @@ FENCES = {
     "tyro": {"command"},
     "safetensors": {"files"},
     "orbax": {"files"},
+    "tensorstore": {"files"},
     "zarr": {"files", "study"},
     "xarray": {"study"},
     "distributed": {"study"},

@@ -726,8 +726,6 @@ def test_damaged_zarr(tmp_path):
     assert read_quietly(tmp_path / "old.zarr") is not None
 
 
-# Orbax drops its own tasks when a file is damaged.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_orbax(tmp_path):
     save_folder(tmp_path / "whole", "orbax", members=(0, 1), times=(0, 1))
     rng = np.random.default_rng(1)

@@ -12,13 +12,10 @@ code it carries. Any error of a decoder on a broken file becomes an `InputError`
 
 import contextlib
 import dataclasses
-import gc
+import functools
 import json
-import logging
 import math
 import os
-import sys
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +27,7 @@ import numpy as np
 import safetensors
 
 from esljax._checks import InputError, first_sentence, refuse
+from esljax.files.orbax import quietly
 from esljax.files.storage import installation
 
 # Suffixes of files that are usually pickles; only opening one would show whether it is.
@@ -161,6 +159,8 @@ def decoding(argument: str, path: Path) -> Iterator[None]:
 
 
 def _undecoded(argument: str, path: Path, error: Exception) -> InputError:
+    if isinstance(error, InputError):
+        return error
     # On arbitrary bytes each decoder fails in its own way (struct, zlib, syntax, memory, ...).
     if isinstance(error, OSError):
         was = f"{path} gives: {error.strerror or first_sentence(error)}"
@@ -452,14 +452,20 @@ def open_orbax(argument: str, path: Path) -> Archive:
 
     path = path.resolve()
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-    stored = _quietly(argument, path, lambda: checkpointer.metadata(path).item_metadata)
-    if stored is None:
-        raise refuse(
-            argument,
-            "hold whole checkpoints of Orbax",
-            f"{path} is none or is incomplete",
-        )
-    tree = stored.tree
+    undecoded = functools.partial(_undecoded, argument, path)
+
+    def stored() -> Any:
+        # Orbax keeps an error of reading to itself here.
+        found = checkpointer.metadata(path).item_metadata
+        if found is None:
+            raise refuse(
+                argument,
+                "hold whole checkpoints of Orbax",
+                f"{path} is none or is incomplete",
+            )
+        return found.tree
+
+    tree = quietly(stored, undecoded)
 
     def named(leaves: Any) -> list[tuple[str, Any]]:
         return [
@@ -476,7 +482,7 @@ def open_orbax(argument: str, path: Path) -> Archive:
         # As NumPy arrays: the devices that it was saved from need not exist here.
         plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         wanted_only = ocp.args.PyTreeRestore(item=item, restore_args=plain)
-        whole = _quietly(argument, path, lambda: checkpointer.restore(path, args=wanted_only))
+        whole = quietly(lambda: checkpointer.restore(path, args=wanted_only), undecoded)
         return {key: np.asarray(leaf) for key, leaf in named(whole) if key in wanted}
 
     return Archive(path, headers, load)
@@ -489,38 +495,6 @@ def _orbax_header(leaf: Any) -> Header:
     except (AttributeError, TypeError):  # text, or the keys of JAX
         dtype = None
     return Header(tuple(getattr(leaf, "shape", None) or ()), dtype, kind)
-
-
-def _quietly(argument: str, path: Path, call: Callable[[], Any]) -> Any:
-    """Call Orbax, and turn an error of it into one sentence.
-
-    On damaged files Orbax logs the error that it raises, and drops tasks whose errors are printed
-    when they are collected, or when they find that their loop has ended.
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [logger.disabled for logger in loggers], sys.excepthook, sys.unraisablehook
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        sys.excepthook = sys.unraisablehook = lambda *_: None
-        try:
-            return call()
-        except InputError:
-            raise
-        except Exception as error:
-            # Without the error itself, whose frames hold the tasks.
-            refusal = _undecoded(argument, path, error)
-        gc.collect()
-        time.sleep(_REST)
-    finally:
-        for logger, disabled in zip(loggers, before[0], strict=True):
-            logger.disabled = disabled
-        sys.excepthook, sys.unraisablehook = before[1:]
-    raise refusal
-
-
-# Seconds in which the dropped tasks end; they only read a few kilobytes.
-_REST = 0.05
 
 
 # Several as one

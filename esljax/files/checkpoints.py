@@ -32,6 +32,7 @@ from jax.core import Tracer
 from esljax._checks import InputError, check_nonnegative, first_sentence, is_key, refuse
 from esljax.files import storage
 from esljax.files.description import describe
+from esljax.files.orbax import quietly
 from esljax.files.processes import watch_processes
 from esljax.files.signals import Terminated, endings, handling, uninterrupted
 from esljax.files.storage import make_folder, versions
@@ -195,7 +196,10 @@ class Session:
             )
         for done in rounds:
             about = self._read(done, "about", _orbax().JsonRestore())
-            if not isinstance(about, dict):
+            if about is None:
+                continue
+            if not (isinstance(about, dict) and all(isinstance(x, str) for x in about.values())):
+                self._skip(done, "its description is damaged")
                 continue
             self._compare(about)
             state = self._read_state(done, like(done), about.get(_SUMS))
@@ -264,10 +268,11 @@ class Session:
 
     def _read(self, done: int, item: str, how: Any) -> Any:
         """One item of a checkpoint, or None, with a warning, if it cannot be read."""
+        args = _orbax().Composite(**{item: how})
         try:
-            return self._manager.restore(done, args=_orbax().Composite(**{item: how}))[item]
-        except Exception as error:
-            self._skip(done, first_sentence(error))
+            return quietly(lambda: self._manager.restore(done, args=args)[item], _unreadable)
+        except _Unreadable as reason:
+            self._skip(done, str(reason))
             return None
 
     def _skip(self, done: int, reason: str) -> None:
@@ -397,15 +402,23 @@ def _content(path: Path) -> bytes:
 
 def _opened(manage: Callable[[], Any], folder: Path) -> Any:
     """Open Orbax's manager, which reads the metadata of all checkpoints in its folder."""
-    try:
-        return manage()
-    except Exception as error:
-        raise refuse(
+    return quietly(
+        manage,
+        lambda error: refuse(
             "checkpoints",
             "hold checkpoints that can be read",
             f"{folder} holds a damaged one ({first_sentence(error)}): delete its round to resume "
             "from the one before, or all to start again",
-        ) from error
+        ),
+    )
+
+
+class _Unreadable(Exception):
+    """A checkpoint that cannot be read, and why."""
+
+
+def _unreadable(error: Exception) -> _Unreadable:
+    return _Unreadable(first_sentence(error))
 
 
 @contextlib.contextmanager
