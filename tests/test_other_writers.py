@@ -1,5 +1,6 @@
 """Checkpoints and recordings as others write them: the right numbers, or one sentence."""
 
+import hashlib
 import json
 import shutil
 import struct
@@ -229,6 +230,11 @@ def test_only_and_skip_match_whole_keys_with_case(tmp_path, refused):
         (["3_17", "4_25"], r"differ in one number \(choose one by name='{}_\*' or '\*_{}'\)"),
         (["step_1e999", "step_2"], "finite numbers in its names"),
         (["ema_1", "ema_2", "step_1", "step_2"], "name='step_{}'"),
+        (["step-1,000", "step-2,500"], "name='step-{},.*but step-1,000.npz has ',' between"),
+        (["t_0,5", "t_1,25"], "stand together .* but t_0,5.npz has ','"),
+        (["step_1_000", "step_12_500"], "choose the first alone by name='step_{}_.*has '_' bet"),
+        (["step_5_0.93", "step_6_0.91"], [5, 6]),
+        (["step_100_of_250", "step_200_of_251"], [100, 200]),
     ],
     ids=str,
 )
@@ -295,6 +301,72 @@ def test_folders_of_hugging_face(tmp_path, refused):
     refused(lambda: esl.recordings.read(tmp_path / "two"), "hold every shard, but .*00002-of-00002")
     index.unlink()
     refused(lambda: esl.recordings.read(tmp_path / "two"), "hold every shard, model-00001 to 00002")
+
+
+def test_files_beside_an_index_are_said(tmp_path):
+    save(tmp_path, name="checkpoint-{}/model-00001-of-00001.safetensors")
+    save(tmp_path, name="checkpoint-{}/adapter.safetensors")
+    for folder in tmp_path.glob("*/checkpoint-*"):
+        owners = dict.fromkeys(ROW, "model-00001-of-00001.safetensors")
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": owners}))
+    recording = esl.recordings.read(tmp_path)
+    np.testing.assert_array_equal(recording.positions, POSITIONS)
+    assert recording.left_out == {
+        "adapter.safetensors": "a file that the index of the shards lacks"
+    }
+
+
+def test_a_cache_of_the_hub(tmp_path, refused):
+    """Names of revisions are the times; folders of hashes in `snapshots` link to `blobs`."""
+    for member in MEMBERS:
+        place = tmp_path / f"models--who--small-14m-seed{member}"
+        (place / "refs").mkdir(parents=True)
+        (place / ".no_exist").mkdir()
+        for time in (*TIMES, "main"):
+            name = hashlib.sha1(f"{member} {time}".encode()).hexdigest()
+            blob = place / "blobs" / f"{name}64"
+            write(blob.with_suffix(".safetensors"), weights(member, TIMES[time == 200]))
+            blob.with_suffix(".safetensors").rename(blob)
+            (place / "refs" / (time if time == "main" else f"step{time}")).write_text(name)
+            (place / "snapshots" / name).mkdir(parents=True)
+            link = place / "snapshots" / name / "model.safetensors"
+            link.symlink_to(f"../../blobs/{blob.name}")
+    (tmp_path / "version.txt").write_text("1")
+    recording = esl.recordings.read(tmp_path)
+    np.testing.assert_array_equal(recording.positions, POSITIONS)
+    np.testing.assert_array_equal(recording.times, TIMES)
+    chosen = esl.recordings.read(tmp_path, name="step{}")
+    np.testing.assert_array_equal(chosen.positions, POSITIONS)
+    shutil.rmtree(place / "snapshots" / name)
+    np.testing.assert_array_equal(esl.recordings.read(tmp_path).positions, POSITIONS)
+    shutil.rmtree(place / "snapshots" / (place / "refs" / "step200").read_text())
+    refused(lambda: esl.recordings.read(tmp_path), "snapshots/.* gives: No such file")
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "swapped"),
+    [
+        ("step{}", "seed{}", True),
+        ("checkpoint-{}", "replica_{}/model.safetensors", True),
+        ("epoch_{}", "model_{}", True),
+        ("seed{}", "step{}", False),
+        ("run_{}", "model_{}", False),
+        ("{}", "{}", False),
+    ],
+)
+def test_times_with_members_in_them_are_refused(outer, inner, swapped, tmp_path, refused):
+    for member in MEMBERS:
+        for time in TIMES:
+            path = tmp_path / outer.format(member) / inner.format(time)
+            write(path if path.suffix else path.with_suffix(".npz"), weights(member, time))
+    named = f"{outer}/{inner.partition('/')[0]}"
+    if swapped:
+        refused(lambda: esl.recordings.read(tmp_path), "reads as a member at a time")
+    else:
+        np.testing.assert_array_equal(esl.recordings.read(tmp_path).positions, POSITIONS)
+    recording = esl.recordings.read(tmp_path, name=named)
+    np.testing.assert_array_equal(recording.positions, POSITIONS)
 
 
 def test_items_of_orbax(tmp_path, refused):

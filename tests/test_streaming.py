@@ -1,18 +1,24 @@
 """Runs larger than memory: members folded into few coordinates, against all of them in NumPy."""
 
 import dataclasses
+import errno
 import itertools
 import json
+import os
+import sys
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
 import esljax as esl
 from esljax.command import cli
+from esljax.command.measure import Measurement
+from esljax.command.settings import MeasureConfig
 from esljax.simulation.folding import All, Near
 from esljax.transport import normal_rows
 
@@ -240,6 +246,21 @@ def test_any_layout(tmp_path, write):
     np.testing.assert_array_equal(path.times, [0, 0.5, 1])
 
 
+def test_orbax_in_threads(tmp_path):
+    """What Python does with an error that nobody catches is as before."""
+    members, before = small(members=3, links=2), (sys.excepthook, sys.unraisablehook)
+    for (j, i), arrays in parameters(members):
+        place = (tmp_path / f"seed{i}" / f"step{j}").resolve()
+        tree = {key.replace("/", "_"): array for key, array in arrays.items()}
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(place, tree)
+    for _ in range(3):
+        path = esl.from_checkpoints(tmp_path)
+        assert (sys.excepthook, sys.unraisablehook) == before
+    found = squares(*np.asarray(path.positions[:2]))
+    np.testing.assert_allclose(found, squares(*members[:2]), rtol=1e-4)
+
+
 @pytest.mark.usefixtures("x64")
 def test_bfloat16(tmp_path):
     members = small(members=3, links=2).astype(ml_dtypes.bfloat16)
@@ -434,15 +455,147 @@ def test_sums_along_other_directions_are_no_start(recorded, tmp_path):
     np.testing.assert_array_equal(path.folded.directions, whole.folded.directions)
 
 
+def interrupted(done, total):
+    raise KeyboardInterrupt
+
+
 def test_a_file_of_others_is_not_replaced(recorded, tmp_path, refused):
-    file = tmp_path / "theirs"
-    file.write_bytes(b"theirs")
+    """Nor removed at the end; nothing is read before."""
+    theirs, link, pipe = (tmp_path / name for name in ("theirs", "link", "pipe"))
+    theirs.write_bytes(b"theirs")
+    link.symlink_to(theirs)
+    os.mkfifo(pipe)
+    for place in (theirs, link, pipe, tmp_path):
+        refused(
+            lambda place=place: esl.from_checkpoints(recorded, sums=place, progress=interrupted),
+            "`sums` must be where nothing but results of esljax is replaced",
+        )
+    assert theirs.read_bytes() == b"theirs"
+    assert link.is_symlink()
+    missing = tmp_path / "none" / "sums"
+    refused(lambda: esl.from_checkpoints(recorded, sums=missing), "in a folder that exists")
+    refused(lambda: esl.from_checkpoints(recorded, sums=3), "`sums` must be a path")
 
-    def end(done, total):
-        raise KeyboardInterrupt
 
-    refused(lambda: esl.from_checkpoints(recorded, sums=file, progress=end), "nothing but results")
-    assert file.read_bytes() == b"theirs"
+def ended(folder, file, **more):
+    """The sums of a run that was ended after its first block."""
+    with pytest.raises(KeyboardInterrupt):
+        esl.from_checkpoints(folder, sums=file, progress=interrupted, **more)
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("how", ["head", "half", "end", "numbers", "none"])
+def test_damaged_sums_are_no_start(recorded, tmp_path, how):
+    file = tmp_path / "sums"
+    content = ended(recorded, file)
+    middle = len(content) // 2
+    file.write_bytes(
+        {
+            "head": content[:40],
+            "half": content[:middle],
+            "end": content[:-30],
+            "numbers": content[:middle] + bytes(50) + content[middle + 50 :],
+            "none": content[: content.index(b"PK")],
+        }[how]
+    )
+    path = esl.from_checkpoints(recorded, sums=file)
+    np.testing.assert_array_equal(path.positions, esl.from_checkpoints(recorded).positions)
+    assert not file.exists()
+
+
+def test_sums_of_any_size_are_saved_again(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr("esljax.files.writing._LONGEST", 1000)
+    monkeypatch.setattr("esljax.simulation.streaming._EVERY", 0.0)
+    file = tmp_path / "sums"
+    assert len(ended(recorded, file, memory=MEMORY)) > 1000
+    esl.from_checkpoints(recorded, sums=file, memory=MEMORY)
+
+
+def test_sums_that_cannot_be_written(recorded, tmp_path, monkeypatch, refused):
+    """The reason that the run ended counts, and the sums before stay."""
+
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = tmp_path / "sums"
+    content = ended(recorded, file)
+    monkeypatch.setattr("esljax.files.writing.replace", full)
+    with pytest.raises(KeyboardInterrupt):
+        esl.from_checkpoints(recorded, sums=file, progress=interrupted)
+    monkeypatch.setattr("esljax.simulation.streaming._EVERY", 0.0)
+    refused(lambda: esl.from_checkpoints(recorded, sums=file), "sums gives: No space left")
+    assert file.read_bytes() == content
+
+
+def test_a_recording_that_is_refused_leaves_no_sums(tmp_path, refused):
+    members, file = small(members=3), tmp_path / "sums"
+    members[2, 1, 1200] = np.nan
+    folder = written(tmp_path / "run", members)
+    ended(folder, file)
+    refused(lambda: esl.from_checkpoints(folder, sums=file), "not for member 1 at snapshot 2")
+    assert not file.exists()
+
+
+def test_a_file_within_a_checkpoint_that_changes_begins_anew(tmp_path):
+    """Also where it is read whole and not in parts."""
+
+    def packed(path, arrays):
+        path.mkdir(parents=True, exist_ok=True)
+        for k, (key, array) in enumerate(arrays.items()):
+            np.savez_compressed(path / f"part{'ab'[k % 2]}{k // 2}.npz", **{key: array})
+
+    folder, file = written(tmp_path / "run", small(members=3), packed), tmp_path / "sums"
+    ended(folder, file, only="*")
+    written(folder, small(members=3, seed=1), packed)
+    path = esl.from_checkpoints(folder, sums=file, only="*")
+    whole = esl.from_checkpoints(folder, only="*")
+    np.testing.assert_array_equal(path.positions, whole.positions)
+
+
+def test_a_recording_that_changes_while_it_is_read(tmp_path, refused):
+    folder = written(tmp_path / "run", small(members=3))
+    again = folder / "seed1" / "step100" / "model.safetensors"
+
+    def change(done, total):
+        os.utime(again, ns=(0, done))
+
+    refused(
+        lambda: esl.from_checkpoints(folder, progress=change),
+        "stay as it is while it is read, but .*seed1/step100/model.safetensors has changed",
+    )
+
+    def remove(done, total):
+        again.unlink(missing_ok=True)
+
+    refused(lambda: esl.from_checkpoints(folder, progress=remove), "No such file")
+
+
+def test_times_are_checked_before_anything_is_read(recorded, refused):
+    for times, sentence in (([0, 1], "shape"), ([0, 1, 2, 4, 3], "increase")):
+        refused(
+            lambda times=times: esl.from_checkpoints(recorded, times, progress=interrupted),
+            sentence,
+        )
+
+
+@pytest.mark.usefixtures("x64")
+def test_parameters_without_numbers_and_of_many_types(tmp_path):
+    """As of the members in memory: types of which NumPy knows none in which all fit."""
+    types = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float32")
+    random = np.random.default_rng(0)
+    for i, kind in enumerate(types):
+        for step in range(3):
+            arrays = {"b": random.normal(size=(4, 50)), "c": random.normal(size=()), "a": [[]]}
+            safetensors_of(
+                tmp_path / f"seed{i}" / f"step{step}",
+                {key: np.asarray(array).astype(kind) for key, array in arrays.items()},
+            )
+    path, held = esl.from_checkpoints(tmp_path), esl.recordings.read(tmp_path)
+    assert held.positions.dtype == np.float32
+    whole = esl.from_snapshots(held.positions.astype(np.float64), keys=held.keys)
+    ours, theirs = (esl.speed_limit(run, transport=TRANSPORTS[0]) for run in (path, whole))
+    check_equal(ours, theirs)
+    assert {share.key: share.coordinates for share in ours.by_key()} == {"a": 0, "b": 200, "c": 1}
 
 
 def test_copies_and_common_parameters_are_found(tmp_path):
@@ -500,18 +653,30 @@ def test_what_needs_the_members_is_refused(recorded, refused):
     )
 
 
-@pytest.mark.parametrize("where", [(0, 2, 100), (3, 1, 1200), (2, 4, 3)])
-def test_a_number_that_is_not_finite(tmp_path, refused, where):
+@pytest.mark.parametrize("where", [(0, 2, 100), (3, 1, 1200), (2, 4, 3), (0, 3, 5)])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_number_that_is_not_finite(tmp_path, refused, where, value):
+    """The first one, whatever is not finite after it, without a warning of NumPy."""
     members = small()
-    members[where] = np.nan
+    members[where] = members[1:, 0, where[2]] = value
+    if where[0]:
+        members[: where[0], 0, where[2]] = members[where[0], 0, where[2]] = 0
     folder = written(tmp_path / "run", members)
     sentence = f"is not for member {where[1]} at snapshot {where[0]}"
     refused(lambda: esl.from_checkpoints(folder), sentence)
 
 
+def test_squares_that_overflow(tmp_path, refused):
+    """Are no members that are not finite."""
+    np.save(tmp_path / "run.npy", 1e200 * walk("noisy", links=2))
+    refused(lambda: esl.from_checkpoints(tmp_path / "run.npy"), "squares double precision can add")
+
+
 def test_bad_input(tmp_path, recorded, refused):
     refused(lambda: esl.from_checkpoints(tmp_path / "none"), "does not exist")
     refused(lambda: esl.from_checkpoints(recorded, memory=0.0), "greater than 0")
+    refused(lambda: esl.from_checkpoints(recorded, memory=np.inf), "`memory` must be finite")
+    refused(lambda: esl.from_checkpoints(recorded, memory="1 GB"), "`memory` must be a number")
     refused(lambda: esl.from_checkpoints(recorded, coordinates=3), "`key` must be made by")
     refused(lambda: esl.from_checkpoints(recorded, coordinates=-1), "integer of at least 0")
     key = jax.random.key(0)
@@ -546,6 +711,7 @@ def test_the_command_reads_in_blocks(restless, tmp_path, capsys, project):
     printed = capsys.readouterr().out
     assert ("read in blocks and folded into" in printed) is True
     assert (ours["coordinates"], theirs["folded"]) == (sum(SIZES.values()), None)
+    assert ours["projection"]["coordinates"] == theirs["projection"]["coordinates"]
     # The members in memory are of single precision.
     for name in ("entropy_production", "w2_squared", "debiased_w2_squared"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3 if "debiased" in name else 1e-6)
@@ -557,7 +723,7 @@ def test_the_command_reads_in_blocks(restless, tmp_path, capsys, project):
 
 
 @pytest.mark.usefixtures("precision_restored")
-def test_a_command_that_was_ended_goes_on(recorded, tmp_path, monkeypatch):
+def test_a_command_that_was_ended_goes_on(recorded, tmp_path, monkeypatch, capsys):
     out, reads, problems = tmp_path / "out", [], []
     call = ["measure", str(recorded), "--out", str(out), "--stream", "yes", "--quiet"]
 
@@ -573,6 +739,7 @@ def test_a_command_that_was_ended_goes_on(recorded, tmp_path, monkeypatch):
     monkeypatch.setattr("esljax.command.progress.MeasureBar.solved", solved)
     assert cli.main(call) == 130
     assert [path.name for path in out.iterdir()] == ["sums.part"]
+    assert "the same command goes on from " in capsys.readouterr().err
     assert cli.main(call) == 0
     # Each parameter is a block.
     assert reads == (4 * 5 * 8 * np.cumsum(list(SIZES.values()))).tolist()
@@ -594,6 +761,26 @@ def test_the_command_reads_in_blocks_what_is_large(recorded, tmp_path, monkeypat
 
     assert folded() is not None
     assert folded("--transport", "sliced") is None
+    # Whose files are elsewhere.
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for member in recorded.iterdir():
+        (linked / member.name).symlink_to(member)
+    config = MeasureConfig(recording=linked, out=tmp_path)
+    assert Measurement.of(config).path.folded is not None
+
+
+@pytest.mark.usefixtures("precision_restored")
+def test_the_command_refuses_too_many_coordinates_before_it_reads(
+    recorded, tmp_path, capsys, monkeypatch
+):
+    def read(bar, done, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("esljax.command.progress.MeasureBar.read", read)
+    call = ["measure", str(recorded), "--out", str(tmp_path / "out"), "--stream", "yes"]
+    assert cli.main([*call, "--project", "pca", "--coordinates", "41"]) == 2
+    assert "at most 40, the members of all snapshots together" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("precision_restored")

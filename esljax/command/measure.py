@@ -4,6 +4,7 @@ A `Measurement` reads and computes; `measure_command` prints and writes its numb
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from esljax.command.progress import MeasureBar
 from esljax.command.results import Results
 from esljax.command.settings import DONE, FAILED, NOT_WRITTEN, MeasureConfig
 from esljax.experiment import PROJECTIONS, enable, read_toml
-from esljax.files import described, open_stored, read, read_matrix
+from esljax.files import Stored, Terminated, described, open_stored, read, read_matrix
 from esljax.measures import (
     Bracket,
     SpeedLimit,
@@ -37,6 +38,7 @@ from esljax.transport import (
     AbstractTransport,
     ProjectedTransport,
     QuotientTransport,
+    check_coordinates,
     check_room,
     solution_of,
 )
@@ -58,7 +60,7 @@ def measure_command(config: MeasureConfig) -> int:
     with results.claimed():
         bar = MeasureBar(console)
         with bar:
-            measurement = Measurement.of(config, bar.read)
+            measurement = _read(config, bar)
             if not config.quiet:
                 _announce(measurement, console)
             report = measurement.report(bar.solved)
@@ -87,6 +89,16 @@ def measure_command(config: MeasureConfig) -> int:
     if results.failed:
         return NOT_WRITTEN
     return DONE if _is_trusted(report) else FAILED
+
+
+def _read(config: MeasureConfig, bar: MeasureBar) -> "Measurement":
+    try:
+        return Measurement.of(config, bar.read)
+    except (KeyboardInterrupt, Terminated):
+        if (config.out / _SUMS).exists():
+            words = f"the same command goes on from {config.out / _SUMS}."
+            print(f"esljax: {words}", file=sys.stderr)
+        raise
 
 
 _FIGURE = "speed_limit.png"
@@ -274,13 +286,12 @@ class Measurement:
     def settings(self) -> dict[str, Any]:
         """Return what was measured, and how, for report.json."""
         snapshots, members, d = self.path.positions.shape
-        folded = self.path.folded
         first_and_last = None if self.times is None else dict(zip(_ENDS, self.times, strict=True))
         return {
             "snapshots": snapshots,
             "members": members,
-            "coordinates": d if folded is None else folded.coordinates,
-            "folded": None if folded is None else d,
+            "coordinates": _numbers_of_a_member(self.path),
+            "folded": None if self.path.folded is None else d,
             "measured": "features" if self.path.observed else "positions",
             "times": first_and_last,
             "left_out": dict(self.left_out),
@@ -289,6 +300,10 @@ class Measurement:
             "projection": _projection_settings(self.config, self.path, self.matrix),
             "velocity": self.config.velocity,
         }
+
+
+def _numbers_of_a_member(path: Trajectory) -> int:
+    return path.positions.shape[2] if path.folded is None else path.folded.coordinates
 
 
 def transport_problems(
@@ -365,14 +380,20 @@ def _loaded(config: MeasureConfig) -> tuple[Trajectory, Any, Mapping[str, str]]:
     return path, times, recording.left_out
 
 
+def _opened(config: MeasureConfig) -> Stored:
+    where = config.recording or ""
+    return open_stored(where, only=config.only, skip=config.skip, name=config.name)
+
+
 def _streamed(
     config: MeasureConfig, key: Any, progress: Callable[[int, int], None] | None
 ) -> tuple[Trajectory, Any, Mapping[str, str]]:
     """Read a recording in blocks. It is folded by its parameters if that is little work."""
-    chosen = {"only": config.only, "skip": config.skip, "name": config.name}
-    stored = open_stored(config.recording or "", **chosen)
-    snapshots, members, _ = stored.shape
+    stored = _opened(config)
+    snapshots, members, d = stored.shape
     all_pairs = config.project == "pca"
+    if all_pairs:
+        check_coordinates(config.coordinates, d, snapshots * members)
     directions = config.coordinates if config.project == "random" else 0
     coordinates = members * (snapshots if all_pairs else 4) + directions
     of_keys = sum(min(size, coordinates) for size in stored.sizes.values())
@@ -381,7 +402,9 @@ def _streamed(
     held = 8.0 * of_keys * snapshots * members
     path = from_checkpoints(
         config.recording or "",
-        **chosen,
+        only=config.only,
+        skip=config.skip,
+        name=config.name,
         by_key=held < _FOLD_BYTES and operations < _FOLD_OPERATIONS,
         all_pairs=all_pairs,
         coordinates=directions,
@@ -394,12 +417,10 @@ def _streamed(
 
 def _streams(config: MeasureConfig) -> bool:
     """Whether the recording is read in blocks."""
-    if config.stream != "auto":
+    if config.stream != "auto" or config.needs_members() is not None:
         return config.stream == "yes"
-    place = config.recording or Path()
-    found = (path for path in place.rglob("*")) if place.is_dir() else iter([place])
-    sizes = (path.stat().st_size for path in found if path.is_file())
-    return sum(sizes) > _SHARE * memory_of_the_machine() and config.needs_members() is None
+    # Of the numbers as memory holds them: files may be compressed, linked, or no parameters.
+    return _opened(config).nbytes > _SHARE * memory_of_the_machine()
 
 
 def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Array | None:
@@ -511,7 +532,7 @@ def _projection_settings(
     config: MeasureConfig, path: Trajectory, matrix: Array | None
 ) -> dict[str, Any]:
     if matrix is None:
-        return {"name": "none", "coordinates": path.positions.shape[2]}
+        return {"name": "none", "coordinates": _numbers_of_a_member(path)}
     settings = {"name": config.project, "coordinates": matrix.shape[1]}
     if config.project in PROJECTIONS:
         pooled = np.asarray(path.positions, np.float64).reshape(-1, path.positions.shape[2])

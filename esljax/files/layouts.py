@@ -5,6 +5,7 @@
     folder/member_000/100/default/, params/, opt_state/   a CheckpointManager of Orbax
     folder/member_000/checkpoint-500/model.safetensors    Hugging Face; also in shards
     folder/member_000/checkpoints/epoch=3-step=100.npz    one more folder between them
+    folder/models--who--what-seed3/refs/step1000          the cache of the Hub: names of revisions
 
 A checkpoint of several files or items has keys that begin with their names.
 """
@@ -12,7 +13,7 @@ A checkpoint of several files or items has keys that begin with their names.
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from esljax._checks import refuse
@@ -29,7 +30,7 @@ from esljax.files.archives import (
     refuse_pickle,
     sharded,
 )
-from esljax.files.names import has_number, numbered, patterns
+from esljax.files.names import has_number, numbered, patterns, swapped
 
 _LAYOUT = (
     "hold one folder for each member, each with its checkpoints, as in member_000/step_000100.npz"
@@ -73,6 +74,8 @@ def by_member_and_time(folder: Path, name: str | None) -> dict[float, dict[float
                 f"{path} has no .npz, .safetensors or Orbax folder with a number in its name"
                 + _found(_entries(path)),
             )
+    if member_name is None:
+        _refuse_swapped(folder, candidates)
     times = numbered(candidates, checkpoint_name)
     table = {member: times[path] for member, path in members.items()}
     first = next(iter(table))
@@ -93,6 +96,9 @@ def open_checkpoint(path: Path) -> Archive:
 
     **Raises:** `InputError` if it holds none that can be read.
     """
+    if _is_revision(path):
+        with decoding("recording", path):
+            path = path.parent.parent / "snapshots" / path.read_text().strip()
     if path.is_file():
         return open_file("recording", path)
     if (path / "zarr.json").exists():
@@ -134,7 +140,7 @@ def open_checkpoint(path: Path) -> Archive:
 
 
 def _with(archive: Archive, others: dict[str, str]) -> Archive:
-    return dataclasses.replace(archive, left_out=others)
+    return dataclasses.replace(archive, left_out={**archive.left_out, **others})
 
 
 def _items(path: Path, items: dict[str, Path]) -> Archive:
@@ -183,7 +189,8 @@ def _of_shards(path: Path, index: Sequence[Path], readable: Sequence[Path]) -> A
             "hold the arrays that its index names",
             f"`{odd[0]}` is in one alone of {index[0]} and its shards",
         )
-    return whole
+    beside = [entry.name for entry in readable if entry.name not in names]
+    return _with(whole, dict.fromkeys(beside, "a file that the index of the shards lacks"))
 
 
 def _all(readable: Sequence[Path]) -> list[Path]:
@@ -217,12 +224,21 @@ def _candidates(folder: Path, name: str | None) -> list[Path]:
     """Return what may be the checkpoints of a member, in its folder or the only one below."""
     inside = _entries(folder)
     _refuse_shards(folder, inside)
+    if all((folder / part).is_dir() for part in ("refs", "snapshots")):
+        revisions = [entry for entry in _entries(folder / "refs") if _is_revision(entry)]
+        return [entry for entry in revisions if has_number(entry)]
     found = _checkpoints(inside, name)
     if found:
         return found
     below = [(entry, _checkpoints(_entries(entry), name)) for entry in inside if entry.is_dir()]
     with_some = [candidates for _, candidates in below if candidates]
     return with_some[0] if len(with_some) == 1 else []
+
+
+def _is_revision(path: Path) -> bool:
+    """Return whether a file is the name of a revision in a cache of the Hub, and holds its hash."""
+    beside = path.parent.parent / "snapshots"
+    return path.parent.name == "refs" and path.is_file() and beside.is_dir()
 
 
 def _checkpoints(entries: Iterable[Path], name: str | None) -> list[Path]:
@@ -281,6 +297,19 @@ def _refuse_one_level(folder: Path, inside: Sequence[Path], folders: Sequence[Pa
                 f"{folder} holds {len(flat)} checkpoints, such as {flat[0].name}, outside of the "
                 "folder of a member",
             )
+
+
+def _refuse_swapped(folder: Path, candidates: Mapping[Path, Sequence[Path]]) -> None:
+    """Reject folders of times with members in them, which would be measured as the other way."""
+    inside = [path for found in candidates.values() for path in found]
+    if swapped(candidates, inside):
+        outer, inner = next(iter(candidates)), inside[0]
+        raise refuse(
+            "recording",
+            f"{_LAYOUT} (where the outer folders are the members, say so by name, as in "
+            "'run_{}/model_{}')",
+            f"{folder} has {outer.name}/{inner.name}, which reads as a member at a time",
+        )
 
 
 def _found(inside: Sequence[Path]) -> str:

@@ -11,6 +11,7 @@ does not fit is refused rather than measured, because `best_0.93.npz` is no snap
     t-3, t-2                                refused: -3 or 3
     step_100_loss_0.9, step_200_loss_0.8    100, 200
     3_17, 4_25                              refused: either number could be meant
+    step-1,000, step-2,500                  refused: 1 or 1000
 """
 
 import itertools
@@ -29,6 +30,7 @@ _SIGN = r"(?:(?<![0-9A-Za-z)\].])[-+])?"
 _DIGITS = r"(?:[0-9]+(?:\.[0-9]+)?|(?<![0-9A-Za-z])\.[0-9]+)"
 _POWER = r"(?:[eE][-+]?[0-9]+(?![0-9A-Za-z.]))?"
 _NUMBER = re.compile(_SIGN + _DIGITS + _POWER)
+_THOUSANDS = re.compile(r"[1-9][0-9]{0,2}_[0-9]{3}")
 _CHOSEN = r"(?<![0-9.])([-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?)(?![0-9])"
 # Words before a number that make it the one which is meant, the best first.
 _CLOCKS = (
@@ -89,10 +91,22 @@ def numbered(
     index = _meant(cut, labels, end)
     if not members:
         _refuse_disagreement(cut, index)
+        _refuse_digits_apart(cut, index)
     return {
         folder: _by_number(folder, [(one.path, _value(one.numbers[index])) for one in inside])
         for folder, inside in cut.items()
     }
+
+
+def swapped(folders: Iterable[Path], inside: Iterable[Path]) -> bool:
+    """Return whether names say that folders are times, and what is in them members."""
+
+    def says(paths: Iterable[Path], labels: Sequence[set[str]]) -> bool:
+        return any(_has_label(_cut(path).texts, labels) for path in paths)
+
+    folders, inside = list(folders), list(inside)
+    as_meant = says(folders, _MEMBERS) or says(inside, _CLOCKS)
+    return says(folders, _CLOCKS) and says(inside, _MEMBERS) and not as_meant
 
 
 def patterns(name: str | None) -> tuple[str | None, str | None]:
@@ -217,6 +231,25 @@ def _refuse_disagreement(cut: Mapping[Path, Sequence[_Name]], index: int) -> Non
                         f"have names whose numbers agree on the order (choose by name={pattern!r})",
                         f"{before.path.name} and {after.path.name} in {folder} do not",
                     )
+
+
+def _refuse_digits_apart(cut: Mapping[Path, Sequence[_Name]], index: int) -> None:
+    """Reject times that may go on behind a comma, or behind an underscore before three digits."""
+    varying = _varying(cut)
+    names = [one for inside in cut.values() for one in inside]
+    mark = names[0].texts[index + 1]
+    if index + 1 not in varying or mark not in (",", "_"):
+        return
+    digits = ["_".join(one.numbers[index : index + 2]) for one in names]
+    if mark == "_" and not all(map(_THOUSANDS.fullmatch, digits)):
+        return
+    pattern = names[0].like(index, varying)
+    raise refuse(
+        "recording",
+        "have times whose digits stand together (rename them, or choose the first alone by "
+        f"name={pattern!r})",
+        f"{names[0].path.name} has {mark!r} between them",
+    )
 
 
 def _varying(cut: Mapping[Path, Sequence[_Name]]) -> set[int]:

@@ -8,6 +8,7 @@ find their loop closed, and Python prints what they raise wherever the program h
 import gc
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,16 +18,24 @@ T = TypeVar("T")
 # Seconds in which the reads that were left end. They are of files on a disk; whoever else uses
 # TensorStore in this process may have reads that take longer, which are not waited for.
 _LONGEST = 2.0
+# What is put back belongs to the process: of two threads one would put back what the other has put.
+_ALONE = threading.Lock()
 # Seconds in which a read that has ended says so.
 _REST = 0.05
 
 
 def quietly(call: Callable[[], T], refusal: Callable[[Exception], Exception]) -> T:
-    """Call Orbax, which prints nothing meanwhile and leaves nothing behind that prints later.
+    """Call Orbax, which prints nothing meanwhile and leaves nothing behind that prints later; one
+    thread at a time.
 
     **Args:** `call`: only reads, and raises whatever went wrong. `refusal`: makes the exception to
     be raised in place of that.
     """
+    with _ALONE:
+        return _quietly(call, refusal)
+
+
+def _quietly(call: Callable[[], T], refusal: Callable[[Exception], Exception]) -> T:
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [logger.disabled for logger in loggers], sys.excepthook, sys.unraisablehook
     try:

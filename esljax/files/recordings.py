@@ -104,15 +104,19 @@ class Stored:
             return name in archive.places
         return all(key in archive.places for archive in self.archives.values())
 
-    def files(self) -> list[Path]:
-        """Return the files whose numbers are read, as far as they are known."""
+    def files(self) -> dict[str, tuple[int, int]]:
+        """Return the size and the time of change of each file whose numbers are read, and of what
+        else is in the folder of a checkpoint.
+
+        **Raises:** `InputError` for one that is gone.
+        """
         archives = [self.file[0]] if self.file is not None else list(self.archives.values())
-        found = {
-            path
-            for archive in archives
-            for path in (archive.path, *(place.path for place in archive.places.values()))
-        }
-        return sorted(found)
+        found = {place.path for archive in archives for place in archive.places.values()}
+        with decoding("recording", self.path):
+            for path in {archive.path for archive in archives}:
+                found |= {each for each in path.rglob("*") if each.is_file()} or {path}
+            states = {str(path): path.stat() for path in sorted(found)}
+        return {path: (state.st_size, state.st_mtime_ns) for path, state in states.items()}
 
     def read(self, key: str, skipped: int, out: np.ndarray) -> None:
         """Fill `out`, shape (J+1, n, count), with the numbers of a parameter after the first
@@ -401,14 +405,10 @@ def _opened(folder: Path, selection: Selection, name: str | None) -> _Folder:
     for place, archive in opened.items():
         headers = {key: archive.headers[key] for key in choices[place].kept}
         _compare(archive.path, headers, origin.path, model)
-    types = {
-        header.dtype
-        for place, archive in opened.items()
-        for key in kept
-        if (header := archive.headers[key]).dtype is not None
-    }
-    dtype = np.result_type(np.float32, *types)
-    dtype = dtype if dtype.itemsize <= 8 else np.dtype(np.float64)
+    headers = [archive.headers[key] for archive in opened.values() for key in kept]
+    # By size: NumPy knows no type in which float16, bfloat16 and those of eight bits all fit.
+    wide = any(header.dtype is not None and header.dtype.itemsize > 4 for header in headers)
+    dtype = np.dtype(np.float64 if wide else np.float32)
     return _Folder(opened, times, len(members), model, dtype, left_out)
 
 

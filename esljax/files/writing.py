@@ -56,14 +56,14 @@ def replace(
     content: bytes,
     *,
     argument: str = "out",
-    ours: Callable[[bytes], bool] | None = None,
+    ours: Callable[[bytes], bool] | bytes | None = None,
 ) -> None:
     """Write a file whole or not at all, in the place of none or of one that this program wrote.
 
     A reader or a kill meets the old file or the new one. The mode is that of the umask.
 
     **Args:** `argument`: the argument that messages name. `ours`: recognizes the content of files
-    of this program; by default settings, reports and figures are.
+    of this program, or is what they begin with; by default settings, reports and figures are.
     **Raises:** `InputError` if something else is there, and `OSError` if the disk fails.
     """
     if _is_foreign(path, ours):
@@ -115,20 +115,21 @@ def claim(
     settings: Mapping[str, Any],
     *,
     force: bool = False,
-    ours: Callable[[bytes], bool] | None = None,
+    argument: str = "out",
+    ours: Callable[[bytes], bool] | bytes | None = None,
 ) -> None:
     """Refuse places where a run would replace what is not its own.
 
     **Args:** `paths`: the files that the run will write. `settings`: of the run. `force`: whether
-    files that this program wrote for other settings may be replaced. `ours`: recognizes the content
-    of files of this program, as in `replace`.
-    **Raises:** `InputError`, about `out`, for a file that this program did not write, and, without
+    files that this program wrote for other settings may be replaced. `argument`, `ours`: as of
+    `replace`.
+    **Raises:** `InputError` for a file that this program did not write, and, without
     `force`, for one of other settings.
     """
     paths = list(paths)
     for path in paths:
         if _is_foreign(path, ours):
-            raise _foreign("out", path)
+            raise _foreign(argument, path)
     here = _compared(settings)
     for path in paths if not force else ():
         about = _about(path)
@@ -188,22 +189,23 @@ def _about(path: Path) -> dict[str, Any] | str | None:
     return None
 
 
-def _content(path: Path) -> bytes | None:
+def _content(path: Path, count: int | None = None) -> bytes | None:
+    """The content of a file, or its first bytes; None if it cannot be read, or is none of ours."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     with os.fdopen(handle, "rb") as file:
         state = os.fstat(handle)
-        if not stat.S_ISREG(state.st_mode) or state.st_size > _LONGEST:
+        if not stat.S_ISREG(state.st_mode) or (count is None and state.st_size > _LONGEST):
             return None
         try:
-            return file.read()
+            return file.read(count)
         except OSError:
             return None
 
 
-def _is_foreign(path: Path, ours: Callable[[bytes], bool] | None = None) -> bool:
+def _is_foreign(path: Path, ours: Callable[[bytes], bool] | bytes | None = None) -> bool:
     try:
         # Looked at before it is opened: a device may act on being opened.
         regular = stat.S_ISREG(path.lstat().st_mode)
@@ -215,6 +217,8 @@ def _is_foreign(path: Path, ours: Callable[[bytes], bool] | None = None) -> bool
         return True
     if ours is None:
         return _about(path) is None
+    if isinstance(ours, bytes):
+        return _content(path, len(ours)) != ours
     content = _content(path)
     return content is None or not ours(content)
 

@@ -6,6 +6,7 @@ few threads reads a block and multiplies it, so that some wait for the disk whil
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,7 +15,7 @@ import itertools
 import os
 import queue
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +23,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from esljax._checks import check_key, check_positive, check_positive_int, door, refuse
+from esljax._checks import (
+    InputError,
+    as_float,
+    check_finite,
+    check_key,
+    check_positive,
+    check_positive_int,
+    door,
+    in_words,
+    refuse,
+)
 from esljax._types import Key
 from esljax.files import Stored, open_stored, writing
 from esljax.simulation.folding import All, Near, Products
 from esljax.simulation.projecting import Along, joined, spread
-from esljax.simulation.trajectory import Folded, Trajectory, from_snapshots
+from esljax.simulation.trajectory import Folded, Trajectory, from_snapshots, rescaled
 from esljax.transport import normal_rows
 
 # Coordinates of which a few are kept as they are stored, for what a diagnosis says of rounding.
@@ -79,12 +90,14 @@ def from_checkpoints(
       more for each parameter.
     - `memory`: bytes of the blocks that are in memory at a time.
     - `sums`: a file for the sums so far, saved every half minute. A run that was killed goes on
-      from there, to the same bits, if nothing in the recording has changed. Removed at the end.
+      from there, to the same bits, if the file is whole and nothing in the recording has changed.
+      Removed at the end, and where the recording is refused.
     - `progress`: called with the bytes read so far, and those in all.
 
     **Returns:** `Trajectory` with `folded`; it has no potential, projection or features of its own.
-    **Raises:** `InputError` as `esl.recordings.read` and `esl.from_snapshots` do. Checksums of .npz
-    are not verified.
+    **Raises:** `InputError` as `esl.recordings.read` and `esl.from_snapshots` do, if a file of the
+    recording changes while it is read, and if `sums` cannot be written or is a file of another
+    program. Checksums of .npz are not verified.
     **Differentiation:** none.
 
     **Example:**
@@ -103,7 +116,8 @@ def from_checkpoints(
         ...     print(esl.from_checkpoints(folder))
         Trajectory: 4 members of 2500 coordinates, folded into 16, recorded, 3 snapshots
     """
-    check_positive("memory", memory)
+    check_positive("memory", as_float(memory, "memory"))
+    check_finite("memory", memory)
     check_positive_int("coordinates", coordinates, 0)
     if coordinates or key is not None:
         check_key("key", key)
@@ -118,14 +132,20 @@ def from_checkpoints(
     if coordinates > d:
         was = f"is {coordinates}"
         raise refuse("coordinates", f"be at most {d}, the numbers in one member", was)
+    times = stored.times if times is None else times
+    # Before hours of reading; the trajectory takes them as they are.
+    rescaled(times, snapshots, jnp.result_type(float))
+    file = None if sums is None else _claimed(sums)
     named = by_key and stored.keys is not None
     kind = All if all_pairs else Near
     plan = _Plan(stored, named, kind, memory, coordinates, key)
-    state = _summed(plan, None if sums is None else Path(sums), progress)
-    keys = {key: (part.shape[2],) for key, part in state.parts.items()}
+    state = _summed(plan, file, progress)
+    widths = {key: part.shape[2] for key, part in state.parts.items()}
+    # A parameter without numbers has no part.
+    keys = {key: (widths.get(key, 0),) for key in stored.sizes}
     few = from_snapshots(
         np.concatenate(list(state.parts.values()), axis=2),
-        stored.times if times is None else times,
+        times,
         observed=stored.observed,
         keys=keys if named else None,
     )
@@ -190,13 +210,16 @@ class _Plan:
         return [block._replace(ends=end) for block, end in zip(blocks, ends, strict=True)]
 
     @functools.cached_property
+    def files(self) -> dict[str, tuple[int, int]]:
+        """The files of the recording as they were before they were read."""
+        return self.stored.files()
+
+    @functools.cached_property
     def identity(self) -> str:
         """A digest of the recording and of its blocks, which changes with any of its files."""
-        states = [(path, path.stat()) for path in self.stored.files()]
-        files = [(str(path), state.st_size, state.st_mtime_ns) for path, state in states]
         drawn = None if self.key is None else jax.random.key_data(self.key).tolist()
         how = self.kind.__name__, self.blocks, _PIECE, self.directions, drawn
-        told = repr((files, self.stored.shape, how))
+        told = repr((self.files, self.stored.shape, how))
         return hashlib.sha256(told.encode()).hexdigest()
 
     @functools.cached_property
@@ -256,7 +279,10 @@ class _State:
         return cls(0, plan.nothing(), along, alike, [], [], {}, {}, 0.0, [])
 
     def saved(self, path: Path, identity: str) -> None:
-        """Write the sums, whole or not at all."""
+        """Write the sums, whole or not at all.
+
+        **Raises:** `InputError` if they cannot be written.
+        """
         arrays: dict[str, Any] = {}
         for name in ("products", "along"):
             pairs = getattr(self, name)._asdict().items()
@@ -268,17 +294,22 @@ class _State:
         about = np.array([identity, str(self.done)])
         content = io.BytesIO()
         np.savez(content, about=about, alike=self.alike, spread=self.spread, **arrays)
-        writing.replace(path, _HEAD + content.getvalue(), argument="sums", ours=_is_sums)
+        try:
+            writing.replace(path, _HEAD + content.getvalue(), argument="sums", ours=_HEAD)
+        except OSError as error:
+            was = f"{path} gives: {error.strerror}"
+            raise refuse("sums", "be a file that can be written", was) from error
 
     @classmethod
     def resumed(cls, path: Path, plan: _Plan) -> "_State | None":
-        """Return the sums in a file; None if it is not there or of another recording."""
+        """Return the sums in a file; None if it is not there, damaged or of another recording."""
         try:
-            content = path.read_bytes()
-        except OSError:
+            return cls._held(path.read_bytes(), plan)
+        except Exception:  # on arbitrary bytes NumPy and zipfile fail in many ways
             return None
-        if not _is_sums(content):
-            return None
+
+    @classmethod
+    def _held(cls, content: bytes, plan: _Plan) -> "_State | None":
         with np.load(io.BytesIO(content[len(_HEAD) :]), allow_pickle=False) as held:
             if str(held["about"][0]) != plan.identity:
                 return None
@@ -301,13 +332,22 @@ class _State:
             )
 
 
-def _is_sums(content: bytes) -> bool:
-    return content.startswith(_HEAD)
+def _claimed(sums: str | Path) -> Path:
+    """Return the file of the sums, in whose place nothing of others is and which can be written."""
+    if not isinstance(sums, str | os.PathLike):
+        raise refuse("sums", "be a path", f"is {in_words(sums)}")
+    file = Path(sums)
+    if not file.parent.is_dir():
+        raise refuse("sums", "be a file in a folder that exists", f"is {file}")
+    writing.claim([file], {}, force=True, argument="sums", ours=_HEAD)
+    with writing.prepared(file.parent, "sums"):
+        return file
 
 
 def _summed(plan: _Plan, file: Path | None, progress: Callable[[int, int], None] | None) -> _State:
     """Return the sums over a whole recording."""
     stored, blocks = plan.stored, plan.blocks
+    files = plan.files
     state = None if file is None else _State.resumed(file, plan)
     state = _State.fresh(plan) if state is None else state
     row = stored.nbytes // stored.shape[2]
@@ -321,9 +361,15 @@ def _summed(plan: _Plan, file: Path | None, progress: Callable[[int, int], None]
             if file is not None and time.monotonic() > saved + _EVERY:
                 state.saved(file, plan.identity)
                 saved = time.monotonic()
-    except BaseException:
-        if file is not None and state.done:
-            state.saved(file, plan.identity)
+        _check_unchanged(files, stored.files())
+    except BaseException as error:
+        # A disk may come back. What is refused otherwise would be refused again.
+        refused = isinstance(error, InputError) and not isinstance(error.__cause__, OSError)
+        with contextlib.suppress(OSError, InputError):
+            if file is not None and refused:
+                file.unlink(missing_ok=True)
+            elif file is not None and state.done:
+                state.saved(file, plan.identity)
         raise
     if file is not None:
         file.unlink(missing_ok=True)
@@ -340,6 +386,8 @@ class _Sums(NamedTuple):
     """Its numbers, if they are kept as they are."""
     normal: np.ndarray | None
     alike: np.ndarray
+    finite: np.ndarray
+    """Whether each member is finite at each snapshot, shape (J+1, n)."""
     spread: float
     sample: np.ndarray
 
@@ -386,29 +434,41 @@ def _of_block(plan: _Plan, block: _Block, numbers: np.ndarray) -> _Sums:
     stride = -(-plan.stored.shape[2] // _SAMPLE)
     first = -(plan.before[block.key] + block.skipped) % stride
     products, along, columns, normal = [], [], None, None
-    if plan.kept(block):
-        apart = numbers.astype(np.float64)
-        columns = apart - apart[0].mean(axis=0)
-        normal = plan.normal(block, 0, block.count).astype(np.float64) if plan.directions else None
-    else:
-        for skipped in range(0, block.count, _PIECE):
-            piece = numbers[:, :, skipped : skipped + _PIECE]
-            products.append(plan.kind.of(piece))
+    # A number that is not finite is told by its place below.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if plan.kept(block):
+            apart = numbers.astype(np.float64)
+            columns = apart - apart[0].mean(axis=0)
             if plan.directions:
-                along.append(Along.of(piece, plan.normal(block, skipped, piece.shape[2])))
+                normal = plan.normal(block, 0, block.count).astype(np.float64)
+            sound = np.isfinite(columns).all()
+        else:
+            for skipped in range(0, block.count, _PIECE):
+                piece = numbers[:, :, skipped : skipped + _PIECE]
+                products.append(plan.kind.of(piece))
+                if plan.directions:
+                    along.append(Along.of(piece, plan.normal(block, skipped, piece.shape[2])))
+            sound = all(np.isfinite(part.squares()).all() for part in products)
+        around = spread(numbers) if plan.directions else 0.0
+    # Looked for where products show that there is one.
+    finite = np.ones(numbers.shape[:2], bool)
+    if not sound:
+        finite[...] = np.isfinite(numbers).all(axis=2)
     return _Sums(
         products=products,
         along=along,
         columns=columns,
         normal=normal,
         alike=_alike(numbers),
-        spread=spread(numbers) if plan.directions else 0.0,
+        finite=finite,
+        spread=around,
         sample=numbers[:, :, first::stride].copy(),
     )
 
 
 def _added(state: _State, plan: _Plan, block: _Block, sums: _Sums) -> _State:
     """Return the sums with a block more. The given ones stay whole, whenever a signal comes."""
+    _check_finite(sums.finite)
     products, along, alike = state.products, state.along, _in_both(state.alike, sums.alike)
     for part in sums.products:
         products = products.plus(part)  # pyright: ignore[reportArgumentType]
@@ -416,7 +476,6 @@ def _added(state: _State, plan: _Plan, block: _Block, sums: _Sums) -> _State:
         along = along.plus(part)
     columns, normal = list(state.columns), list(state.normal)
     if sums.columns is not None:
-        _check_finite(np.asarray(np.isfinite(sums.columns).all(axis=2)))
         columns.append(sums.columns)
     if sums.normal is not None:
         normal.append(sums.normal)
@@ -438,7 +497,9 @@ def _closed(state: _State, plan: _Plan, group: str) -> _State:
     """Return the sums with the present group of coordinates placed."""
     columns, normal = state.columns, state.normal
     if not columns:
-        _check_finite(_finite(state.products))
+        if not np.isfinite(state.products.squares()).all():
+            must = "hold numbers whose squares double precision can add"
+            raise refuse("recording", must, "holds larger ones")
         kept, of = np.unique(state.alike, return_inverse=True)
         products = state.products.among(kept)
         if plan.directions:
@@ -480,13 +541,10 @@ def _in_both(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return first[of]
 
 
-def _finite(products: Products) -> np.ndarray:
-    """Return whether each member is finite at each snapshot, shape (J+1, n)."""
-    finite = np.asarray(np.isfinite(products.squares()))
-    if not finite[0].all():
-        # One that is not spoils the mean of the start, and so X of all; its increment tells which.
-        finite[0] = finite[1]
-    return finite
+def _check_unchanged(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    changed = sorted(dict(before.items() ^ after.items()))
+    if changed:
+        raise refuse("recording", "stay as it is while it is read", f"{changed[0]} has changed")
 
 
 def _check_finite(finite: np.ndarray) -> None:

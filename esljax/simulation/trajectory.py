@@ -213,7 +213,7 @@ def from_snapshots(
     if observed and keys is not None:
         raise refuse("keys", "be None for features, which are no parameters", "names some")
     return Trajectory(
-        times=_rescaled(times, snapshots, positions.dtype),
+        times=rescaled(times, snapshots, positions.dtype),
         positions=positions,
         energies=None,
         rates=None,
@@ -371,7 +371,7 @@ def _kind(trajectory: Trajectory) -> tuple:
     return jax.tree.structure(arrays), tuple(x.shape for x in jax.tree.leaves(arrays))
 
 
-def _rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshots"]:
+def rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshots"]:
     if times is None:
         return jnp.arange(snapshots, dtype=dtype) / (snapshots - 1)
     if known(times):

@@ -275,7 +275,7 @@ def principal_directions(
     check_real("positions", positions)
     check_finite("positions", positions)
     pooled = np.asarray(positions, np.float64).reshape(-1, np.shape(positions)[-1])
-    _check_coordinates(coordinates, pooled.shape[1], len(pooled))
+    check_coordinates(coordinates, pooled.shape[1], len(pooled))
     _, _, rows = np.linalg.svd(pooled - pooled.mean(axis=0), full_matrices=False)
     rows = rows[:coordinates]
     signs = np.sign(rows[np.arange(coordinates), np.argmax(np.abs(rows), axis=1)])
@@ -303,7 +303,7 @@ def random_directions(d: int, coordinates: int, key: Key) -> Float[Array, "d p"]
     """
     check_positive_int("d", d)
     check_key("key", key)
-    _check_coordinates(coordinates, d, d)
+    check_coordinates(coordinates, d, d)
     words = f"{coordinates:,} directions of {d:,} numbers"
     check_fits("coordinates", 12.0 * d * coordinates, words, "take fewer coordinates")
     normal = _drawn(key, coordinates, -(-d // _ROWS))[:d].astype(jnp.result_type(float))
@@ -338,7 +338,11 @@ def _block(key: Key, coordinates: int, k: Any) -> Float[Array, "rows p"]:
     return jax.random.normal(own, (_ROWS, coordinates), jnp.float32)
 
 
-def _check_coordinates(coordinates: int, d: int, members: int) -> None:
+def check_coordinates(coordinates: int, d: int, members: int) -> None:
+    """Reject more principal coordinates than members of d numbers have, of all snapshots together.
+
+    **Raises:** `InputError` for other counts as well.
+    """
     check_positive_int("coordinates", coordinates)
     if coordinates > d:
         raise refuse(
