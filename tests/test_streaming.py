@@ -494,7 +494,7 @@ def test_damaged_sums_are_no_start(recorded, tmp_path, how):
             "head": content[:40],
             "half": content[:middle],
             "end": content[:-30],
-            "numbers": content[:middle] + bytes(50) + content[middle + 50 :],
+            "numbers": content[:middle] + b"\xff" * 50 + content[middle + 50 :],
             "none": content[: content.index(b"PK")],
         }[how]
     )

@@ -372,6 +372,10 @@ def _kind(trajectory: Trajectory) -> tuple:
 
 
 def rescaled(times: Any, snapshots: int, dtype: Any) -> Float[Array, " snapshots"]:
+    """Return increasing times in [0, 1], evenly spaced ones for None.
+
+    **Raises:** `InputError` for others, and for times that become one in this type.
+    """
     if times is None:
         return jnp.arange(snapshots, dtype=dtype) / (snapshots - 1)
     if known(times):
