@@ -334,13 +334,18 @@ def _in_report(symmetry: Symmetry | None) -> dict[str, Any] | None:
 def _read_symmetry(file: Path, path: Trajectory) -> Symmetry:
     """The symmetry of a TOML file, as `Symmetry.to_toml` writes it, of the parameters of a run."""
     content = read_toml(file)
-    if set(content) - {"permutations", "signs"} or "permutations" not in content:
-        must = "hold a table `permutations`, and perhaps a list `signs`"
+    if set(content) - {"permutations", "signs", "sizes"} or "permutations" not in content:
+        must = "hold a table `permutations`, and perhaps a list `signs` and a table `sizes`"
         raise refuse("symmetry", must, f"{file} holds {', '.join(content) or 'nothing'}")
     if path.keys is None:
         must = "be of a run whose parameters have names (a folder of checkpoints)"
         raise refuse("symmetry", must, "is given for one whose parameters have none")
-    return permutations(content["permutations"], signs=content.get("signs", ()), keys=path.keys)
+    return permutations(
+        content["permutations"],
+        signs=content.get("signs", ()),
+        sizes=content.get("sizes"),
+        keys=path.keys,
+    )
 
 
 # Reading

@@ -42,10 +42,12 @@ def of(potential: AbstractPotential, *, tolerance: float = 1e-5) -> Symmetry:
     _, keys = model_of(potential)
     check_positive("tolerance", tolerance)
     taken, groups = Counter(), []
-    for axes in found_in(potential):
+    for size, axes in found_in(potential):
         name = axes[0].key.rpartition("/")[0] or axes[0].key
         taken[name] += 1
-        groups.append(Group(name if taken[name] == 1 else f"{name}.{taken[name]}", axes, False))
+        name = name if taken[name] == 1 else f"{name}.{taken[name]}"
+        alone = any(axis.inner is None for axis in axes)
+        groups.append(Group(name, axes, False, None if alone else size))
     kept = []
     trials = Trials(potential, Symmetry(tuple(groups), keys)) if groups else None
     for k, group in enumerate(groups):
