@@ -324,8 +324,11 @@ _LONGEST_TOML = 1 << 28
 
 
 def read_toml(path: Path, argument: str = "config") -> dict[str, Any]:
-    """The content of a TOML file. **Raises:** `InputError`, with the argument that names the file, if
-    it cannot be read or parsed."""
+    """The content of a TOML file.
+
+    **Args:** `argument`: the setting that names the file.
+    **Raises:** `InputError` if it cannot be read or parsed.
+    """
     try:
         # Some editors begin a file with the mark of its encoding.
         with path.open("rb") as file:

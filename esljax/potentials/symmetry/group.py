@@ -18,11 +18,11 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esljax._checks import check_key, door, in_words, refuse
 from esljax._types import Array, ArrayLike, Float, Key
@@ -325,13 +325,13 @@ def _axes(name: str, axes: Any) -> tuple[Turned, ...]:
         )
         if not right:
             raise refuse("groups", must, f"holds {axis!r}")
-        key, *numbers = axis
-        found.append(Turned(key, *(None if x is None else int(x) for x in numbers)))
+        inner = axis[2] if len(axis) == 3 else None
+        found.append(Turned(axis[0], int(axis[1]), None if inner is None else int(inner)))
     return tuple(found)
 
 
 def _is_count(x: Any, least: int) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool) and x >= least
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and int(x) >= least
 
 
 def _quoted(x: Any) -> str:

@@ -133,7 +133,10 @@ def found_in(potential: AbstractPotential) -> list[tuple[int, tuple[Turned, ...]
     _, inputs = probes_of(potential, jax.random.key(0), 1)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.result_type(float)) for _, shape in keys]
     return [
-        (group.size, tuple(Turned(keys[place][0], *which) for place, *which in group.axes))
+        (
+            group.size,
+            tuple(Turned(keys[place][0], axis, inner) for place, axis, inner in group.axes),
+        )
         for group in coupled(lambda given: outputs(given, inputs), arrays)
     ]
 
