@@ -318,6 +318,11 @@ def test_a_trial_of_outputs_that_are_all_0_is_refused(refused):
     refused(lambda: esl.symmetry.of(esl.FlaxLoss(Dead, MOONS)), "have outputs other than 0")
 
 
+def test_groups_that_a_trial_refuses_are_named(shallow, refused):
+    sentence = "within `tolerance` 1e-12: group 'layers/0' moves outputs by .*e-0[78] of them"
+    refused(lambda: esl.symmetry.of(shallow, tolerance=1e-12), sentence)
+
+
 # By hand
 
 
