@@ -638,5 +638,8 @@ def test_modulo_a_symmetry_units_may_change_places(tmp_path, capsys, refused):
 
     refused(lambda: with_content("units = 3"), "hold a table `permutations`")
     wrong = '[permutations]\nhidden = [["0/weight", 0]]'
-    refused(lambda: with_content(wrong), "turns `0/weight`")
+    refused(lambda: with_content(wrong), "symmetry.toml is not: .*turns `0/weight`")
+    refused(lambda: with_content("signs = ["), "`symmetry` must be valid TOML")
+    heads = '[permutations]\nheads = [["0.weight", 0, 1]]\n[sizes]\nheads = "2"'
+    refused(lambda: with_content(heads), "symmetry.toml is not: .*sizes.*numbers of units")
     refused(lambda: with_content(wrong, ("project", "pca")), "project.*be 'none' modulo a symmetry")

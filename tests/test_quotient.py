@@ -78,6 +78,17 @@ def test_w2_is_that_of_scipy(kind):
     assert transport.is_metric
 
 
+@pytest.mark.parametrize("kind", ["plain", "signed"])
+def test_units_that_hardly_differ_find_their_partners(kind):
+    """Far from 0 the rounding of their products is larger than what tells them apart."""
+    x, noise = members(kind, 2, 1)
+    x = 100 + 0.01 * x
+    element = esl.symmetry.Element((jnp.array([2, 3, 1, 0]),), (jnp.ones(4),))
+    y = np.asarray(symmetry(kind).act(element, x[0]))[None] + np.float32(1e-3) * noise
+    expected = by_scipy(x[0], y[0], kind == "signed")
+    np.testing.assert_allclose(quotient(kind).squared(x, y), expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("kind", EXACT)
 def test_no_element_is_nearer_by_brute_force(kind):
     """Over all permutations and signs of all groups."""
@@ -297,6 +308,22 @@ def test_shares_of_parameters_are_of_aligned_members(path):
     assert share.key == "layers/1/kernel"
 
 
+def test_arrays_lie_where_the_run_has_them(path):
+    """A symmetry made for another order of the same arrays is that of the run all the same."""
+    axes = {"hidden": HIDDEN}
+    own = esl.symmetry.permutations(axes, keys=path.keys)
+    other = esl.symmetry.permutations(axes, keys=path.keys[::-1])
+    renamed = [(f"my {key}", shape) for key, shape in path.keys]
+    by_other_names = esl.symmetry.permutations(
+        {"hidden": [(f"my {key}", axis) for key, axis in HIDDEN]}, keys=renamed
+    )
+    values = [
+        esl.QuotientTransport(esl.ExactTransport(), each).of_parameters(path.keys).symmetry
+        for each in (own, other, by_other_names)
+    ]
+    assert values == [own, own, by_other_names]
+
+
 def test_upper_values_are_labelled():
     transport = quotient("deep")
     assert not transport.is_metric
@@ -311,6 +338,18 @@ REFUSED = {
     "moments": (
         lambda: esl.QuotientTransport(esl.GaussianTransport(), symmetry("plain")),
         "distances of members alone",
+    ),
+    "a projection": (
+        lambda: esl.ProjectedTransport(quotient("plain"), jnp.eye(27)[:, ::-1]),
+        "whatever coordinates they have.*turns their parameters",
+    ),
+    "features": (
+        lambda: esl.MappedTransport(quotient("plain"), lambda member: member[::-1]),
+        "whatever coordinates they have",
+    ),
+    "no run": (
+        lambda: esl.measures.w2_bracket(members("plain", 2, 3), None),
+        "trajectory.*be a run",
     ),
     "no symmetry": (
         lambda: esl.QuotientTransport(esl.ExactTransport(), "hidden"),

@@ -1,5 +1,7 @@
 """Symmetries of networks: found in their programs, made by hand, and tried."""
 
+import tomllib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,9 +156,171 @@ def test_operations(name):
     same = np.allclose(function(w, v), function(w[order], v[order]), atol=1e-6)
     assert same == symmetric
     groups = coupled(lambda arrays: function(*arrays), [jax.ShapeDtypeStruct((4,), "float32")] * 2)
-    together = any({(0, 0), (1, 0)} <= {x[:2] for x in group.axes} for group in groups)
+    together = any({(0, 0, None), (1, 0, None)} <= set(group.axes) for group in groups)
     # A split axis turns in parts alone.
     assert together == (symmetric and name != "a shape and back")
+    for group in groups:
+        turned = [turned_by(group, place, array) for place, array in enumerate((w, v))]
+        np.testing.assert_allclose(function(*turned), function(w, v), rtol=1e-5)
+
+
+def turned_by(group, place, array):
+    """An array of a program with the units of a found group in the reverse order."""
+    array = np.asarray(array)
+    for _, axis, inner in (x for x in group.axes if x[0] == place):
+        length = array.shape[axis]
+        shape = (-1, group.size, inner) if inner else (1, length, 1)
+        order = np.arange(length).reshape(shape)[:, ::-1].ravel()
+        array = np.take(array, order, axis)
+    return array
+
+
+# Layers, as programs of a few arrays: what is found as {(size, (array, axis, side by side), ...)}.
+
+
+def attention(e, q, k, v, o):
+    """Three heads of two numbers, written by hand with dense layers."""
+    heads = [jnp.tanh(e @ w).reshape(5, 3, 2) for w in (q, k, v)]
+    weights = jax.nn.softmax(jnp.einsum("thi,shi->hts", *heads[:2]))
+    return jnp.einsum("hts,shi->thi", weights, heads[2]).reshape(5, 6) @ o
+
+
+def normalized(w, scale, v):
+    """Two groups of three channels, each normalized by itself."""
+    groups = (X @ w).reshape(5, 2, 3)
+    groups = (groups - groups.mean(2, keepdims=True)) / groups.std(2, keepdims=True)
+    return (groups.reshape(5, 6) * scale) @ v
+
+
+def gated(w, r, v):
+    """A cell whose three gates are one array."""
+    state = jnp.zeros((5, 4))
+    for _ in range(2):
+        a, b, c = jnp.split(X @ w + state @ r, 3, axis=1)
+        state = jnp.tanh(a) * state + b * jax.nn.sigmoid(c)
+    return state @ v
+
+
+def gated_by_slices(w, v):
+    both = X @ w
+    return (both[:, :4] * jax.nn.sigmoid(both[:, 4:])) @ v
+
+
+def of_both_signs(w, v):
+    units = X @ w
+    return jnp.concatenate([jax.nn.relu(units), jax.nn.relu(-units)], axis=1) @ v
+
+
+def by_channel(w, k, v):
+    """Two channels of the convolution for each of three of the image, by itself."""
+    image = jnp.tanh(X @ w).reshape(1, 5, 1, 3)
+    found = jax.lax.conv_general_dilated(
+        image, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=3
+    )
+    return found.reshape(5, 6) @ v
+
+
+def averaged(w, unused, v):
+    """Running statistics are updated, and nothing needs them."""
+    jnp.zeros(4).at[1].set(jnp.sum(unused))
+    units = X @ w
+    jnp.zeros(4).at[:].set(units.mean(0))
+    return units @ v
+
+
+X = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+LAYERS = {
+    "heads": (
+        attention,
+        [(5, 7), (7, 6), (7, 6), (7, 6), (6, 2)],
+        {(3, (1, 1, 2), (2, 1, 2), (3, 1, 2), (4, 0, 2)), (2, (1, 1, 1), (2, 1, 1))},
+    ),
+    "groups of channels": (
+        normalized,
+        [(7, 6), (6,), (6, 2)],
+        {(2, (0, 1, 3), (1, 0, 3), (2, 0, 3)), (3, (0, 1, 1), (1, 0, 1), (2, 0, 1))},
+    ),
+    "gates in one array": (
+        gated,
+        [(7, 12), (4, 12), (4, 2)],
+        {(4, (0, 1, 1), (1, 0, None), (1, 1, 1), (2, 0, None))},
+    ),
+    "gates by slices": (gated_by_slices, [(7, 8), (4, 2)], {(4, (0, 1, 1), (1, 0, None))}),
+    "units beside themselves": (of_both_signs, [(7, 4), (8, 2)], {(4, (0, 1, None), (1, 0, 1))}),
+    "channels by themselves": (
+        by_channel,
+        [(7, 3), (1, 1, 1, 6), (6, 2)],
+        {(3, (0, 1, None), (1, 3, 2), (2, 0, 2)), (2, (1, 3, 1), (2, 0, 1))},
+    ),
+    "what no output needs": (averaged, [(7, 4), (4, 4), (4, 2)], {(4, (0, 1, None), (2, 0, None))}),
+    "a choice between programs": (
+        lambda w, v: jax.lax.cond(jnp.sum(w) > 0, jnp.tanh, jnp.sin, X @ w) @ v,
+        [(7, 4), (4, 2)],
+        {(4, (0, 1, None), (1, 0, None))},
+    ),
+    "neighbors": (lambda w, v: (X @ w * jnp.roll(X @ w, 1, -1)) @ v, [(7, 4), (4, 2)], set()),
+    "a reduction of one's own": (
+        lambda w: jax.lax.reduce(X @ w, 1.0, lambda a, b: a * jnp.cos(b) + b, (1,)),
+        [(7, 4)],
+        set(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    function, shapes, expected = LAYERS[name]
+    given = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    groups = coupled(lambda arrays: function(*arrays), given)
+    found = {(group.size, *sorted(group.axes, key=str)) for group in groups}
+    assert {(size, *sorted(axes, key=str)) for size, *axes in expected} <= found
+    assert expected or not found
+    rng = np.random.default_rng(1)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    for group in groups:
+        turned = [turned_by(group, place, array) for place, array in enumerate(arrays)]
+        np.testing.assert_allclose(function(*turned), function(*arrays), rtol=1e-3, atol=1e-5)
+
+
+# By trial
+
+
+class Narrow(nnx.Module):
+    """Layers of two units, behind an activation that is not odd."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(2, 2, rngs=rngs) for _ in range(7)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nnx.leaky_relu(layer(x), 0.3)
+        return x, x > 0
+
+
+class Dead(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b = nnx.Linear(2, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.relu(self.b(nnx.relu(self.a(x))) - 100)
+
+
+def test_two_units_do_not_pass_because_none_of_them_moved():
+    """Of two units a random order is the identity every second time, and no sign flips every
+    fourth time. Outputs may be masks, too."""
+    potential = esl.FlaxLoss(Narrow, MOONS, loss=lambda outputs, _: outputs[0][:, 0])
+    symmetry = esl.symmetry.of(potential)
+    assert symmetry.sizes == (2,) * 6
+    assert not any(group.signed for group in symmetry.groups)
+
+
+def test_a_trial_of_outputs_that_are_all_0_is_refused(refused):
+    refused(lambda: esl.symmetry.of(esl.FlaxLoss(Dead, MOONS)), "have outputs other than 0")
+
+
+def test_groups_that_a_trial_refuses_are_named(shallow, refused):
+    sentence = "within `tolerance` 1e-12: group 'layers/0' moves outputs by .*e-0[78] of them"
+    refused(lambda: esl.symmetry.of(shallow, tolerance=1e-12), sentence)
 
 
 # By hand
@@ -194,6 +358,25 @@ def test_a_flattened_axis_turns_in_blocks():
         axis = 1 if inner == 1 else 0
         expected = np.take(np.arange(3.0, 9).reshape(blocks), element.places[0], axis=axis)
         np.testing.assert_array_equal(dense, expected)
+
+
+def test_heads_by_hand_have_a_number_and_a_file():
+    """Where no axis is theirs alone. Names may be in any script, and axes integers of NumPy."""
+    axes = [("in 𝜃", np.int64(0), 2), ("out", 1, 2)]
+    symmetry = esl.symmetry.permutations(
+        {"heads": axes}, sizes={"heads": 3}, keys={"in 𝜃": (18,), "out": (1, 6)}
+    )
+    element = symmetry.draw(jax.random.key(0))
+    turned = symmetry.arrays(symmetry.act(element, jnp.arange(24.0)))
+    order = np.asarray(element.places[0])
+    expected = np.arange(18.0).reshape(3, 3, 2)[:, order].ravel()
+    np.testing.assert_array_equal(turned["in 𝜃"], expected)
+    np.testing.assert_array_equal(
+        turned["out"][0], np.arange(18.0, 24).reshape(3, 2)[order].ravel()
+    )
+    content = tomllib.loads(symmetry.to_toml())
+    read = esl.symmetry.permutations(content["permutations"], sizes=content["sizes"])
+    assert read.at(symmetry.keys) == symmetry
 
 
 def with_axes(*axes, **more):
@@ -249,6 +432,32 @@ REFUSED = {
     "text": (hand("ab"), "list of .key, axis."),
     "twice": (hand([("a", 0), ("a", 0)]), "turn axis 0 of `a` 2 times"),
     "signs": (hand([("a", 0)], signs="hidden"), "signs.*names of the groups"),
+    "sizes": (hand([("a", 0)], sizes={"b": 2}), "sizes.*numbers of units of the groups hidden"),
+    "sizes of another kind": (hand([("a", 0)], sizes=[2]), "sizes.*numbers of units"),
+    "sizes that do not fit": (
+        hand([("a", 0, 2)], sizes={"hidden": 3}, keys={"a": (4,)}),
+        "3 as `sizes` says, but axis 0 of `a` has length 4",
+    ),
+    "no size": (hand([("a", 0, 2)], keys={"a": (4,)}), "say in `sizes` how many units"),
+    "a sign of no name": (hand([("a", 0)], signs=[["hidden"]]), "signs.*names of the groups"),
+    "signs of another kind": (hand([("a", 0)], signs=3), "signs.*list of names of the groups"),
+    "negative": (hand([("a", -1)]), "axes counted from 0"),
+    "all lengths": (
+        hand([("a", 0), ("b", 0)], keys={"a": (3,), "b": (4,)}),
+        "3 as axis 0 of `a` has, but axis 0 of `b` has length 4",
+    ),
+    "keys of another kind": (hand([("a", 0)], keys=5), "keys.*names and shapes.*an int"),
+    "arrays for keys": (hand([("a", 0)], keys={"a": np.ones(3)}), "keys.*names and shapes"),
+    "no element": (
+        lambda: hand([("a", 0)], keys={"a": (3,)})().act(3, jnp.ones(3)),
+        "element.*of 3 units, but is an int",
+    ),
+    "an element of another": (
+        lambda: hand([("a", 0)], keys={"a": (3,)})().act(
+            hand([("a", 0)], keys={"a": (4,)})().identity("float32"), jnp.ones(3)
+        ),
+        "element.*of 3 units, but has 4",
+    ),
     "no array": (hand([("a", 0)], keys={"b": (3,)}), "turns `a`"),
     "no axis": (hand([("a", 1)], keys={"a": (3,)}), "no axis 1"),
     "lengths": (hand([("a", 0), ("b", 0)], keys={"a": (3,), "b": (4,)}), "length"),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from esljax._checks import memory_of_the_machine, refuse
+from esljax._checks import InputError, memory_of_the_machine, refuse
 from esljax._types import Array
 from esljax.command.progress import MeasureBar
 from esljax.command.results import Results
@@ -348,14 +348,18 @@ def _in_report(symmetry: Symmetry | None) -> dict[str, Any] | None:
 
 def _read_symmetry(file: Path, path: Trajectory) -> Symmetry:
     """The symmetry of a TOML file, as `Symmetry.to_toml` writes it, of the parameters of a run."""
-    content = read_toml(file)
-    if set(content) - {"permutations", "signs"} or "permutations" not in content:
-        must = "hold a table `permutations`, and perhaps a list `signs`"
+    content = read_toml(file, "symmetry")
+    if set(content) - {"permutations", "signs", "sizes"} or "permutations" not in content:
+        must = "hold a table `permutations`, and perhaps a list `signs` and a table `sizes`"
         raise refuse("symmetry", must, f"{file} holds {', '.join(content) or 'nothing'}")
     if path.keys is None:
         must = "be of a run whose parameters have names (a folder of checkpoints)"
         raise refuse("symmetry", must, "is given for one whose parameters have none")
-    return permutations(content["permutations"], signs=content.get("signs", ()), keys=path.keys)
+    signs, sizes = content.get("signs", ()), content.get("sizes")
+    try:
+        return permutations(content["permutations"], signs=signs, sizes=sizes, keys=path.keys)
+    except InputError as error:
+        raise refuse("symmetry", "be one of this run", f"{file} is not: {error}"[:-1]) from error
 
 
 # Reading

@@ -323,29 +323,33 @@ class OutsideConfig(ScheduleConfig, GeneralConfig):
 _LONGEST_TOML = 1 << 28
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file. **Raises:** `InputError` if it cannot be read or parsed."""
+def read_toml(path: Path, argument: str = "config") -> dict[str, Any]:
+    """The content of a TOML file.
+
+    **Args:** `argument`: the setting that names the file.
+    **Raises:** `InputError` if it cannot be read or parsed.
+    """
     try:
         # Some editors begin a file with the mark of its encoding.
         with path.open("rb") as file:
             content = file.read(_LONGEST_TOML + 1)
         if len(content) > _LONGEST_TOML:
-            raise refuse("config", "be a file of settings", f"{path} does not end within 256 MB")
+            raise refuse(argument, "be a file of settings", f"{path} does not end within 256 MB")
         return tomllib.loads(content.decode("utf-8-sig"))
     except InputError:
         raise
     except OSError as error:
-        raise refuse("config", "be a readable file", f"{path} gives: {error.strerror}") from error
+        raise refuse(argument, "be a readable file", f"{path} gives: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise refuse(
-            "config", "be valid TOML, which is UTF-8", f"{path} is not: {error.reason}"
+            argument, "be valid TOML, which is UTF-8", f"{path} is not: {error.reason}"
         ) from error
     except RecursionError as error:
-        raise refuse("config", "be valid TOML", f"{path} is nested too deep") from error
+        raise refuse(argument, "be valid TOML", f"{path} is nested too deep") from error
     except ValueError as error:
         # A path with a null, a syntax error, or an integer of thousands of digits.
         reason = first_sentence(error)
-        raise refuse("config", "be valid TOML", f"{path} is not: {reason}") from error
+        raise refuse(argument, "be valid TOML", f"{path} is not: {reason}") from error
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def w2_bracket(trajectory: Trajectory, report: SpeedLimit) -> Bracket:
     **Args:** `trajectory`: one run, or several with positions (runs, J+1, n, d). `report`: that of
     `speed_limit(trajectory, debias=True)`, best in a `QuotientTransport`.
     **Returns:** `Bracket`, of several runs the mean with errors over the runs.
-    **Raises:** `InputError` for a report that is not debiased.
+    **Raises:** `InputError` for a report that is not debiased, and for what is no run.
 
     **Example:**
 
@@ -62,6 +62,7 @@ def w2_bracket(trajectory: Trajectory, report: SpeedLimit) -> Bracket:
         >>> bool(bracket.lower < 2 < bracket.upper)
         True
     """
+    check_kind("trajectory", trajectory, Trajectory, "be a run, as simulate returns it")
     check_kind("report", report, SpeedLimit, "be what speed_limit returns")
     if report.debiased_w2_squared is None:
         raise refuse("report", "be debiased, by speed_limit(..., debias=True)", "is not")

@@ -48,6 +48,7 @@ class AbstractTransport(eqx.Module):
       identity fraction of a report;
     - `moments_only`, if it compares means and covariances only, to stand beside `AffineVelocity`;
     - `of_distances`, if it looks at distances between members alone, for folded members;
+    - `of_parameters` and `knows_places`, if it looks at the arrays that members are made of;
     - `projection` or `coordinates`, if it does not compare the positions themselves;
     - `in_units`, if no distance changes where both ensembles are moved together, for reports of
       members of any size and place;
@@ -123,6 +124,12 @@ class AbstractTransport(eqx.Module):
     def of_distances(self) -> bool:
         """Whether `squared` depends on the distances between members alone, within and between the
         two ensembles."""
+        return False
+
+    @property
+    def knows_places(self) -> bool:
+        """Whether each number of a member means something by its place, so that features or a
+        projection of members must not stand for them."""
         return False
 
     @property

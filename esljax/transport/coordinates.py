@@ -87,6 +87,10 @@ class AbstractWrappedTransport(AbstractTransport):
         return self.transport.moments_only
 
     @property
+    def knows_places(self) -> bool:
+        return self.transport.knows_places
+
+    @property
     def projection(self) -> Float[Array, "d p"] | None:
         return self.transport.projection if self.linear else None
 
@@ -126,7 +130,7 @@ class MappedTransport(AbstractWrappedTransport):
 
     **Args:** `transport`: any other. `map`: from one member, shape (d,), to its features, shape
     (p,); a pytree or a function of jax.
-    **Raises:** `InputError` if the map does not return shape (p,).
+    **Raises:** `InputError` if the map does not return shape (p,), and for a `QuotientTransport`.
     **Differentiation:** as the inner transport, through the map.
 
     **Example:**
@@ -141,6 +145,9 @@ class MappedTransport(AbstractWrappedTransport):
     """
 
     map: Callable[[Float[Array, " d"]], Float[Array, " p"]]
+
+    def __check_init__(self):
+        _check_takes_coordinates(self.transport)
 
     def coordinates(self, positions: Float[Array, "*many n d"]) -> Float[Array, "*many n p"]:
         return self.transport.coordinates(self._features(positions))
@@ -181,7 +188,7 @@ class ProjectedTransport(AbstractWrappedTransport):
     With orthonormal columns every metric of this package then bounds its full self from below.
 
     **Args:** `transport`: any other. `matrix`: shape (d, p), a leaf of the pytree.
-    **Raises:** `InputError` if `matrix` has not shape (d, p).
+    **Raises:** `InputError` if `matrix` has not shape (d, p), and for a `QuotientTransport`.
     **Differentiation:** as the inner transport, in the matrix as well.
 
     **Example:**
@@ -196,6 +203,7 @@ class ProjectedTransport(AbstractWrappedTransport):
     matrix: Float[Array, "d p"] = eqx.field(converter=as_float)
 
     def __check_init__(self):
+        _check_takes_coordinates(self.transport)
         if jnp.ndim(self.matrix) != 2 or jnp.size(self.matrix) == 0:
             raise refuse("matrix", "have shape (d, p)", f"has shape {jnp.shape(self.matrix)}")
 
@@ -245,6 +253,12 @@ class ProjectedTransport(AbstractWrappedTransport):
                 f"has shape {self.matrix.shape}",
             )
         return product(positions, self.matrix.astype(positions.dtype))
+
+
+def _check_takes_coordinates(transport: AbstractTransport) -> None:
+    if transport.knows_places:
+        must = "compare members by whatever coordinates they have"
+        raise refuse("transport", must, f"is {transport.name}, which turns their parameters")
 
 
 @door

@@ -43,8 +43,8 @@ class QuotientTransport(AbstractWrappedTransport):
 
     **Args:**
     - `transport`: `ExactTransport()`, or `SinkhornTransport(epsilon)` without a chunk.
-    - `symmetry`: made by `esljax.symmetry`. One that does not know the shapes of its arrays gets
-      them from the run in `speed_limit`.
+    - `symmetry`: made by `esljax.symmetry`. In `speed_limit` it turns the arrays of those names
+      where the run has them.
 
     A pair of ensembles of n members takes n² assignments of each group.
 
@@ -87,6 +87,10 @@ class QuotientTransport(AbstractWrappedTransport):
         return self.transport.is_metric and self.symmetry.exact
 
     @property
+    def knows_places(self) -> bool:
+        return True
+
+    @property
     def name(self) -> str:
         upper = "" if self.symmetry.exact else " (upper values by alternating assignments)"
         return f"{type(self).__name__} {self.transport.name}{upper}"
@@ -94,7 +98,13 @@ class QuotientTransport(AbstractWrappedTransport):
     def of_parameters(
         self, keys: tuple[tuple[str, tuple[int, ...]], ...] | None
     ) -> "AbstractTransport":
-        if self.symmetry.keys is not None or keys is None:
+        own = self.symmetry.keys
+        if keys is None or own == keys:
+            return self
+        # Arrays of other names may be the same; those of the same names lie where the run has them.
+        turned = {axis.key for group in self.symmetry.groups for axis in group.axes}
+        renamed = own is not None and [x for _, x in own] == [x for _, x in keys]
+        if renamed and not turned <= set(dict(keys)):
             return self
         return QuotientTransport(self.transport, self.symmetry.at(keys))
 
@@ -271,8 +281,16 @@ def _chosen(
     **Args:** `moved`: y, turned by `element`.
     """
     signed = symmetry.groups[k].signed
-    likeness = product(symmetry.units(k, x, axes), symmetry.units(k, moved, axes).T)
-    cost = -jnp.abs(likeness) if signed else -likeness
+    own, others = symmetry.units(k, x, axes), symmetry.units(k, moved, axes)
+    # From the middle of the units, or all that rounding leaves of their differences may be lost.
+    middle = jnp.mean(own, axis=0)
+    own, others = own - middle, others - middle
+    likeness = product(own, others.T)
+    # Less terms of one row or one column, which favor no order: one for a unit as it is, with
+    # `shift` = (x - middle) · middle + middle · (y - middle) + middle² one for a flipped unit.
+    shift = product(own, middle)[:, None] + product(others, middle) + jnp.sum(middle**2)
+    flipped = likeness + 2 * shift
+    cost = jnp.minimum(-likeness, flipped) if signed else -likeness
     pairs, _ = many_pairs(len(cost))
     chosen, _ = pairs(cost, solvable(cost))
     # Costs that are no numbers leave rows without partners.
@@ -281,5 +299,6 @@ def _chosen(
     places, signs = list(element.places), list(element.signs)
     places[k], signs[k] = places[k][chosen], signs[k][chosen]
     if signed:
-        signs[k] = signs[k] * jnp.where(likeness[here, chosen] < 0, -1, 1).astype(x.dtype)
+        turned = flipped[here, chosen] < -likeness[here, chosen]
+        signs[k] = signs[k] * jnp.where(turned, -1, 1).astype(x.dtype)
     return Element(tuple(places), tuple(signs))

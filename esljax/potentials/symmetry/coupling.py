@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.interpreters import partial_eval
 
 
 class Found(NamedTuple):
-    """Axes that turn together: for each the array's place, its axis, and how many numbers lie side
-    by side for each unit; None if the axis indexes the units alone."""
+    """Axes that turn together."""
 
     size: int
+    """How many units they index."""
     axes: tuple[tuple[int, int, int | None], ...]
+    """For each the array's place, its axis, and how many numbers lie side by side for each unit;
+    None if the axis indexes the units alone."""
 
 
 def coupled(
@@ -28,9 +31,17 @@ def coupled(
 ) -> list[Found]:
     """Return the groups of axes of `arrays` whose permutation leaves `function(arrays)` alone."""
     traced = jax.make_jaxpr(function)(list(arrays))
+    # What no output needs knows no places: running statistics are updated and dropped.
+    wanted = [True] * len(traced.jaxpr.outvars)
+    program, needed = partial_eval.dce_jaxpr(traced.jaxpr, wanted)
     axes = _Axes()
-    given = [[axes.new(length) for length in array.shape] for array in arrays]
-    outputs = _run(axes, traced.jaxpr, _of_constants(axes, traced.consts), given)
+    # Arrays that no output needs stay as they are.
+    given = [
+        [axes.new(length, not need) for length in array.shape]
+        for array, need in zip(arrays, needed, strict=True)
+    ]
+    followed = [value for value, need in zip(given, needed, strict=True) if need]
+    outputs = _run(axes, program, _of_constants(axes, traced.consts), followed)
     for value in outputs:
         axes.fix(*value)
     groups: dict[int, list[tuple[int, int, int | None]]] = {}
@@ -44,7 +55,7 @@ def coupled(
     return [
         Found(axes.size[leaf], tuple(found))
         for leaf, found in groups.items()
-        if not axes.fixed[leaf] and any(inner is None for _, _, inner in found)
+        if not axes.fixed[leaf]
     ]
 
 
@@ -138,6 +149,12 @@ class _Axes:
             result.append(axis)
         return result
 
+    def part(self, atoms: Atoms, parts: int, length: int) -> Atoms:
+        """The axis of any of so many equal parts of an axis: parts turn alike, in their order."""
+        number, units = self.reshaped([atoms], (parts, length))
+        self.fix(number)
+        return units
+
     def all_fixed(self, value: Value, shape: Sequence[int]) -> Value:
         self.fix(*value)
         return [self.new(length, True) for length in shape]
@@ -211,9 +228,11 @@ def _unknown(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple
 
 def _inside(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]) -> list[Value]:
     """An operation that is a program of its own, such as `jit`; else an unknown one."""
+    given = [atom.aval.shape for atom in equation.invars]
     for inner in equation.params.values():
         program, constants = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-        if hasattr(program, "eqns") and len(program.invars) == len(inputs):
+        # A program of other shapes is applied to entries, as that of a general reduction.
+        if hasattr(program, "eqns") and [x.aval.shape for x in program.invars] == given:
             return _run(axes, program, _of_constants(axes, constants), inputs)
     return _unknown(axes, equation, inputs, shapes)
 
@@ -267,7 +286,8 @@ def _along_one(axis: str) -> Callable[..., list[Value]]:
 
     def rule(axes, equation, inputs, shapes):
         chosen = equation.params[axis]
-        chosen = {chosen} if isinstance(chosen, int) else set(chosen)
+        # One axis may be an integer of NumPy.
+        chosen = {int(i) for i in np.atleast_1d(chosen)}
         for value in inputs:
             axes.fix(*(value[i] for i in chosen))
         first = inputs[0]
@@ -304,19 +324,56 @@ def _windowed(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tupl
 def _kept_whole(
     axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]
 ) -> list[Value]:
-    """Slices and pads: an axis passes if its length stays."""
+    """Slices and pads: an axis passes if its length stays, or one of its equal parts is taken."""
     before, result = equation.invars[0].aval.shape, []
     for i, length in enumerate(shapes[0]):
-        whole = before[i] == length and not _shifted(equation, i)
-        if not whole:
+        if before[i] == length and not _shifted(equation, i):
+            result.append(inputs[0][i])
+        elif _is_part(equation, i, before[i], length):
+            result.append(axes.part(inputs[0][i], before[i] // length, length))
+        else:
             axes.fix(inputs[0][i])
-        result.append(inputs[0][i] if whole else axes.new(length, True))
+            result.append(axes.new(length, True))
     return [result]
+
+
+def _is_part(equation: Any, i: int, before: int, length: int) -> bool:
+    """Whether a slice takes one of the equal parts of an axis, as the gates of a cell lie."""
+    if equation.primitive.name != "slice" or length == 0 or before % length:
+        return False
+    strides = equation.params["strides"]
+    return (strides is None or strides[i] == 1) and not (
+        equation.params["start_indices"][i] % length
+    )
 
 
 def _shifted(equation: Any, i: int) -> bool:
     padding = equation.params.get("padding_config")
     return padding is not None and tuple(padding[i]) != (0, 0, 0)
+
+
+def _split(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]) -> list[Value]:
+    along = equation.params["axis"]
+    if len(set(shapes)) > 1:
+        return _along_one("axis")(axes, equation, inputs, shapes)
+    (value,) = inputs
+    part = axes.part(value[along], len(shapes), shapes[0][along])
+    return [[*value[:along], part, *value[along + 1 :]] for _ in shapes]
+
+
+def _concatenate(
+    axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]
+) -> list[Value]:
+    """Parts of one length turn alike: what they turn with would else have no axis of its own."""
+    along = equation.params["dimension"]
+    if len({atom.aval.shape for atom in equation.invars}) > 1:
+        return _along_one("dimension")(axes, equation, inputs, shapes)
+    first = inputs[0]
+    for value in inputs[1:]:
+        for one, other in zip(first, value, strict=True):
+            axes.join(one, other)
+    behind = axes.new(len(inputs), True) + first[along]
+    return [[*first[:along], behind, *first[along + 1 :]]]
 
 
 def _iota(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]) -> list[Value]:
@@ -343,12 +400,11 @@ def _convolution(
     groups = equation.params["feature_group_count"]
     axes.fix(*(image[i] for i in around), *(kernel[i] for i in window))
     lengths = equation.invars[1].aval.shape
-    if groups == 1:
-        axes.join(image[channels], kernel[in_])
-    elif lengths[in_] == 1 and lengths[out] == groups:  # each channel by itself
-        axes.join(image[channels], kernel[out])
-    else:
-        axes.fix(image[channels], kernel[in_], kernel[out])
+    # The channels of groups lie behind each other; within a group they turn alike in all.
+    ahead, inside = axes.reshaped([image[channels]], (groups, lengths[in_]))
+    group_of_kernel, _ = axes.reshaped([kernel[out]], (groups, lengths[out] // groups))
+    axes.join(ahead, group_of_kernel)
+    axes.join(inside, kernel[in_])
     if equation.params["batch_group_count"] != 1:
         axes.fix(image[batch], kernel[out])
     result: Value = [[]] * len(image)
@@ -396,6 +452,19 @@ def _scan(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]) 
     return outputs[:carried] + [[axes.new(length, True), *value] for value in outputs[carried:]]
 
 
+def _cond(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]) -> list[Value]:
+    """A choice between programs: what all return in one place turns alike."""
+    first, *others = (
+        _run(axes, branch.jaxpr, _of_constants(axes, branch.consts), inputs[1:])
+        for branch in equation.params["branches"]
+    )
+    for other in others:
+        for value, same in zip(first, other, strict=True):
+            for one, another in zip(value, same, strict=True):
+                axes.join(one, another)
+    return first
+
+
 _RULES = {
     "broadcast_in_dim": _broadcast,
     "reshape": _reshape,
@@ -410,8 +479,8 @@ _RULES = {
     "reduce_or": _reduce,
     "argmax": _place_of,
     "argmin": _place_of,
-    "concatenate": _along_one("dimension"),
-    "split": _along_one("axis"),
+    "concatenate": _concatenate,
+    "split": _split,
     "sort": _along_one("dimension"),
     "rev": _along_one("dimensions"),
     "cumsum": _along_one("axis"),
@@ -423,12 +492,13 @@ _RULES = {
     "reduce_window_max": _windowed,
     "reduce_window_min": _windowed,
     "slice": _kept_whole,
+    "dynamic_slice": _kept_whole,
     "pad": _kept_whole,
     "iota": _iota,
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
     "gather": _gather,
     "scan": _scan,
+    "cond": _cond,
     "while": _unknown,
-    "cond": _unknown,
 }

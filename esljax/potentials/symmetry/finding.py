@@ -42,16 +42,24 @@ def of(potential: AbstractPotential, *, tolerance: float = 1e-5) -> Symmetry:
     _, keys = model_of(potential)
     check_positive("tolerance", tolerance)
     taken, groups = Counter(), []
-    for axes in found_in(potential):
+    for size, axes in found_in(potential):
         name = axes[0].key.rpartition("/")[0] or axes[0].key
         taken[name] += 1
-        groups.append(Group(name if taken[name] == 1 else f"{name}.{taken[name]}", axes, False))
-    kept = []
+        name = name if taken[name] == 1 else f"{name}.{taken[name]}"
+        alone = any(axis.inner is None for axis in axes)
+        groups.append(Group(name, axes, False, None if alone else size))
+    kept, missed = [], []
     trials = Trials(potential, Symmetry(tuple(groups), keys)) if groups else None
     for k, group in enumerate(groups):
-        signed = [s for s in (True, False) if trials and trials.moved(k, s) <= tolerance]
+        moved = {s: trials.moved(k, s) for s in (True, False)} if trials else {}
+        signed = [s for s, by in moved.items() if by <= tolerance]
         if signed:
             kept.append(dataclasses.replace(group, signed=signed[0]))
+        else:
+            missed.append(f"group {group.name!r} moves outputs by {moved[False]:.1e} of them")
     if not kept:
-        raise refuse("potential", "have units that may change places", "has none that are found")
+        was = "has none that are found"
+        if missed:
+            was += f" within `tolerance` {tolerance:g}: {', '.join(missed[:3])}"
+        raise refuse("potential", "have units that may change places", was)
     return Symmetry(tuple(kept), keys)

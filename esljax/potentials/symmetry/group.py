@@ -15,12 +15,14 @@ Ainsworth, Hayase and Srinivasa, "Git Re-Basin", ICLR 2023, for the alternating 
 import dataclasses
 import json
 import math
+import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from esljax._checks import check_key, door, in_words, refuse
 from esljax._types import Array, ArrayLike, Float, Key
@@ -87,9 +89,17 @@ class Symmetry:
         **Args:** `keys`: the names and shapes of all arrays, as `Trajectory.keys`,
         `Recording.keys` or `potential.parameter_keys` hold them.
         **Raises:** `InputError`, with the array, for one that is not there, and for axes that are
-        not there or of different sizes.
+        not there or of different sizes; and for anything but names and shapes.
         """
-        bound = tuple((str(key), tuple(map(int, shape))) for key, shape in dict(keys).items())
+        try:
+            bound = tuple(
+                (str(key), tuple(map(operator.index, shape))) for key, shape in dict(keys).items()
+            )
+        except (TypeError, ValueError) as error:
+            must = "be the names and shapes of all arrays, as potential.parameter_keys holds them"
+            was = f"is {in_words(keys)}"
+            was += " that holds other things" if isinstance(keys, Iterable) else ""
+            raise refuse("keys", must, was) from error
         shapes = dict(bound)
         for group in self.groups:
             _check_axes(group, shapes)
@@ -157,6 +167,11 @@ class Symmetry:
         **Differentiation:** in the position, to every order: g is linear.
         """
         arrays = self.arrays(jnp.asarray(position))
+        held = tuple(len(x) for x in element.places) if isinstance(element, Element) else None
+        if held != self.sizes:
+            must = f"be an element of this symmetry, of {_listed(self.sizes)} units"
+            was = f"is {in_words(element)}" if held is None else f"has {_listed(held)}"
+            raise refuse("element", must, was)
         parts = zip(self.groups, self.sizes, element.places, element.signs, strict=True)
         for group, h, places, signs in parts:
             for axis in group.axes:
@@ -205,10 +220,13 @@ class Symmetry:
     def to_toml(self) -> str:
         """Return the lines of a file for `esljax measure --symmetry`."""
         named = [group.name for group in self.groups if group.signed]
-        lines = [f"signs = {json.dumps(named)}", "", "[permutations]"]
+        lines = [f"signs = {_quoted(named)}", "", "[permutations]"]
         for group in self.groups:
             axes = [[x for x in axis if x is not None] for axis in group.axes]
-            lines.append(f"{json.dumps(group.name)} = {json.dumps(axes)}")
+            lines.append(f"{_quoted(group.name)} = {_quoted(axes)}")
+        sizes = [group for group in self.groups if group.units is not None]
+        lines += ["", "[sizes]"] * bool(sizes)
+        lines += [f"{_quoted(group.name)} = {group.units}" for group in sizes]
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
@@ -232,6 +250,7 @@ def permutations(
     groups: Mapping[str, Sequence[Sequence[Any]]],
     *,
     signs: Sequence[str] = (),
+    sizes: Mapping[str, int] | None = None,
     keys: Any = None,
 ) -> Symmetry:
     """Return a symmetry by hand: which axes of which arrays each group of units turns together.
@@ -242,6 +261,8 @@ def permutations(
       many numbers lie side by side for each unit: 1 if channels come last, height times width if
       they come first.
     - `signs`: the names of the groups whose units may also change their signs.
+    - `sizes`: how many units a group has, by its name, where none of its axes indexes them alone:
+      3 for the heads of attention whose numbers all lie along one axis.
     - `keys`: the names and shapes of all arrays, as `Trajectory.keys` holds them. `speed_limit`
       takes those of the run where none are given.
 
@@ -262,10 +283,20 @@ def permutations(
     if not isinstance(groups, Mapping) or not groups:
         must = 'be axes by the name of their group, as {"hidden": [("0/kernel", 1), ...]}'
         raise refuse("groups", must, f"is {in_words(groups) if groups else 'empty'}")
-    if isinstance(signs, str) or not set(signs) <= set(groups):
-        raise refuse("signs", f"be names of the groups {', '.join(groups)}", f"is {signs!r}")
+    named = ", ".join(map(str, groups))
+    if isinstance(signs, str) or not isinstance(signs, Iterable):
+        raise refuse("signs", f"be a list of names of the groups {named}", f"is {signs!r}")
+    signs = list(signs)
+    if not all(name in list(groups) for name in signs):
+        raise refuse("signs", f"be names of the groups {named}", f"is {signs!r}")
+    sizes = {} if sizes is None else sizes
+    if not isinstance(sizes, Mapping) or not all(
+        name in groups and _is_count(size, 1) for name, size in sizes.items()
+    ):
+        raise refuse("sizes", f"be numbers of units of the groups {named}", f"is {sizes!r}")
     made = tuple(
-        Group(str(name), _axes(name, axes), name in tuple(signs)) for name, axes in groups.items()
+        Group(str(name), _axes(name, axes), name in signs, sizes.get(name))
+        for name, axes in groups.items()
     )
     places = Counter((x.key, x.axis, x.inner) for group in made for x in group.axes)
     (place, times), *_ = places.most_common(1)
@@ -277,7 +308,10 @@ def permutations(
 
 
 def _axes(name: str, axes: Any) -> tuple[Turned, ...]:
-    must = f"be a list of (key, axis) or (key, axis, numbers side by side) for {name!r}"
+    must = (
+        "be a list of (key, axis) or (key, axis, numbers side by side), axes counted from 0, "
+        f"for {name!r}"
+    )
     if isinstance(axes, str) or not isinstance(axes, Sequence) or not axes:
         raise refuse("groups", must, f"is {axes!r}")
     found = []
@@ -291,12 +325,22 @@ def _axes(name: str, axes: Any) -> tuple[Turned, ...]:
         )
         if not right:
             raise refuse("groups", must, f"holds {axis!r}")
-        found.append(Turned(*axis))
+        inner = axis[2] if len(axis) == 3 else None
+        found.append(Turned(axis[0], int(axis[1]), None if inner is None else int(inner)))
     return tuple(found)
 
 
 def _is_count(x: Any, least: int) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= least
+    return isinstance(x, int | np.integer) and not isinstance(x, bool) and int(x) >= least
+
+
+def _quoted(x: Any) -> str:
+    """Text, or a list, as TOML writes it; it knows no pairs of escapes for one sign."""
+    return json.dumps(x, ensure_ascii=False)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return " and ".join(map(str, numbers))
 
 
 def _check_axes(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -313,17 +357,27 @@ def _check_axes(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> None:
         length = shapes[axis.key][axis.axis]
         right = length == h if axis.inner is None else length % (h * axis.inner) == 0
         if not right:
-            must = f"turn axes of as many units in group {group.name!r}, {h} as most have"
+            said = "`sizes` says" if group.units is not None else _witness(group, shapes, h)
+            must = f"turn axes of as many units in group {group.name!r}, {h} as {said}"
             was = f"axis {axis.axis} of `{axis.key}` has length {length}"
             raise refuse("symmetry", must, was)
 
 
+def _witness(group: Group, shapes: Mapping[str, tuple[int, ...]], h: int) -> str:
+    """Which axes say that there are h units."""
+    agree = [x for x in group.axes if x.inner is None and shapes[x.key][x.axis] == h]
+    return "most have" if len(agree) > 1 else f"axis {agree[0].axis} of `{agree[0].key}` has"
+
+
 def _size(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """How many units a group has: the length that most of the axes have that index nothing else."""
+    """How many units a group has: as it says, or the length that most of the axes have that index
+    nothing else."""
+    if group.units is not None:
+        return group.units
     plain = [shapes[axis.key][axis.axis] for axis in group.axes if axis.inner is None]
     if not plain:
-        must = f"have an axis in group {group.name!r} that indexes its units alone"
-        raise refuse("symmetry", must, "has none")
+        must = f"say in `sizes` how many units group {group.name!r} has"
+        raise refuse("symmetry", must, "says it nowhere: no axis of it indexes its units alone")
     return Counter(plain).most_common(1)[0][0]
 
 

@@ -27,6 +27,9 @@ class Group:
     """The axes that they index, which turn together."""
     signed: bool
     """Whether each unit may also change its sign."""
+    units: int | None = None
+    """How many units there are, where no axis indexes them alone; else None, and their axes say
+    it."""
 
 
 class Element(NamedTuple):

@@ -18,8 +18,8 @@ from esljax.results import table
 _INPUTS = 8
 # Trials are the same in every call: what is a symmetry does not depend on luck.
 _SEED = 20260117
-# Outputs that are all 0 move by nothing.
-_LEAST = 1e-30
+# Elements of few units are often the identity, which proves nothing: so many are drawn in all.
+_DRAWN_UNITS = 32
 
 
 class Trial(NamedTuple):
@@ -101,29 +101,42 @@ class Trials:
             before, after = (
                 outputs(list(symmetry.arrays(each).values()), inputs) for each in (position, turned)
             )
-            pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
-            return jnp.stack(
-                [
-                    jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(a)), _LEAST)
-                    for a, b in pairs
-                ]
-            )
+            pairs = zip(*map(_numbers, (before, after)), strict=True)
+            return [(jnp.max(jnp.abs(a - b)), jnp.max(jnp.abs(a))) for a, b in pairs]
 
-        self.change = change
+        self.change, self.sizes = change, symmetry.sizes
 
     def moved(self, k: int, signed: bool, draws: int = 2) -> float:
         """The largest relative change of outputs when elements of group k act."""
+        draws = max(draws, -(-_DRAWN_UNITS // self.sizes[k]))
         keys = jax.random.split(jax.random.key(_SEED), draws)
-        return float(np.max([np.max(np.asarray(self.change(key, k, signed))) for key in keys]))
+        # Of each draw and array of outputs.
+        seen = np.array([self.change(key, k, signed) for key in keys], float)
+        change, size = np.moveaxis(seen, -1, 0)
+        if not np.any(size):
+            must = "have outputs other than 0 for random members, or a trial shows nothing"
+            raise refuse("potential", must, "has none")
+        # Outputs that are all 0 and stay have not moved.
+        size = np.where((size == 0) & (change == 0), 1.0, size)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(np.max(change / size))
 
 
-def found_in(potential: AbstractPotential) -> list[tuple[Turned, ...]]:
-    """Return the axes that turn together, as the traced model tells."""
+def _numbers(outputs: Any) -> list[Array]:
+    """Each array of the outputs in floating numbers, also of masks and classes."""
+    return [jnp.asarray(x, jnp.result_type(float)) for x in jax.tree.leaves(outputs)]
+
+
+def found_in(potential: AbstractPotential) -> list[tuple[int, tuple[Turned, ...]]]:
+    """Return how many units turn, and the axes that turn together, as the traced model tells."""
     outputs, keys = model_of(potential)
     _, inputs = probes_of(potential, jax.random.key(0), 1)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.result_type(float)) for _, shape in keys]
     return [
-        tuple(Turned(keys[place][0], axis, inner) for place, axis, inner in group.axes)
+        (
+            group.size,
+            tuple(Turned(keys[place][0], axis, inner) for place, axis, inner in group.axes),
+        )
         for group in coupled(lambda given: outputs(given, inputs), arrays)
     ]
 
@@ -139,7 +152,7 @@ def _broken(
         return refuse("symmetry", must, was)
     mine = {(axis.key, axis.axis) for axis in group.axes}
     nearest: set[tuple[str, int]] = max(
-        ({(axis.key, axis.axis) for axis in found} for found in found_in(potential)),
+        ({(axis.key, axis.axis) for axis in found} for _, found in found_in(potential)),
         key=lambda found: len(found & mine),
         default=set(),
     )
