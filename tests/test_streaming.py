@@ -611,6 +611,23 @@ def test_copies_and_common_parameters_are_found(tmp_path):
     assert "all of `head/kernel`, 360 of 1367" in findings["common coordinates"]
 
 
+def test_rounding_of_the_fold_is_counted(tmp_path):
+    """In single precision a fold rounds what the members hold exactly."""
+    start = np.random.default_rng(5).normal(size=(8, 5000))
+    members = start + 3e-7 * np.random.default_rng(6).normal(size=(5, 8, 5000)).cumsum(axis=0)
+    members = members.astype(np.float32)
+    np.save(tmp_path / "run.npy", members)
+    exact = 4 * np.mean(np.sum(np.diff(members.astype(float), axis=0) ** 2, axis=2), axis=1).sum()
+    whole, folded = (
+        esl.speed_limit(run, transport=esl.ExactTransport())
+        for run in (esl.from_snapshots(members), esl.from_checkpoints(tmp_path / "run.npy"))
+    )
+    added = float(folded.evidence.rounding)
+    assert added > 1.5 * float(whole.evidence.rounding)
+    assert abs(float(folded.entropy_production) - exact) < added
+    assert "rounded positions" in [finding.name for finding in folded.diagnose()]
+
+
 def test_labels_that_do_not_follow_members_are_put_back(tmp_path):
     """As of the members themselves: a file in which some snapshots are in another order."""
     members = small(members=16, links=6)

@@ -150,7 +150,10 @@ def evidence_of(
     changes = moved[1:] - moved[:-1]
     # Of the larger of the two numbers: beside a power of two the other side is twice as dense.
     spacings = safe_divide(changes, jnp.maximum(quanta[1:], quanta[:-1])) ** 2
-    rounding = jnp.sum(jnp.mean(quanta[1:] ** 2 + quanta[:-1] ** 2, axis=1) / 12, axis=1)
+    rounding = _rounding(quanta, elapsed) / share
+    if folded is not None:
+        # The coordinates of a fold are rounded once more.
+        rounding = rounding + _rounding(_spacing(positions), elapsed)
     common = jnp.all(jnp.max(stored, axis=1) == jnp.min(stored, axis=1), axis=0)
     if folded is None or trajectory.keys is None:
         common = common & (squares > 0)
@@ -168,7 +171,7 @@ def evidence_of(
         else None,
         common=common,
         quantum=jnp.sqrt(jnp.mean(quanta**2)),
-        rounding=jnp.sum(rounding / elapsed) / share,
+        rounding=rounding,
         energies=None if trajectory.energies is None else jnp.mean(trajectory.energies, axis=-1),
         temperature=None if trajectory.temperatures is None else jnp.max(trajectory.temperatures),
         still=_still(rates, links),
@@ -234,6 +237,12 @@ def _spacing(positions: Float[Array, "snapshots n d"]) -> Float[Array, "snapshot
         dropped = jnp.where(jnp.max(used.astype(jnp.int32)) == 0, unused, dropped)
     _, exponent = jnp.frexp(positions)
     return jnp.ldexp(jnp.ones_like(positions), exponent - 1 - kind.nmant + dropped)
+
+
+def _rounding(quanta: Float[Array, "snapshots n d"], elapsed: Float[Array, " J"]) -> Scalar:
+    """Return what errors within half a spacing add to the squared displacements per time."""
+    of_links = jnp.sum(jnp.mean(quanta[1:] ** 2 + quanta[:-1] ** 2, axis=1) / 12, axis=1)
+    return jnp.sum(of_links / elapsed)
 
 
 def _at_twice_epsilon(
