@@ -237,8 +237,9 @@ def check_real(argument: str, array: Any) -> None:
 
 
 def check_positive(argument: str, value: Any) -> None:
-    """Reject numbers that are known and not all greater than 0."""
-    if known(value) and not bool(np.all(np.asarray(value) > 0)):
+    """Reject what is known and no number, or not all greater than 0."""
+    must = "be a number or an array of numbers greater than 0"
+    if known(value) and not bool(np.all(np.asarray(as_array(argument, value, must)) > 0)):
         raise refuse(argument, "be greater than 0", f"is {_brief(value)}")
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from esljax._checks import door
-from esljax._types import Array, ArrayLike, Float
+from esljax._types import Array, ArrayLike, Float, Scalar
 
 # --- Scalars and products -------------------------------------------------------------------------
 
@@ -54,6 +54,15 @@ def power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return the power of two at or below |x|, which divides without rounding; 1 where x is 0."""
     _, exponent = jnp.frexp(jnp.where(x != 0, x, 1))
     return jnp.ldexp(jnp.ones_like(x), exponent - 1)
+
+
+def moderating_unit(largest: Scalar, most: float) -> Scalar:
+    """Return the power of two that brings the largest of some numbers between 1 and `most`.
+
+    1 where it is there: then no small number among them is divided down to 0.
+    """
+    power = power_of_two(largest)
+    return jnp.where(power < 1, power, jnp.maximum(power / most, 1))
 
 
 def debiased_variance(

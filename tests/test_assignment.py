@@ -118,6 +118,54 @@ def test_rows_choose_among_more_columns(n, how, x64):
         assert v.max() <= 1e-12
 
 
+@pytest.mark.parametrize("size", [1e-35, 1e-20, 1e20, 1e30, 3e35, 1e37])
+@pytest.mark.parametrize("shape", [(30, 30), (20, 30), (2, 30, 30)])
+def test_costs_may_be_of_any_size(size, shape):
+    """In float32 duals of a path through 30 of the largest would be no numbers."""
+    costs = np.random.default_rng(11).uniform(-1, 1, shape).astype(np.float32)
+    solved, one = assignment(np.float32(size) * costs), assignment(costs)
+    np.testing.assert_array_equal(solved.columns, one.columns)
+    for found, expected in zip(solved[1:], one[1:], strict=True):
+        # In double precision, because 1e-6 of the smallest is no number.
+        found, expected = np.asarray(found, float) / size, np.asarray(expected)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_small_costs_beside_forbidden_ones_keep_their_order():
+    """No unit may bring the small ones below the least number of their type."""
+    generator = np.random.default_rng(13)
+    costs = np.full((40, 40), 1e30, np.float32)
+    for i in range(40):
+        for j in (i, (i + 1) % 40, (i + 7) % 40):
+            costs[i, j] = 1e-9 * generator.uniform()
+    best = costs[linear_sum_assignment(costs.astype(float))].sum()
+    np.testing.assert_allclose(assignment(costs).cost, best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-19, 1e-18, 1e16, 1e18])
+def test_members_of_any_size_have_their_partners(size):
+    """Squares that are no numbers, or lose some of their terms, prove nothing."""
+    generator = np.random.default_rng(12)
+    x = size * generator.normal(size=(400, 4, 3))
+    y = x + size * 10 ** generator.uniform(-3, 0, (400, 1, 1)) * generator.normal(size=x.shape)
+    x, y = (each.astype(np.float32) for each in (x, y))
+    # Which member is brought along.
+    found = jax.jit(jax.vmap(esl.ExactTransport().map))(jnp.asarray(x), jnp.asarray(y))
+    for mine, theirs, partners in zip(x, y, np.asarray(found), strict=True):
+        mine, theirs, partners = (each.astype(float) / size for each in (mine, theirs, partners))
+        cost = _squares(mine, theirs)
+        best = cost[linear_sum_assignment(cost)].sum()
+        assert ((mine - partners) ** 2).sum() <= best * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 3, 4)])
+def test_no_problems_have_no_answers(shape):
+    solved = assignment(np.ones(shape))
+    assert solved.columns.shape == solved.row_duals.shape == shape[:-1]
+    assert solved.cost.shape == shape[:-2]
+    assert solved.column_duals.shape == (*shape[:-2], shape[-1])
+
+
 def test_side_by_side_it_finds_what_it_finds_alone():
     costs = np.stack([kind(np.random.default_rng(2), 12) for kind in KINDS]).astype(np.float32)
     together = jax.jit(jax.vmap(assignment))(costs)

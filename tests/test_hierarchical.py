@@ -58,15 +58,25 @@ def test_members_that_are_their_own_partners_stay_so():
     np.testing.assert_allclose(found, np.mean(np.sum(step**2, 1)), rtol=1e-4)
 
 
-def test_costs_beyond_its_duals_are_not_solved_in_silence():
-    """Squares that are numbers, but whose sums are none: the pairs of a leaf are not to be had."""
-    x, y = clouds(64, 64, 3, dtype=np.float32)
+@pytest.mark.parametrize("size", [2.0**-70, 2.0**-45, 2.0**40, 2.0**55])
+def test_pairs_do_not_depend_on_the_unit(size):
+    """In float32 the cubes that make directions are no numbers at 1e13 and 1e-13, and squares
+    are 0 at 1e-21."""
+    x, y = map(jnp.asarray, clouds(101, 101, 3, dtype=np.float32))
     transport = esl.HierarchicalTransport(KEY, leaf=16, passes=2)
-    solved = transport.solve(jnp.asarray(1e17 * x), jnp.asarray(1e17 * y))
-    assert np.isfinite(np.sum((1e17 * x - 1e17 * y) ** 2, axis=1)).all()
+    solved, places = transport.paired(size * x, size * y)
+    one, expected = transport.paired(x, y)
+    np.testing.assert_array_equal(places, expected)
+    assert solved.converged
+    if size > 1e-15:  # else the value itself is too small a number
+        np.testing.assert_allclose(solved.squared / size / size, one.squared, rtol=1e-6)
+
+
+def test_squares_beyond_the_numbers_are_not_solved_in_silence():
+    x, y = map(jnp.asarray, clouds(64, 64, 3, dtype=np.float32))
+    solved = esl.HierarchicalTransport(KEY, leaf=16, passes=2).solve(1e20 * x, 1e20 * y)
     assert not solved.converged
     assert np.isnan(solved.squared)
-    assert transport.solve(jnp.asarray(x), jnp.asarray(y)).converged
 
 
 def test_its_gradient_is_that_of_its_pairs():

@@ -136,6 +136,32 @@ def test_converged_means_that_both_marginals_are_right(name, x64):
         assert np.sum(np.abs(plan.sum(axis=0) - 1 / len(y))) <= 1.01 * threshold
 
 
+@pytest.mark.parametrize("name", ["none", "momentum", "anderson"])
+def test_its_iterations_do_not_depend_on_the_unit(name):
+    """In float32 the squares of steps of 1e20 or 1e-30 are no numbers."""
+    x, y = clouds(12, 9, dtype=np.float32)
+
+    def solved(size):
+        transport = esl.SinkhornTransport(size**2, acceleration=name)
+        return eqx.filter_jit(transport.solve)(jnp.asarray(size * x), jnp.asarray(size * y))
+
+    one = solved(1.0)
+    assert one.converged
+    for size in (2.0**-35, 2.0**35, 2.0**50):
+        other = solved(size)
+        assert other.converged
+        np.testing.assert_allclose(float(other.squared) / size / size, one.squared, rtol=1e-6)
+
+
+def test_acceleration_takes_single_precision_where_double_is_the_default(x64):
+    x, y = clouds(12, 9)
+    single = esl.SinkhornTransport(0.5, acceleration="anderson").squared(
+        x.astype(np.float32), y.astype(np.float32)
+    )
+    assert single.dtype == np.float32
+    np.testing.assert_allclose(single, oracles.sinkhorn_divergence(x, y, 0.5), rtol=1e-4)
+
+
 # Blocks
 
 
@@ -191,6 +217,20 @@ def test_blocks_of_unequal_problems_under_vmap_are_a_loop(x64):
         jax.tree.leaves(jax.vmap(run)(scales)), jax.tree.leaves(alone), strict=True
     ):
         np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_block_is_no_larger_than_the_problem():
+    x, y = clouds(9, 9, dtype=np.float32)
+    whole = esl.SinkhornTransport(1.0, chunk=9).squared(x, y)
+    assert esl.SinkhornTransport(1.0, chunk=10**9).squared(x, y) == whole
+
+
+def test_the_threshold_may_be_a_number_of_an_array():
+    plain = esl.SinkhornTransport(1.0, threshold=0.125)
+    for kind in (np.float32, jnp.float32):
+        transport = esl.SinkhornTransport(1.0, threshold=kind(0.125))
+        assert type(transport.threshold) is float
+        assert transport.threshold == plain.threshold
 
 
 def test_blocks_hold_no_matrix():
@@ -263,6 +303,20 @@ def test_blocks_refuse_derivatives_of_the_potential(derivative, refused):
         (
             lambda: esl.SinkhornTransport(1.0, threshold=0.0),
             r"`threshold` must be greater than 0, but is 0\.",
+        ),
+        (lambda: esl.SinkhornTransport(np.inf), r"`epsilon` must be finite, but is inf\."),
+        (lambda: esl.SinkhornTransport("half"), "`epsilon` must be a number or"),
+        (
+            lambda: esl.SinkhornTransport(1.0, threshold=None),
+            "`threshold` must be one number greater than 0, not traced by jax, but is None",
+        ),
+        (
+            lambda: esl.SinkhornTransport(1.0, threshold=np.array([1e-3, 1e-2])),
+            "`threshold` must be one number greater than 0",
+        ),
+        (
+            lambda: jax.jit(lambda t: esl.SinkhornTransport(1.0, threshold=t).threshold)(1e-3),
+            "`threshold` must be one number greater than 0, not traced by jax",
         ),
         (
             lambda: esl.SinkhornTransport(1.0, max_iterations=0),

@@ -61,6 +61,21 @@ def sizes(name):
 
 
 @every
+def test_clouds_of_two_types_are_taken_in_the_wider_one(name, x64):
+    transport = TRANSPORTS[name]()
+    x, y = clouds(5, 5, D)
+    single, double = np.asarray(x, np.float32), np.asarray(y, np.float64)
+    for mine, theirs in ((single, double), (double, single)):
+        found = transport.squared(mine, theirs)
+        assert found.dtype == np.float64
+        expected = transport.squared(mine.astype(np.float64), theirs.astype(np.float64))
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    if hasattr(transport, "map") and name != "mapped":
+        halves = (jnp.asarray(each, jnp.float16) for each in (x, y))
+        assert transport.map(*halves).dtype == np.float32
+
+
+@every
 def test_compiled_is_uncompiled_and_vmap_is_a_loop(name):
     transport = TRANSPORTS[name]()
     x = np.random.default_rng(0).normal(size=(4, 5, D)).astype(np.float32)

@@ -265,8 +265,9 @@ class AbstractTransport(eqx.Module):
 
         **Args:** `x`: shape (n, d), one row per member. `y`: shape (m, d).
         **Returns:** shape (), in units of θ². Under `jit`, which hides the values, a NaN member
-        gives NaN. (`jax.jit` hashes its function, so a bare method of an object that holds arrays
-        goes to `eqx.filter_jit`.)
+        gives NaN. Whether iterations converged is in `solve(x, y).converged` alone. (`jax.jit`
+        hashes its function, so a bare method of an object that holds arrays goes to
+        `eqx.filter_jit`.)
         **Raises:** `InputError` for a wrong shape or type, and for a member that is not finite
         where the values are known.
         **Differentiation:** forward and reverse in `x`, `y` and every floating leaf, once; each
@@ -276,7 +277,7 @@ class AbstractTransport(eqx.Module):
         if x.shape[1] != y.shape[1]:
             must = f"have {x.shape[1]} coordinates per member, as `x` has"
             raise refuse("y", must, f"has {y.shape[1]}")
-        return _compiled_solve(self, x, y).squared
+        return _compiled_solve(self, *of_one_type(x, y)).squared
 
 
 @eqx.filter_jit
@@ -418,6 +419,14 @@ def solution(squared: Scalar, solved: Array | bool = True) -> Solution:
     return Solution(
         squared * jnp.where(finite, jnp.ones_like(squared), jnp.full_like(squared, jnp.nan)), finite
     )
+
+
+def of_one_type(
+    x: Float[Array, "n d"], y: Float[Array, "m d"]
+) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
+    """Return both clouds in the wider of their types, which is at least single precision."""
+    kind = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+    return jnp.asarray(x, kind), jnp.asarray(y, kind)
 
 
 def recentred(x: Array, y: Array) -> tuple[Array, Array]:

@@ -1,5 +1,6 @@
 """Any transport in other coordinates: features of each member, or a projection."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -200,7 +201,9 @@ class ProjectedTransport(AbstractWrappedTransport):
         9.0
     """
 
-    matrix: Float[Array, "d p"] = eqx.field(converter=as_float)
+    matrix: Float[Array, "d p"] = eqx.field(
+        converter=functools.partial(as_float, argument="matrix")
+    )
 
     def __check_init__(self):
         _check_takes_coordinates(self.transport)

@@ -8,11 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from esljax._checks import door, refuse
-from esljax._numerics import product
+from esljax._numerics import moderating_unit, product
 from esljax._types import Array, Float, Int, Scalar
 from esljax.sharding import keep
-from esljax.transport.base import AbstractTransport, Solution, check_room, recentred, solution
-from esljax.transport.pairing import pairs, pairs_within, solvable
+from esljax.transport.base import (
+    AbstractTransport,
+    Solution,
+    check_room,
+    of_one_type,
+    recentred,
+    solution,
+)
+from esljax.transport.pairing import in_units, pairs, pairs_within, solvable
 
 
 class ExactTransport(AbstractTransport):
@@ -99,7 +106,7 @@ class ExactTransport(AbstractTransport):
         n, m = across.shape
         if n != m:
             raise refuse("y", f"hold {n} members, as `x` does", f"holds {m}")
-        (places, _), solved = _solved(jax.lax.stop_gradient(across))
+        (places, _), solved = _solved(in_units(jax.lax.stop_gradient(across))[0])
         return solution(jnp.mean(across[jnp.arange(n), places]), solved), places
 
     @door
@@ -110,6 +117,7 @@ class ExactTransport(AbstractTransport):
         """
         if len(x) != len(y):
             raise refuse("y", f"hold {len(x)} members, as `x` does", f"holds {len(y)}")
+        x, y = of_one_type(x, y)
         check_room(self, x.shape[0], x.shape[1], x.dtype)
         return y[paired_by_sorting(x, y) if x.shape[1] == 1 else _partners(x, y)[0][0]]
 
@@ -137,14 +145,31 @@ def mean_square(x: Float[Array, "n d"], partners: Float[Array, "n d"]) -> Scalar
     return jnp.mean(jnp.sum((x - partners) ** 2, axis=-1))
 
 
+def scaled(
+    x: Float[Array, "n d"], y: Float[Array, "m d"]
+) -> tuple[Float[Array, "n d"], Float[Array, "m d"]]:
+    """Both clouds in a unit that suits them, a power of two, which rounds nothing.
+
+    Sums of the squares of very large or very small members then are numbers, and in order. NaN
+    where a square itself is none: beside such a member the others may have lost theirs.
+    """
+    largest = jnp.maximum(jnp.max(jnp.abs(x)), jnp.max(jnp.abs(y)))
+    unit = moderating_unit(largest, 2.0**20)
+    unit = jnp.where(jnp.isfinite(largest**2), unit, jnp.nan)
+    return x / unit, y / unit
+
+
 # Coordinates whose squares are summed before they are added to the costs: XLA then makes one loop
 # along the rows of them all.
 _TOGETHER = 16
 
 
 def costs(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Float[Array, "n n"]:
-    """|x_i - y_j|², in difference form, so that coincident members cost nothing at all."""
-    x, y = jax.lax.stop_gradient((x, y))
+    """|x_i - y_j|², in difference form, so that coincident members cost nothing at all.
+
+    In the square of the unit of `scaled`.
+    """
+    x, y = scaled(*jax.lax.stop_gradient((x, y)))
     n, d = x.shape
     width = min(d, _TOGETHER)
 
@@ -185,7 +210,8 @@ def own_is_nearest(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Array:
 
     Then members are paired as they stand, and no costs are needed. |x_i|² + |y_j|² - 2 x_i·y_j is
     one product of matrices, but it cancels: to 4 (d + 4) eps (|x_i|² + |y_j|²), the rounding of its
-    three sums of d terms about the middle. So the nearest must win by four times that.
+    three sums of d terms about the middle. So the nearest must win by four times that, and by the
+    terms that are below the least number of their type and count as none.
     """
     x, y = recentred(*jax.lax.stop_gradient((x, y)))
     n, d = x.shape
@@ -204,7 +230,8 @@ def own_is_nearest(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Array:
     numbers = jnp.arange(len(blocks) * width).reshape(-1, width)
     nearest = (1 - rounding) * mine + jax.lax.map(least, (blocks, numbers)).ravel()[:n]
     finite = jnp.isfinite(n * jnp.sum(mine + theirs))
-    return finite & jnp.all(nearest > jnp.sum((x - y) ** 2, axis=1))
+    lost = 16 * d * jnp.finfo(x.dtype).tiny
+    return finite & jnp.all(nearest > jnp.sum((x - y) ** 2, axis=1) + lost)
 
 
 def sorted_squared(x: Float[Array, "n k"], y: Float[Array, "m k"]) -> Float[Array, " k"]:

@@ -9,7 +9,7 @@ from esljax._checks import door
 from esljax._numerics import product
 from esljax._types import Array, Float, Scalar
 from esljax.sharding import keep
-from esljax.transport.base import AbstractTransport, Solution, recentred, solution
+from esljax.transport.base import AbstractTransport, Solution, of_one_type, recentred, solution
 
 
 class GaussianTransport(AbstractTransport):
@@ -67,6 +67,7 @@ class GaussianTransport(AbstractTransport):
         **Differentiation:** through the singular vectors: not finite where singular values coincide
         or vanish, unlike `squared`.
         """
+        x, y = of_one_type(x, y)
         mean_x, mean_y = jnp.mean(x, axis=0), jnp.mean(y, axis=0)
         _, apart, _ = _aligned((x - mean_x) / len(x) ** 0.5, (y - mean_y) / len(y) ** 0.5)
         return x - mean_x + mean_y - len(x) ** 0.5 * apart

@@ -11,8 +11,15 @@ from esljax._checks import check_key, check_positive_int, door, plain_int, refus
 from esljax._numerics import product
 from esljax._types import Array, Float, Int, Key
 from esljax.sharding import keep
-from esljax.transport.base import AbstractTransport, Solution, check_room, recentred, solution
-from esljax.transport.exact import costs, mean_square, paired_by_sorting
+from esljax.transport.base import (
+    AbstractTransport,
+    Solution,
+    check_room,
+    of_one_type,
+    recentred,
+    solution,
+)
+from esljax.transport.exact import costs, mean_square, paired_by_sorting, scaled
 from esljax.transport.pairing import pairs, solvable
 
 
@@ -80,6 +87,7 @@ class HierarchicalTransport(AbstractTransport):
 
         **Differentiation:** in y, at the pairs found.
         """
+        x, y = of_one_type(x, y)
         check_room(self, x.shape[0], x.shape[1], x.dtype)
         return y[self._pairs(x, y)[0]]
 
@@ -103,7 +111,7 @@ def _pairs(x: Array, y: Array, key: Key, leaf: int, passes: int) -> tuple[Int[Ar
     # Leaves of one size: members without a place, which pair with each other, fill the last ones.
     total = -(-n // 2**levels) * 2**levels
     real = jnp.arange(total) < n
-    x, y = (jnp.pad(cloud, ((0, total - n), (0, 0))) for cloud in recentred(x, y))
+    x, y = (jnp.pad(cloud, ((0, total - n), (0, 0))) for cloud in scaled(*recentred(x, y)))
     numbers = jnp.arange(total, dtype=jnp.int32)
     first, rest = jax.random.split(key)
 

@@ -9,6 +9,7 @@ the first duals, each row takes a free column without slack if it has one, and e
 gets the shortest augmenting path (Dijkstra), one row of slacks an iteration.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from esljax._checks import as_float, check_finite, door, refuse
+from esljax._numerics import moderating_unit
 from esljax._types import Array, ArrayLike, Float, Int, Scalar
 
 # Sweeps that may prove the identity.
@@ -49,7 +51,7 @@ def assignment(cost: Float[ArrayLike, "*many n m"]) -> Assignment:
     array: on a CPU those of up to 64 columns are solved 32 side by side, and larger ones in turn.
     Under `vmap` each step waits for all of them.
 
-    **Args:** `cost`: shape (*many, n, m) with n ≤ m, finite, of any sign.
+    **Args:** `cost`: shape (*many, n, m) with n ≤ m, finite, of any sign and size.
     **Returns:** `Assignment`. Where one problem has n = m and the identity is a cheapest pairing,
     it is found, unless its proof takes more than 8 sweeps.
     **Raises:** `InputError` for other shapes, and for costs that are known and not finite.
@@ -68,7 +70,7 @@ def assignment(cost: Float[ArrayLike, "*many n m"]) -> Assignment:
         ([1, 0], 3.0)
     """
     cost = as_float(cost, "cost")
-    if cost.ndim < 2 or 0 in cost.shape:
+    if cost.ndim < 2 or 0 in cost.shape[-2:]:
         raise refuse("cost", "have shape (*many, n, m)", f"has shape {cost.shape}")
     if cost.shape[-2] > cost.shape[-1]:
         raise refuse("cost", "have no more rows than columns", f"has shape {cost.shape}")
@@ -82,7 +84,8 @@ def _compiled(cost: Float[Array, "*many n m"]) -> Assignment:
         return _of_one(cost, pairs)
     *many, n, m = cost.shape
     how, width = many_pairs(m)
-    found = jax.lax.map(lambda c: _of_one(c, how), cost.reshape(-1, n, m), batch_size=width)
+    in_a_row = cost.reshape(math.prod(many), n, m)
+    found = jax.lax.map(lambda c: _of_one(c, how), in_a_row, batch_size=width)
     return jax.tree.map(lambda x: x.reshape(*many, *x.shape[1:]), found)
 
 
@@ -92,13 +95,23 @@ def many_pairs(columns: int) -> tuple[_Pairs, int | None]:
 
 
 def _of_one(cost: Float[Array, "n m"], how: _Pairs) -> Assignment:
-    fixed = jax.lax.stop_gradient(cost)
+    fixed, unit = in_units(jax.lax.stop_gradient(cost))
     finite = solvable(fixed)
     columns, v = how(fixed, finite)
     rows = jnp.arange(len(cost))
     own = cost[rows, columns]
     poisoned = jnp.sum(own) * jnp.where(finite, 1.0, jnp.nan).astype(cost.dtype)
-    return Assignment(columns, poisoned, fixed[rows, columns] - v[columns], v)
+    return Assignment(columns, poisoned, unit * (fixed[rows, columns] - v[columns]), unit * v)
+
+
+def in_units(cost: Float[Array, "n m"]) -> tuple[Float[Array, "n m"], Scalar]:
+    """The costs in a unit of their own, and that unit, a power of two, which rounds nothing.
+
+    Sums of very large or very small costs, such as duals, then are numbers: n³ times the largest
+    is one up to n of a million.
+    """
+    unit = moderating_unit(jnp.max(jnp.abs(cost)), 2.0**60)
+    return cost / unit, unit
 
 
 def solvable(cost: Float[Array, "n m"]) -> Array:

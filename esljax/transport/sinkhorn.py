@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -15,15 +15,23 @@ from esljax._checks import (
     check_positive,
     check_positive_int,
     door,
+    in_words,
     known,
     plain_int,
     refuse,
 )
-from esljax._numerics import product
+from esljax._numerics import power_of_two, product
 from esljax._types import Array, Float, Scalar
 from esljax.sharding import keep
 from esljax.transport._ott import ott
-from esljax.transport.base import AbstractTransport, Solution, check_room, recentred, solution
+from esljax.transport.base import (
+    AbstractTransport,
+    Solution,
+    check_room,
+    of_one_type,
+    recentred,
+    solution,
+)
 
 # Iterations between two looks at the error, which is a sum over all members: devices that share
 # them would have to wait for it.
@@ -34,6 +42,14 @@ _OVER = 1.5
 _ACCELERATIONS = ("anderson", "momentum", "none")
 
 Update: TypeAlias = Callable[[Array], Array]
+
+
+def _as_threshold(x: Any) -> float:
+    number = plain_int(x)
+    if not isinstance(number, int | float):
+        must = "be one number greater than 0, not traced by jax"
+        raise refuse("threshold", must, f"is {in_words(x)}")
+    return number
 
 
 class SinkhornTransport(AbstractTransport):
@@ -94,8 +110,8 @@ class SinkhornTransport(AbstractTransport):
     # Together, all problems iterate until the hardest is solved.
     in_turn: ClassVar[bool] = True
     of_distances: ClassVar[bool] = True
-    epsilon: Scalar = eqx.field(converter=as_float)
-    threshold: float = eqx.field(static=True, default=1e-4)
+    epsilon: Scalar = eqx.field(converter=functools.partial(as_float, argument="epsilon"))
+    threshold: float = eqx.field(static=True, converter=_as_threshold, default=1e-4)
     max_iterations: int = eqx.field(static=True, converter=plain_int, default=5000)
     chunk: int | None = eqx.field(static=True, converter=plain_int, default=None)
     acceleration: Literal["momentum", "anderson", "none"] = eqx.field(
@@ -106,6 +122,8 @@ class SinkhornTransport(AbstractTransport):
         if jnp.ndim(self.epsilon) != 0:
             raise refuse("epsilon", "be one number", f"has shape {jnp.shape(self.epsilon)}")
         check_positive("epsilon", self.epsilon)
+        if known(self.epsilon) and math.isinf(float(self.epsilon)):
+            raise refuse("epsilon", "be finite", "is inf")
         least = float(jnp.finfo(self.epsilon.dtype).tiny)
         if known(self.epsilon) and float(self.epsilon) < least:
             kind = self.epsilon.dtype
@@ -172,6 +190,7 @@ class SinkhornTransport(AbstractTransport):
         **Differentiation:** forward and reverse, implicitly through the potential; one dense (m, m)
         linear system. Rejected with a `chunk`.
         """
+        x, y = of_one_type(x, y)
         check_room(self, max(len(x), len(y)), x.shape[1], x.dtype)
         center = jnp.mean(x, axis=0)
         near_x, near_y = x - center, y - center
@@ -189,7 +208,7 @@ class SinkhornTransport(AbstractTransport):
     def numbers_held(self, n: int, d: int, differentiated: bool) -> float | int:
         if self.chunk is None:
             return (11 if differentiated else 3) * n * d + 5 * n**2
-        blocks = (3 if differentiated else 1.1) * n * self.chunk
+        blocks = (3 if differentiated else 1.1) * n * min(n, self.chunk)
         return (17 if differentiated else 7) * n * d + blocks
 
 
@@ -298,21 +317,28 @@ def _by_ott(
 ) -> tuple[Float[Array, " m"], Scalar]:
     """Return the same by the solver of ott. No derivative goes through this."""
     parts = ott()
+    # Squares of the steps of the potentials must be numbers, so they are in a unit of their own.
+    unit, kind = power_of_two(transport.epsilon.astype(cost.dtype)), cost.dtype
+    epsilon = transport.epsilon.astype(kind) / unit
+    cost = cost / unit
     if symmetric:
         # Between a cloud and itself the two potentials are one; see `_iterated`.
         how = {"parallel_dual_updates": True, "momentum": parts.Momentum(value=0.5)}
     else:
         fast = transport.acceleration == "anderson"
         how = {"anderson": parts.AndersonAcceleration(memory=5)} if fast else {}
+        # Its extrapolation is in the default type, whatever that of the potentials is.
+        cost = cost.astype(jnp.result_type(float)) if fast else cost
     solver = parts.Sinkhorn(
         threshold=transport.threshold,
         max_iterations=transport.max_iterations,
         inner_iterations=EVERY,
         **how,
     )
-    geometry = parts.Geometry(cost_matrix=cost, epsilon=transport.epsilon.astype(cost.dtype))
+    geometry = parts.Geometry(cost_matrix=cost, epsilon=epsilon.astype(cost.dtype))
     found = solver(parts.LinearProblem(geometry))
-    return found.g - jnp.mean(found.g), found.converged.astype(cost.dtype)
+    g = (unit * found.g).astype(kind)
+    return g - jnp.mean(g), found.converged.astype(kind)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
