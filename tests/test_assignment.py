@@ -268,6 +268,21 @@ def test_subsets_of_members_have_their_own_cheapest_pairs(kind, wrap, x64):
         np.testing.assert_allclose(squared, best, rtol=1e-12)
 
 
+@pytest.mark.parametrize("n", [24, 70])
+@pytest.mark.parametrize("far", [1e3, 1e5])
+def test_subsets_without_a_member_far_away_have_their_cheapest_pairs(n, far):
+    """Beside its costs the duals of the others are rounding."""
+    generator = np.random.default_rng(14)
+    x, y = generator.normal(size=(2, n, 3)).astype(np.float32)
+    x[5] += far
+    subsets = np.stack([np.setdiff1d(np.arange(n), [i]) for i in (4, 5, 6)])
+    found = eqx.filter_jit(esl.ExactTransport().solve_subsets)(x, y, jnp.asarray(subsets))
+    for kept, squared in zip(subsets, np.asarray(found.squared), strict=True):
+        cost = _squares(x[kept].astype(float), y[kept].astype(float))
+        best = cost[linear_sum_assignment(cost)].mean()
+        np.testing.assert_allclose(squared, best, rtol=1e-5)
+
+
 def test_a_subclass_that_solves_another_problem_solves_it_for_subsets_too():
     class Doubled(esl.ExactTransport):
         def solve(self, x, y):

@@ -25,6 +25,8 @@ _SWEEPS = 8
 # On a CPU problems of up to so many columns take the least time so many side by side: with fewer,
 # each operation costs more than it does, and with more, all wait longer for the slowest.
 _SMALL, _TOGETHER = 64, 32
+# How many times less costly than the whole a subset is when the duals of the whole are no start.
+_MUCH = 64
 
 _Pairs: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -166,10 +168,14 @@ def pairs_within(
 
     **Args:** `solved`: what `pairs` returned for all of them. Its duals hold for the rest, and its
     pairs but those that lost a partner: a few paths mend them. In small problems these paths grow
-    side by side: as many in each subset, they wait little for each other.
+    side by side: as many in each subset, they wait little for each other. A subset that lost nearly
+    all of the costs, which are none below 0, is solved anew: beside them its duals are rounding.
     """
     n = len(cost)
     columns, v = solved
+    nowhere = jnp.full(n, -1, jnp.int32)
+    nothing = _State(jnp.zeros_like(v), nowhere, nowhere)
+    total = jnp.sum(cost[jnp.arange(n), columns])
 
     def mended(kept):
         stays = jnp.zeros(n, bool).at[kept].set(True)
@@ -178,6 +184,9 @@ def pairs_within(
         row_of = jnp.full(n, -1, jnp.int32)
         row_of = row_of.at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
         state = _State(v, row_of, column_of)
+        state = _augmented(cost, state, stays & solvable, stays)
+        rest = jnp.sum(cost[kept, state.column_of[kept]])
+        state = jax.tree.map(lambda a, b: jnp.where(_MUCH * rest < total, b, a), state, nothing)
         return _augmented(cost, state, stays & solvable, stays).column_of[kept]
 
     return jax.lax.map(mended, subsets, batch_size=_SMALL if n <= _SMALL else None)
