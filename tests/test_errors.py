@@ -40,7 +40,10 @@ def test_groups_are_disjoint_and_cover_all_members_where_they_can(members, most,
     smallest = min(unit * int(np.ceil(members / (most * unit))), halves[-1])
     # None is left over if groups of up to half again the least size can do without.
     sizes = [size for size in range(smallest, smallest * 3 // 2 + 1, unit) if members % size == 0]
-    size = sizes[0] if sizes else smallest
+    # Else smaller groups may hold more members, or as many in more groups.
+    near = [size for size in (smallest, smallest - unit) if size]
+    held = {size: min(members // size, most) * size for size in near}
+    size = sizes[0] if sizes else min(near, key=lambda size: (-held[size], size))
     if groups is None:
         assert min(members // size, most) * size - size < least
         return
@@ -62,6 +65,8 @@ def test_groups_are_disjoint_and_cover_all_members_where_they_can(members, most,
         (50, 16, "10 groups of 5 of 50"),  # not 12 groups of 4
         (64, 32, "32 groups of 2 of 64"),
         (9, 2, "2 groups of 4 of 9"),  # not none
+        (11, 3, "3 groups of 3 of 11"),  # not 2 groups of 4
+        (49, 16, "16 groups of 3 of 49"),  # not 12 groups of 4, which hold as many
     ],
 )
 def test_a_report_says_who_left(members, most, words):

@@ -60,7 +60,8 @@ class Groups(NamedTuple):
 
 
 def jackknife_groups(members: int, most: int, *, unit: int = 1, least: int = 2) -> Groups | None:
-    """The groups of members that leave in turn, at most `most` of them and as many as that allows.
+    """The groups of members that leave in turn, at most `most` of them: those that hold the most
+    members, and of these the most groups.
 
     **Args:** `unit`: the size of a group is a multiple of it. `least`: how many members must stay.
     **Returns:** None if there are not two groups, or if too few members would stay.
@@ -69,9 +70,13 @@ def jackknife_groups(members: int, most: int, *, unit: int = 1, least: int = 2) 
         return None
     # The least that makes at most so many groups of all members, or two groups in any case.
     least_size = min(-(-members // (most * unit)), max(members // (2 * unit), 1)) * unit
-    # Groups a little larger that hold every member, if there are any.
+    # Groups a little larger that hold every member, if there are any; else perhaps smaller ones.
     sizes = range(least_size, least_size + least_size // 2 + 1, unit)
-    size = next((size for size in sizes if members % size == 0), least_size)
+    near = [size for size in (least_size, least_size - unit) if size > 0]
+    size = next(
+        (size for size in sizes if members % size == 0),
+        max(near, key=lambda size: (min(members // size, most) * size, -size)),
+    )
     count = min(members // size, most)
     covered = count * size
     if count < 2 or covered - size < least:
