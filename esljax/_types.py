@@ -12,7 +12,7 @@
 from typing import TypeAlias
 
 import jaxtyping
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Shaped
 
 Key: TypeAlias = PRNGKeyArray
 Keys: TypeAlias = jaxtyping.Key[Array, " R"]
@@ -22,6 +22,7 @@ ScalarLike: TypeAlias = float | int | Float[Array, ""]
 __all__ = [
     "Array",
     "ArrayLike",
+    "Bool",
     "Float",
     "Int",
     "Key",
