@@ -104,7 +104,7 @@ MIXED = {
 def test_the_key_of_a_step_is_one_of_jax(draw):
     """A rule from outside mixes it with keys of its own, and so may a potential."""
     key, own, start = jax.random.key(5), jax.random.key(9), jnp.zeros((4, 2))
-    rule = Mixing(own, draw)
+    rule = Mixing(own=own, draw=draw)
     path = esl.simulate(esl.Quadratic(1.0), rule, start, steps=3, snapshots=3, key=key)
     for k, found in enumerate(path.positions[1:]):
         of_step = jax.random.fold_in(jax.random.fold_in(key, k), 1)

@@ -193,18 +193,19 @@ def test_a_figure_that_cannot_be_drawn_is_one_line(recording, tmp_path, monkeypa
     assert {path.name for path in (tmp_path / "none").iterdir()} == FILES - {"speed_limit.png"}
 
 
-def test_devices_that_are_not_there_are_one_sentence(recording, tmp_path, environment):
+@pytest.mark.parametrize("named", ["nonsense", "cuda"])
+def test_devices_that_are_not_there_are_one_sentence(recording, tmp_path, environment, named):
     command = [sys.executable, "-m", "esljax", *measure(recording, tmp_path / "out")]
     done = subprocess.run(
         command,
-        env={**environment, "JAX_PLATFORMS": "nonsense"},
+        env={**environment, "JAX_PLATFORMS": named, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("esljax: jax cannot use JAX_PLATFORMS=nonsense: ")
+    assert done.stderr.startswith(f"esljax: jax cannot use JAX_PLATFORMS={named}: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
