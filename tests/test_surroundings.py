@@ -254,6 +254,24 @@ def test_the_mark_of_an_encoding_is_no_setting(tmp_path):
         read_toml(type(tmp_path)("/dev/zero"))
 
 
+@pytest.mark.parametrize(
+    ("named", "threads"),
+    [({}, "1"), ({"OPENBLAS_NUM_THREADS": "3"}, "3"), ({"OMP_NUM_THREADS": "3"}, "None")],
+)
+def test_the_command_sets_the_threads_of_openblas_where_its_user_has_not(named, threads):
+    program = (
+        "import os, sys\n"
+        "sys.argv = ['esljax', 'check']\n"
+        "import esljax\n"
+        "print(os.environ.get('OPENBLAS_NUM_THREADS'))"
+    )
+    kept = {name: value for name, value in os.environ.items() if "_NUM_THREADS" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=kept | named, capture_output=True, text=True
+    )
+    assert done.stdout == f"{threads}\n", done.stderr
+
+
 # --- Signals --------------------------------------------------------------------------------------
 
 

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend import random as extended
 
-from esljax._types import Array, Key
+from esljax._types import AnyKeys, Array
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 _WORD = 32
 
 
-def drawn_in_line(key: Key) -> Key:
+def drawn_in_line(key: AnyKeys) -> AnyKeys:
     """The key of the same random numbers, which a CPU draws in one pass over each array.
 
     Splitting it, folding in and drawing give the bits that jax gives for `key`, on every platform.
@@ -48,7 +48,7 @@ def drawn_in_line(key: Key) -> Key:
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_IN_LINE)
 
 
-def as_of_jax(key: Key) -> Key:
+def as_of_jax(key: AnyKeys) -> AnyKeys:
     """The key of jax for one that draws in line; any other key as it is."""
     if jax.random.key_impl(key) != _IN_LINE:
         return key
