@@ -111,6 +111,21 @@ def test_the_key_of_a_step_is_one_of_jax(draw):
         np.testing.assert_allclose(found, draw(of_step, own, start.shape), atol=1e-6)
 
 
+def test_no_key_is_used_twice():
+    start, key = jnp.ones((4, 2)), jax.random.key(5)
+    potential = esl.Quadratic(1.0, gradient_noise=0.1)
+
+    def final(temperature):
+        rule = esl.Langevin(0.1, temperature)
+        path = esl.simulate(potential, rule, start, steps=4, snapshots=2, key=key)
+        return jnp.sum(path.final)
+
+    expected = jax.value_and_grad(final)(0.1)
+    with jax.debug_key_reuse(True):
+        found = jax.jit(jax.value_and_grad(final))(0.1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_the_keys_of_gradient_noise_are_those_of_jax():
     key = jax.random.key(0)
     assert esl.Quadratic(1.0, gradient_noise=0.1).draw(key, 3).dtype == key.dtype
