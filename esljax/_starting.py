@@ -16,6 +16,8 @@ from typing import Any, NoReturn
 CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 143}
 """Exit codes by signal: 128 and the number of the signal, as shells have them."""
 _BAD_INPUT = 2
+# By which a user may have set the threads of OpenBLAS.
+_THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def is_command() -> bool:
@@ -33,8 +35,9 @@ def begin() -> None:
     """Open closed streams, and answer signals and faults until the command has begun."""
     _open_streams()
     # jax takes LAPACK from SciPy, whose threads wait for work in a loop and take the cores from the
-    # rest. Workers inherit the setting.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # rest. Workers inherit the setting. OpenBLAS prefers its own variable to the others.
+    if not any(os.environ.get(name) for name in _THREADS):
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
     # Importing makes many objects and no garbage; looking through them took a tenth of the time.
     gc.disable()
     on_signals(lambda number: _quit(code_of(number), "ended before it began; nothing was written."))

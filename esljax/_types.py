@@ -12,16 +12,19 @@
 from typing import TypeAlias
 
 import jaxtyping
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Shaped
 
 Key: TypeAlias = PRNGKeyArray
 Keys: TypeAlias = jaxtyping.Key[Array, " R"]
+AnyKeys: TypeAlias = jaxtyping.Key[Array, "..."]
 Scalar: TypeAlias = Float[Array, ""]
 ScalarLike: TypeAlias = float | int | Float[Array, ""]
 
 __all__ = [
+    "AnyKeys",
     "Array",
     "ArrayLike",
+    "Bool",
     "Float",
     "Int",
     "Key",

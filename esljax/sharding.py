@@ -95,7 +95,8 @@ def find_mesh(mesh: Any, x: Any) -> AnyMesh | None:
     if mesh is not None and not isinstance(mesh, AnyMesh):
         raise refuse("mesh", "be a jax.sharding.Mesh such as member_mesh()", f"is {mesh!r}")
     ambient = jax.sharding.get_abstract_mesh()
-    # Within a shard_map there is only the share of one device.
+    if mesh is None and AxisType.Manual in ambient.axis_types:
+        return None  # within a shard_map there is only the share of one device
     ambient = None if ambient.empty or AxisType.Manual in ambient.axis_types else ambient
     visible = isinstance(x, jax.Array) and known(x)
     if (

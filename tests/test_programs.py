@@ -116,7 +116,7 @@ def test_programs_go_where_the_user_wants_them(run, tmp_path):
     ("program", "environment"),
     [
         (SMALL.replace("()", "(wanted=False)", 1), {}),
-        (SMALL, {OURS: "off"}),
+        *((SMALL, {OURS: no}) for no in ("off", "0", " False")),
         (SMALL, {"JAX_ENABLE_COMPILATION_CACHE": "false"}),
         # The package as a library.
         ("import esljax\nremark = jax.jit(lambda x: x * 3)(2.0).item()", {}),
@@ -134,8 +134,17 @@ def test_a_folder_that_cannot_be_made_ends_nothing(run, tmp_path):
     assert run(SMALL) == Ran(0, 0, None, None)
     named = run(SMALL, **{OURS: str(file)})
     assert named[:3] == (0, 0, None)
-    assert named.remark.startswith(f"{OURS} cannot be used, and no program is kept: ")
+    assert named.remark.startswith(f"{OURS}={file} cannot be used, and no program is kept: ")
     assert "\n" not in named.remark
+    nobody = run(SMALL, **{OURS: "~nobody_at_all/x"}).remark
+    assert nobody.endswith(".")
+    assert not nobody.endswith("..")
+
+
+def test_a_yes_is_no_folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(SMALL, **{OURS: "1"}).misses == len(kept_in(tmp_path / "home")) > 0
+    assert not (tmp_path / "1").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
 """Keys that draw in line: the random numbers of jax, bit for bit."""
 
 import contextlib
+from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import esljax as esl
-from esljax.simulation.keys import drawn_in_line
+from esljax.potentials import drawn_in_line
 
 KEYS = [jax.random.key(0), jax.random.key(2**32 - 1), jax.random.fold_in(jax.random.key(3), 7)]
 SHAPES = [(), (0,), (7,), (2, 3, 4), (30, 101)]
@@ -60,6 +62,73 @@ def test_the_noise_of_a_run_is_that_of_its_key():
         # As `simulate` documents it, and 1 for the noise.
         noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, k), 1), (members, d))
         np.testing.assert_allclose(step, noise, atol=1e-6)
+
+
+class Mixing(esl.AbstractRule):
+    """Members that are moved by what the key of a step gives beside a key of one's own."""
+
+    own: jax.Array
+    draw: Callable = eqx.field(static=True)
+    learning_rate: esl.AbstractSchedule = esl.Constant(0.1)
+    temperature: esl.AbstractSchedule = esl.Constant(0.0)
+
+    def controls(self, steps):
+        return esl.simulation.Controls(jnp.full(steps, 0.1), jnp.zeros(steps))
+
+    def step(self, positions, kick, control, key):
+        energies, _ = kick(positions, control.learning_rate)
+        return self.draw(key, self.own, positions.shape).astype(positions.dtype), energies
+
+
+def replaced_in_a_loop(key, own, shape):
+    return jax.lax.scan(lambda one, _: (key, jax.random.normal(one, shape)), own, None, 2)[1].sum(0)
+
+
+MIXED = {
+    "either": lambda key, own, shape: jax.random.normal(
+        jax.lax.cond(jax.random.bernoulli(key), lambda: key, lambda: own), shape
+    ),
+    "choice": lambda key, own, shape: jax.random.normal(
+        jnp.where(jax.random.bernoulli(key), key, own), shape
+    ),
+    "both": lambda key, own, shape: jax.vmap(lambda one: jax.random.normal(one, shape))(
+        jnp.stack([key, own])
+    ).sum(0),
+    "loop": replaced_in_a_loop,
+    # jax knows this law for its own generator alone.
+    "poisson": lambda key, own, shape: jax.random.poisson(key, 3.0, shape),
+}
+
+
+@pytest.mark.parametrize("draw", MIXED.values(), ids=MIXED)
+def test_the_key_of_a_step_is_one_of_jax(draw):
+    """A rule from outside mixes it with keys of its own, and so may a potential."""
+    key, own, start = jax.random.key(5), jax.random.key(9), jnp.zeros((4, 2))
+    rule = Mixing(own=own, draw=draw)
+    path = esl.simulate(esl.Quadratic(1.0), rule, start, steps=3, snapshots=3, key=key)
+    for k, found in enumerate(path.positions[1:]):
+        of_step = jax.random.fold_in(jax.random.fold_in(key, k), 1)
+        np.testing.assert_allclose(found, draw(of_step, own, start.shape), atol=1e-6)
+
+
+def test_no_key_is_used_twice():
+    start, key = jnp.ones((4, 2)), jax.random.key(5)
+    potential = esl.Quadratic(1.0, gradient_noise=0.1)
+
+    def final(temperature):
+        rule = esl.Langevin(0.1, temperature)
+        path = esl.simulate(potential, rule, start, steps=4, snapshots=2, key=key)
+        return jnp.sum(path.final)
+
+    expected = jax.value_and_grad(final)(0.1)
+    with jax.debug_key_reuse(True):
+        found = jax.jit(jax.value_and_grad(final))(0.1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_the_keys_of_gradient_noise_are_those_of_jax():
+    key = jax.random.key(0)
+    assert esl.Quadratic(1.0, gradient_noise=0.1).draw(key, 3).dtype == key.dtype
 
 
 def test_on_a_cpu_nothing_is_drawn_in_a_loop():

@@ -352,3 +352,38 @@ def test_sharding_of_an_axis_within_and_outside_of_jit():
         assert placed.sharding.is_equivalent_to(
             NamedSharding(mesh, PartitionSpec(None, "members")), 2
         )
+
+
+WITHIN = """
+import jax
+import jax.numpy as jnp
+import numpy as np
+import esljax as esl
+
+jax.config.update("jax_num_cpu_devices", 2)
+start, key, rule = jnp.ones((3, 2)), jax.random.key(0), esl.Langevin(0.1, 0.2)
+
+
+def final(key, mesh=None):
+    return esl.simulate(
+        esl.Quadratic(1.0), rule, start, steps=4, snapshots=2, key=key, mesh=mesh
+    ).final
+
+
+keys = jax.random.split(key, 2)
+across = jax.sharding.PartitionSpec("members")
+mesh = esl.member_mesh(2)
+replicas = jax.shard_map(
+    lambda keys: final(keys[0])[None], mesh=mesh, in_specs=across, out_specs=across, check_vma=False
+)(keys)
+alone = [final(one, esl.member_mesh(1)) for one in keys]
+np.testing.assert_allclose(replicas, alone, rtol=1e-6)
+"""
+
+
+def test_replicas_within_a_shard_map_stay_on_their_devices(environment):
+    """Three members, which two devices could not share, from an array that lies outside."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHIN], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

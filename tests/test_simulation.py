@@ -332,11 +332,40 @@ def test_runs_side_by_side_draw_noise_only_at_a_temperature(monkeypatch):
         path = esl.simulate(esl.Quadratic(1.0), rule, start, steps=4, snapshots=2, key=key)
         return path.final
 
-    side_by_side = jax.jit(jax.vmap(final, in_axes=(0, None)))
-    for temperature, steps in ((0.0, 0), (1e-3, 4)):
-        jax.block_until_ready(side_by_side(jnp.array([0.1, 0.2, 0.3]), temperature))
+    rates, nothing = jnp.array([0.1, 0.2, 0.3]), jnp.zeros(3)
+    shared, own = (jax.jit(jax.vmap(final, in_axes=(0, axis))) for axis in (None, 0))
+    warm = jnp.array([0.0, 1e-3, 0.0])
+    # Runs of one key have one noise, whatever their temperatures are.
+    for run, temperature, steps in (
+        (shared, 0.0, 0),
+        (shared, 1e-3, 4),
+        (own, nothing, 0),
+        (own, warm, 4),
+    ):
+        drawn.clear()
+        found = jax.block_until_ready(run(rates, temperature))
         jax.effects_barrier()
         assert len(drawn) == steps, temperature
+    one_by_one = [final(rate, each) for rate, each in zip(rates, warm, strict=True)]
+    np.testing.assert_allclose(found, one_by_one, rtol=1e-6)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_devices_of_a_shard_map_have_noise_of_their_own_keys(checked):
+    start, rule = jnp.ones((4, 2)), esl.Langevin(0.1, 0.2)
+    run = functools.partial(esl.simulate, esl.Quadratic(1.0), rule, steps=4, snapshots=2)
+
+    def of_a_device(start):
+        key = jax.random.fold_in(KEY, jax.lax.axis_index("members"))
+        return run(start, key=key).final
+
+    across = jax.sharding.PartitionSpec("members")
+    mesh = esl.member_mesh(1)
+    many = jax.shard_map(
+        of_a_device, mesh=mesh, in_specs=across, out_specs=across, check_vma=checked
+    )
+    alone = run(start, key=jax.random.fold_in(KEY, 0), mesh=mesh).final
+    np.testing.assert_allclose(jax.jit(many)(start), alone, rtol=1e-6)
 
 
 def test_members_and_steps_have_noise_and_batches_of_their_own():

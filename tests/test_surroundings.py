@@ -193,18 +193,19 @@ def test_a_figure_that_cannot_be_drawn_is_one_line(recording, tmp_path, monkeypa
     assert {path.name for path in (tmp_path / "none").iterdir()} == FILES - {"speed_limit.png"}
 
 
-def test_devices_that_are_not_there_are_one_sentence(recording, tmp_path, environment):
+@pytest.mark.parametrize("named", ["nonsense", "cuda"])
+def test_devices_that_are_not_there_are_one_sentence(recording, tmp_path, environment, named):
     command = [sys.executable, "-m", "esljax", *measure(recording, tmp_path / "out")]
     done = subprocess.run(
         command,
-        env={**environment, "JAX_PLATFORMS": "nonsense"},
+        env={**environment, "JAX_PLATFORMS": named, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("esljax: jax cannot use JAX_PLATFORMS=nonsense: ")
+    assert done.stderr.startswith(f"esljax: jax cannot use JAX_PLATFORMS={named}: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
@@ -251,6 +252,24 @@ def test_the_mark_of_an_encoding_is_no_setting(tmp_path):
     assert read_toml(tmp_path / "c.toml") == {"rate": 0.5}
     with pytest.raises(esl.InputError, match="does not end"):
         read_toml(type(tmp_path)("/dev/zero"))
+
+
+@pytest.mark.parametrize(
+    ("named", "threads"),
+    [({}, "1"), ({"OPENBLAS_NUM_THREADS": "3"}, "3"), ({"OMP_NUM_THREADS": "3"}, "None")],
+)
+def test_the_command_sets_the_threads_of_openblas_where_its_user_has_not(named, threads):
+    program = (
+        "import os, sys\n"
+        "sys.argv = ['esljax', 'check']\n"
+        "import esljax\n"
+        "print(os.environ.get('OPENBLAS_NUM_THREADS'))"
+    )
+    kept = {name: value for name, value in os.environ.items() if "_NUM_THREADS" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=kept | named, capture_output=True, text=True
+    )
+    assert done.stdout == f"{threads}\n", done.stderr
 
 
 # --- Signals --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import os
 import sys
 from typing import Annotated, Any, get_args
 
+import jax
 import tyro
 
 from esljax._checks import InputError
@@ -61,7 +62,7 @@ def _answer(error: BaseException) -> int | None:
         words, code = str(error), TERMINATED
     elif isinstance(error, SystemExit):  # tyro has printed its error, or the help
         return error.code if isinstance(error.code, int) else BAD_INPUT
-    elif isinstance(error, RuntimeError) and "nable to initialize backend" in str(error):
+    elif _is_of_devices(error):
         words, code = _without_devices(error), BAD_INPUT
     else:
         return None
@@ -92,9 +93,24 @@ def _run(arguments: list[str]) -> int:
     return measure_command(config) if isinstance(config, MeasureConfig) else _check(config)
 
 
-def _without_devices(error: RuntimeError) -> str:
+def _is_of_devices(error: BaseException) -> bool:
+    """Whether jax does not find the devices that it is to use."""
+    if isinstance(error, RuntimeError):
+        return "nable to initialize backend" in str(error)
+    # An assertion of jax without words, where nothing that JAX_PLATFORMS names is installed.
+    if not isinstance(error, AssertionError) or error.args:
+        return False
+    try:
+        jax.devices()
+    except AssertionError:
+        return True
+    return False
+
+
+def _without_devices(error: BaseException) -> str:
     named = os.environ.get("JAX_PLATFORMS")
     reason = " ".join(str(error).split()).split(" (set JAX_PLATFORMS", 1)[0].rstrip(".")
+    reason = reason or "the jax that is installed has no such devices"
     asked = "the devices of this machine" if named is None else f"JAX_PLATFORMS={named}"
     return f"jax cannot use {asked}: {reason}."
 

@@ -117,6 +117,13 @@ def _mesh(config: JobConfig, members: int) -> Mesh | None:
         return None
     if config.devices is None and not config.distributed and jax.default_backend() == "cpu":
         return member_mesh(math.gcd(count, members))
+    if config.devices is not None and config.devices > count and jax.default_backend() == "cpu":
+        raise refuse(
+            "devices",
+            f"be at most {count}, the cores that this process may use, or what XLA_FLAGS or "
+            "JAX_NUM_CPU_DEVICES say",
+            f"is {config.devices}",
+        )
     mesh = member_mesh(config.devices)
     if members % mesh.size:
         raise refuse(

@@ -23,7 +23,9 @@ from typing import Any
 import jax
 
 VARIABLE = "ESLJAX_COMPILATION_CACHE"
-"""The variable of the environment that moves the programs, or keeps none if it is "off"."""
+"""The variable of the environment that moves the programs, or keeps none if it says no."""
+# As jax reads its own settings, so that no folder gets such a name.
+_NO, _YES = ("off", "0", "false", "f", "no", "n"), ("on", "1", "true", "t", "yes", "y")
 MOST_BYTES = 2**30
 """A run of digits leaves three megabytes."""
 
@@ -52,11 +54,13 @@ def keep_programs(wanted: bool = True) -> str | None:
         _set({"jax_enable_compilation_cache": False})
         return None
     settings: Any = jax.config
-    named = os.environ.get(VARIABLE, "")
+    named = os.environ.get(VARIABLE, "").strip()
     if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         return None
-    if named.lower() == "off":
+    if named.lower() in _NO:
         return None
+    if named.lower() in _YES:
+        named = ""
     try:
         root = Path(named).expanduser().absolute() if named else _user_caches() / "esljax"
         programs = of_this_machine(root)
@@ -64,8 +68,9 @@ def keep_programs(wanted: bool = True) -> str | None:
         mend(programs)
         bound(root)
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
-        reason = getattr(error, "strerror", None) or error
-        return f"{VARIABLE} cannot be used, and no program is kept: {reason}." if named else None
+        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+        unusable = f"{VARIABLE}={named} cannot be used, and no program is kept: {reason}."
+        return unusable if named else None
     # What fails later, such as a full disk, costs a compilation and is no news either.
     for message in _UNREADABLE:
         warnings.filterwarnings("ignore", message)

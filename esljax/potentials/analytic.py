@@ -20,6 +20,7 @@ from esljax._checks import (
 from esljax._numerics import product, safe_root, sqrtm
 from esljax._types import Array, Float, Key, Scalar
 from esljax.potentials.base import AbstractPotential
+from esljax.potentials.keys import as_of_jax, drawn_in_line
 
 
 class Quadratic(AbstractPotential):
@@ -124,7 +125,11 @@ class Quadratic(AbstractPotential):
         The ξ themselves would hide C from a derivative, and they need d, which a scalar K does not
         know.
         """
-        return None if self.gradient_noise is None else jax.random.split(key, members)
+        return (
+            None
+            if self.gradient_noise is None
+            else as_of_jax(jax.random.split(drawn_in_line(key), members))
+        )
 
 
 class DoubleWell(AbstractPotential):
@@ -300,5 +305,5 @@ def _check_noise(noise: Array, stiffness: Array, center: Array) -> None:
 def _drawn(noise: Array, key: Key, position: Float[Array, " d"]) -> Float[Array, " d"]:
     """One ξ ~ N(0, noise)."""
     covariance = noise.astype(position.dtype)
-    normal = jax.random.normal(key, position.shape, position.dtype)
+    normal = jax.random.normal(drawn_in_line(key), position.shape, position.dtype)
     return product(sqrtm(covariance), normal) if noise.ndim == 2 else safe_root(covariance) * normal

@@ -27,6 +27,7 @@ from esljax._checks import (
 )
 from esljax._types import Array, Float, Key, Scalar, Shaped
 from esljax.potentials.base import AbstractPotential, floating_as
+from esljax.potentials.keys import drawn_in_line
 
 
 class FlaxLoss(AbstractPotential):
@@ -197,7 +198,9 @@ class FlaxLoss(AbstractPotential):
         replacement; None for all."""
         if self.batch_size is None:
             return None
-        return jax.random.randint(key, (members, self.batch_size), 0, _count(self.inputs))
+        return jax.random.randint(
+            drawn_in_line(key), (members, self.batch_size), 0, _count(self.inputs)
+        )
 
     @door
     def init(self, *, members: int, key: Key) -> Float[Array, "n d"]:

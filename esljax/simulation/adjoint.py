@@ -96,7 +96,9 @@ class HessianAdjoint(AbstractGradient):
     def kick(
         self, potential: AbstractPotential, positions: Float[Array, "n d"], scale: Array, key: Key
     ) -> tuple[Array, Array]:
-        return _adjoint_kick((potential, positions, scale), key)
+        # To jax_debug_key_reuse, a key that enters a custom derivative is used twice.
+        bits, kind = jax.random.key_data(key), jax.random.key_impl(key)
+        return _adjoint_kick((potential, positions, scale), bits, kind)
 
     def wrap(self, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return run
@@ -228,21 +230,23 @@ def _kick(
 
 
 @eqx.filter_custom_vjp
-def _adjoint_kick(arguments, key):
+def _adjoint_kick(arguments, bits, kind):
     potential, positions, scale = arguments
+    key = jax.random.wrap_key_data(bits, impl=kind)
     return _kick(potential, positions, scale, potential.draw(key, positions.shape[0]))
 
 
 @_adjoint_kick.def_fwd
-def _adjoint_kick_forward(perturbed, arguments, key):
+def _adjoint_kick_forward(perturbed, arguments, bits, kind):
     potential, positions, scale = arguments
+    key = jax.random.wrap_key_data(bits, impl=kind)
     batches = potential.draw(key, positions.shape[0])
     return _kick(potential, positions, scale, batches), batches
 
 
 @_adjoint_kick.def_bwd
 @door
-def _adjoint_kick_backward(batches, cotangents, perturbed, arguments, key):
+def _adjoint_kick_backward(batches, cotangents, perturbed, arguments, bits, kind):
     energy_bar, kick_bar = cotangents
 
     def paired(arguments):

@@ -30,7 +30,7 @@ from esljax._checks import (
 )
 from esljax._types import Array, ArrayLike, Float, Int, Key
 from esljax.files import Checkpoints, session, watch_processes
-from esljax.potentials import AbstractPotential, check_potential
+from esljax.potentials import AbstractPotential, as_of_jax, check_potential, drawn_in_line
 from esljax.sharding import AnyMesh, bring, choose_mesh, shard_members
 from esljax.simulation.adjoint import AbstractGradient, HessianAdjoint, group_length
 from esljax.simulation.checks import (
@@ -40,7 +40,6 @@ from esljax.simulation.checks import (
     check_law,
     check_links,
 )
-from esljax.simulation.keys import drawn_in_line
 from esljax.simulation.rules import AbstractRule, Controls
 from esljax.simulation.trajectory import Keys, Trajectory, checked_keys, laid
 from esljax.simulation.work import work_of_change
@@ -225,7 +224,9 @@ class Run(eqx.Module):
 
     def key_of(self, k: int | Int[Array, ""], use: int) -> Key:
         """The key of step k for its batches or its noise."""
-        return jax.random.fold_in(jax.random.fold_in(drawn_in_line(self.key), k), use)
+        key = jax.random.fold_in(jax.random.fold_in(drawn_in_line(self.key), k), use)
+        # Potentials and rules from outside mix it with keys of their own.
+        return as_of_jax(key)
 
 
 @door

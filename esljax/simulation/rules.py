@@ -7,7 +7,7 @@ the array of positions (n, d).
 import abc
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from esljax._checks import refuse
 from esljax._numerics import safe_root
-from esljax._types import Array, Float, Key, Scalar, ScalarLike
+from esljax._types import Array, Bool, Float, Key, Scalar, ScalarLike
+from esljax.potentials import drawn_in_line
 from esljax.schedules import AbstractSchedule, as_schedule
 from esljax.simulation.diffusion import Diffusion
 from esljax.velocity import AbstractVelocity, Snapshot
@@ -32,6 +33,19 @@ _temperature = functools.partial(as_schedule, argument="temperature")
 # coordinates on there was no difference. The draw must be a branch of its own: a reshape that XLA
 # can move goes back into it.
 _WIDE = 128
+
+
+# A condition of each run would become a choice under vmap, for which each draws the noise anew.
+@jax.custom_batching.custom_vmap
+def _in_any_run(holds: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether something holds in any of the runs side by side: one answer for all of them."""
+    return holds
+
+
+@_in_any_run.def_vmap
+def _in_any_of_many(count: int, batched: Any, holds: Bool[Array, " runs"]) -> tuple[Array, bool]:
+    del count, batched
+    return _in_any_run(jnp.any(holds, axis=0)), False
 
 
 class Controls(NamedTuple):
@@ -98,8 +112,8 @@ class AbstractRule(eqx.Module):
         self, positions: Float[Array, "n d"], kick: Kick, control: Controls, key: Key
     ) -> tuple[Array, Array]:
         """One step: the new positions (n, d), and the energies (n,) at the old ones. `key` belongs
-        to this step alone; what `jax.random` draws from it are the same bits as from
-        `fold_in(fold_in(key of the run, k), 1)`, faster on a CPU."""
+        to this step alone: it is `fold_in(fold_in(key of the run, k), 1)`. On a CPU many numbers
+        are drawn faster from `esl.potentials.drawn_in_line(key)`."""
 
 
 class Langevin(AbstractRule):
@@ -112,7 +126,7 @@ class Langevin(AbstractRule):
     **Differentiation:** in both schedules. The noise amplitude has an infinite slope where Tη = 0;
     its derivative is taken as 0 there.
     **Cost:** a step with Tη = 0 draws no noise. Runs side by side, by `vmap` over schedules, draw
-    none while a temperature that they share is 0, and else all do.
+    none in a step where Tη = 0 in all of them; elsewhere, those of one key draw it once.
     **Reference:** Okanohara, arXiv 2601.17607, whose mobility per unit of training time, K η here,
     is 1.
 
@@ -156,15 +170,13 @@ class Langevin(AbstractRule):
         shape = (positions.size,) if positions.shape[1] < _WIDE else positions.shape
 
         def quiet() -> Array:
-            return jnp.zeros(shape, positions.dtype)
+            # Of the key: within a shard_map, it may be of each device like the noise.
+            return jnp.zeros_like(jax.random.key_data(key), positions.dtype, shape)
 
         def drawn() -> Array:
-            return jax.random.normal(key, shape, positions.dtype)
+            return jax.random.normal(drawn_in_line(key), shape, positions.dtype)
 
-        # Under vmap over learning rates, the first condition may still be one for all.
-        noise = jax.lax.cond(
-            control.temperature > 0, lambda: jax.lax.cond(amplitude > 0, drawn, quiet), quiet
-        )
+        noise = jax.lax.cond(_in_any_run(amplitude > 0), drawn, quiet)
         return positions - kicks + amplitude * noise.reshape(positions.shape), energies
 
 

@@ -14,25 +14,45 @@ import jax
 import jax.numpy as jnp
 from jax.extend import random as extended
 
-from esljax._types import Array, Key
+from esljax._types import AnyKeys, Array
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 _WORD = 32
 
 
-def drawn_in_line(key: Key) -> Key:
+def drawn_in_line(key: AnyKeys) -> AnyKeys:
     """The key of the same random numbers, which a CPU draws in one pass over each array.
 
     Splitting it, folding in and drawing give the bits that jax gives for `key`, on every platform.
     A key of another generator than threefry stays what it is, and so does every key where
-    `jax_threefry_partitionable` is off.
+    `jax_threefry_partitionable` is off. To jax the two keys are of different types: draw from this
+    one at once, and keep and hand on the other.
+
+    **Args:** `key`: one key or an array of them, made by `jax.random.key`.
+    **Returns:** a key or keys of the same shape.
+
+    **Example:**
+
+        >>> import jax
+        >>> import esljax as esl
+        >>> key = jax.random.key(0)
+        >>> same = jax.random.normal(esl.potentials.drawn_in_line(key), (3,))
+        >>> bool((same == jax.random.normal(key, (3,))).all())
+        True
     """
     settings: Any = jax.config
     threefry = jax.random.key_impl(key) == "threefry2x32"
     if not threefry or not settings.jax_threefry_partitionable:
         return key
     return jax.random.wrap_key_data(jax.random.key_data(key), impl=_IN_LINE)
+
+
+def as_of_jax(key: AnyKeys) -> AnyKeys:
+    """The key of jax for one that draws in line; any other key as it is."""
+    if jax.random.key_impl(key) != _IN_LINE:
+        return key
+    return jax.random.wrap_key_data(jax.random.key_data(key), impl="threefry2x32")
 
 
 def _threefry(key: Array, high: Array, low: Array) -> tuple[Array, Array]:
@@ -65,7 +85,8 @@ def _bits(key: Array, width: int, shape: tuple[int, ...]) -> Array:
         return (high ^ low).astype(f"uint{width}")
 
     def in_loops(key: Array) -> Array:
-        return _LOOPS.random_bits(key, width, shape)
+        of_jax = jax.random.wrap_key_data(key, impl="threefry2x32")
+        return jax.random.bits(of_jax, shape, f"uint{width}")
 
     if math.prod(shape) >= 2**_WORD:
         return in_loops(key)
