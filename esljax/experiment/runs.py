@@ -395,12 +395,7 @@ def _answers(
     numbers = jax.tree.map(lambda x: x[places], numbers)
     wanted = np.zeros(length, bool)
     wanted[:count] = [isinstance(each, Found) for each in found]
-    temperature = None
-    if task.width > 1 and len({getattr(point, "temperature", None) for point in task.points}) == 1:
-        # One for all, so that runs without noise draw none.
-        temperature, numbers = numbers.temperature, numbers._replace(temperature=None)
-        temperature = None if temperature is None else temperature[0]
-    answer = _many(problem, shape, numbers, temperature, jnp.asarray(wanted), task.width)
+    answer = _many(problem, shape, numbers, jnp.asarray(wanted), task.width)
     return {name: np.asarray(value)[:count] for name, value in answer.items()}
 
 
@@ -441,21 +436,11 @@ _alone = eqx.filter_jit(_one)
 
 @eqx.filter_jit
 def _many(
-    problem: Problem,
-    shape: RunConfig | None,
-    numbers: _Numbers,
-    temperature: Array | None,
-    wanted: Array,
-    width: int,
+    problem: Problem, shape: RunConfig | None, numbers: _Numbers, wanted: Array, width: int
 ) -> dict[str, Array]:
-    """Run all points of one shape, `width` side by side; skip batches that are all padding.
-
-    **Args:** `temperature`: if it is one for all, and not among `numbers`.
-    """
+    """Run all points of one shape, `width` side by side; skip batches that are all padding."""
 
     def one(numbers):
-        if temperature is not None:
-            numbers = numbers._replace(temperature=temperature)
         return _answer(_one(problem, shape, numbers), problem.jackknife > 0)
 
     def batch(numbers_and_wanted):
