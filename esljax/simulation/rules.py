@@ -176,7 +176,12 @@ class Langevin(AbstractRule):
         def drawn() -> Array:
             return jax.random.normal(drawn_in_line(key), shape, positions.dtype)
 
-        noise = jax.lax.cond(_in_any_run(amplitude > 0), drawn, quiet)
+        def of_step() -> Array:
+            return jax.lax.cond(_in_any_run(amplitude > 0), drawn, quiet)
+
+        # With the condition of the step alone, XLA that does not optimize rounds steps on one
+        # device otherwise than on eight.
+        noise = jax.lax.cond(_in_any_run(control.temperature > 0), of_step, quiet)
         return positions - kicks + amplitude * noise.reshape(positions.shape), energies
 
 
