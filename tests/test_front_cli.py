@@ -162,7 +162,7 @@ def test_a_front_at_targets_without_families_of_an_own_problem(folder, capsys, m
         (["--knots", "1"], "`knots` must be an integer of at least 2"),
         (["--judge-runs", "1"], "`judge_runs` must be an integer of at least 2"),
         (["--snapshots", "7"], "`snapshots` must divide the 20 steps"),
-        (["--devices", "3"], "`devices` must be at most "),
+        (["--devices", "3"], "`devices` must be at most 1, the cores"),
         (["--process", "1"], "`process` must come with --distributed"),
     ],
 )

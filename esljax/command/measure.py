@@ -208,8 +208,9 @@ class Measurement:
         """
         config.check()
         projection_key, sliced_key = jax.random.split(jax.random.key(config.seed))
-        if _streams(config):
-            path, times, left_out = _streamed(config, projection_key, progress)
+        stored = _to_stream(config)
+        if stored is not None:
+            path, times, left_out = _streamed(config, stored, projection_key, progress)
         else:
             path, times, left_out = _loaded(config)
         inner = config.make_transport(sliced_key)
@@ -384,16 +385,13 @@ def _loaded(config: MeasureConfig) -> tuple[Trajectory, Any, Mapping[str, str]]:
     return path, times, recording.left_out
 
 
-def _opened(config: MeasureConfig) -> Stored:
-    where = config.recording or ""
-    return open_stored(where, only=config.only, skip=config.skip, name=config.name)
-
-
 def _streamed(
-    config: MeasureConfig, key: Any, progress: Callable[[int, int], None] | None
+    config: MeasureConfig,
+    stored: Stored,
+    key: Any,
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[Trajectory, Any, Mapping[str, str]]:
     """Read a recording in blocks. It is folded by its parameters if that is little work."""
-    stored = _opened(config)
     snapshots, members, d = stored.shape
     all_pairs = config.project == "pca"
     if all_pairs:
@@ -419,12 +417,15 @@ def _streamed(
     return path, stored.times, stored.left_out
 
 
-def _streams(config: MeasureConfig) -> bool:
-    """Whether the recording is read in blocks."""
-    if config.stream != "auto" or config.needs_members() is not None:
-        return config.stream == "yes"
+def _to_stream(config: MeasureConfig) -> Stored | None:
+    """The recording as it lies on disk, if it is read in blocks."""
+    if config.stream == "no" or (config.stream == "auto" and config.needs_members() is not None):
+        return None
+    where = config.recording or ""
+    stored = open_stored(where, only=config.only, skip=config.skip, name=config.name)
     # Of the numbers as memory holds them: files may be compressed, linked, or no parameters.
-    return _opened(config).nbytes > _SHARE * memory_of_the_machine()
+    large = stored.nbytes > _SHARE * memory_of_the_machine()
+    return stored if large or config.stream == "yes" else None
 
 
 def _projection(config: MeasureConfig, path: Trajectory, key: Any) -> Array | None:

@@ -5,12 +5,13 @@ be read it logs that, closes the loop and raises. The other reads go on in threa
 find their loop closed, and Python prints what they raise wherever the program has got to.
 """
 
+import contextlib
 import gc
 import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -31,17 +32,7 @@ def quietly(call: Callable[[], T], refusal: Callable[[Exception], Exception]) ->
     **Args:** `call`: only reads, and raises whatever went wrong. `refusal`: makes the exception to
     be raised in place of that.
     """
-    with _ALONE:
-        return _quietly(call, refusal)
-
-
-def _quietly(call: Callable[[], T], refusal: Callable[[Exception], Exception]) -> T:
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [logger.disabled for logger in loggers], sys.excepthook, sys.unraisablehook
-    try:
-        for logger in loggers:
-            logger.disabled = True
-        sys.excepthook = sys.unraisablehook = lambda *_: None
+    with _ALONE, _silence():
         try:
             return call()
         except Exception as error:
@@ -50,11 +41,23 @@ def _quietly(call: Callable[[], T], refusal: Callable[[Exception], Exception]) -
         _await_reads()
         gc.collect()
         time.sleep(_REST)
+    raise refused
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what Orbax logs, and errors in what nobody waits for any more."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.disabled for logger in loggers], sys.excepthook, sys.unraisablehook
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        sys.excepthook = sys.unraisablehook = lambda *_: None
+        yield
     finally:
         for logger, disabled in zip(loggers, before[0], strict=True):
             logger.disabled = disabled
         sys.excepthook, sys.unraisablehook = before[1:]
-    raise refused
 
 
 def _await_reads() -> None:

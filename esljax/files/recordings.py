@@ -405,9 +405,9 @@ def _opened(folder: Path, selection: Selection, name: str | None) -> _Folder:
     for place, archive in opened.items():
         headers = {key: archive.headers[key] for key in choices[place].kept}
         _compare(archive.path, headers, origin.path, model)
-    headers = [archive.headers[key] for archive in opened.values() for key in kept]
+    types = [archive.headers[key].dtype for archive in opened.values() for key in kept]
     # By size: NumPy knows no type in which float16, bfloat16 and those of eight bits all fit.
-    wide = any(header.dtype is not None and header.dtype.itemsize > 4 for header in headers)
+    wide = any(dtype is not None and dtype.itemsize > 4 for dtype in types)
     dtype = np.dtype(np.float64 if wide else np.float32)
     return _Folder(opened, times, len(members), model, dtype, left_out)
 

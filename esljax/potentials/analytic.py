@@ -125,11 +125,9 @@ class Quadratic(AbstractPotential):
         The ξ themselves would hide C from a derivative, and they need d, which a scalar K does not
         know.
         """
-        return (
-            None
-            if self.gradient_noise is None
-            else as_of_jax(jax.random.split(drawn_in_line(key), members))
-        )
+        if self.gradient_noise is None:
+            return None
+        return as_of_jax(jax.random.split(drawn_in_line(key), members))
 
 
 class DoubleWell(AbstractPotential):

@@ -31,6 +31,7 @@ def drawn_in_line(key: AnyKeys) -> AnyKeys:
 
     **Args:** `key`: one key or an array of them, made by `jax.random.key`.
     **Returns:** a key or keys of the same shape.
+    **Differentiation:** none: keys are no numbers.
 
     **Example:**
 
