@@ -111,6 +111,23 @@ def test_the_key_of_a_step_is_one_of_jax(draw):
         np.testing.assert_allclose(found, draw(of_step, own, start.shape), atol=1e-6)
 
 
+def test_programs_grow_by_as_much_with_each_key_behind_a_key():
+    """Rounds that XLA repeated for every number drawn made compilers of jax 0.12 not end."""
+
+    def operations(depth):
+        def draw(key):
+            key = esl.potentials.drawn_in_line(key)
+            for _ in range(depth):
+                key = jax.random.split(key, 4)[1]
+            return jax.vmap(lambda key: jax.random.normal(key, (3,)))(jax.random.split(key, 4))
+
+        return jax.jit(draw).lower(jax.random.key(0)).compile().as_text().count(" xor(")
+
+    counts = np.array([operations(depth) for depth in range(4)])
+    assert counts[0] > 0
+    assert np.ptp(np.diff(counts)) <= 2, counts
+
+
 def test_no_key_is_used_twice():
     start, key = jnp.ones((4, 2)), jax.random.key(5)
     potential = esl.Quadratic(1.0, gradient_noise=0.1)

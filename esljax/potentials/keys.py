@@ -95,12 +95,21 @@ def _bits(key: Array, width: int, shape: tuple[int, ...]) -> Array:
     return jax.lax.platform_dependent(key, cpu=in_line, default=in_loops)
 
 
+def _data(words: tuple[Array, Array]) -> Array:
+    """Both words of keys as their data, computed once.
+
+    Without the barrier XLA may repeat the rounds behind a key in whatever is drawn from it, and the
+    compiler of jax 0.12 did not end for gradients of noise in batches, side by side.
+    """
+    return jax.lax.optimization_barrier(jnp.stack(words, axis=-1))
+
+
 def _split(key: Array, shape: tuple[int, ...]) -> Array:
-    return jnp.stack(_at_places(key, shape), axis=-1)
+    return _data(_at_places(key, shape))
 
 
 def _fold_in(key: Array, data: Any) -> Array:
-    return jnp.stack(_threefry(key, jnp.uint32(0), jnp.asarray(data, jnp.uint32)))
+    return _data(_threefry(key, jnp.uint32(0), jnp.asarray(data, jnp.uint32)))
 
 
 _LOOPS = extended.threefry_prng_impl
