@@ -437,19 +437,26 @@ def _gather(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]
 
 def _scan(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]) -> list[Value]:
     """A loop: what it carries turns alike before and after, and steps keep their order."""
-    parameters = equation.params
-    constants, carried = parameters["num_consts"], parameters["num_carry"]
-    program = parameters["jaxpr"]
-    along = inputs[constants + carried :]
+    program, length = equation.params["jaxpr"], equation.params["length"]
+    # By shapes: versions of jax count in different ways. What is of no step keeps its own.
+    held = _alike(equation.invars, program.jaxpr.invars)
+    carried = _alike(equation.outvars, program.jaxpr.outvars)
+    constants = held - carried
+    along = inputs[held:]
     axes.fix(*(value[0] for value in along))
     steps = [value[1:] for value in along]
-    given = inputs[: constants + carried] + steps
+    given = inputs[:held] + steps
     outputs = _run(axes, program.jaxpr, _of_constants(axes, program.consts), given)
-    for before, after in zip(inputs[constants : constants + carried], outputs, strict=False):
+    for before, after in zip(inputs[constants:held], outputs, strict=False):
         for one, other in zip(before, after, strict=True):
             axes.join(one, other)
-    length = parameters["length"]
     return outputs[:carried] + [[axes.new(length, True), *value] for value in outputs[carried:]]
+
+
+def _alike(outside: Sequence[Any], within: Sequence[Any]) -> int:
+    """How many variables of a loop have the same shape in each step as outside of it."""
+    pairs = zip(outside, within, strict=True)
+    return sum(one.aval.shape == other.aval.shape for one, other in pairs)
 
 
 def _cond(axes: _Axes, equation: Any, inputs: list[Value], shapes: list[tuple]) -> list[Value]:
